@@ -1,0 +1,166 @@
+"""Every error that this package raises on purpose.
+
+One line of text that says what is wrong and what to do next; the class says what kind of thing went wrong::
+
+    Wn21kError
+    ├── InvalidArgumentError (ValueError)       an argument outside its allowed values
+    ├── UnknownNameError (LookupError)          a name that nothing answers to, with the nearest ones
+    │   ├── UnknownModelError
+    │   ├── UnknownLabelSpaceError
+    │   ├── UnknownTreeError
+    │   └── UnknownSynsetError                  not a noun synset of WordNet 3.0, or not in this tree
+    ├── LabelSpaceError (ValueError)            a list of classes that cannot be used
+    │   ├── EmptyLabelSpaceError
+    │   ├── DuplicateSynsetError
+    │   └── UnresolvedLabelSpaceError           nobody says which classes a model's head speaks
+    ├── TreeError (ValueError)                  a tree file that cannot be read, a tree that does not fit
+    ├── ImageError (ValueError)                 something that is not a usable image
+    │   ├── ImageNotFoundError (FileNotFoundError)
+    │   ├── ImageDecodeError                    truncated, empty, not an image
+    │   ├── ImageTooLargeError
+    │   ├── ImageURLError                       not allowed, not public, too slow, too large
+    │   └── UnsupportedImageError               a type, shape or value range that has no one reading
+    ├── ModelError (RuntimeError)               a model that cannot be built, loaded or run
+    │   ├── WeightsNotFoundError
+    │   ├── ChecksumError                       the bytes are not the published ones
+    │   └── DownloadError
+    └── MissingExtraError (ImportError)         names the extra to install
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ChecksumError",
+    "DownloadError",
+    "DuplicateSynsetError",
+    "EmptyLabelSpaceError",
+    "ImageDecodeError",
+    "ImageError",
+    "ImageNotFoundError",
+    "ImageTooLargeError",
+    "ImageURLError",
+    "InvalidArgumentError",
+    "LabelSpaceError",
+    "MissingExtraError",
+    "ModelError",
+    "TreeError",
+    "UnknownLabelSpaceError",
+    "UnknownModelError",
+    "UnknownNameError",
+    "UnknownSynsetError",
+    "UnknownTreeError",
+    "UnresolvedLabelSpaceError",
+    "UnsupportedImageError",
+    "WeightsNotFoundError",
+    "Wn21kError",
+    "did_you_mean",
+]
+
+
+class Wn21kError(Exception):
+    """Base class: ``except Wn21kError`` catches everything that this package raises on purpose."""
+
+
+class InvalidArgumentError(Wn21kError, ValueError):
+    """An argument has a value that is not allowed."""
+
+
+class UnknownNameError(Wn21kError, LookupError):
+    """A name that nothing answers to."""
+
+
+class UnknownModelError(UnknownNameError):
+    """Neither a record, nor a timm model, nor a folder, nor a Hub repository."""
+
+
+class UnknownLabelSpaceError(UnknownNameError):
+    """No label space of this name is shipped."""
+
+
+class UnknownTreeError(UnknownNameError):
+    """No semantic tree of this name is shipped."""
+
+
+class UnknownSynsetError(UnknownNameError):
+    """Not a noun synset of WordNet 3.0, or not a node of the tree that was asked."""
+
+
+class LabelSpaceError(Wn21kError, ValueError):
+    """A list of classes that cannot be used."""
+
+
+class EmptyLabelSpaceError(LabelSpaceError):
+    """A list of classes with nothing in it."""
+
+
+class DuplicateSynsetError(LabelSpaceError):
+    """The same synset stands twice in one list of classes."""
+
+
+class UnresolvedLabelSpaceError(LabelSpaceError):
+    """Which classes a model's head speaks is not known, and is not guessed."""
+
+
+class TreeError(Wn21kError, ValueError):
+    """A tree file that cannot be read, or a tree that does not fit a model's head."""
+
+
+class ImageError(Wn21kError, ValueError):
+    """Something that is not a usable image."""
+
+
+class ImageNotFoundError(ImageError, FileNotFoundError):
+    """No file at that path."""
+
+
+class ImageDecodeError(ImageError):
+    """A file that no image decoder accepts: truncated, empty, or not an image."""
+
+
+class ImageTooLargeError(ImageError):
+    """More pixels or bytes than the limit; nothing was decoded."""
+
+
+class ImageURLError(ImageError):
+    """A URL that may not, or could not, be fetched."""
+
+
+class UnsupportedImageError(ImageError):
+    """A type, shape, data type or value range that has no single reading as an image."""
+
+
+class ModelError(Wn21kError, RuntimeError):
+    """A model that cannot be built, loaded or run."""
+
+
+class WeightsNotFoundError(ModelError):
+    """The weights are not on this machine and could not be had."""
+
+
+class ChecksumError(ModelError):
+    """The bytes of a checkpoint are not the published ones; they were not loaded."""
+
+
+class DownloadError(ModelError):
+    """A download that did not succeed."""
+
+
+class MissingExtraError(Wn21kError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an extra: pip install 'wn21k-zoo[{extra}]'")
+        self.extra = extra
+
+
+def did_you_mean(name: str, candidates: Iterable[str], count: int = 3) -> str:
+    """' Did you mean a, b?' for the candidates nearest to ``name``, or '' when none is near."""
+    by_folded = {candidate.lower(): candidate for candidate in candidates}
+    folded = name.lower()
+    near = difflib.get_close_matches(folded, by_folded, n=count, cutoff=0.6)
+    if not near and len(folded) >= 4:
+        near = sorted((known for known in by_folded if folded in known), key=len)[:count]
+    return f" Did you mean {', '.join(by_folded[known] for known in near)}?" if near else ""

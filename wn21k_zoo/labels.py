@@ -1,0 +1,140 @@
+"""Label spaces: which class each output of a classifier's head stands for.
+
+The shipped lists are those that timm ships (``timm/data/_info``), in their published order. A name or a class count
+is never enough to tell classes apart: 482 of the 11,221 classes of ImageNet-21K-P share their name with another one.
+The identity of a class is its wnid.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wn21k_zoo.errors import (
+    DuplicateSynsetError,
+    EmptyLabelSpaceError,
+    InvalidArgumentError,
+    UnknownLabelSpaceError,
+    did_you_mean,
+)
+from wn21k_zoo.synsets import load_nouns
+
+__all__ = ["LABEL_SPACES", "LABEL_SPACE_ALIASES", "LabelSpace"]
+
+LABEL_SPACES: Mapping[str, str] = MappingProxyType(
+    {
+        "imagenet1k": "ImageNet-1K (ILSVRC 2012), 1,000 classes",
+        "imagenet12k": "timm's 12K subset of ImageNet-22K, 11,821 classes",
+        "imagenet21k_goog": "ImageNet-21K as Google's models have it, 21,843 classes",
+        "imagenet22k": "ImageNet-22K, all of the fall 2011 release, 21,841 classes",
+        "imagenet22k_ms": "ImageNet-22K with the 1,000 classes of ImageNet-1K first, 21,842 classes",
+        "imagenet21k_p_fall11": "ImageNet-21K-P of the fall 2011 release, 11,221 classes",
+        "imagenet21k_p_winter21": "ImageNet-21K-P of the winter 2021 release, 10,450 classes",
+    }
+)
+LABEL_SPACE_ALIASES: Mapping[str, str] = MappingProxyType(
+    {"fall11": "imagenet21k_p_fall11", "winter21": "imagenet21k_p_winter21"}
+)
+
+
+@dataclass(frozen=True, repr=False)
+class LabelSpace:
+    """An ordered list of WordNet noun synsets, one for each output of a head.
+
+    Args:
+        name: A name for messages and results.
+        wnids: WordNet 3.0 noun ids in the order of the outputs.
+
+    Raises:
+        EmptyLabelSpaceError: There is no class.
+        DuplicateSynsetError: A wnid stands there twice.
+        UnknownSynsetError: A wnid is not a noun synset of WordNet 3.0.
+
+    Example:
+        >>> LabelSpace.load("imagenet1k").names[281]
+        'tabby, tabby cat'
+    """
+
+    name: str
+    wnids: tuple[str, ...]
+    positions: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    """Position of each class in :class:`wn21k_zoo.synsets.Nouns`, shape [len(self)]."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.wnids, str):
+            raise InvalidArgumentError("wnids is one string; give a list such as ['n02121808', 'n02084071'].")
+        object.__setattr__(self, "wnids", tuple(self.wnids))
+        object.__setattr__(self, "positions", _checked_positions(self.wnids))
+
+    @staticmethod
+    def load(name: str) -> LabelSpace:
+        """A shipped label space by its name or alias (:data:`LABEL_SPACES`, :data:`LABEL_SPACE_ALIASES`).
+
+        Raises:
+            UnknownLabelSpaceError: No label space has that name.
+        """
+        full_name = LABEL_SPACE_ALIASES.get(name, name)
+        if full_name not in LABEL_SPACES:
+            hint = did_you_mean(str(name), (*LABEL_SPACES, *LABEL_SPACE_ALIASES))
+            raise UnknownLabelSpaceError(f"No label space is called {name!r}.{hint} Known: {', '.join(LABEL_SPACES)}.")
+        return _load(full_name)
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The lemmas of each class, joined by ', '; not unique."""
+        names = load_nouns().names
+        return tuple(names[position] for position in self.positions)
+
+    @functools.cached_property
+    def definitions(self) -> tuple[str, ...]:
+        """WordNet's definition of each class."""
+        definitions = load_nouns().definitions
+        return tuple(definitions[position] for position in self.positions)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of the wnids, one a line, in hexadecimal: equal digests mean the same outputs in the same order."""
+        return hashlib.sha256("".join(f"{wnid}\n" for wnid in self.wnids).encode()).hexdigest()
+
+    @functools.cached_property
+    def index(self) -> Mapping[str, int]:
+        """Output index of each wnid."""
+        return MappingProxyType({wnid: index for index, wnid in enumerate(self.wnids)})
+
+    def __len__(self) -> int:
+        return len(self.wnids)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.wnids)
+
+    def __contains__(self, wnid: object) -> bool:
+        return wnid in self.index
+
+    def __repr__(self) -> str:
+        return f"LabelSpace({self.name!r}, {len(self):,} classes)"
+
+
+@functools.cache
+def _load(full_name: str) -> LabelSpace:
+    file = resources.files("wn21k_zoo") / "_data" / "label_spaces" / f"{full_name}.txt"
+    return LabelSpace(full_name, tuple(file.read_text(encoding="ascii").split()))
+
+
+def _checked_positions(wnids: Iterable[str]) -> NDArray[np.int64]:
+    wnids = tuple(wnids)
+    if not wnids:
+        raise EmptyLabelSpaceError("The list of classes is empty; give at least one wnid.")
+    positions = load_nouns().positions(wnids)
+    _, first = np.unique(positions, return_index=True)
+    if len(first) < len(wnids):
+        again = wnids[np.setdiff1d(np.arange(len(wnids)), first)[0]]
+        raise DuplicateSynsetError(f"{again} stands more than once in the list of classes; keep one of them.")
+    positions.flags.writeable = False
+    return positions

@@ -1,0 +1,421 @@
+"""The semantic tree: which class of a list is an ancestor of which.
+
+Section 3.2 of arXiv 2104.10972: each WordNet synset has one parent (:mod:`wn21k_zoo.synsets`); a class's ancestors are
+the synsets on its way to the root that are themselves classes; its depth is their number. Classes that share a depth
+form a level, inside which a 21K-P head's outputs are a softmax.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wn21k_zoo.errors import InvalidArgumentError, TreeError, UnknownSynsetError, UnknownTreeError, did_you_mean
+from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace
+from wn21k_zoo.synsets import WNID_PATTERN, load_nouns
+
+__all__ = ["Node", "SemanticTree", "TreeDifference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One class of a tree.
+
+    Attributes:
+        index: Position of the class in the tree's list.
+        wnid: WordNet 3.0 noun id, the class's identity.
+        name: Its lemmas, joined by ', '; not unique.
+        definition: WordNet's definition.
+        depth: Number of its ancestors in the tree; 0 for a root.
+    """
+
+    index: int
+    wnid: str
+    name: str
+    definition: str
+    depth: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.wnid})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeDifference:
+    """What one tree has otherwise than another; empty and false when nothing differs.
+
+    Attributes:
+        only_left: wnids that only the first tree has.
+        only_right: wnids that only the second tree has.
+        parents: For wnids of both whose parents differ: the parent in the first and in the second (None: a root).
+        same_order: Whether both list the same classes in the same order.
+    """
+
+    only_left: tuple[str, ...]
+    only_right: tuple[str, ...]
+    parents: Mapping[str, tuple[str | None, str | None]]
+    same_order: bool
+
+    def __bool__(self) -> bool:
+        return bool(self.only_left or self.only_right or self.parents or not self.same_order)
+
+
+class SemanticTree:
+    """A forest over a list of classes: each class has at most one parent.
+
+    Get one by :meth:`load`, :meth:`from_wnids`, :meth:`from_file` or :meth:`from_published`. Wherever a method takes a
+    ``node``, it takes an index, a wnid or a :class:`Node`.
+
+    Attributes:
+        name: What results call this tree.
+        label_space: The classes, in the order of the tree's indices.
+        parents: Index of each class's parent, -1 for a root, int32, shape [len(tree)].
+        depths: Number of each class's ancestors, int32, shape [len(tree)].
+
+    Example:
+        >>> tree = SemanticTree.load("fall11")
+        >>> [node.name for node in tree.ancestors("n02123045")][:2]
+        ['domestic cat, house cat, Felis domesticus, Felis catus', 'cat, true cat']
+    """
+
+    def __init__(self, label_space: LabelSpace, parents: NDArray[np.int32], *, name: str | None = None) -> None:
+        self.name = name or label_space.name
+        self.label_space = label_space
+        self.parents = np.array(parents, dtype=np.int32)
+        self.depths = _depths(self.parents)
+        self.parents.flags.writeable = False
+        self.depths.flags.writeable = False
+
+    # Where trees come from
+
+    @classmethod
+    def load(cls, name: str = "fall11") -> SemanticTree:
+        """The tree over a shipped label space: 'fall11', 'winter21', or any other name of one.
+
+        Raises:
+            UnknownTreeError: No label space has that name.
+        """
+        full_name = LABEL_SPACE_ALIASES.get(name, name)
+        if full_name not in LABEL_SPACES:
+            known = (*LABEL_SPACE_ALIASES, *LABEL_SPACES)
+            raise UnknownTreeError(
+                f"No tree is called {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}; "
+                "for a list of your own use SemanticTree.from_wnids."
+            )
+        return _load(full_name)
+
+    @classmethod
+    def from_label_space(cls, label_space: LabelSpace) -> SemanticTree:
+        """The tree over the classes of ``label_space``; indices are those of its outputs."""
+        nouns = load_nouns()
+        parents = nouns.nearest_members(nouns.parents[label_space.positions].astype(np.int64), label_space.positions)
+        short_names = {full: alias for alias, full in LABEL_SPACE_ALIASES.items()}
+        return cls(label_space, parents, name=short_names.get(label_space.name))
+
+    @classmethod
+    def from_wnids(cls, wnids: Sequence[str], *, name: str = "custom") -> SemanticTree:
+        """The tree over any list of WordNet 3.0 noun synsets; indices are positions in that list.
+
+        Raises:
+            UnknownSynsetError: An entry is not a noun synset of WordNet 3.0.
+            DuplicateSynsetError: An entry stands there twice.
+            EmptyLabelSpaceError: The list is empty.
+        """
+        return cls.from_label_space(LabelSpace(name, tuple(wnids) if not isinstance(wnids, str) else wnids))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> SemanticTree:
+        """The tree over the wnids in a text file: the first word of each line; '#' begins a comment.
+
+        A file that ends in ``.pth`` is read by :meth:`from_published`.
+
+        Raises:
+            TreeError: The file cannot be read as text.
+            UnknownSynsetError, DuplicateSynsetError, EmptyLabelSpaceError: As :meth:`from_wnids`.
+        """
+        path = Path(path)
+        if path.suffix in (".pth", ".pt"):
+            return cls.from_published(path)
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise TreeError(f"{path} cannot be read as a list of wnids ({_reason(error)}).") from error
+        words = (line.split("#")[0].split() for line in lines)
+        return cls.from_wnids([line[0] for line in words if line], name=path.stem)
+
+    @classmethod
+    def from_published(cls, path: str | Path) -> SemanticTree:
+        """The tree in a file of the authors' form: a pickled dict with ``class_list`` and ``class_tree_list``.
+
+        It is read by ``torch.load(weights_only=True)``, so no code in it runs. The tree is taken as the file has it,
+        not made anew; compare it with ours by :meth:`difference`.
+
+        Raises:
+            TreeError: The file cannot be read, is not of that form, or contradicts itself.
+        """
+        import torch
+
+        path = Path(path)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # unpickling damaged or hostile bytes raises all sorts
+            raise TreeError(
+                f"{path} cannot be loaded as a tree file without running its code ({_reason(error)})."
+            ) from error
+        if not isinstance(content, dict) or not {"class_list", "class_tree_list"} <= content.keys():
+            raise TreeError(f"{path} is no tree file: it has no entries class_list and class_tree_list.")
+        label_space = LabelSpace(path.stem, tuple(content["class_list"]))
+        return cls(label_space, _parents_from_chains(content["class_tree_list"], len(label_space), path))
+
+    # Shape
+
+    def __len__(self) -> int:
+        return len(self.label_space)
+
+    def __iter__(self) -> Iterator[Node]:
+        return (self[index] for index in range(len(self)))
+
+    def __contains__(self, wnid: object) -> bool:
+        return wnid in self.label_space
+
+    def __repr__(self) -> str:
+        return f"SemanticTree({self.name!r}, {len(self):,} classes, {len(self.levels)} levels)"
+
+    @property
+    def wnids(self) -> tuple[str, ...]:
+        """The wnid of each class."""
+        return self.label_space.wnids
+
+    @functools.cached_property
+    def levels(self) -> Mapping[int, NDArray[np.int64]]:
+        """Depth -> indices of the classes at that depth, ascending, for each depth that has more than one class.
+
+        These are the published hierarchies: a depth with a single class has nothing to choose from.
+        """
+        counts = np.bincount(self.depths)
+        return MappingProxyType(
+            {int(depth): np.flatnonzero(self.depths == depth) for depth in np.flatnonzero(counts > 1)}
+        )
+
+    @functools.cached_property
+    def class_tree_list(self) -> list[list[int]]:
+        """The published form: for each class the indices of itself, its parent, its grandparent, ... to the root."""
+        return [[index, *self._ancestor_indices(index)] for index in range(len(self))]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of :attr:`class_tree_list` as JSON without spaces, in hexadecimal."""
+        return hashlib.sha256(json.dumps(self.class_tree_list, separators=(",", ":")).encode()).hexdigest()
+
+    # Nodes and their relations
+
+    def index(self, node: int | str | Node) -> int:
+        """Index of a node that is given as an index, a wnid or a :class:`Node`.
+
+        Raises:
+            UnknownSynsetError: The tree has no such node.
+        """
+        key = node.wnid if isinstance(node, Node) else node
+        if isinstance(key, str):
+            if key in self.label_space.index:
+                return self.label_space.index[key]
+            if not WNID_PATTERN.fullmatch(key):
+                found = ", ".join(f"{node.wnid} ({node.name.split(', ')[0]})" for node in self.search(key, limit=3))
+                hint = f" Did you mean {found}?" if found else " Search for a name by tree.search or wn21k tree search."
+                raise UnknownSynsetError(f"{key!r} is not a wnid.{hint}")
+            near = self.nearest(key)
+            hint = f"its nearest ancestor there is {near}" if near else "nor is any of its ancestors"
+            raise UnknownSynsetError(f"{key} is not a class of the tree {self.name}; {hint}.")
+        if isinstance(key, (int, np.integer)) and not isinstance(key, bool) and 0 <= key < len(self):
+            return int(key)
+        raise UnknownSynsetError(f"{key!r} is no node of the tree {self.name}: use a wnid or 0 to {len(self) - 1}.")
+
+    def __getitem__(self, node: int | str | Node) -> Node:
+        index = self.index(node)
+        return Node(
+            index=index,
+            wnid=self.wnids[index],
+            name=self.label_space.names[index],
+            definition=self.label_space.definitions[index],
+            depth=int(self.depths[index]),
+        )
+
+    def nearest(self, wnid: str) -> Node | None:
+        """For any noun synset of WordNet 3.0: it, or its nearest ancestor that the tree has, or None.
+
+        Raises:
+            UnknownSynsetError: ``wnid`` is not a noun synset of WordNet 3.0.
+        """
+        nouns = load_nouns()
+        index = int(nouns.nearest_members(nouns.positions([wnid]), self.label_space.positions)[0])
+        return self[index] if index >= 0 else None
+
+    @property
+    def roots(self) -> tuple[Node, ...]:
+        """The classes without a parent, in the order of their indices."""
+        return self._nodes(np.flatnonzero(self.parents < 0))
+
+    def parent(self, node: int | str | Node) -> Node | None:
+        """The parent, or None for a root."""
+        parent = int(self.parents[self.index(node)])
+        return self[parent] if parent >= 0 else None
+
+    def ancestors(self, node: int | str | Node) -> tuple[Node, ...]:
+        """The ancestors, the parent first and the root last."""
+        return self._nodes(self._ancestor_indices(self.index(node)))
+
+    def path(self, node: int | str | Node) -> tuple[Node, ...]:
+        """From the root to the node, both included."""
+        index = self.index(node)
+        return self._nodes([index, *self._ancestor_indices(index)][::-1])
+
+    def children(self, node: int | str | Node) -> tuple[Node, ...]:
+        """The classes whose parent the node is, in the order of their indices."""
+        return self._nodes(self.child_indices(self.index(node)))
+
+    def descendants(self, node: int | str | Node) -> tuple[Node, ...]:
+        """All classes below the node, depth first, without the node itself."""
+        return self._nodes(self._descendant_indices(self.index(node)))
+
+    def lowest_common_ancestor(self, first: int | str | Node, second: int | str | Node) -> Node | None:
+        """The deepest node that is, or is above, both; None when they have different roots."""
+        one, two = (self.index(node) for node in (first, second))
+        above = {one, *self._ancestor_indices(one)}
+        return next((self[index] for index in (two, *self._ancestor_indices(two)) if index in above), None)
+
+    def distance(self, first: int | str | Node, second: int | str | Node) -> int | None:
+        """Number of edges between two nodes, through their lowest common ancestor; None when they have none."""
+        common = self.lowest_common_ancestor(first, second)
+        if common is None:
+            return None
+        return int(self.depths[self.index(first)] + self.depths[self.index(second)]) - 2 * common.depth
+
+    def search(self, query: str | int, limit: int | None = 20) -> tuple[Node, ...]:
+        """Nodes for an index, a wnid or (part of) a name, the best first.
+
+        A whole lemma comes before the beginning of one, that before a word inside one, that before any other part;
+        case does not count, and among equals the shallower node comes first.
+
+        Raises:
+            InvalidArgumentError: The query is empty.
+        """
+        text = str(query).strip().casefold()
+        if not text:
+            raise InvalidArgumentError("Nothing to search for; give a name, a wnid or an index.")
+        if text in self.label_space.index:
+            return (self[text],)
+        if text.isdecimal():
+            return (self[int(text)],) if int(text) < len(self) else ()
+        ranked = []
+        for index, name in enumerate(self.label_space.names):
+            folded = name.casefold()
+            if text in folded:
+                ranked.append((_match_rank(text, folded), int(self.depths[index]), index))
+        return self._nodes([index for _, _, index in sorted(ranked)[:limit]])
+
+    def difference(self, other: SemanticTree) -> TreeDifference:
+        """What this tree has otherwise than ``other``: classes, parents, order."""
+        mine, others = self._parent_wnids(), other._parent_wnids()
+        return TreeDifference(
+            only_left=tuple(wnid for wnid in self.wnids if wnid not in others),
+            only_right=tuple(wnid for wnid in other.wnids if wnid not in mine),
+            parents={
+                wnid: (parent, others[wnid])
+                for wnid, parent in mine.items()
+                if wnid in others and others[wnid] != parent
+            },
+            same_order=self.wnids == other.wnids,
+        )
+
+    def child_indices(self, index: int) -> NDArray[np.int64]:
+        """Indices of a node's children, ascending; shape [number of children]. -1 stands above the roots."""
+        order, starts = self._children_by_parent
+        return order[starts[index + 1] : starts[index + 2]]
+
+    @functools.cached_property
+    def _children_by_parent(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        order = np.argsort(self.parents, kind="stable")
+        return order, np.searchsorted(self.parents[order], np.arange(-1, len(self) + 1))
+
+    def _ancestor_indices(self, index: int) -> list[int]:
+        parents = self._parent_list
+        found = []
+        while (index := parents[index]) >= 0:
+            found.append(index)
+        return found
+
+    @functools.cached_property
+    def _parent_list(self) -> list[int]:
+        return [int(parent) for parent in self.parents]
+
+    def _descendant_indices(self, index: int) -> list[int]:
+        found: list[int] = []
+        waiting = list(self.child_indices(index)[::-1])
+        while waiting:
+            found.append(int(waiting.pop()))
+            waiting.extend(self.child_indices(found[-1])[::-1])
+        return found
+
+    def _nodes(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Node, ...]:
+        return tuple(self[int(index)] for index in indices)
+
+    def _parent_wnids(self) -> dict[str, str | None]:
+        return {
+            wnid: self.wnids[parent] if parent >= 0 else None
+            for wnid, parent in zip(self.wnids, self._parent_list, strict=True)
+        }
+
+
+@functools.cache
+def _load(full_name: str) -> SemanticTree:
+    return SemanticTree.from_label_space(LabelSpace.load(full_name))
+
+
+def _depths(parents: NDArray[np.int32]) -> NDArray[np.int32]:
+    depths = np.zeros(len(parents), dtype=np.int32)
+    current = parents
+    while (walking := current >= 0).any():
+        depths += walking
+        if depths.max() >= len(parents):
+            raise TreeError("The tree has a cycle: some class is its own ancestor.")
+        current = np.where(walking, parents[current], -1)
+    return depths
+
+
+def _parents_from_chains(chains: Sequence[Sequence[int]], num_classes: int, path: Path) -> NDArray[np.int32]:
+    if len(chains) != num_classes:
+        raise TreeError(f"{path} has {num_classes:,} classes, but {len(chains):,} entries in class_tree_list.")
+    parents = np.full(num_classes, -1, dtype=np.int32)
+    for index, chain in enumerate(chains):
+        if not chain or chain[0] != index or not all(0 <= above < num_classes for above in chain):
+            raise TreeError(f"{path}: entry {index} of class_tree_list does not begin with itself or leaves the list.")
+        if len(chain) > 1:
+            parents[index] = chain[1]
+    for index, chain in enumerate(chains):
+        expected = [index]
+        while (above := int(parents[expected[-1]])) >= 0 and len(expected) <= len(chain):
+            expected.append(above)
+        if expected != list(chain):
+            raise TreeError(f"{path}: entry {index} of class_tree_list contradicts the entries of its ancestors.")
+    return parents
+
+
+def _match_rank(text: str, folded_name: str) -> int:
+    lemmas = folded_name.split(", ")
+    if text in lemmas:
+        return 0
+    if any(lemma.startswith(text) for lemma in lemmas):
+        return 1
+    return 2 if f" {text}" in folded_name else 3
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
