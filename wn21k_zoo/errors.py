@@ -57,6 +57,7 @@ __all__ = [
     "WeightsNotFoundError",
     "Wn21kError",
     "did_you_mean",
+    "first_line",
 ]
 
 
@@ -164,3 +165,9 @@ def did_you_mean(name: str, candidates: Iterable[str], count: int = 3) -> str:
     if not near and len(folded) >= 4:
         near = sorted((known for known in by_folded if folded in known), key=len)[:count]
     return f" Did you mean {', '.join(by_folded[known] for known in near)}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line, for use inside ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -18,7 +18,14 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import InvalidArgumentError, TreeError, UnknownSynsetError, UnknownTreeError, did_you_mean
+from wn21k_zoo.errors import (
+    InvalidArgumentError,
+    TreeError,
+    UnknownSynsetError,
+    UnknownTreeError,
+    did_you_mean,
+    first_line,
+)
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN, load_nouns
 
@@ -146,7 +153,7 @@ class SemanticTree:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise TreeError(f"{path} cannot be read as a list of wnids ({_reason(error)}).") from error
+            raise TreeError(f"{path} cannot be read as a list of wnids ({first_line(error)}).") from error
         words = (line.split("#")[0].split() for line in lines)
         return cls.from_wnids([line[0] for line in words if line], name=path.stem)
 
@@ -167,7 +174,7 @@ class SemanticTree:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling damaged or hostile bytes raises all sorts
             raise TreeError(
-                f"{path} cannot be loaded as a tree file without running its code ({_reason(error)})."
+                f"{path} cannot be loaded as a tree file without running its code ({first_line(error)})."
             ) from error
         if not isinstance(content, dict) or not {"class_list", "class_tree_list"} <= content.keys():
             raise TreeError(f"{path} is no tree file: it has no entries class_list and class_tree_list.")
@@ -414,8 +421,3 @@ def _match_rank(text: str, folded_name: str) -> int:
     if any(lemma.startswith(text) for lemma in lemmas):
         return 1
     return 2 if f" {text}" in folded_name else 3
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

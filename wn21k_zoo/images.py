@@ -1,0 +1,258 @@
+"""Anything that a person calls an image, as an upright RGB image on white; or a typed error, before memory is spent.
+
+A URL is fetched only when the caller allows it (:mod:`wn21k_zoo.urls`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import warnings
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from wn21k_zoo.errors import (
+    ImageDecodeError,
+    ImageError,
+    ImageNotFoundError,
+    ImageTooLargeError,
+    ImageURLError,
+    MissingExtraError,
+    UnsupportedImageError,
+    first_line,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    ImageLike = str | os.PathLike[str] | Image.Image | NDArray[Any] | torch.Tensor | bytes | BinaryIO
+
+__all__ = ["MAX_PIXELS", "SAMPLES", "AnimatedImageWarning", "describe_source", "load_image"]
+
+MAX_PIXELS = 100_000_000
+SAMPLES = MappingProxyType({"cat": "chelsea.png", "coffee": "coffee.png", "rocket": "rocket.jpg"})
+
+_ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+class AnimatedImageWarning(UserWarning):
+    """An image has several frames; the first one is used."""
+
+
+def load_image(image: ImageLike, *, allow_url: bool = False) -> Image.Image:
+    """Decode and normalise one image.
+
+    EXIF rotation is applied, transparency is laid on white, grey and 16-bit grey become 8-bit RGB, CMYK becomes RGB,
+    and of an animation the first frame is taken.
+
+    Args:
+        image: A path, ``sample:cat|coffee|rocket`` (extra ``demo``), a PIL image, a NumPy array (uint8 or uint16;
+            [H, W], [H, W, 1], [H, W, 2], [H, W, 3] or [H, W, 4]: grey, grey with alpha, RGB, RGBA), a torch tensor
+            (uint8, or float in [0, 1]; [H, W] or [C, H, W]), bytes of an image file, or a binary file object. A URL
+            only with ``allow_url``.
+        allow_url: Whether to fetch ``http://`` and ``https://`` images from public addresses.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        ImageNotFoundError: No such file.
+        ImageDecodeError: Truncated, empty, a directory, or not an image.
+        ImageTooLargeError: Over 100 megapixels.
+        UnsupportedImageError: A type, shape, data type or value range with no single reading.
+        ImageURLError: A URL that is not allowed or cannot be fetched.
+        MissingExtraError: The image needs an optional dependency (HEIF photographs, samples).
+    """
+    name = describe_source(image)
+    if isinstance(image, Image.Image):
+        opened: Image.Image = image
+    elif isinstance(image, np.ndarray):
+        opened = _from_array(image)
+    elif isinstance(image, (bytes, bytearray, memoryview)):
+        opened = _open(io.BytesIO(image), name)
+    elif isinstance(image, (str, os.PathLike)):
+        opened = _from_name(os.fspath(image), name, allow_url=allow_url)
+    elif callable(getattr(image, "read", None)):
+        opened = _open(_seekable(image, name), name)
+    elif type(image).__module__.startswith("torch") and hasattr(image, "detach"):
+        opened = _from_tensor(image)
+    else:
+        raise UnsupportedImageError(
+            f"A {type(image).__name__} is no image; give a path, PIL image, array, tensor, bytes or file object."
+        )
+    return _to_rgb(opened, name)
+
+
+def describe_source(image: object) -> str | None:
+    """What results and messages call an image: its path or URL, a file object's name, or None for data in memory."""
+    if isinstance(image, (str, os.PathLike)):
+        return str(os.fspath(image))
+    name = getattr(image, "filename", None) or getattr(image, "name", None)
+    return name if isinstance(name, str) and name else None
+
+
+def _from_name(name: str, shown: str | None, *, allow_url: bool) -> Image.Image:
+    if name.startswith("sample:"):
+        return _open(_sample(name.removeprefix("sample:")), shown)
+    if name.lower().startswith(("http://", "https://")):
+        if not allow_url:
+            raise ImageURLError(f"{name} is a URL; allow it by --allow-url or allow_url=True, or download it first.")
+        from wn21k_zoo.urls import fetch_url
+
+        return _open(io.BytesIO(fetch_url(name)), shown)
+    path = Path(name)
+    try:
+        if path.is_dir():
+            raise ImageDecodeError(f"{name} is a directory, not an image; name the files in it.")
+        if not path.exists():
+            raise ImageNotFoundError(f"There is no file {name}.")
+        if path.is_file() and path.stat().st_size == 0:
+            raise ImageDecodeError(f"{name} is empty (0 bytes).")
+    except ValueError as error:  # a null byte in the name
+        raise ImageNotFoundError(f"{name!r} is no path.") from error
+    return _open(path, shown)
+
+
+def _sample(name: str) -> Path:
+    if name not in SAMPLES:
+        raise ImageNotFoundError(f"No sample is called {name!r}; there are {', '.join(SAMPLES)}.")
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtraError("The sample photographs of scikit-image", "demo")
+    return Path(spec.submodule_search_locations[0]) / "data" / SAMPLES[name]
+
+
+def _seekable(file: Any, name: str | None) -> BinaryIO:
+    try:
+        if getattr(file, "seekable", lambda: False)() and isinstance(file.read(0), bytes):
+            return file  # type: ignore[no-any-return]
+        content = file.read()
+    except (OSError, ValueError) as error:
+        raise ImageDecodeError(f"{name or 'The file object'} cannot be read ({first_line(error)}).") from error
+    if not isinstance(content, bytes):
+        raise UnsupportedImageError(f"{name or 'The file object'} is open as text; open it with mode 'rb'.")
+    return io.BytesIO(content)
+
+
+def _open(file: Path | BinaryIO, name: str | None) -> Image.Image:
+    shown = name or "The image"
+    try:
+        return Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(f"{shown} has over {MAX_PIXELS // 10**6} megapixels; make it smaller first.") from error
+    except UnidentifiedImageError as error:
+        head = _first_bytes(file)
+        if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
+            return _open_heif(file, shown)
+        what = "is empty (0 bytes)" if not head else "is not an image that can be decoded"
+        raise ImageDecodeError(f"{shown} {what}.") from error
+    except PermissionError as error:
+        raise ImageDecodeError(f"{shown} may not be read; look at its permissions.") from error
+    except Exception as error:  # Pillow's format plugins raise whatever a damaged header makes them stumble over
+        raise ImageDecodeError(f"{shown} cannot be decoded ({first_line(error)}).") from error
+
+
+def _first_bytes(file: Path | BinaryIO) -> bytes:
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return opened.read(12)
+    file.seek(0)
+    head = file.read(12)
+    file.seek(0)
+    return head
+
+
+def _open_heif(file: Path | BinaryIO, shown: str) -> Image.Image:
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise MissingExtraError(f"{shown} is a HEIF photograph, which", "heif") from error
+    try:
+        return pillow_heif.HeifImagePlugin.HeifImageFile(file)  # type: ignore[no-any-return]
+    except Exception as error:  # as in _open
+        raise ImageDecodeError(f"{shown} cannot be decoded ({first_line(error)}).") from error
+
+
+def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
+    shown = name or "The image"
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageTooLargeError(
+            f"{shown} has {width * height / 1e6:.0f} megapixels; at most {MAX_PIXELS // 10**6} are decoded, "
+            "make it smaller first."
+        )
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a camera's JPEG with previews
+        warnings.warn(f"{shown} is animated; its first frame is used.", AnimatedImageWarning, stacklevel=3)
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        return _opaque_rgb(upright, shown)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever damaged data makes them stumble over
+        raise ImageDecodeError(f"{shown} is truncated or damaged ({first_line(error)}).") from error
+
+
+def _opaque_rgb(image: Image.Image, shown: str) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_MODES:
+        return _from_sixteen_bit(np.asarray(image), shown).convert("RGB")
+    if image.mode == "F":
+        raise UnsupportedImageError(f"{shown} has floating-point pixels of unknown range; convert it to 8 bits first.")
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        with_alpha = image.convert("RGBA")
+        white = Image.new("RGBA", with_alpha.size, "white")
+        return Image.alpha_composite(white, with_alpha).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_sixteen_bit(pixels: NDArray[Any], shown: str) -> Image.Image:
+    if pixels.size and (pixels.min() < 0 or pixels.max() > 65_535):
+        raise UnsupportedImageError(f"{shown} has values outside 16 bits; convert it to 8 bits first.")
+    return Image.fromarray(np.round(pixels / 257).astype(np.uint8))
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    shape = tuple(array.shape)
+    if array.ndim == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 2, 3, 4):
+        raise UnsupportedImageError(f"An array of shape {shape} looks like [C, H, W]; give [H, W, C].")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in (1, 2, 3, 4)) or 0 in shape:
+        raise UnsupportedImageError(f"An array of shape {shape} is no image; give [H, W] or [H, W, C] with 1 to 4 channels.")
+    if shape[0] * shape[1] > MAX_PIXELS:
+        raise ImageTooLargeError(f"An array of shape {shape} has over {MAX_PIXELS // 10**6} megapixels.")
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype == np.uint16:
+        array = np.round(array / 257).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise UnsupportedImageError(
+            f"An array of {array.dtype} has no fixed range; give uint8, such as (image * 255).round().astype('uint8')."
+        )
+    if array.ndim == 3 and shape[2] == 1:
+        array = array[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _from_tensor(tensor: Any) -> Image.Image:
+    import torch
+
+    shape = tuple(tensor.shape)
+    if tensor.ndim == 3 and shape[0] not in (1, 3, 4):
+        raise UnsupportedImageError(f"A tensor of shape {shape} is no image; give [C, H, W] with 1, 3 or 4 channels.")
+    if tensor.ndim not in (2, 3):
+        raise UnsupportedImageError(f"A tensor of shape {shape} is no image; give [H, W] or [C, H, W].")
+    pixels = tensor.detach().cpu()
+    if pixels.is_floating_point():
+        if not bool(((pixels >= 0) & (pixels <= 1)).all()):
+            raise UnsupportedImageError("A float tensor has values outside [0, 1]; give an image that is not normalised.")
+        pixels = (pixels.float() * 255).round().to(torch.uint8)
+    elif pixels.dtype not in (torch.uint8, torch.uint16, torch.bool):
+        raise UnsupportedImageError(f"A tensor of {pixels.dtype} has no fixed range; give uint8, or float in [0, 1].")
+    return _from_array((pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels).numpy())

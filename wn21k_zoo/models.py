@@ -1,0 +1,368 @@
+"""From whatever names a model to a loaded module with its label space, head and preprocessing."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from wn21k_zoo import download, registry
+from wn21k_zoo.checkpoints import DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT, Checkpoint, Head, HubSource, PackageSource
+from wn21k_zoo.errors import (
+    DownloadError,
+    InvalidArgumentError,
+    LabelSpaceError,
+    MissingExtraError,
+    ModelError,
+    UnknownModelError,
+    UnresolvedLabelSpaceError,
+    WeightsNotFoundError,
+    first_line,
+)
+from wn21k_zoo.labels import LabelSpace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = [
+    "FallbackModelWarning",
+    "LoadedModel",
+    "choose_default",
+    "create_transform",
+    "load_model",
+    "select_device",
+]
+
+if TYPE_CHECKING:
+    ModelLike = str | os.PathLike[str] | nn.Module
+LabelSpaceLike = str | LabelSpace | Sequence[str]
+
+HEADS: tuple[Head, ...] = ("semantic_softmax", "softmax", "sigmoid")
+CONFIG_FILE = "config.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class FallbackModelWarning(UserWarning):
+    """No model was named and the 21K default is not to be had, so the embedded ImageNet-1K one is used."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedModel:
+    """A module that is ready to run.
+
+    Attributes:
+        name: What results call it.
+        module: The network; logits have the shape [batch, len(label_space)].
+        label_space: Class of each logit.
+        head: How the logits are to be read.
+        data_config: Preprocessing as ``timm.data.create_transform`` takes it; None when nobody says.
+        owned: Whether it was loaded here, so that it may be moved and put into evaluation mode for good.
+    """
+
+    name: str
+    module: nn.Module
+    label_space: LabelSpace
+    head: Head
+    data_config: Mapping[str, Any] | None
+    owned: bool
+
+
+def load_model(
+    model: ModelLike | None = None,
+    *,
+    label_space: LabelSpaceLike | None = None,
+    head: Head | None = None,
+) -> LoadedModel:
+    """Load a model for prediction, on the CPU and in evaluation mode.
+
+    Args:
+        model: A record's name, a timm name with a known label space, a folder with ``config.json`` and weights,
+            ``hf-hub:ORG/NAME[@REVISION]``, a module (taken as it is), or None for :func:`choose_default`.
+        label_space: Classes of the outputs of a module or a folder: a shipped name, wnids or a :class:`LabelSpace`.
+        head: How to read the outputs of a module or a folder, 'softmax' when nobody says otherwise.
+
+    Raises:
+        UnknownModelError: Nothing answers to that name.
+        UnresolvedLabelSpaceError: The classes of its outputs are not known.
+        LabelSpaceError: The label space has another number of classes than the model has outputs.
+        ModelError: It cannot be built or its weights do not fit; :class:`WeightsNotFoundError`,
+            :class:`ChecksumError` and :class:`DownloadError` say so more precisely.
+        MissingExtraError: Its weights are in an extra that is not installed.
+    """
+    if head is not None and head not in HEADS:
+        raise InvalidArgumentError(f"head is {head!r}; it can be {', '.join(HEADS)}.")
+    space = _as_label_space(label_space)
+    if model is None:
+        model = choose_default()
+    if not isinstance(model, (str, os.PathLike)):
+        return _from_module(model, space, head)
+    name = os.fspath(model)
+    if name.startswith("hf-hub:"):
+        return _from_hub(name, space, head)
+    if name.startswith("local-dir:") or isinstance(model, os.PathLike) or _looks_like_path(name):
+        return _from_folder(Path(name.removeprefix("local-dir:")).expanduser(), space, head)
+    checkpoint = registry.resolve_checkpoint(name)
+    if space is not None or head is not None:
+        raise InvalidArgumentError(
+            f"{name} states its own label space and head; leave out label_space and head, or load the module yourself."
+        )
+    return LoadedModel(
+        name=checkpoint.name,
+        module=load_pretrained(checkpoint),
+        label_space=LabelSpace.load(checkpoint.label_space),
+        head=checkpoint.head,
+        data_config=checkpoint.data_config,
+        owned=True,
+    )
+
+
+def choose_default() -> str:
+    """The model that is used when none is named.
+
+    The environment variable ``WN21K_MODEL``; else the 21K default if its weights are in the Hub's cache, or if one
+    request of at most half a second shows that they can be downloaded; else the embedded ImageNet-1K model, with a
+    :class:`FallbackModelWarning`.
+
+    Raises:
+        MissingExtraError: Neither the 21K default nor the embedded model is to be had.
+    """
+    if named := os.environ.get("WN21K_MODEL"):
+        return named
+    default = registry.get_checkpoint(DEFAULT_CHECKPOINT)
+    if download.find_local(default) is not None or _default_is_reachable():
+        return DEFAULT_CHECKPOINT
+    return _embedded_instead("is neither cached nor reachable")
+
+
+def load_pretrained(checkpoint: Checkpoint) -> nn.Module:
+    """The network of a checkpoint with its weights, strictly loaded, on the CPU and in evaluation mode.
+
+    Raises:
+        ModelError, MissingExtraError: As :func:`load_model`.
+    """
+    import timm
+
+    source = checkpoint.sources[0] if checkpoint.sources else None
+    if isinstance(source, PackageSource):
+        return _from_package(checkpoint, source)
+    overlay: dict[str, Any] = {}
+    if source is not None:
+        # Our own fetch, then a local file for timm: a bad network is noticed at once instead of after many retries.
+        overlay = {"file": str(download.fetch_from_hub(source)), "custom_load": False}
+    try:
+        module = timm.create_model(checkpoint.name, pretrained=True, pretrained_cfg_overlay=overlay)
+    except OSError as error:
+        raise DownloadError(f"The weights of {checkpoint.name} could not be fetched: {first_line(error)}") from error
+    except Exception as error:  # torch, safetensors and timm have many ways to say that a file does not fit
+        raise ModelError(f"The weights of {checkpoint.name} do not fit its architecture: {first_line(error)}") from error
+    return cast("nn.Module", module).eval()
+
+
+def create_transform(name: str, training: bool = False) -> Any:
+    """The preprocessing of a checkpoint, as a torchvision transform from an RGB PIL image to a float32 tensor [3, H, W].
+
+    Args:
+        name: A record or a timm model with a known label space.
+        training: timm's training transform (random resized crop, flip, colour jitter) with the checkpoint's size,
+            interpolation, mean and std, in place of the one that predictions use.
+
+    Raises:
+        UnknownModelError, UnresolvedLabelSpaceError: As :func:`wn21k_zoo.registry.resolve_checkpoint`.
+    """
+    return build_transform(registry.resolve_checkpoint(name).data_config, training=training)
+
+
+def build_transform(data_config: Mapping[str, Any], training: bool = False) -> Any:
+    """The transform of a ``data_config`` as :class:`LoadedModel` has it."""
+    import timm.data
+
+    settings = dict(data_config)
+    if training:
+        settings.pop("crop_pct", None)
+        settings.pop("crop_mode", None)
+    return timm.data.create_transform(**settings, is_training=training)
+
+
+def select_device(device: str | torch.device = "auto") -> torch.device:
+    """A device by its name; 'auto' is CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        InvalidArgumentError: torch does not know the device or this machine does not have it.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"The device {str(device)!r} cannot be used here; use auto, cpu, cuda, cuda:N or mps ({first_line(error)})"
+        ) from error
+    return chosen
+
+
+@functools.cache
+def _default_is_reachable() -> bool:
+    return download.is_reachable(registry.get_checkpoint(DEFAULT_CHECKPOINT))
+
+
+def _embedded_instead(why: str) -> str:
+    embedded = registry.get_checkpoint(EMBEDDED_CHECKPOINT)
+    if download.find_local(embedded) is None:
+        raise MissingExtraError(
+            f"The default model {DEFAULT_CHECKPOINT} {why}. Connect to the network once, or use the embedded model, which",
+            "embedded",
+        )
+    warnings.warn(
+        f"{DEFAULT_CHECKPOINT} {why}; using {EMBEDDED_CHECKPOINT} (ImageNet-1K) instead. "
+        "Choose a model by --model, model= or WN21K_MODEL.",
+        FallbackModelWarning,
+        stacklevel=4,
+    )
+    return EMBEDDED_CHECKPOINT
+
+
+def _from_package(checkpoint: Checkpoint, source: PackageSource) -> nn.Module:
+    import timm
+    import torch
+
+    path = download.require_package(source)
+    if checkpoint.sha256 is None:
+        raise ModelError(f"The record {checkpoint.name} states no sha256, so its file is not loaded.")
+    published = torch.load(download.read_verified(path, checkpoint.sha256), map_location="cpu", weights_only=True)
+    module = cast("nn.Module", timm.create_model(checkpoint.architecture, pretrained=False))
+    own = module.state_dict()
+    # Same entries in the same order under other names; the sha256 above makes sure that it is that file.
+    pairs = list(zip(own.items(), published.values(), strict=True))
+    if any(mine.shape != theirs.shape for (_, mine), theirs in pairs):
+        raise ModelError(f"The installed timm's {checkpoint.architecture} is not the one that {checkpoint.name} fits.")
+    module.load_state_dict({key: theirs for (key, _), theirs in pairs}, strict=True)
+    return module.eval()
+
+
+def _from_hub(name: str, space: LabelSpace | None, head: Head | None) -> LoadedModel:
+    repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise UnknownModelError(f"{name!r} is no Hub repository; write hf-hub:ORG/NAME.")
+    source = HubSource(repo_id=repo_id, revision=revision or None)
+    config = download.fetch_from_hub(source, (CONFIG_FILE,))
+    download.fetch_from_hub(source, WEIGHT_FILES)
+    return replace(_from_folder(config.parent, space, head), name=name)
+
+
+def _from_folder(folder: Path, space: LabelSpace | None, head: Head | None) -> LoadedModel:
+    import timm
+
+    if folder.is_file():
+        raise UnknownModelError(f"{folder} is a file; name the folder that holds {CONFIG_FILE} and the weights.")
+    if not folder.is_dir():
+        raise UnknownModelError(f"There is no folder {folder}.")
+    config = _read_config(folder)
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise WeightsNotFoundError(f"{folder} has no weights; one of {', '.join(WEIGHT_FILES)} must be there.")
+    known = _checkpoint_of_config(config)
+    if space is None:
+        space = _label_space_of_config(config, known, folder)
+    try:
+        module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        data_config = timm.data.resolve_model_data_config(module)
+    except Exception as error:  # torch, safetensors and timm have many ways to say that a file does not fit
+        raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
+    _check_outputs(module, space, str(folder))
+    return LoadedModel(
+        name=str(folder),
+        module=module,
+        label_space=space,
+        head=head or (known.head if known else "softmax"),
+        data_config=known.data_config if known else data_config,
+        owned=True,
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} has no {CONFIG_FILE}; a folder as timm or the Hub writes it is needed.") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / CONFIG_FILE} cannot be read: {first_line(error)}") from error
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise ModelError(f"{folder / CONFIG_FILE} names no timm architecture.")
+    return config
+
+
+def _checkpoint_of_config(config: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint that a folder is a copy of, when its configuration names one and has as many classes."""
+    settings = config.get("pretrained_cfg", config)
+    try:
+        checkpoint = registry.resolve_checkpoint(f"{config['architecture']}.{settings['tag']}")
+    except (KeyError, UnknownModelError, UnresolvedLabelSpaceError):
+        return None
+    num_classes = config.get("num_classes", settings.get("num_classes"))
+    return checkpoint if num_classes == len(LabelSpace.load(checkpoint.label_space)) else None
+
+
+def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, folder: Path) -> LabelSpace:
+    names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
+    if names:
+        known_space = LabelSpace.load(known.label_space) if known else None
+        if known_space is not None and tuple(names) == known_space.wnids:
+            return known_space
+        try:
+            return LabelSpace(folder.name, tuple(names))
+        except LookupError:
+            known = None  # names of its own: not the classes of the checkpoint it was made from
+    if known is None:
+        raise UnresolvedLabelSpaceError(
+            f"{folder} does not say which WordNet synsets its outputs are; give label_space (a name or a list of wnids)."
+        )
+    return LabelSpace.load(known.label_space)
+
+
+def _from_module(module: Any, space: LabelSpace | None, head: Head | None) -> LoadedModel:
+    from timm.data import resolve_model_data_config
+    from torch import nn
+
+    if not isinstance(module, nn.Module):
+        raise InvalidArgumentError(f"model is a {type(module).__name__}; give a name, a folder or a torch module.")
+    if space is None:
+        raise UnresolvedLabelSpaceError(
+            "The classes of a module are not known by itself; give label_space (a name such as imagenet1k, or wnids)."
+        )
+    _check_outputs(module, space, type(module).__name__)
+    has_config = bool(getattr(module, "pretrained_cfg", None))
+    return LoadedModel(
+        name=type(module).__name__,
+        module=module,
+        label_space=space,
+        head=head or "softmax",
+        data_config=resolve_model_data_config(module) if has_config else None,
+        owned=False,
+    )
+
+
+def _check_outputs(module: nn.Module, space: LabelSpace, name: str) -> None:
+    outputs = getattr(module, "num_classes", None)
+    if isinstance(outputs, int) and outputs != len(space):
+        raise LabelSpaceError(f"{name} has {outputs:,} outputs, but {space.name} has {len(space):,} classes.")
+
+
+def _as_label_space(label_space: LabelSpaceLike | None) -> LabelSpace | None:
+    if label_space is None or isinstance(label_space, LabelSpace):
+        return label_space
+    return LabelSpace.load(label_space) if isinstance(label_space, str) else LabelSpace("custom", tuple(label_space))
+
+
+def _looks_like_path(name: str) -> bool:
+    separators = {"/", os.sep}
+    return any(separator in name for separator in separators) or name in (".", "..") or name.startswith("~")

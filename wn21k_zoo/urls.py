@@ -1,0 +1,135 @@
+"""Images from the public internet: bounded in size, time and redirects, and never from a private address."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+from wn21k_zoo.errors import ImageTooLargeError, ImageURLError, first_line
+
+__all__ = ["fetch_url"]
+
+MAX_BYTES = 50_000_000
+MAX_SECONDS = 30.0
+MAX_REDIRECTS = 5
+ANSWER_SECONDS = 10.0
+USER_AGENT = "wn21k-zoo (image fetch)"
+
+
+def fetch_url(url: str) -> bytes:
+    """The body of a URL: at most 50 MB, 30 s and 5 redirects, from public addresses only; proxies are not used.
+
+    The address that counts is the one that the socket is connected to, so neither a redirect nor a name that resolves
+    differently the second time leads inside.
+
+    Raises:
+        ImageURLError: Not http or https, not public, not answered in time, or answered with an error.
+        ImageTooLargeError: More than 50 MB.
+    """
+    deadline = time.monotonic() + MAX_SECONDS
+    try:
+        with requests.Session() as session:
+            session.trust_env = False
+            session.mount("http://", _PublicAdapter())
+            session.mount("https://", _PublicAdapter())
+            return _follow(session, url, deadline)
+    except requests.RequestException as error:
+        private = _find_private(error)
+        if private is not None:
+            raise ImageURLError(f"{url} leads to {private}, which is not a public address; it was not fetched.") from error
+        raise ImageURLError(f"{url} could not be fetched ({type(error).__name__}).") from error
+    except (OSError, ValueError) as error:
+        raise ImageURLError(f"{url} could not be fetched ({first_line(error)}).") from error
+
+
+def _follow(session: requests.Session, url: str, deadline: float) -> bytes:
+    current = url
+    for _ in range(MAX_REDIRECTS + 1):
+        if urlsplit(current).scheme not in ("http", "https"):
+            raise ImageURLError(f"{url} leads to {current}; only http and https are fetched.")
+        headers = {"user-agent": USER_AGENT, "accept": "image/*"}
+        with session.get(current, stream=True, timeout=ANSWER_SECONDS, allow_redirects=False, headers=headers) as answer:
+            if answer.is_redirect:
+                current = urljoin(current, answer.headers["location"])
+                continue
+            if answer.status_code >= 400:
+                raise ImageURLError(f"{url} answers HTTP {answer.status_code}.")
+            return _read_body(answer, url, deadline)
+    raise ImageURLError(f"{url} redirects more than {MAX_REDIRECTS} times.")
+
+
+def _read_body(answer: requests.Response, url: str, deadline: float) -> bytes:
+    announced = answer.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > MAX_BYTES:
+        raise ImageTooLargeError(f"{url} has {int(announced) / 1e6:.0f} MB; at most {MAX_BYTES // 10**6} are fetched.")
+    body = bytearray()
+    for chunk in answer.iter_content(16_384):
+        body += chunk
+        if len(body) > MAX_BYTES:
+            raise ImageTooLargeError(f"{url} has over {MAX_BYTES // 10**6} MB.")
+        if time.monotonic() > deadline:
+            raise ImageURLError(f"{url} took more than {MAX_SECONDS:.0f} s.")
+    return bytes(body)
+
+
+class _PrivateAddressError(OSError):
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+
+
+def _refuse_private(connected: Any) -> Any:
+    address = connected.getpeername()[0]
+    if not _is_public(address):
+        connected.close()
+        raise _PrivateAddressError(address)
+    return connected
+
+
+def _is_public(address: str) -> bool:
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return (mapped or parsed).is_global and not (mapped or parsed).is_multicast
+
+
+class _PublicHTTPConnection(HTTPConnection):
+    def _new_conn(self) -> Any:
+        return _refuse_private(super()._new_conn())
+
+
+class _PublicHTTPSConnection(HTTPSConnection):
+    def _new_conn(self) -> Any:
+        return _refuse_private(super()._new_conn())
+
+
+class _PublicHTTPPool(HTTPConnectionPool):
+    ConnectionCls = _PublicHTTPConnection
+
+
+class _PublicHTTPSPool(HTTPSConnectionPool):
+    ConnectionCls = _PublicHTTPSConnection
+
+
+class _PublicAdapter(HTTPAdapter):
+    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **pool_kwargs: Any) -> None:
+        self.poolmanager = PoolManager(num_pools=connections, maxsize=maxsize, block=block, **pool_kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _PublicHTTPPool, "https": _PublicHTTPSPool}
+
+
+def _find_private(error: BaseException | None) -> str | None:
+    """The private address behind a chain of errors, as requests and urllib3 wrap them."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, _PrivateAddressError):
+            return error.address
+        seen.append(error)
+        inner = [value for value in (*error.args, getattr(error, "reason", None)) if isinstance(value, BaseException)]
+        error = error.__cause__ or (inner[0] if inner else None) or error.__context__
+    return None
