@@ -1,0 +1,54 @@
+"""ImageNet-21K pretrained models with labels at every level of the WordNet hierarchy.
+
+Importing this package imports neither torch nor timm; a name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "AnimatedImageWarning": "images",
+    "Checkpoint": "checkpoints",
+    "FallbackModelWarning": "models",
+    "LabelSpace": "labels",
+    "Prediction": "prediction",
+    "Predictor": "predictor",
+    "SemanticTree": "tree",
+    "Wn21kError": "errors",
+    "create_transform": "models",
+    "get_checkpoint": "registry",
+    "list_checkpoints": "registry",
+    "predict": "predictor",
+}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from wn21k_zoo.checkpoints import Checkpoint as Checkpoint
+    from wn21k_zoo.errors import Wn21kError as Wn21kError
+    from wn21k_zoo.images import AnimatedImageWarning as AnimatedImageWarning
+    from wn21k_zoo.labels import LabelSpace as LabelSpace
+    from wn21k_zoo.models import FallbackModelWarning as FallbackModelWarning
+    from wn21k_zoo.models import create_transform as create_transform
+    from wn21k_zoo.prediction import Prediction as Prediction
+    from wn21k_zoo.predictor import Predictor as Predictor
+    from wn21k_zoo.predictor import predict as predict
+    from wn21k_zoo.registry import get_checkpoint as get_checkpoint
+    from wn21k_zoo.registry import list_checkpoints as list_checkpoints
+    from wn21k_zoo.tree import SemanticTree as SemanticTree
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

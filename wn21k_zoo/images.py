@@ -73,9 +73,9 @@ def load_image(image: ImageLike, *, allow_url: bool = False) -> Image.Image:
     """
     name = describe_source(image)
     if isinstance(image, Image.Image):
-        opened: Image.Image = image
-    elif isinstance(image, np.ndarray):
-        opened = _from_array(image)
+        return _to_rgb(image, name)
+    if isinstance(image, np.ndarray):
+        opened: Image.Image = _from_array(image)
     elif isinstance(image, (bytes, bytearray, memoryview)):
         opened = _open(io.BytesIO(image), name)
     elif isinstance(image, (str, os.PathLike)):
@@ -88,7 +88,8 @@ def load_image(image: ImageLike, *, allow_url: bool = False) -> Image.Image:
         raise UnsupportedImageError(
             f"A {type(image).__name__} is no image; give a path, PIL image, array, tensor, bytes or file object."
         )
-    return _to_rgb(opened, name)
+    with opened:  # closes a file that was opened here, and leaves the caller's alone
+        return _to_rgb(opened, name)
 
 
 def describe_source(image: object) -> str | None:
@@ -175,8 +176,9 @@ def _open_heif(file: Path | BinaryIO, shown: str) -> Image.Image:
         import pillow_heif
     except ImportError as error:
         raise MissingExtraError(f"{shown} is a HEIF photograph, which", "heif") from error
+    pillow_heif.register_heif_opener()
     try:
-        return pillow_heif.HeifImagePlugin.HeifImageFile(file)  # type: ignore[no-any-return]
+        return Image.open(file)
     except Exception as error:  # as in _open
         raise ImageDecodeError(f"{shown} cannot be decoded ({first_line(error)}).") from error
 

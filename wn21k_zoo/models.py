@@ -105,7 +105,7 @@ def load_model(
     name = os.fspath(model)
     if name.startswith("hf-hub:"):
         return _from_hub(name, space, head)
-    if name.startswith("local-dir:") or isinstance(model, os.PathLike) or _looks_like_path(name):
+    if name.startswith("local-dir:") or isinstance(model, os.PathLike) or looks_like_path(name):
         return _from_folder(Path(name.removeprefix("local-dir:")).expanduser(), space, head)
     checkpoint = registry.resolve_checkpoint(name)
     if space is not None or head is not None:
@@ -363,6 +363,6 @@ def _as_label_space(label_space: LabelSpaceLike | None) -> LabelSpace | None:
     return LabelSpace.load(label_space) if isinstance(label_space, str) else LabelSpace("custom", tuple(label_space))
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
     separators = {"/", os.sep}
     return any(separator in name for separator in separators) or name in (".", "..") or name.startswith("~")

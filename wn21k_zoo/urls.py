@@ -70,7 +70,7 @@ def _read_body(answer: requests.Response, url: str, deadline: float) -> bytes:
     if announced.isdecimal() and int(announced) > MAX_BYTES:
         raise ImageTooLargeError(f"{url} has {int(announced) / 1e6:.0f} MB; at most {MAX_BYTES // 10**6} are fetched.")
     body = bytearray()
-    for chunk in answer.iter_content(16_384):
+    while chunk := answer.raw.read1(65_536, decode_content=True):  # read1: a slow sender cannot hold it past one packet
         body += chunk
         if len(body) > MAX_BYTES:
             raise ImageTooLargeError(f"{url} has over {MAX_BYTES // 10**6} MB.")

@@ -1,0 +1,215 @@
+"""The semantic tree as tensors: how a head's logits become a score for every node of the tree.
+
+Everything here is in *level order*: nodes sorted by depth and, inside a depth, by wnid. Classes of one level are then
+adjacent, parents stand before their children, ties are broken by wnid, and no result depends on the order in which a
+model or a tree happens to list its classes.
+
+Shape suffixes: B batch, K outputs of the head, N nodes of the tree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wn21k_zoo.checkpoints import Head
+from wn21k_zoo.errors import TreeError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.synsets import load_nouns
+from wn21k_zoo.tree import SemanticTree
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["Decoder", "Hierarchy", "NodeScores"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeScores:
+    """Scores of a batch.
+
+    Attributes:
+        outputs: Softmax, or sigmoid, over all outputs, sorted by wnid (:attr:`Decoder.output_order`), [B, K].
+        probability: p of each node in level order, [B, N].
+        confidence: Of each node in level order, [B, N]; never above that of its parent.
+        unmapped: What belongs to no node of the tree, [B]: the sum (softmax) or the maximum (sigmoid) over the classes
+            that have no ancestor in the tree; 0 for a semantic softmax.
+    """
+
+    outputs: Tensor
+    probability: Tensor
+    confidence: Tensor
+    unmapped: Tensor
+
+
+class Hierarchy:
+    """A tree in level order.
+
+    Attributes:
+        tree: The tree.
+        order: Tree index of each node in level order, [N].
+        parents: Position in level order of each node's parent, -1 for roots, [N].
+        starts: Position of the first node of each depth and, last, N; [max depth + 2].
+
+    Args:
+        tree: The tree.
+        device: Where the tensors that the methods take are.
+    """
+
+    def __init__(self, tree: SemanticTree, device: torch.device | str = "cpu") -> None:
+        import torch
+
+        self.tree = tree
+        self.order: NDArray[np.int64] = np.lexsort((tree.label_space.positions, tree.depths))
+        self.position: NDArray[np.int64] = np.argsort(self.order)
+        parents = tree.parents[self.order]
+        self.parents: NDArray[np.int64] = np.where(parents >= 0, self.position[parents], -1)
+        depths = tree.depths[self.order]
+        self.starts: list[int] = [int(start) for start in np.searchsorted(depths, np.arange(depths[-1] + 2))]
+        # For each depth below the roots, the deepest first: where its nodes stand, and where their parents do.
+        self._edges = [
+            (depth, torch.from_numpy(self.parents[depth]).to(device)) for depth in self.depth_slices[:0:-1]
+        ]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def depth_slices(self) -> list[slice]:
+        """Where each depth's nodes stand in level order, from depth 0."""
+        return [slice(start, end) for start, end in zip(self.starts, self.starts[1:], strict=False)]
+
+    def level_softmax(self, scores_bn: Tensor) -> Tensor:
+        """Softmax inside each depth, [B, N] -> [B, N]; 1 where a depth has one node (arXiv 2104.10972, section 3.3)."""
+        import torch
+
+        return torch.cat([scores_bn[:, depth].softmax(dim=-1) for depth in self.depth_slices], dim=-1)
+
+    def minimum_over_path(self, probability_bn: Tensor) -> Tensor:
+        """For each node the minimum over it and its ancestors, [B, N] -> [B, N]."""
+        import torch
+
+        result = probability_bn.clone()
+        for depth, above in reversed(self._edges):
+            result[:, depth] = torch.minimum(result[:, depth], result[:, above])
+        return result
+
+    def sum_over_subtree(self, mass_bn: Tensor) -> Tensor:
+        """For each node the sum over it and its descendants, [B, N] -> [B, N]."""
+        result = mass_bn.clone()
+        for depth, above in self._edges:
+            result.scatter_add_(1, above.expand(len(result), -1), result[:, depth].clone())
+        return result
+
+    def maximum_over_subtree(self, scores_bn: Tensor) -> Tensor:
+        """For each node the maximum over it and its descendants, [B, N] -> [B, N]."""
+        result = scores_bn.clone()
+        for depth, above in self._edges:
+            result.scatter_reduce_(1, above.expand(len(result), -1), result[:, depth].clone(), reduce="amax")
+        return result
+
+    def best_path(self, probability_n: NDArray[np.float32], confidence_n: NDArray[np.float32]) -> list[int]:
+        """Positions from the root of highest confidence, each time to the child of highest p, down to a leaf.
+
+        It stops earlier where all children score 0. Ties go to the lower wnid.
+
+        Args:
+            probability_n: p of one image's nodes, [N].
+            confidence_n: Their confidence, [N].
+
+        Returns:
+            Positions in level order; empty when all roots score 0.
+        """
+        best = int(np.argmax(confidence_n[: self.starts[1]]))
+        if confidence_n[best] <= 0:
+            return []
+        path = [best]
+        while len(children := self._children(path[-1])):
+            best = int(children[np.argmax(probability_n[children])])
+            if probability_n[best] <= 0:
+                break
+            path.append(best)
+        return path
+
+    def _children(self, position: int) -> NDArray[np.int64]:
+        # Sorted by tree index, so put them into level order for the sake of ties.
+        return np.sort(self.position[self.tree.child_indices(int(self.order[position]))])
+
+
+class Decoder:
+    """From the logits of one kind of head over one label space to the scores of one tree's nodes.
+
+    - ``semantic_softmax``: p(c) is the softmax within c's depth, confidence(c) the minimum of p over c and its ancestors.
+    - ``softmax``: p = confidence of a node is the sum over the classes in its subtree. A class that the tree lacks
+      counts for its nearest ancestor that the tree has; what has none is ``unmapped``.
+    - ``sigmoid``: p = confidence of a node is the maximum over the classes in its subtree.
+
+    Args:
+        tree: Whose nodes are scored.
+        label_space: Class of each output.
+        head: Kind of head.
+        device: Where the logits are.
+
+    Attributes:
+        output_order: The label space's indices sorted by wnid, [K].
+
+    Raises:
+        TreeError: A semantic softmax over other classes than the tree's: its outputs mean nothing outside their levels.
+    """
+
+    def __init__(
+        self, tree: SemanticTree, label_space: LabelSpace, head: Head, device: torch.device | str = "cpu"
+    ) -> None:
+        import torch
+
+        self.hierarchy = Hierarchy(tree, device)
+        self.head = head
+        self.output_order: NDArray[np.int64] = np.argsort(label_space.positions)
+        self._by_wnid = torch.from_numpy(self.output_order).to(device)
+        if head == "semantic_softmax":
+            if set(label_space.wnids) != set(tree.wnids):
+                raise TreeError(
+                    f"A semantic softmax over {label_space.name} can be read with the tree over the same classes only, "
+                    f"not with {tree.name}; leave out tree."
+                )
+            nodes_by_wnid = np.argsort(tree.label_space.positions)
+            level_order = np.argsort(self.hierarchy.position[nodes_by_wnid])
+            self._level_order = torch.from_numpy(level_order).to(device)
+            return
+        positions = label_space.positions[self.output_order]
+        nearest = load_nouns().nearest_members(positions, tree.label_space.positions)
+        mapped = nearest >= 0
+        self._mapped = torch.from_numpy(np.flatnonzero(mapped)).to(device)
+        self._targets = torch.from_numpy(self.hierarchy.position[nearest[mapped]]).to(device)
+        self._unmapped = torch.from_numpy(np.flatnonzero(~mapped)).to(device)
+
+    def __call__(self, logits_bk: Tensor) -> NodeScores:
+        """Scores of a batch of logits, [B, K] in the label space's order, reduced in float32."""
+        logits_bk = logits_bk.float()[:, self._by_wnid]
+        outputs = logits_bk.sigmoid() if self.head == "sigmoid" else logits_bk.softmax(dim=-1)
+        if self.head == "semantic_softmax":
+            probability = self.hierarchy.level_softmax(logits_bk[:, self._level_order])
+            confidence = self.hierarchy.minimum_over_path(probability)
+            unmapped = outputs.new_zeros(len(outputs))
+            return NodeScores(outputs=outputs, probability=probability, confidence=confidence, unmapped=unmapped)
+        left_over = outputs[:, self._unmapped]
+        if self.head == "softmax":
+            unmapped = left_over.sum(dim=-1)
+        else:
+            unmapped = left_over.amax(dim=-1) if left_over.shape[1] else outputs.new_zeros(len(outputs))
+        scores = self._aggregate(outputs)
+        return NodeScores(outputs=outputs, probability=scores, confidence=scores, unmapped=unmapped)
+
+    def _aggregate(self, outputs_bk: Tensor) -> Tensor:
+        values = outputs_bk[:, self._mapped]
+        nodes = values.new_zeros(len(values), len(self.hierarchy))
+        targets = self._targets.expand(len(values), -1)
+        if self.head == "softmax":
+            nodes.scatter_add_(1, targets, values)
+            return self.hierarchy.sum_over_subtree(nodes).clamp_(max=1.0)  # rounding can carry a sum just above 1
+        nodes.scatter_reduce_(1, targets, values, reduce="amax")
+        return self.hierarchy.maximum_over_subtree(nodes)

@@ -1,0 +1,362 @@
+"""Images in, predictions out.
+
+The module is called ``predictor`` because ``wn21k_zoo.predict`` is the function.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wn21k_zoo import models
+from wn21k_zoo.checkpoints import Head
+from wn21k_zoo.errors import ImageError, InvalidArgumentError, ModelError, Wn21kError, first_line
+from wn21k_zoo.hierarchy import Decoder, NodeScores
+from wn21k_zoo.images import describe_source, load_image
+from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace
+from wn21k_zoo.models import LabelSpaceLike, LoadedModel
+from wn21k_zoo.prediction import Label, Level, Output, Prediction, check_threshold
+from wn21k_zoo.tree import SemanticTree
+
+if TYPE_CHECKING:
+    import torch
+
+    from wn21k_zoo.images import ImageLike
+    from wn21k_zoo.models import ModelLike
+
+__all__ = ["Predictor", "predict"]
+
+Errors = Literal["raise", "return"]
+Result = Prediction | Wn21kError
+
+
+class Predictor:
+    """A model that is ready for any number of images.
+
+    Args:
+        model: A record's name, a timm model name with a known label space, a folder with ``config.json`` and weights,
+            ``hf-hub:ORG/NAME``, a torch module (with ``label_space``), or None for the default
+            (:func:`wn21k_zoo.models.choose_default`). A model that is named is never replaced by another.
+        top_k: How many labels each level, and how many outputs, a prediction lists.
+        threshold: Confidence in [0, 1] that ``Prediction.label`` must reach.
+        device: 'auto' (CUDA, else MPS, else CPU; a module stays where it is) or a torch device.
+        batch_size: Images per forward pass.
+        tree: Whose labels are given: a shipped tree's name, a file of wnids or a :class:`SemanticTree`. By default
+            fall11, or winter21 for a head over its classes; for a semantic softmax always the tree over its classes.
+        label_space: Classes of the outputs of a module or a folder.
+        head: Kind of head of a module or a folder.
+        transform: From an RGB PIL image to a float tensor [3, H, W], in place of the model's own preprocessing.
+        allow_url: Whether images may be URLs.
+
+    Raises:
+        InvalidArgumentError: A value that is not allowed.
+        UnknownTreeError, TreeError: A tree that is not known, not readable, or does not fit the head.
+        Wn21kError: As :func:`wn21k_zoo.models.load_model`.
+
+    Example:
+        >>> predictor = Predictor("efficientnet_lite0.embedded_in1k")
+        >>> predictor("sample:cat").label.name
+        'domestic cat, house cat, Felis domesticus, Felis catus'
+    """
+
+    def __init__(
+        self,
+        model: ModelLike | LoadedModel | None = None,
+        *,
+        top_k: int = 5,
+        threshold: float = 0.5,
+        device: str | torch.device = "auto",
+        batch_size: int = 16,
+        tree: str | os.PathLike[str] | SemanticTree | None = None,
+        label_space: LabelSpaceLike | None = None,
+        head: Head | None = None,
+        transform: Callable[[Any], torch.Tensor] | None = None,
+        allow_url: bool = False,
+    ) -> None:
+        self.top_k = _positive("top_k", top_k)
+        self.batch_size = _positive("batch_size", batch_size)
+        self.threshold = check_threshold(threshold)
+        self.allow_url = allow_url
+        chosen_tree = _as_tree(tree)  # before the model: a wrong name should not cost a download
+        chosen_device = models.select_device(device) if device != "auto" else None
+        if not isinstance(model, LoadedModel):
+            model = models.load_model(model, label_space=label_space, head=head)
+        self.name = model.name
+        self.label_space = model.label_space
+        self.head = model.head
+        self.tree = chosen_tree or _default_tree(model.label_space, model.head)
+        self.device = chosen_device or (models.select_device() if model.owned else _device_of(model.module))
+        self.module = model.module.to(self.device) if model.owned or chosen_device else model.module
+        self.transform = transform or _own_transform(model)
+        self._decoder = Decoder(self.tree, self.label_space, self.head, self.device)
+
+    def __call__(self, images: ImageLike | Iterable[ImageLike], *, errors: Errors = "raise") -> Any:
+        """One prediction for one image, a list of them for several, in their order.
+
+        Args:
+            images: An image as :func:`wn21k_zoo.images.load_image` takes it, or an iterable of them; an array or
+                tensor with four dimensions is several.
+            errors: 'raise' the first error, or 'return' each in the place of its prediction.
+
+        Returns:
+            A :class:`Prediction`, or a list of predictions (and errors).
+
+        Raises:
+            ImageError: An image that cannot be used (``errors='raise'``).
+            ModelError: The model cannot be run.
+        """
+        if errors not in ("raise", "return"):
+            raise InvalidArgumentError(f"errors is {errors!r}; it can be 'raise' or 'return'.")
+        several = _is_several(images)
+        results: list[Result] = []
+        for result in self.stream(cast("Iterable[ImageLike]", images) if several else [cast("ImageLike", images)]):
+            if errors == "raise" and isinstance(result, Wn21kError):
+                raise result
+            results.append(result)
+        return results if several else results[0]
+
+    def stream(self, images: Iterable[ImageLike]) -> Iterator[Result]:
+        """Predictions in the order of the images, each error in its place, holding only a few batches in memory.
+
+        Images are decoded by threads while the model runs.
+        """
+        waiting: deque[tuple[str | None, Future[torch.Tensor]]] = deque()
+        remaining = iter(images)
+        with _Workers() as workers:
+            while True:
+                for image in itertools.islice(remaining, 2 * self.batch_size - len(waiting)):
+                    waiting.append((describe_source(image), workers.submit(self._prepare, image)))
+                if not waiting:
+                    return
+                batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
+                for image in itertools.islice(remaining, len(batch)):
+                    waiting.append((describe_source(image), workers.submit(self._prepare, image)))
+                yield from self._predict_batch(batch)
+
+    def __repr__(self) -> str:
+        return f"Predictor({self.name!r}, label_space={self.label_space.name!r}, tree={self.tree.name!r}, {self.device})"
+
+    def _prepare(self, image: ImageLike) -> torch.Tensor:
+        rgb = load_image(image, allow_url=self.allow_url)
+        try:
+            return cast("torch.Tensor", self.transform(rgb))
+        except Exception as error:  # a transform can be the user's own
+            name = describe_source(image) or "The image"
+            raise ImageError(f"{name} could not be preprocessed ({first_line(error)}).") from error
+
+    def _predict_batch(self, batch: list[tuple[str | None, Future[torch.Tensor]]]) -> Iterator[Result]:
+        outcomes: list[torch.Tensor | Wn21kError] = []
+        for _, future in batch:
+            try:
+                outcomes.append(future.result())
+            except Wn21kError as error:
+                outcomes.append(error)
+        usable = [outcome for outcome in outcomes if not isinstance(outcome, Wn21kError)]
+        predictions = iter(self._run(usable) if usable else [])
+        for (source, _), outcome in zip(batch, outcomes, strict=True):
+            yield outcome if isinstance(outcome, Wn21kError) else next(predictions)(source)
+
+    def _run(self, tensors: list[torch.Tensor]) -> list[Callable[[str | None], Result]]:
+        import torch
+
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with torch.inference_mode():
+                logits = self.module(torch.stack(tensors).to(self.device))
+                if tuple(logits.shape) != (len(tensors), len(self.label_space)):
+                    raise ModelError(
+                        f"{self.name} gives outputs of shape {tuple(logits.shape)} for {len(tensors)} images; "
+                        f"{self.label_space.name} needs [{len(tensors)}, {len(self.label_space)}]."
+                    )
+                finite = logits.isfinite().all(dim=-1).cpu()
+                scores = self._decoder(logits)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, Wn21kError):
+                raise
+            hint = " Try a smaller batch size." if isinstance(error, torch.OutOfMemoryError) else ""
+            raise ModelError(f"{self.name} cannot be run on these images: {first_line(error)}{hint}") from error
+        finally:
+            self.module.train(was_training)
+        rows = NodeScores(
+            outputs=scores.outputs.cpu(),
+            probability=scores.probability.cpu(),
+            confidence=scores.confidence.cpu(),
+            unmapped=scores.unmapped.cpu(),
+        )
+        return [
+            functools.partial(self._prediction, rows, row) if finite[row] else self._not_finite
+            for row in range(len(tensors))
+        ]
+
+    def _not_finite(self, source: str | None) -> ModelError:
+        return ModelError(f"{self.name} gives NaN or infinite outputs for {source or 'this image'}; are its weights right?")
+
+    def _prediction(self, scores: NodeScores, row: int, source: str | None) -> Prediction:
+        probability, confidence = scores.probability[row].numpy(), scores.confidence[row].numpy()
+        outputs = scores.outputs[row].numpy()
+        hierarchy, space = self._decoder.hierarchy, self.label_space
+
+        def label(position: int) -> Label:
+            node = self.tree[int(hierarchy.order[position])]
+            return Label(
+                index=node.index,
+                wnid=node.wnid,
+                name=node.name,
+                definition=node.definition,
+                depth=node.depth,
+                probability=float(probability[position]),
+                confidence=float(confidence[position]),
+            )
+
+        levels = [
+            Level(
+                depth=depth,
+                labels=tuple(
+                    label(nodes.start + int(best))
+                    for best in _largest(probability[nodes], self.top_k)
+                    if probability[nodes][best] > 0
+                ),
+            )
+            for depth, nodes in enumerate(hierarchy.depth_slices)
+            if nodes.stop - nodes.start > 1
+        ]
+        best_outputs = [int(best) for best in _largest(outputs, self.top_k)]
+        return Prediction(
+            source=source,
+            model=self.name,
+            label_space=space.name,
+            head=self.head,
+            tree=self.tree.name,
+            threshold=self.threshold,
+            levels=tuple(levels),
+            path=tuple(label(position) for position in hierarchy.best_path(probability, confidence)),
+            top_k=tuple(
+                Output(
+                    index=(index := int(self._decoder.output_order[best])),
+                    wnid=space.wnids[index],
+                    name=space.names[index],
+                    definition=space.definitions[index],
+                    probability=float(outputs[best]),
+                )
+                for best in best_outputs
+            ),
+            unmapped=min(1.0, float(scores.unmapped[row])),
+        )
+
+
+def predict(
+    images: ImageLike | Iterable[ImageLike],
+    model: ModelLike | None = None,
+    top_k: int = 5,
+    threshold: float = 0.5,
+    device: str | torch.device = "auto",
+    errors: Errors = "raise",
+    **options: Any,
+) -> Any:
+    """Predict labels at every level of the hierarchy for one image or several.
+
+    The last model that was named stays loaded for the next call; use a :class:`Predictor` to decide that yourself.
+
+    Args:
+        images: One image or an iterable of them, as :func:`wn21k_zoo.images.load_image` takes them.
+        model: As :class:`Predictor`.
+        top_k: As :class:`Predictor`.
+        threshold: As :class:`Predictor`.
+        device: As :class:`Predictor`.
+        errors: 'raise' the first error, or 'return' each in the place of its prediction.
+        **options: Further arguments of :class:`Predictor`.
+
+    Returns:
+        A :class:`Prediction` for one image, a list for several.
+
+    Raises:
+        Wn21kError: As :class:`Predictor`.
+    """
+    chosen: Any = models.choose_default() if model is None else model
+    unknown = set(options) - {"batch_size", "tree", "label_space", "head", "transform", "allow_url"}
+    if unknown:
+        raise InvalidArgumentError(f"predict has no option {', '.join(sorted(unknown))}; help(wn21k_zoo.Predictor) lists them.")
+    stays_the_same = isinstance(chosen, str) and not models.looks_like_path(chosen)
+    if stays_the_same and not options.keys() & {"label_space", "head"}:
+        chosen = _load_once(chosen, str(models.select_device(device)))
+    return Predictor(chosen, top_k=top_k, threshold=threshold, device=device, **options)(images, errors=errors)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(name: str, device: str) -> LoadedModel:  # the device is part of the key: loading elsewhere moves it
+    return models.load_model(name)
+
+
+class _Workers(ThreadPoolExecutor):
+    """Threads that decode images; whoever stops early does not wait for what is still queued."""
+
+    def __init__(self) -> None:
+        super().__init__(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="wn21k-decode")
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown(wait=True, cancel_futures=True)
+
+
+def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Indices of the ``count`` largest, the largest first, among equals the lower index first."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    candidates = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgumentError(f"{name} is {value!r}; it must be a whole number from 1.")
+    return value
+
+
+def _is_several(images: Any) -> bool:
+    dimensions = getattr(images, "ndim", None)
+    if isinstance(dimensions, int):
+        return dimensions == 4
+    single = isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(images, "read")
+    return not single and isinstance(images, Iterable) and not hasattr(images, "getbands")
+
+
+def _as_tree(tree: str | os.PathLike[str] | SemanticTree | None) -> SemanticTree | None:
+    if tree is None or isinstance(tree, SemanticTree):
+        return tree
+    name = os.fspath(tree)
+    if name in LABEL_SPACES or name in LABEL_SPACE_ALIASES or not Path(name).is_file():
+        return SemanticTree.load(name)
+    return SemanticTree.from_file(name)
+
+
+def _default_tree(label_space: LabelSpace, head: Head) -> SemanticTree:
+    winter21 = SemanticTree.load("winter21")
+    if len(label_space) == len(winter21) and set(label_space.wnids) == set(winter21.wnids):
+        return winter21
+    fall11 = SemanticTree.load("fall11")
+    if head == "semantic_softmax" and set(label_space.wnids) != set(fall11.wnids):
+        return SemanticTree.from_label_space(label_space)
+    return fall11
+
+
+def _device_of(module: Any) -> torch.device:
+    import torch
+
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def _own_transform(model: LoadedModel) -> Callable[[Any], torch.Tensor]:
+    if model.data_config is None:
+        raise InvalidArgumentError(
+            f"How images are prepared for {model.name} is not known; give transform (PIL image to tensor [3, H, W])."
+        )
+    return cast("Callable[[Any], torch.Tensor]", models.build_transform(model.data_config))
