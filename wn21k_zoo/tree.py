@@ -14,10 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wn21k_zoo import drawing
 from wn21k_zoo.errors import (
     InvalidArgumentError,
     TreeError,
@@ -28,6 +30,9 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN, load_nouns
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
 
 __all__ = ["Node", "SemanticTree", "TreeDifference"]
 
@@ -340,6 +345,31 @@ class SemanticTree:
             },
             same_order=self.wnids == other.wnids,
         )
+
+    # Drawing
+
+    def to_rich(self, node: int | str | Node | None = None, max_depth: int | None = None) -> Tree:
+        """A tree for ``rich.print``.
+
+        Args:
+            node: Draw what is below it; by default everything.
+            max_depth: Levels to draw below the top, by default all.
+
+        Raises:
+            UnknownSynsetError: The tree has no such node.
+            InvalidArgumentError: ``max_depth`` is negative.
+        """
+        return drawing.to_rich(self, node, max_depth)
+
+    def to_dot(self, node: int | str | Node | None = None, max_depth: int | None = None) -> str:
+        """A graph in Graphviz's DOT language; arguments and errors as :meth:`to_rich`."""
+        return drawing.to_dot(self, node, max_depth)
+
+    def to_dict(self, node: int | str | Node | None = None, max_depth: int | None = None) -> list[dict[str, Any]]:
+        """The roots (or the one node) as dicts with the keys of :class:`Node` and ``children``; arguments as :meth:`to_rich`."""
+        return drawing.to_dict(self, node, max_depth)
+
+    # Indices
 
     def child_indices(self, index: int) -> NDArray[np.int64]:
         """Indices of a node's children, ascending; shape [number of children]. -1 stands above the roots."""

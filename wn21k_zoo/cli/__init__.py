@@ -1,0 +1,20 @@
+"""The command ``wn21k``. Data goes to stdout, messages and progress bars to stderr; heavy imports wait for a command."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line; exit codes: 0 done, 1 failed, 2 usage, 3 some items failed, 130 interrupted."""
+    try:
+        from wn21k_zoo.cli.app import app
+
+        arguments = sys.argv[1:]
+        if "--debug" in arguments:  # wherever it stands
+            arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
+        app(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)

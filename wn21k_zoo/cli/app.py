@@ -1,0 +1,67 @@
+"""The typer application: global options, and errors as one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from wn21k_zoo import __version__
+from wn21k_zoo.cli import predict, tree, zoo
+from wn21k_zoo.cli.output import say
+from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
+
+__all__ = ["app"]
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # whoever reads stdout has had enough (wn21k ... | head)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except Exception as error:
+            is_control_flow = type(error).__module__.startswith(("typer", "click"))
+            if is_control_flow or ctx.params.get("debug"):
+                raise
+            if isinstance(error, Wn21kError):
+                say(str(error))
+            else:
+                say(f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)")
+            raise typer.Exit(2 if isinstance(error, InvalidArgumentError) else 1) from None
+
+
+app = typer.Typer(
+    name="wn21k",
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="ImageNet-21K pretrained models with labels at every level of the WordNet hierarchy.",
+)
+predict.register(app)
+zoo.register(app)
+app.add_typer(tree.app, name="tree")
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"wn21k-zoo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """ImageNet-21K pretrained models with labels at every level of the WordNet hierarchy."""

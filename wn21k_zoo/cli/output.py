@@ -1,0 +1,206 @@
+"""What the commands write: messages to stderr; results to stdout as table, json, jsonl or csv."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from wn21k_zoo.errors import Wn21kError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from wn21k_zoo.prediction import Prediction
+
+__all__ = ["CSV_COLUMNS", "Format", "ResultWriter", "choose_format", "print_json", "print_table", "say", "warnings_as_messages"]
+
+CSV_COLUMNS: Mapping[str, str] = {
+    "source": "path, URL or name of the image",
+    "kind": "label (the deepest that reaches the threshold), level, output (the model's own classes) or error",
+    "depth": "depth in the tree; empty for output and error",
+    "rank": "1 is the best of its level or of the outputs",
+    "index": "index in the tree; for output in the label space",
+    "wnid": "WordNet 3.0 noun id",
+    "name": "lemmas; for error its message",
+    "probability": "0 to 1",
+    "confidence": "0 to 1; empty for output and error",
+    "model": "model that predicted; empty for error",
+    "label_space": "classes of its head",
+    "tree": "tree of depth and index",
+}
+
+
+class Format(StrEnum):
+    """Formats of results."""
+
+    table = "table"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(f"wn21k: {message}\n")
+    sys.stderr.flush()
+
+
+def choose_format(chosen: Format | None) -> Format:
+    """The format that was asked for; else a table on a terminal, jsonl in a pipe."""
+    return chosen or (Format.table if sys.stdout.isatty() else Format.jsonl)
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console; in a pipe or a file it is 120 columns wide."""
+    from rich.console import Console
+
+    file = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if file.isatty() else 120, highlight=False)
+
+
+@contextmanager
+def warnings_as_messages(quiet: bool) -> Iterator[None]:
+    """Within, a Python warning is one line on stderr, or nothing."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if not quiet:
+            say(" ".join(str(message).split()))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """JSON on stdout."""
+    sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], chosen: Format | None) -> None:
+    """Rows of plain values in a format; None is shown as 'unknown' in a table."""
+    chosen = choose_format(chosen)
+    if chosen is Format.json:
+        print_json(list(rows))
+    elif chosen is Format.jsonl:
+        for row in rows:
+            print_json(row, indent=None)
+    elif chosen is Format.csv:
+        writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*(column.replace("_", " ") for column in columns), box=box.SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*(Text("unknown" if row[column] is None else str(row[column])) for column in columns))
+        console().print(table)
+
+
+class ResultWriter:
+    """Writes results one by one as they come, so that a stream of any length works."""
+
+    def __init__(self, chosen: Format) -> None:
+        self.format = chosen
+        self._count = 0
+        if chosen is Format.csv:
+            self._csv = csv.DictWriter(sys.stdout, list(CSV_COLUMNS), lineterminator="\n")
+            self._csv.writeheader()
+        if chosen is Format.json:
+            sys.stdout.write("[")
+        if chosen is Format.table:
+            self._console = console()
+
+    def write(self, source: str | None, result: Prediction | Wn21kError) -> None:
+        """One result; an error is an item of the machine-readable formats too."""
+        from wn21k_zoo.prediction import error_to_dict
+
+        if self.format is Format.table:
+            if not isinstance(result, Wn21kError):
+                _print_prediction(self._console, result)
+        elif self.format is Format.csv:
+            self._csv.writerows(_csv_rows(source, result))
+        else:
+            value = error_to_dict(source, result) if isinstance(result, Wn21kError) else result.to_dict()
+            if self.format is Format.json:
+                sys.stdout.write(",\n" if self._count else "\n")
+            sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False))
+            if self.format is Format.jsonl:
+                sys.stdout.write("\n")
+        sys.stdout.flush()
+        self._count += 1
+
+    def close(self) -> None:
+        """Ends the JSON array."""
+        if self.format is Format.json:
+            sys.stdout.write("\n]\n" if self._count else "]\n")
+
+
+def _csv_rows(source: str | None, result: Prediction | Wn21kError) -> Iterator[dict[str, Any]]:
+    if isinstance(result, Wn21kError):
+        yield {"source": source, "kind": "error", "name": str(result)}
+        return
+    about = {"source": source, "model": result.model, "label_space": result.label_space, "tree": result.tree}
+    labels = [("label", 1, result.label)] if result.label else []
+    labels += [("level", rank, label) for level in result.levels for rank, label in enumerate(level.labels, 1)]
+    for kind, rank, label in labels:
+        yield {
+            **about,
+            "kind": kind,
+            "depth": label.depth,
+            "rank": rank,
+            "index": label.index,
+            "wnid": label.wnid,
+            "name": label.name,
+            "probability": label.probability,
+            "confidence": label.confidence,
+        }
+    for rank, output in enumerate(result.top_k, 1):
+        yield {
+            **about,
+            "kind": "output",
+            "rank": rank,
+            "index": output.index,
+            "wnid": output.wnid,
+            "name": output.name,
+            "probability": output.probability,
+        }
+
+
+def _print_prediction(target: Console, prediction: Prediction) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.tree import Tree
+
+    best = prediction.label
+    title = f"{escape(best.name)} [dim]{best.wnid}[/] {best.confidence:.2f}" if best else "no label reaches the threshold"
+    target.print(f"[bold]{escape(prediction.source or 'image')}[/]  [bold green]{title}[/]")
+    branch = tree = Tree("path", hide_root=True)
+    for label in prediction.path:
+        style = "bold green" if label == best else "" if label.confidence >= prediction.threshold else "dim"
+        branch = branch.add(f"{escape(label.name)} [dim]{label.wnid}[/] {label.confidence:.2f}", style=style)
+    target.print(tree)
+    table = Table("level", "label", "wnid", "p", "next", box=box.SIMPLE_HEAD)
+    for level in prediction.levels:
+        if not level.labels:
+            continue
+        first, *others = level.labels
+        following = " · ".join(f"{other.short_name} {other.probability:.2f}" for other in others if other.probability >= 0.005)
+        table.add_row(str(level.depth), escape(first.name), first.wnid, f"{first.probability:.2f}", escape(following))
+    target.print(table)
+    top = " · ".join(f"{output.name.split(', ')[0]} {output.probability:.2f}" for output in prediction.top_k)
+    target.print(f"[dim]outputs[/] {escape(top)}")
+    unmapped = f", {prediction.unmapped:.2f} unmapped" if prediction.unmapped >= 0.005 else ""
+    target.print(
+        f"[dim]model {escape(prediction.model)}, label space {prediction.label_space}, tree {escape(prediction.tree)}"
+        f"{unmapped}[/]\n"
+    )

@@ -1,0 +1,216 @@
+"""``wn21k predict``: photographs in, labels out."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wn21k_zoo.checkpoints import CHECKPOINTS
+from wn21k_zoo.cli.output import Format, ResultWriter, choose_format, console, say, warnings_as_messages
+from wn21k_zoo.errors import ImageNotFoundError, InvalidArgumentError, Wn21kError
+
+if TYPE_CHECKING:
+    from wn21k_zoo.predictor import Predictor
+
+__all__ = ["register"]
+
+# Only for folders: a file that is named is tried whatever it is called.
+IMAGE_SUFFIXES = frozenset(
+    ".avif .bmp .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("predict")(predict)
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    return [checkpoint.name for checkpoint in CHECKPOINTS if checkpoint.name.startswith(incomplete)]
+
+
+def predict(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Images, folders (searched to the bottom), quoted globs, sample:cat|coffee|rocket, "
+            "or - for paths on stdin, one a line.",
+            metavar="PATH|DIR|GLOB|-...",
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m",
+            help="A record (wn21k list), a timm name, a folder with config.json, or hf-hub:ORG/NAME. Default: $WN21K_MODEL, "
+            "else the 21K default, else the embedded model.",
+            autocompletion=_complete_model,
+        ),
+    ] = None,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Labels per level, and outputs.")] = 5,
+    level: Annotated[int | None, typer.Option("--level", min=0, help="Show this level (depth) only.")] = None,
+    threshold: Annotated[
+        float, typer.Option("--threshold", "-t", min=0.0, max=1.0, help="Confidence that the label must reach.")
+    ] = 0.5,
+    tree: Annotated[str | None, typer.Option("--tree", help="fall11, winter21, or a file of wnids.")] = None,
+    label_space: Annotated[
+        str | None, typer.Option("--label-space", help="Classes of a folder's model, when it does not say.")
+    ] = None,
+    format: Annotated[  # noqa: A002
+        Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")] = 16,
+    allow_url: Annotated[bool, typer.Option("--allow-url", help="Fetch images from public http(s) addresses.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress bar; errors stay.")] = False,
+) -> None:
+    """Predict labels at every level of the hierarchy.
+
+    Exit codes: 0 all done, 1 failed, 2 usage, 3 some images failed and the rest are done, 130 interrupted.
+    """
+    if paths.count("-") > 1 or ("-" in paths and len(paths) > 1):
+        raise InvalidArgumentError("- reads the paths from stdin; name it alone.")
+    chosen = choose_format(format)
+    from_stdin = paths == ["-"]
+    sources: Iterable[str] = _lines_of_stdin() if from_stdin else list(_expand(paths))
+    if not from_stdin and not any(_may_exist(source) for source in sources):
+        # Nothing to predict: say so before a model is loaded.
+        results: Iterator[tuple[str, Any]] = (
+            (source, ImageNotFoundError(f"There is no file {source}.")) for source in sources
+        )
+        raise typer.Exit(_write(results, chosen, None, len(list(sources)), quiet=quiet))
+    with warnings_as_messages(quiet):
+        with nullcontext() if quiet or not sys.stderr.isatty() else console(stderr=True).status("Loading the model"):
+            predictor = _load(model, top_k, threshold, device, batch_size, tree, label_space, allow_url)
+        if level is not None and level not in predictor.tree.levels:
+            known = ", ".join(map(str, predictor.tree.levels)) or "none"
+            raise InvalidArgumentError(f"The tree {predictor.tree.name} has no level {level}; its levels are {known}.")
+        total = None if from_stdin else len(list(sources))
+        raise typer.Exit(_write(_results(predictor, sources), chosen, level, total, quiet=quiet))
+
+
+def _load(
+    model: str | None,
+    top_k: int,
+    threshold: float,
+    device: str,
+    batch_size: int,
+    tree: str | None,
+    label_space: str | None,
+    allow_url: bool,
+) -> Predictor:
+    from wn21k_zoo.predictor import Predictor
+
+    return Predictor(
+        model,
+        top_k=top_k,
+        threshold=threshold,
+        device=device,
+        batch_size=batch_size,
+        tree=tree,
+        label_space=label_space,
+        allow_url=allow_url,
+    )
+
+
+def _results(predictor: Predictor, sources: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    pending: list[str] = []
+
+    def remembered() -> Iterator[str]:
+        for source in sources:
+            pending.append(source)
+            yield source
+
+    for result in predictor.stream(remembered()):
+        yield pending.pop(0), result
+
+
+def _write(
+    results: Iterator[tuple[str, Any]], chosen: Format, level: int | None, total: int | None, *, quiet: bool
+) -> int:
+    """Write all results and return the exit code."""
+    done = failed = 0
+    with _progress(total, quiet or chosen is Format.table and sys.stdout.isatty()) as advance:
+        writer = ResultWriter(chosen)
+        try:
+            for source, result in results:
+                if isinstance(result, Wn21kError):
+                    failed += 1
+                    say(str(result))
+                else:
+                    done += 1
+                    if level is not None:
+                        result = replace(result, levels=(result.level(level),))  # noqa: PLW2901
+                writer.write(source, result)
+                advance()
+        finally:
+            writer.close()
+    if failed and total != 1:
+        say(f"{failed} of {done + failed} images failed")
+    if not done + failed:
+        say("stdin named no image")
+        return 1
+    return 0 if not failed else 3 if done else 1
+
+
+def _progress(total: int | None, hidden: bool) -> Any:
+    from contextlib import contextmanager
+
+    @contextmanager
+    def shown() -> Iterator[Any]:
+        if hidden or total == 1 or not sys.stderr.isatty():
+            yield lambda: None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+            task = progress.add_task("predict", total=total)
+            yield lambda: progress.advance(task)
+
+    return shown()
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    for line in sys.stdin:
+        if line.strip():
+            yield line.rstrip("\r\n")
+
+
+def _expand(paths: list[str]) -> Iterator[str]:
+    for path in paths:
+        if path.startswith("sample:") or _is_url(path) or Path(path).is_file():
+            yield path
+        elif Path(path).is_dir():
+            found = [
+                os.path.join(folder, name)  # noqa: PTH118 - keeps the path as the user wrote it
+                for folder, _, names in os.walk(path)
+                for name in names
+                if Path(name).suffix.lower() in IMAGE_SUFFIXES
+            ]
+            if not found:
+                raise ImageNotFoundError(f"The folder {path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}).")
+            yield from sorted(found)
+        elif glob.has_magic(path):
+            matches = [match for match in sorted(glob.glob(path, recursive=True)) if Path(match).is_file()]  # noqa: PTH207
+            if not matches:
+                raise ImageNotFoundError(f"No file matches {path}.")
+            yield from matches
+        else:
+            yield path
+
+
+def _is_url(path: str) -> bool:
+    return path.lower().startswith(("http://", "https://"))
+
+
+def _may_exist(source: str) -> bool:
+    return source.startswith("sample:") or _is_url(source) or Path(source).exists()

@@ -1,0 +1,176 @@
+"""``wn21k tree``: look at a semantic tree, compare one with ours, build the data anew."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wn21k_zoo.cli.output import Format, console, print_json, print_table, say
+from wn21k_zoo.errors import InvalidArgumentError, TreeError, Wn21kError
+from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES
+from wn21k_zoo.tree import Node, SemanticTree
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Look at the semantic tree, compare one with ours, build its data.")
+
+TreeOption = Annotated[
+    str,
+    typer.Option("--tree", help="fall11, winter21, another label space, a text file of wnids, or the authors' tree.pth."),
+]
+FormatOption = Annotated[
+    Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
+]
+COLUMNS = ("index", "wnid", "name", "depth", "definition")
+
+
+class Drawing(StrEnum):
+    """Ways to draw a tree."""
+
+    tree = "tree"
+    dot = "dot"
+    json = "json"
+
+
+@app.command()
+def show(
+    node: Annotated[str | None, typer.Argument(help="Draw what is below this wnid or index. Default: all.")] = None,
+    tree: TreeOption = "fall11",
+    depth: Annotated[
+        int | None, typer.Option("--depth", "-d", min=0, help="Levels to draw. Default: 2, or all below a node.")
+    ] = None,
+    format: Annotated[  # noqa: A002
+        Drawing | None, typer.Option("--format", "-f", help="Default: tree on a terminal, json in a pipe.")
+    ] = None,
+) -> None:
+    """Draw the tree, or the part below a node."""
+    semantic_tree = _load(tree)
+    chosen = format or (Drawing.tree if sys.stdout.isatty() else Drawing.json)
+    top = _node(semantic_tree, node) if node is not None else None
+    limit = 2 if depth is None and node is None else depth
+    if chosen is Drawing.dot:
+        sys.stdout.write(semantic_tree.to_dot(top, limit))
+    elif chosen is Drawing.json:
+        print_json(semantic_tree.to_dict(top, limit))
+    else:
+        console().print(semantic_tree.to_rich(top, limit))
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="Part of a name, a wnid or an index.")],
+    tree: TreeOption = "fall11",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many to show.")] = 20,
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """Find classes by name, wnid or index."""
+    semantic_tree = _load(tree)
+    found = semantic_tree.search(query, limit=limit)
+    if not found:
+        say(f"Nothing in {semantic_tree.name} matches {query!r}.")
+        raise typer.Exit(1)
+    print_table([asdict(node) for node in found], COLUMNS, format)
+
+
+@app.command()
+def path(
+    node: Annotated[str, typer.Argument(help="A wnid, an index or a whole name.")],
+    other: Annotated[str | None, typer.Argument(help="A second one: the way between the two.")] = None,
+    tree: TreeOption = "fall11",
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """Show the way from the root to a class, or between two classes."""
+    semantic_tree = _load(tree)
+    first = _node(semantic_tree, node)
+    if other is None:
+        print_table([asdict(step) for step in semantic_tree.path(first)], COLUMNS, format)
+        return
+    second = _node(semantic_tree, other)
+    common = semantic_tree.lowest_common_ancestor(first, second)
+    if common is None:
+        say(f"{first} and {second} have no ancestor in common in {semantic_tree.name}.")
+        raise typer.Exit(1)
+    up = [step for step in (first, *semantic_tree.ancestors(first)) if step.depth > common.depth]
+    down = [step for step in semantic_tree.path(second) if step.depth > common.depth]
+    print_table([asdict(step) for step in (*up, common, *down)], COLUMNS, format)
+    say(f"distance {semantic_tree.distance(first, second)}, lowest common ancestor {common}")
+
+
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="The authors' tree.pth, or a text file of wnids.")],
+    tree: TreeOption = "fall11",
+) -> None:
+    """Compare a tree file with ours; exit code 1 when they differ."""
+    difference = SemanticTree.from_file(file).difference(_load(tree))
+    if not difference:
+        say(f"{file} is the tree {tree}: the same classes, order and parents.")
+        return
+    print_json(
+        {
+            f"only in {file.name}": difference.only_left,
+            f"only in {tree}": difference.only_right,
+            "other parents": dict(difference.parents),
+            "same order": difference.same_order,
+        }
+    )
+    raise typer.Exit(1)
+
+
+@app.command()
+def build(
+    wordnet: Annotated[
+        Path | None,
+        typer.Option("--wordnet", help="Folder of WordNet 3.0's database files, such as /usr/share/wordnet. Default: NLTK's."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the files there.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare with the shipped files; exit code 1 on a difference.")] = False,
+) -> None:
+    """Build the label spaces' and trees' data anew from WordNet 3.0: always the same bytes."""
+    from wn21k_zoo.wordnet import compile_data, packaged_data
+
+    if output is None and not check:
+        raise InvalidArgumentError("Say what to do: --output DIR to write the files, --check to compare them.")
+    if output is not None and output.exists() and not output.is_dir():
+        raise InvalidArgumentError(f"{output} is a file; --output wants a folder.")
+    files = compile_data(wordnet)
+    if output is not None:
+        try:
+            for name, content in files.items():
+                (output / name).parent.mkdir(parents=True, exist_ok=True)
+                part = (output / name).with_name(f"{Path(name).name}.part")
+                part.write_bytes(content)
+                part.replace(output / name)
+        except OSError as error:
+            raise TreeError(f"{output} cannot be written ({error.strerror}).") from error
+        say(f"{len(files)} files written to {output}")
+    if check:
+        different = [name for name, content in files.items() if packaged_data(name) != content]
+        for name in different:
+            say(f"{name} differs from the shipped file")
+        if different:
+            raise typer.Exit(1)
+        say(f"{len(files)} files, all identical to the shipped ones")
+
+
+def _load(name: str) -> SemanticTree:
+    if name not in LABEL_SPACES and name not in LABEL_SPACE_ALIASES and Path(name).is_file():
+        return SemanticTree.from_file(name)
+    return SemanticTree.load(name)
+
+
+def _node(tree: SemanticTree, text: str) -> Node:
+    if text.isdecimal():
+        return tree[int(text)]
+    try:
+        return tree[text]
+    except Wn21kError:
+        exact = [node for node in tree.search(text, limit=None) if text.casefold() in node.name.casefold().split(", ")]
+        if len(exact) != 1:
+            raise
+        return exact[0]

