@@ -162,8 +162,10 @@ def did_you_mean(name: str, candidates: Iterable[str], count: int = 3) -> str:
     by_folded = {candidate.lower(): candidate for candidate in candidates}
     folded = name.lower()
     near = difflib.get_close_matches(folded, by_folded, n=count, cutoff=0.6)
-    if not near and len(folded) >= 4:
-        near = sorted((known for known in by_folded if folded in known), key=len)[:count]
+    if not near and len(folded) >= 4:  # the beginning of a long name, perhaps mistyped; else a part of one
+        beginnings = {known[: len(folded) + 1]: known for known in by_folded}
+        near = [beginnings[match] for match in difflib.get_close_matches(folded, beginnings, n=count, cutoff=0.75)]
+        near = near or sorted((known for known in by_folded if folded in known), key=len)[:count]
     return f" Did you mean {', '.join(by_folded[known] for known in near)}?" if near else ""
 
 

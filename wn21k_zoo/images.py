@@ -110,15 +110,10 @@ def _from_name(name: str, shown: str | None, *, allow_url: bool) -> Image.Image:
 
         return _open(io.BytesIO(fetch_url(name)), shown)
     path = Path(name)
-    try:
-        if path.is_dir():
-            raise ImageDecodeError(f"{name} is a directory, not an image; name the files in it.")
-        if not path.exists():
-            raise ImageNotFoundError(f"There is no file {name}.")
-        if path.is_file() and path.stat().st_size == 0:
-            raise ImageDecodeError(f"{name} is empty (0 bytes).")
-    except ValueError as error:  # a null byte in the name
-        raise ImageNotFoundError(f"{name!r} is no path.") from error
+    if path.is_dir():
+        raise ImageDecodeError(f"{name} is a directory, not an image; name the files in it.")
+    if "\0" in name or not path.exists():
+        raise ImageNotFoundError(f"There is no file {name!r}." if not name.isprintable() else f"There is no file {name}.")
     return _open(path, shown)
 
 

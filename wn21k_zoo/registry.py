@@ -107,10 +107,9 @@ def _timm_config(name: str) -> Any:
     try:
         config = get_pretrained_cfg(name)
     except RuntimeError as error:
-        known = timm.list_models(f"{architecture}.*", pretrained=True)
+        known = {*_BY_NAME, *timm.list_models(f"{architecture}.*", pretrained=True)}
         raise UnknownModelError(
-            f"timm has no weights {tag!r} for {architecture}.{did_you_mean(name, known)} "
-            f"Known: {', '.join(known) or 'none'}."
+            f"There are no weights {tag!r} for {architecture}.{did_you_mean(name, known)}"
         ) from error
     if config is None:
         raise UnknownModelError(f"timm knows {name!r} as an old name only; use the new one, ARCHITECTURE.TAG.")

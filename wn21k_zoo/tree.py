@@ -175,6 +175,8 @@ class SemanticTree:
         import torch
 
         path = Path(path)
+        if not path.is_file():
+            raise TreeError(f"There is no tree file {path}.")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling damaged or hostile bytes raises all sorts

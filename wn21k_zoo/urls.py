@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 import time
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -12,7 +13,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from wn21k_zoo.errors import ImageTooLargeError, ImageURLError, first_line
+from wn21k_zoo.errors import ImageTooLargeError, ImageURLError, Wn21kError, first_line
 
 __all__ = ["fetch_url"]
 
@@ -40,6 +41,8 @@ def fetch_url(url: str) -> bytes:
             session.mount("http://", _PublicAdapter())
             session.mount("https://", _PublicAdapter())
             return _follow(session, url, deadline)
+    except Wn21kError:
+        raise
     except requests.RequestException as error:
         private = _find_private(error)
         if private is not None:
@@ -85,12 +88,10 @@ class _PrivateAddressError(OSError):
         self.address = address
 
 
-def _refuse_private(connected: Any) -> Any:
-    address = connected.getpeername()[0]
-    if not _is_public(address):
-        connected.close()
-        raise _PrivateAddressError(address)
-    return connected
+def _refuse_private(addresses: set[str]) -> None:
+    for address in addresses:
+        if not _is_public(address):
+            raise _PrivateAddressError(address)
 
 
 def _is_public(address: str) -> bool:
@@ -99,14 +100,27 @@ def _is_public(address: str) -> bool:
     return (mapped or parsed).is_global and not (mapped or parsed).is_multicast
 
 
-class _PublicHTTPConnection(HTTPConnection):
+class _PublicMixin:
+    """Looks at the addresses before it connects, and at the one that it is connected to before it sends."""
+
     def _new_conn(self) -> Any:
-        return _refuse_private(super()._new_conn())
+        host, port = self._dns_host, self.port  # type: ignore[attr-defined]
+        _refuse_private({str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+        connected = super()._new_conn()  # type: ignore[misc]
+        try:
+            _refuse_private({connected.getpeername()[0]})
+        except OSError:
+            connected.close()
+            raise
+        return connected
 
 
-class _PublicHTTPSConnection(HTTPSConnection):
-    def _new_conn(self) -> Any:
-        return _refuse_private(super()._new_conn())
+class _PublicHTTPConnection(_PublicMixin, HTTPConnection):
+    pass
+
+
+class _PublicHTTPSConnection(_PublicMixin, HTTPSConnection):
+    pass
 
 
 class _PublicHTTPPool(HTTPConnectionPool):

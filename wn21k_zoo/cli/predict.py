@@ -43,7 +43,7 @@ def predict(
         typer.Argument(
             help="Images, folders (searched to the bottom), quoted globs, sample:cat|coffee|rocket, "
             "or - for paths on stdin, one a line.",
-            metavar="PATH|DIR|GLOB|-...",
+            metavar="PATH|DIR|GLOB|-",
         ),
     ],
     model: Annotated[

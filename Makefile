@@ -1,0 +1,37 @@
+# Each line is a command that a person could type. .venv is made once and reused until pyproject.toml changes.
+PYTHON ?= python3
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+
+.PHONY: demo test check bench clean
+
+demo: .venv/demo.stamp
+	$(BIN)/wn21k predict sample:cat --model efficientnet_lite0.embedded_in1k --format table
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest
+
+check: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/test.stamp
+	$(BIN)/python benchmarks/predict.py
+
+.venv/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/%.stamp: pyproject.toml .venv/pyvenv.cfg
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+.PRECIOUS: .venv/%.stamp
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,44 @@
+"""Fixtures. The tests never touch a person's caches, and no test of the default run reaches the internet."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before anything imports huggingface_hub, which reads these once.
+_HOME = tempfile.mkdtemp(prefix="wn21k-test-")
+os.environ.update(HF_HOME=_HOME, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DISABLE_TELEMETRY="1", COLUMNS="120")
+for _name in ("WN21K_MODEL", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
+    os.environ.pop(_name, None)
+
+import pytest  # noqa: E402
+
+from wn21k_zoo import Predictor, SemanticTree  # noqa: E402
+
+EMBEDDED = "efficientnet_lite0.embedded_in1k"
+
+
+@pytest.fixture(scope="session")
+def fall11():
+    return SemanticTree.load("fall11")
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    return Predictor(EMBEDDED, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def photographs():
+    import skimage
+
+    folder = Path(skimage.__file__).parent / "data"
+    names = ("chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "astronaut.png")
+    return [folder / name for name in names]
+
+
+@pytest.fixture(scope="session")
+def test_data():
+    folder = os.environ.get("WN21K_TEST_DATA")
+    if not folder:
+        pytest.skip("WN21K_TEST_DATA names no folder of real images")
+    return Path(folder)

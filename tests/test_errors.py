@@ -1,0 +1,33 @@
+import inspect
+
+import pytest
+
+from wn21k_zoo import errors
+from wn21k_zoo.errors import MissingExtraError, Wn21kError, did_you_mean, first_line
+
+
+def test_every_error_is_drawn_exported_and_derived():
+    classes = {n: c for n, c in vars(errors).items() if inspect.isclass(c) and issubclass(c, BaseException)}
+    assert set(classes) == {name for name in errors.__all__ if name[0].isupper()}
+    for name, error in classes.items():
+        assert issubclass(error, Wn21kError)
+        assert name in errors.__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "candidates", "expected"),
+    [
+        ("fal11", ["fall11", "winter21"], " Did you mean fall11?"),
+        ("FALL11", ["fall11"], " Did you mean fall11?"),
+        ("mobilnet", ["mobilenetv3_large_100.miil_in21k", "tresnet_m"], " Did you mean mobilenetv3_large_100.miil_in21k?"),
+        ("zzzzzz", ["fall11"], ""),
+    ],
+)
+def test_did_you_mean(name, candidates, expected):
+    assert did_you_mean(name, candidates) == expected
+
+
+def test_messages_are_one_line():
+    assert first_line(ValueError("a\nb")) == "ValueError: a"
+    assert first_line(ValueError()) == "ValueError"
+    assert str(MissingExtraError("X", "demo")) == "X needs an extra: pip install 'wn21k-zoo[demo]'"

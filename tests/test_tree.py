@@ -1,0 +1,237 @@
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wn21k_zoo.errors import (
+    DuplicateSynsetError,
+    EmptyLabelSpaceError,
+    InvalidArgumentError,
+    TreeError,
+    UnknownSynsetError,
+    UnknownTreeError,
+)
+from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.synsets import load_nouns
+from wn21k_zoo.tree import SemanticTree
+from wn21k_zoo.wordnet import TIMM_FILES
+
+DATA = Path(__file__).parent / "data"
+FACTS = json.loads((DATA / "tree_facts.json").read_text())["label_lists"]
+ALL_WNIDS = [f"n{offset:08d}" for offset in load_nouns().offsets]
+wnid_lists = st.lists(st.sampled_from(ALL_WNIDS), min_size=1, max_size=60, unique=True)
+
+
+@pytest.mark.parametrize("name", LABEL_SPACES)
+def test_depths_are_the_published_ones(name):
+    facts = FACTS[TIMM_FILES[name].removesuffix(".txt")]
+    tree = SemanticTree.load(name)
+    assert len(tree) == facts["num_classes"]
+    assert np.bincount(tree.depths).tolist() == facts["classes_per_depth"]
+    assert [depth for depth, count in enumerate(facts["classes_per_depth"]) if count > 1] == list(tree.levels)
+
+
+def test_fall11_is_the_published_tree(fall11):
+    assert fall11.digest == FACTS["imagenet21k_miil_synsets"]["class_tree_list_sha256"]
+    assert fall11.class_tree_list[10] == [10, 9, 66, 65, 144]
+    assert len(fall11.levels) == 11
+    assert fall11.name == "fall11"
+
+
+@pytest.mark.parametrize("name", ["fall11", "winter21"])
+def test_levels_and_targets_are_those_of_the_published_code(name):
+    case = json.loads((DATA / "published_levels.json").read_text())[name]
+    tree = SemanticTree.load(name)
+    assert [len(level) for level in tree.levels.values()] == case["level_sizes"]
+    place = {int(index): place for level in tree.levels.values() for place, index in enumerate(level)}
+    for target, expected in zip(case["targets"], case["semantic_targets"], strict=True):
+        chain = tree.class_tree_list[target][::-1]
+        assert [place[index] for index in chain] == [value for value in expected if value >= 0]
+
+
+def test_relations(fall11):
+    tabby, siamese, dog = (fall11[wnid] for wnid in ("n02123045", "n02123597", "n02084071"))
+    assert fall11.parent(tabby).wnid == "n02121808"
+    assert fall11.parent(fall11.roots[0]) is None
+    assert [node.wnid for node in fall11.path(tabby)][-1] == tabby.wnid
+    assert fall11.lowest_common_ancestor(tabby, siamese).wnid == "n02121808"
+    assert fall11.distance(tabby, siamese) == 2
+    assert fall11.distance(tabby, tabby) == 0
+    assert fall11.lowest_common_ancestor(tabby, dog).wnid == "n01317541"
+    assert fall11.lowest_common_ancestor(tabby, "n07920052") is None
+    assert fall11.distance(tabby, "n07920052") is None
+    assert tabby in fall11.children("n02121808")
+    assert tabby in fall11.descendants("n00015388")
+    assert fall11.nearest("n04399382").depth == 0
+    assert fall11.nearest("n00001740") is None
+
+
+def test_search(fall11):
+    assert fall11.search("n02123045")[0].wnid == "n02123045"
+    assert fall11.search("10")[0].index == 10
+    assert fall11.search(10)[0].index == 10
+    assert fall11.search("99999") == ()
+    assert fall11.search("no such thing at all") == ()
+    found = fall11.search("Tabby Cat")
+    assert found[0].wnid == "n02123045"
+    ranks = [node.name.split(", ")[0] for node in fall11.search("dog", limit=None)]
+    assert ranks[0].startswith("dog")
+    assert len(fall11.search("dog", limit=3)) == 3
+    with pytest.raises(InvalidArgumentError):
+        fall11.search("  ")
+
+
+def test_unknown_nodes(fall11):
+    with pytest.raises(UnknownSynsetError, match="nearest ancestor"):
+        fall11["n04399382"]
+    with pytest.raises(UnknownSynsetError, match=r"Did you mean n0212"):
+        fall11["tabby"]
+    for key in (-1, 11_221, True, 1.5):
+        with pytest.raises(UnknownSynsetError):
+            fall11[key]
+    with pytest.raises(UnknownTreeError, match="Did you mean fall11"):
+        SemanticTree.load("fal11")
+
+
+@settings(max_examples=60, deadline=None)
+@given(wnid_lists)
+def test_any_list_gives_a_forest(wnids):
+    tree = SemanticTree.from_wnids(wnids)
+    assert list(tree.wnids) == wnids
+    for index, chain in enumerate(tree.class_tree_list):
+        assert chain[0] == index
+        assert len(set(chain)) == len(chain) == tree.depths[index] + 1
+        assert chain[1:] == [node.index for node in tree.ancestors(index)]
+        for child in tree.children(index):
+            assert tree.parent(child).index == index
+    assert sum(len(level) for level in tree.levels.values()) == len(tree) - sum(
+        count == 1 for count in np.bincount(tree.depths)
+    )
+    below = {node.index for root in tree.roots for node in (root, *tree.descendants(root))}
+    assert below == set(range(len(tree)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_order_of_the_list_changes_indices_only(data):
+    wnids = data.draw(wnid_lists)
+    shuffled = data.draw(st.permutations(wnids))
+    one, two = SemanticTree.from_wnids(wnids), SemanticTree.from_wnids(shuffled)
+    difference = one.difference(two)
+    assert not difference.only_left
+    assert not difference.parents
+    assert bool(difference) == (wnids != shuffled)
+
+
+@settings(max_examples=40, deadline=None)
+@given(wnid_lists, st.data())
+def test_distance_is_a_metric(wnids, data):
+    tree = SemanticTree.from_wnids(wnids)
+    one, two = (data.draw(st.integers(0, len(tree) - 1)) for _ in range(2))
+    assert tree.distance(one, two) == tree.distance(two, one)
+    assert (tree.distance(one, two) == 0) == (one == two)
+
+
+def test_one_level_and_one_class():
+    one = SemanticTree.from_wnids(["n02121808", "n02084071"])
+    assert list(one.levels) == [0]
+    assert list(SemanticTree.load("imagenet1k").levels) == [0]
+    single = SemanticTree.from_wnids(["n02121808"])
+    assert not single.levels
+    assert single.class_tree_list == [[0]]
+
+
+def test_bad_lists():
+    with pytest.raises(EmptyLabelSpaceError):
+        SemanticTree.from_wnids([])
+    with pytest.raises(DuplicateSynsetError):
+        SemanticTree.from_wnids(["n02121808", "n02121808"])
+    with pytest.raises(UnknownSynsetError):
+        SemanticTree.from_wnids(["n00000001"])
+    with pytest.raises(InvalidArgumentError):
+        SemanticTree.from_wnids("n02121808")
+
+
+def test_text_files(tmp_path):
+    file = tmp_path / "pets.txt"
+    file.write_text("\ufeff# pets\nn02121808 cat\r\n\nn02123045 # tabby\n", encoding="utf-8")
+    tree = SemanticTree.from_file(file)
+    assert tree.class_tree_list == [[0], [1, 0]]
+    assert tree.name == "pets"
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
+    for bad in (tmp_path / "none.txt", tmp_path, tmp_path / "binary.txt"):
+        with pytest.raises(TreeError):
+            SemanticTree.from_file(bad)
+
+
+def published_form(tree):
+    return {
+        "class_list": list(tree.wnids),
+        "class_tree_list": tree.class_tree_list,
+        "class_description": dict(zip(tree.wnids, tree.label_space.names, strict=True)),
+        "child_2_parent": {
+            node: tree.wnids[parent] for node, parent in zip(tree.wnids, tree.parents, strict=True) if parent >= 0
+        },
+    }
+
+
+def test_published_files(tmp_path, fall11):
+    file = tmp_path / "imagenet21k_miil_tree.pth"
+    torch.save(published_form(fall11), file)
+    assert not SemanticTree.from_file(file).difference(fall11)
+
+    changed = published_form(fall11)
+    changed["class_tree_list"] = [list(chain) for chain in changed["class_tree_list"]]
+    leaf = next(i for i, n in enumerate(fall11) if n.wnid == "n02123045")
+    changed["class_tree_list"][leaf] = [leaf]
+    torch.save(changed, file)
+    difference = SemanticTree.from_published(file).difference(fall11)
+    assert dict(difference.parents) == {"n02123045": (None, "n02121808")}
+
+
+class Hostile:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_bad_published_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = published_form(SemanticTree.from_wnids(["n02121808", "n02123045"]))
+    for name, content in {
+        "chain": {**good, "class_tree_list": [[0], [1, 5]]},
+        "contradiction": {**good, "class_tree_list": [[0], [1, 0, 0]]},
+        "cycle": {**good, "class_tree_list": [[0, 1], [1, 0]]},
+        "short": {**good, "class_tree_list": [[0]]},
+        "keys": {"class_list": []},
+        "list": [1, 2],
+        "hostile": {**good, "class_list": Hostile()},
+    }.items():
+        torch.save(content, f"{name}.pth")
+        with pytest.raises(TreeError, match=name):
+            SemanticTree.from_file(f"{name}.pth")
+    Path("plain.pth").write_bytes(pickle.dumps(Hostile()))
+    Path("noise.pth").write_bytes(b"no tree")
+    for name in ("plain.pth", "noise.pth", "missing.pth"):
+        with pytest.raises(TreeError, match=name):
+            SemanticTree.from_file(name)
+    assert not Path("executed").exists()
+
+
+def test_load_imports_no_torch():
+    code = "import sys; from wn21k_zoo import SemanticTree; SemanticTree.load('fall11')['n02121808']; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_label_space_of_a_tree_is_kept():
+    space = LabelSpace("mine", ("n02123045", "n02121808"))
+    tree = SemanticTree.from_label_space(space)
+    assert tree.label_space is space
+    assert tree.name == "mine"
+    assert tree.parents.tolist() == [1, -1]

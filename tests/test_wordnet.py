@@ -1,0 +1,31 @@
+from pathlib import Path
+
+import pytest
+
+from wn21k_zoo.errors import TreeError
+from wn21k_zoo.wordnet import LEXNAMES, compile_data, packaged_data
+
+DEBIAN = Path("/usr/share/wordnet")
+
+
+def test_lexnames():
+    assert len(LEXNAMES) == 45
+    assert LEXNAMES[3] == "noun.Tops"
+    assert LEXNAMES[44] == "adj.ppl"
+
+
+def test_no_wordnet(tmp_path):
+    with pytest.raises(TreeError, match=r"data\.noun"):
+        compile_data(tmp_path)
+    (tmp_path / "data.noun").write_text("no WordNet")
+    with pytest.raises(TreeError):
+        compile_data(tmp_path)
+    assert packaged_data("nothing.txt") is None
+
+
+@pytest.mark.slow
+def test_build_is_byte_identical():
+    if not (DEBIAN / "index.sense").exists():
+        pytest.skip("Debian's wordnet-base and wordnet-sense-index are not installed")
+    for name, content in compile_data(DEBIAN).items():
+        assert packaged_data(name) == content, name
