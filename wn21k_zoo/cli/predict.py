@@ -5,8 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,8 +88,9 @@ def predict(
         )
         raise typer.Exit(_write(results, chosen, None, len(list(sources)), quiet=quiet))
     with warnings_as_messages(quiet):
-        with nullcontext() if quiet or not sys.stderr.isatty() else console(stderr=True).status("Loading the model"):
-            predictor = _load(model, top_k, threshold, device, batch_size, tree, label_space, allow_url)
+        if sys.stderr.isatty() and not quiet:
+            say("loading the model")  # a line, not a spinner: a download draws its own progress bar below it
+        predictor = _load(model, top_k, threshold, device, batch_size, tree, label_space, allow_url)
         if level is not None and level not in predictor.tree.levels:
             known = ", ".join(map(str, predictor.tree.levels)) or "none"
             raise InvalidArgumentError(f"The tree {predictor.tree.name} has no level {level}; its levels are {known}.")
@@ -161,22 +162,17 @@ def _write(
     return 0 if not failed else 3 if done else 1
 
 
-def _progress(total: int | None, hidden: bool) -> Any:
-    from contextlib import contextmanager
+@contextmanager
+def _progress(total: int | None, hidden: bool) -> Iterator[Callable[[], None]]:
+    if hidden or total == 1 or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    @contextmanager
-    def shown() -> Iterator[Any]:
-        if hidden or total == 1 or not sys.stderr.isatty():
-            yield lambda: None
-            return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console(stderr=True), transient=True) as progress:
-            task = progress.add_task("predict", total=total)
-            yield lambda: progress.advance(task)
-
-    return shown()
+    columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+        task = progress.add_task("predict", total=total)
+        yield lambda: progress.advance(task)
 
 
 def _lines_of_stdin() -> Iterator[str]:

@@ -1,0 +1,251 @@
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hub_server import hub_server
+from PIL import Image
+from timm.models import save_for_hf
+
+from wn21k_zoo import FallbackModelWarning, Predictor, models, predict, registry
+from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT
+from wn21k_zoo.errors import (
+    DownloadError,
+    InvalidArgumentError,
+    LabelSpaceError,
+    MissingExtraError,
+    ModelError,
+    UnknownModelError,
+    UnresolvedLabelSpaceError,
+    WeightsNotFoundError,
+)
+
+CAT = "sample:cat"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, embedded):
+    """The embedded model as timm saves a model for the Hub."""
+    target = tmp_path_factory.mktemp("hub") / "lite0"
+    save_for_hf(embedded.module, target, safe_serialization=True)
+    return target
+
+
+def copy_of(folder, tmp_path, **changes):
+    target = tmp_path / "copy"
+    target.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        config[key] = value
+        config["pretrained_cfg"][key] = value
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "model.safetensors").symlink_to(folder / "model.safetensors")
+    return target
+
+
+def test_a_folder_predicts_as_the_model_it_holds(folder, embedded):
+    expected, found = embedded(CAT), predict(CAT, model=folder)
+    assert found.model == str(folder)
+    assert found.label_space == "imagenet1k"
+    assert [label.wnid for label in found.path] == [label.wnid for label in expected.path]
+    assert found.top_k[0].probability == pytest.approx(expected.top_k[0].probability)
+    assert predict(CAT, model=f"local-dir:{folder}").top_k == found.top_k
+
+
+def test_a_folder_with_names_of_its_own_is_not_guessed(folder, tmp_path):
+    changed = copy_of(folder, tmp_path, label_names=[f"my class {i}" for i in range(1000)])
+    with pytest.raises(UnresolvedLabelSpaceError, match="label_space"):
+        models.load_model(changed)
+    loaded = models.load_model(changed, label_space="imagenet1k")
+    assert loaded.label_space.name == "imagenet1k"
+    with pytest.raises(LabelSpaceError, match=r"1,000 outputs.*11,221"):
+        models.load_model(changed, label_space="fall11")
+
+
+def test_a_folder_with_wnids_as_names(folder, tmp_path, embedded):
+    wnids = [*embedded.label_space.wnids[:-1], "n02121808"]
+    assert models.load_model(copy_of(folder, tmp_path, label_names=wnids)).label_space.wnids == tuple(wnids)
+
+
+def test_bad_folders(folder, tmp_path):
+    with pytest.raises(UnknownModelError, match="no folder"):
+        models.load_model(tmp_path / "none")
+    with pytest.raises(UnknownModelError, match="is a file"):
+        models.load_model(folder / "config.json")
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        models.load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        models.load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="architecture"):
+        models.load_model(tmp_path)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(WeightsNotFoundError):
+        models.load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        models.load_model(tmp_path)
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        models.load_model(tmp_path)
+
+
+def test_a_module_is_used_and_left_as_it_was(embedded):
+    module = embedded.module
+    module.train()
+    try:
+        with pytest.raises(UnresolvedLabelSpaceError, match="label_space"):
+            models.load_model(module)
+        with pytest.raises(LabelSpaceError):
+            models.load_model(module, label_space="imagenet12k")
+        found = predict(CAT, model=module, label_space="imagenet1k", transform=embedded.transform)
+        assert found.top_k == embedded(CAT).top_k
+        assert module.training
+    finally:
+        module.eval()
+
+
+def test_a_plain_module_needs_a_transform():
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    space = ["n02121808", "n02084071"]
+    with pytest.raises(InvalidArgumentError, match="transform"):
+        predict(CAT, model=module, label_space=space)
+    found = predict(CAT, model=module, label_space=space, head="sigmoid", transform=lambda image: torch.ones(3, 2, 2))
+    assert found.head == "sigmoid"
+    with pytest.raises(ModelError, match="outputs of shape"):
+        predict(CAT, model=module, label_space="imagenet1k", transform=lambda image: torch.ones(3, 2, 2))
+    with pytest.raises(ModelError, match="cannot be run"):
+        predict(CAT, model=module, label_space=space, transform=lambda image: torch.ones(3, 5, 5))
+    with pytest.raises(ModelError, match="NaN"):
+        predict(CAT, model=module, label_space=space, transform=lambda image: torch.full((3, 2, 2), torch.nan))
+    with pytest.raises(InvalidArgumentError, match="torch module"):
+        models.load_model(3)
+
+
+def test_bad_names():
+    with pytest.raises(UnknownModelError, match="Did you mean"):
+        models.load_model("efficientnet_lite0.embeded_in1k")
+    with pytest.raises(UnknownModelError, match="hf-hub:ORG/NAME"):
+        models.load_model("hf-hub:name")
+    with pytest.raises(UnknownModelError, match="no folder"):
+        models.load_model("no/such/folder")
+    with pytest.raises(DownloadError):
+        models.load_model("hf-hub:org/name")
+    with pytest.raises(InvalidArgumentError, match="head"):
+        models.load_model(EMBEDDED_CHECKPOINT, head="argmax")
+    with pytest.raises(InvalidArgumentError, match="states its own"):
+        models.load_model(EMBEDDED_CHECKPOINT, label_space="imagenet1k")
+
+
+def test_devices():
+    assert models.select_device("cpu").type == "cpu"
+    for name in ("gpu", "cuda:99", "meta:x"):
+        with pytest.raises(InvalidArgumentError, match="cannot be used here"):
+            models.select_device(name)
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
+def test_transforms(checkpoint):
+    image = Image.linear_gradient("L").resize((640, 320)).convert("RGB")
+    tensor = models.create_transform(checkpoint.name)(image)
+    assert tuple(tensor.shape) == checkpoint.input_size
+    assert tensor.dtype == torch.float32
+    if checkpoint.resize == "squash":  # the whole picture, nothing cropped
+        assert 0 <= tensor.min() < 0.01
+        assert 0.99 < tensor.max() <= 1
+    training = models.create_transform(checkpoint.name, training=True)
+    assert tuple(training(image).shape) == checkpoint.input_size
+
+
+def test_default_without_a_network(monkeypatch):
+    models._default_is_reachable.cache_clear()
+    with pytest.warns(FallbackModelWarning, match="WN21K_MODEL"):
+        assert models.choose_default() == EMBEDDED_CHECKPOINT
+    monkeypatch.setenv("WN21K_MODEL", "convnext_tiny.in12k")
+    assert models.choose_default() == "convnext_tiny.in12k"
+    with pytest.raises(DownloadError):  # what a person named is never replaced
+        predict(CAT)
+
+
+def test_default_without_the_extra(monkeypatch):
+    monkeypatch.setattr(models.download, "find_local", lambda checkpoint: None)
+    with pytest.raises(MissingExtraError, match=r"network.*wn21k-zoo\[embedded\]"):
+        models.choose_default()
+
+
+def run_in_terminal(command, environment):
+    """Run with stderr on a pseudo-terminal, as a person would; returns the process and what the terminal showed."""
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    shown = []
+
+    def read():
+        with contextlib.suppress(OSError):  # Linux ends a pseudo-terminal with EIO
+            while chunk := os.read(ours, 4096):
+                shown.append(chunk)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment, check=False)
+    os.close(theirs)
+    reader.join(10)
+    os.close(ours)
+    return done, b"".join(shown).decode(errors="replace")
+
+
+RUN = [sys.executable, "-m", "wn21k_zoo", "predict", CAT, "--format", "jsonl"]
+
+
+def test_default_is_downloaded_with_a_progress_bar_and_then_cached(tmp_path):
+    checkpoint = registry.get_checkpoint(DEFAULT_CHECKPOINT)
+    torch.manual_seed(0)
+    weights = safetensors.torch.save(timm.create_model(checkpoint.architecture, num_classes=11_221).state_dict())
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    path = f"timm/{DEFAULT_CHECKPOINT}/resolve/main/model.safetensors"
+    with hub_server({path: weights}) as (endpoint, seen):
+        done, terminal = run_in_terminal(RUN, {**environment, "HF_ENDPOINT": endpoint})
+    assert done.returncode == 0, terminal
+    assert "100%" in terminal
+    assert "GET /" + path in seen
+    result = json.loads(done.stdout)
+    assert (result["model"], result["tree"]) == (DEFAULT_CHECKPOINT, "fall11")
+    assert (result["label_space"], result["head"]) == ("imagenet21k_p_fall11", "semantic_softmax")
+    assert len(result["levels"]) == 11
+
+    offline = subprocess.run(RUN, capture_output=True, text=True, env=environment, check=False)
+    assert offline.returncode == 0, offline.stderr
+    assert json.loads(offline.stdout) == result
+    assert offline.stderr == ""
+
+
+@pytest.mark.parametrize(("status", "words"), [(401, "refuses"), (404, "none of"), (503, "try again")])
+def test_answers_of_the_hub(tmp_path, status, words):
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "WN21K_MODEL": "convnext_tiny.in12k"}
+    with hub_server({}, status=status) as (endpoint, _):
+        done = subprocess.run(RUN, capture_output=True, text=True, env={**environment, "HF_ENDPOINT": endpoint}, check=False)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_photographs_agree_with_timm(embedded, photographs, tmp_path):
+    """Same top-1 as timm's own evaluation transform and model on every image."""
+    module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    module.load_state_dict(embedded.module.state_dict())
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(module), is_training=False)
+    predictions = Predictor(EMBEDDED_CHECKPOINT, device="cpu")(photographs)
+    with torch.inference_mode():
+        for path, prediction in zip(photographs, predictions, strict=True):
+            with Image.open(path) as image:
+                expected = module.eval()(transform(image.convert("RGB"))[None]).softmax(-1)[0]
+            assert prediction.top_k[0].index == int(expected.argmax())
+            assert prediction.top_k[0].probability == pytest.approx(float(expected.max()), rel=1e-4)
