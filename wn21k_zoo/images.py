@@ -245,6 +245,8 @@ def _from_tensor(tensor: Any) -> Image.Image:
         raise UnsupportedImageError(f"A tensor of shape {shape} is no image; give [C, H, W] with 1, 3 or 4 channels.")
     if tensor.ndim not in (2, 3):
         raise UnsupportedImageError(f"A tensor of shape {shape} is no image; give [H, W] or [C, H, W].")
+    if shape[-1] * shape[-2] > MAX_PIXELS:
+        raise ImageTooLargeError(f"A tensor of shape {shape} has over {MAX_PIXELS // 10**6} megapixels.")
     pixels = tensor.detach().cpu()
     if pixels.is_floating_point():
         if not bool(((pixels >= 0) & (pixels <= 1)).all()):

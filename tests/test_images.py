@@ -1,0 +1,230 @@
+import io
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from wn21k_zoo import images
+from wn21k_zoo.errors import (
+    ImageDecodeError,
+    ImageNotFoundError,
+    ImageTooLargeError,
+    ImageURLError,
+    MissingExtraError,
+    UnsupportedImageError,
+)
+from wn21k_zoo.images import AnimatedImageWarning, load_image
+
+RED = np.zeros((8, 12, 3), np.uint8)
+RED[..., 0] = 255
+
+
+def saved(image, format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def pixel(image, place=(0, 0)):
+    assert image.mode == "RGB"
+    return image.getpixel(place)
+
+
+def test_every_form_gives_the_same_pixels(photographs):
+    path = photographs[0]
+    expected = np.asarray(Image.open(path).convert("RGB"))
+    tensor = torch.from_numpy(expected.copy()).permute(2, 0, 1)
+    with path.open("rb") as file:
+        forms = [path, str(path), Image.open(path), expected, tensor, tensor / 255, path.read_bytes(), file, "sample:cat"]
+        for form in forms:
+            np.testing.assert_array_equal(np.asarray(load_image(form)), expected)
+        assert not file.closed
+    unseekable = io.BufferedReader(io.BytesIO(path.read_bytes()))
+    unseekable.seekable = lambda: False
+    np.testing.assert_array_equal(np.asarray(load_image(unseekable)), expected)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM"])
+def test_formats(format):
+    options = {"lossless": True} if format == "WEBP" else {}
+    red, green, blue = pixel(load_image(saved(Image.fromarray(RED), format, **options)))
+    assert red > 245
+    assert max(green, blue) < 12
+
+
+def test_exif_rotation():
+    image = Image.new("RGB", (12, 8))
+    image.putpixel((0, 0), (255, 255, 255))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        loaded = load_image(saved(image, "PNG", exif=exif))
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(saved(image, "PNG", exif=exif))))
+        assert loaded.size == ((8, 12) if orientation > 4 else (12, 8))
+        np.testing.assert_array_equal(np.asarray(loaded), np.asarray(expected))
+
+
+def test_sixteen_bits():
+    grey = np.array([[0, 257 * 100, 65_535]], np.uint16)
+    for form in (grey, saved(Image.fromarray(grey), "PNG"), saved(Image.fromarray(grey), "TIFF"), torch.from_numpy(grey)):
+        assert [pixel(load_image(form), (x, 0)) for x in range(3)] == [(0,) * 3, (100,) * 3, (255,) * 3]
+    assert pixel(load_image(Image.fromarray(grey.astype(np.int32)))) == (0, 0, 0)
+    with pytest.raises(UnsupportedImageError, match="16 bits"):
+        load_image(Image.fromarray(grey.astype(np.int32) * 2))
+
+
+def test_transparency_is_white_and_hides_colour():
+    hidden = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert pixel(load_image(hidden)) == (255, 255, 255)
+    assert pixel(load_image(saved(hidden, "PNG"))) == (255, 255, 255)
+    assert pixel(load_image(np.asarray(hidden))) == (255, 255, 255)
+    assert pixel(load_image(Image.new("LA", (4, 4), (0, 0)))) == (255, 255, 255)
+    assert pixel(load_image(np.zeros((4, 4, 2), np.uint8))) == (255, 255, 255)
+    half = pixel(load_image(Image.new("RGBA", (4, 4), (0, 0, 0, 128))))
+    assert half == (127, 127, 127)
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    assert pixel(load_image(palette)) == (255, 0, 0)
+    assert pixel(load_image(saved(palette, "PNG", transparency=0))) == (255, 255, 255)
+    assert pixel(load_image(saved(Image.fromarray(RED), "PNG", transparency=(255, 0, 0)))) == (255, 255, 255)
+
+
+def test_other_modes():
+    assert pixel(load_image(saved(Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "JPEG"))) == (255, 255, 255)
+    assert pixel(load_image(Image.new("1", (4, 4), 1))) == (255, 255, 255)
+    assert pixel(load_image(Image.new("L", (4, 4), 7))) == (7, 7, 7)
+    assert pixel(load_image(np.full((4, 4), True))) == (255, 255, 255)
+    assert pixel(load_image(np.full((4, 4, 1), 9, np.uint8))) == (9, 9, 9)
+    with pytest.raises(UnsupportedImageError):
+        load_image(Image.new("F", (4, 4)))
+
+
+def test_animation_gives_its_first_frame_and_one_warning():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "green")]
+    content = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    with pytest.warns(AnimatedImageWarning) as caught:
+        assert pixel(load_image(content)) == (255, 0, 0)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_truncated(format, share):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    content = saved(noise, format)
+    with pytest.raises(ImageDecodeError):
+        load_image(content[: int(len(content) * share)])
+
+
+def test_flipped_bytes_never_leak_another_error():
+    content = saved(Image.fromarray(RED), "PNG")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        changed = bytearray(content)
+        changed[rng.integers(len(changed))] ^= int(rng.integers(1, 256))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                load_image(bytes(changed))
+            except (ImageDecodeError, ImageTooLargeError):
+                continue
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("no image")
+    for path, error, words in [
+        (tmp_path / "none.jpg", ImageNotFoundError, "no file"),
+        (tmp_path, ImageDecodeError, "directory"),
+        (tmp_path / "empty.jpg", ImageDecodeError, "empty"),
+        (tmp_path / "text.jpg", ImageDecodeError, "not an image"),
+        ("a\0b", ImageNotFoundError, "no file"),
+        (b"", ImageDecodeError, "empty"),
+        (b"no image", ImageDecodeError, "not an image"),
+        (io.StringIO("text"), UnsupportedImageError, "mode 'rb'"),
+        ("sample:dog", ImageNotFoundError, "cat, coffee, rocket"),
+        ("http://example.org/x.png", ImageURLError, "allow-url"),
+        (7, UnsupportedImageError, "int"),
+        (None, UnsupportedImageError, "NoneType"),
+    ]:
+        with pytest.raises(error, match=words) as caught:
+            load_image(path)
+        assert "\n" not in str(caught.value)
+    closed = io.BytesIO(b"x")
+    closed.close()
+    with pytest.raises(ImageDecodeError):
+        load_image(closed)
+
+
+def test_too_large_is_refused_before_it_is_decoded(monkeypatch):
+    def forbidden(self):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(Image.Image, "load", forbidden)
+    for width, height in ((10_001, 10_000), (40_000, 40_000)):
+        huge = b"P5 %d %d 255\n" % (width, height)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with pytest.raises(ImageTooLargeError, match="megapixels"):
+                load_image(huge)
+    with pytest.raises(ImageTooLargeError):
+        load_image(np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (10_001, 10_000), (0, 0)))
+    with pytest.raises(ImageTooLargeError):
+        load_image(torch.zeros(1).expand(3, 10_001, 10_000))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.zeros((3, 20, 30), np.uint8),
+        np.zeros((4, 4, 5), np.uint8),
+        np.zeros((4,), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 3), np.int64),
+        torch.zeros(5, 4, 4),
+        torch.zeros(4),
+        torch.full((3, 4, 4), 2.0),
+        torch.full((3, 4, 4), -0.5),
+        torch.zeros(3, 4, 4, dtype=torch.int64),
+    ],
+    ids=lambda value: f"{type(value).__name__}-{tuple(value.shape)}-{value.dtype}",
+)
+def test_arrays_with_no_single_reading(value):
+    with pytest.raises(UnsupportedImageError):
+        load_image(value)
+
+
+def test_heif(monkeypatch, tmp_path):
+    pytest.importorskip("pillow_heif")
+    code = """
+import sys, pillow_heif
+from PIL import Image
+pillow_heif.register_heif_opener()
+Image.new("RGB", (64, 64), "red").save(sys.argv[1], "HEIF")
+"""  # in a process of its own, so that Pillow here learns of the format by load_image alone
+    path = tmp_path / "red.heic"
+    subprocess.run([sys.executable, "-c", code, path], check=True)
+    with monkeypatch.context() as without, pytest.raises(MissingExtraError, match="heif"):
+        without.setitem(sys.modules, "pillow_heif", None)
+        load_image(path)
+    assert pixel(load_image(path), (20, 20))[0] > 240
+    with pytest.raises(ImageDecodeError):
+        load_image(path.read_bytes()[:300])
+
+
+def test_samples_need_the_extra(monkeypatch):
+    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="demo"):
+        load_image("sample:cat")
+
+
+def test_sources():
+    assert images.describe_source(pathlib.Path("x.png")) == "x.png"
+    assert images.describe_source("sample:cat") == "sample:cat"
+    assert images.describe_source(RED) is None

