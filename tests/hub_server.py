@@ -29,10 +29,10 @@ def hub_server(files, status=None):
             if with_body:
                 self.wfile.write(content)
 
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             self.answer(True)
 
-        def do_HEAD(self):  # noqa: N802
+        def do_HEAD(self):
             self.answer(False)
 
         def log_message(self, *_):

@@ -19,7 +19,11 @@ def test_every_error_is_drawn_exported_and_derived():
     [
         ("fal11", ["fall11", "winter21"], " Did you mean fall11?"),
         ("FALL11", ["fall11"], " Did you mean fall11?"),
-        ("mobilnet", ["mobilenetv3_large_100.miil_in21k", "tresnet_m"], " Did you mean mobilenetv3_large_100.miil_in21k?"),
+        (
+            "mobilnet",
+            ["mobilenetv3_large_100.miil_in21k", "tresnet_m"],
+            " Did you mean mobilenetv3_large_100.miil_in21k?",
+        ),
         ("zzzzzz", ["fall11"], ""),
     ],
 )

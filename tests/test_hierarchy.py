@@ -65,7 +65,9 @@ def test_aggregation_follows_its_definition(indices, tree_indices, seed, head):
     for node in tree:
         below = {node.wnid, *(child.wnid for child in tree.descendants(node))}
         mine = [i for i, near in enumerate(nearest) if near is not None and near.wnid in below]
-        expected = outputs[:, mine].sum(-1) if head == "softmax" else outputs[:, mine].amax(-1) if mine else torch.zeros(3)
+        expected = (
+            outputs[:, mine].sum(-1) if head == "softmax" else outputs[:, mine].amax(-1) if mine else torch.zeros(3)
+        )
         torch.testing.assert_close(found[node.wnid], expected.clamp(max=1), atol=1e-6, rtol=1e-5)
     lost = [i for i, near in enumerate(nearest) if near is None]
     expected = outputs[:, lost].sum(-1) if head == "softmax" else outputs[:, lost].amax(-1) if lost else torch.zeros(3)
@@ -109,7 +111,10 @@ def test_permuting_the_classes_permutes_nothing_in_the_answer(indices, seed, hea
     assert torch.equal(a.outputs, b.outputs)
     for row in range(3):
         paths = [
-            [d.hierarchy.tree.wnids[d.hierarchy.order[p]] for p in d.hierarchy.best_path(s.probability[row].numpy(), s.confidence[row].numpy())]
+            [
+                d.hierarchy.tree.wnids[d.hierarchy.order[p]]
+                for p in d.hierarchy.best_path(s.probability[row].numpy(), s.confidence[row].numpy())
+            ]
             for d, s in ((first, a), (second, b))
         ]
         assert paths[0] == paths[1]
@@ -157,7 +162,10 @@ def test_a_class_that_the_tree_lacks_counts_for_its_nearest_ancestor():
     assert scores.unmapped.item() == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize(("name", "lost"), [("imagenet21k_goog", 387), ("imagenet22k", 387), ("imagenet22k_ms", 387), ("imagenet12k", 9), ("imagenet1k", 0)])
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [("imagenet21k_goog", 387), ("imagenet22k", 387), ("imagenet22k_ms", 387), ("imagenet12k", 9), ("imagenet1k", 0)],
+)
 def test_how_many_classes_have_no_place_in_fall11(name, lost):
     space = LabelSpace.load(name)
     scores = Decoder(FALL11, space, "softmax")(torch.zeros(1, len(space)))

@@ -40,7 +40,17 @@ def test_every_form_gives_the_same_pixels(photographs):
     expected = np.asarray(Image.open(path).convert("RGB"))
     tensor = torch.from_numpy(expected.copy()).permute(2, 0, 1)
     with path.open("rb") as file:
-        forms = [path, str(path), Image.open(path), expected, tensor, tensor / 255, path.read_bytes(), file, "sample:cat"]
+        forms = [
+            path,
+            str(path),
+            Image.open(path),
+            expected,
+            tensor,
+            tensor / 255,
+            path.read_bytes(),
+            file,
+            "sample:cat",
+        ]
         for form in forms:
             np.testing.assert_array_equal(np.asarray(load_image(form)), expected)
         assert not file.closed
@@ -71,7 +81,12 @@ def test_exif_rotation():
 
 def test_sixteen_bits():
     grey = np.array([[0, 257 * 100, 65_535]], np.uint16)
-    for form in (grey, saved(Image.fromarray(grey), "PNG"), saved(Image.fromarray(grey), "TIFF"), torch.from_numpy(grey)):
+    for form in (
+        grey,
+        saved(Image.fromarray(grey), "PNG"),
+        saved(Image.fromarray(grey), "TIFF"),
+        torch.from_numpy(grey),
+    ):
         assert [pixel(load_image(form), (x, 0)) for x in range(3)] == [(0,) * 3, (100,) * 3, (255,) * 3]
     assert pixel(load_image(Image.fromarray(grey.astype(np.int32)))) == (0, 0, 0)
     with pytest.raises(UnsupportedImageError, match="16 bits"):

@@ -230,7 +230,9 @@ def test_default_is_downloaded_with_a_progress_bar_and_then_cached(tmp_path):
 def test_answers_of_the_hub(tmp_path, status, words):
     environment = {**os.environ, "HF_HOME": str(tmp_path), "WN21K_MODEL": "convnext_tiny.in12k"}
     with hub_server({}, status=status) as (endpoint, _):
-        done = subprocess.run(RUN, capture_output=True, text=True, env={**environment, "HF_ENDPOINT": endpoint}, check=False)
+        done = subprocess.run(
+            RUN, capture_output=True, text=True, env={**environment, "HF_ENDPOINT": endpoint}, check=False
+        )
     assert done.returncode == 1
     assert words in done.stderr
     assert "Traceback" not in done.stderr

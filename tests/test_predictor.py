@@ -41,9 +41,7 @@ class Fixed(torch.nn.Module):
 
 def fixed(space, head, logits, **options):
     space = LabelSpace.load(space) if isinstance(space, str) else space
-    model = LoadedModel(
-        name="fixed", module=Fixed(logits), label_space=space, head=head, data_config=None, owned=False
-    )
+    model = LoadedModel(name="fixed", module=Fixed(logits), label_space=space, head=head, data_config=None, owned=False)
     return Predictor(model, transform=lambda image: torch.zeros(3, 2, 2), device="cpu", **options)
 
 
@@ -185,7 +183,15 @@ def test_stream_reads_ahead_but_not_far(embedded):
 
 @pytest.mark.parametrize(
     "options",
-    [{"top_k": 0}, {"top_k": 1.5}, {"threshold": 2}, {"threshold": "x"}, {"batch_size": 0}, {"device": "gpu"}, {"tpo_k": 1}],
+    [
+        {"top_k": 0},
+        {"top_k": 1.5},
+        {"threshold": 2},
+        {"threshold": "x"},
+        {"batch_size": 0},
+        {"device": "gpu"},
+        {"tpo_k": 1},
+    ],
     ids=str,
 )
 def test_bad_arguments(options):

@@ -17,7 +17,7 @@ def server(monkeypatch):
     Image.new("RGB", (4, 4), "red").save(picture, "PNG")
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             if self.path == "/image.png":
                 body, status, extra = picture.getvalue(), 200, {}
             elif self.path == "/loop":

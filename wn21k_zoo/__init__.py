@@ -25,7 +25,7 @@ _HOME_OF = {
     "predict": "predictor",
 }
 
-__all__ = ["__version__", *sorted(_HOME_OF)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
     from wn21k_zoo.checkpoints import Checkpoint as Checkpoint

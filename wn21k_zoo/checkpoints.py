@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["CHECKPOINTS", "DEFAULT_CHECKPOINT", "EMBEDDED_CHECKPOINT", "Checkpoint", "HubSource", "Metric", "PackageSource"]
+__all__ = [
+    "CHECKPOINTS",
+    "DEFAULT_CHECKPOINT",
+    "EMBEDDED_CHECKPOINT",
+    "Checkpoint",
+    "HubSource",
+    "Metric",
+    "PackageSource",
+]
 
 Head = Literal["semantic_softmax", "softmax", "sigmoid"]
 Resize = Literal["squash", "crop", "border"]

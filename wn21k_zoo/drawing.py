@@ -37,7 +37,9 @@ def to_rich(tree: SemanticTree, node: Node | int | str | None = None, max_depth:
         top = Tree(title(tree[node]), highlight=False)
         grow(top, tree[node], max_depth)
         return top
-    top = Tree(f"[bold]{escape(tree.name)}[/] [dim]· {len(tree):,} classes, {len(tree.roots):,} roots[/]", highlight=False)
+    top = Tree(
+        f"[bold]{escape(tree.name)}[/] [dim]· {len(tree):,} classes, {len(tree.roots):,} roots[/]", highlight=False
+    )
     if max_depth != 0:
         for root in tree.roots:
             grow(top.add(title(root), highlight=False), root, None if max_depth is None else max_depth - 1)

@@ -71,9 +71,7 @@ class Hierarchy:
         depths = tree.depths[self.order]
         self.starts: list[int] = [int(start) for start in np.searchsorted(depths, np.arange(depths[-1] + 2))]
         # For each depth below the roots, the deepest first: where its nodes stand, and where their parents do.
-        self._edges = [
-            (depth, torch.from_numpy(self.parents[depth]).to(device)) for depth in self.depth_slices[:0:-1]
-        ]
+        self._edges = [(depth, torch.from_numpy(self.parents[depth]).to(device)) for depth in self.depth_slices[:0:-1]]
 
     def __len__(self) -> int:
         return len(self.order)

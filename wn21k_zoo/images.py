@@ -113,7 +113,9 @@ def _from_name(name: str, shown: str | None, *, allow_url: bool) -> Image.Image:
     if path.is_dir():
         raise ImageDecodeError(f"{name} is a directory, not an image; name the files in it.")
     if "\0" in name or not path.exists():
-        raise ImageNotFoundError(f"There is no file {name!r}." if not name.isprintable() else f"There is no file {name}.")
+        raise ImageNotFoundError(
+            f"There is no file {name!r}." if not name.isprintable() else f"There is no file {name}."
+        )
     return _open(path, shown)
 
 
@@ -143,7 +145,9 @@ def _open(file: Path | BinaryIO, name: str | None) -> Image.Image:
     try:
         return Image.open(file)
     except Image.DecompressionBombError as error:
-        raise ImageTooLargeError(f"{shown} has over {MAX_PIXELS // 10**6} megapixels; make it smaller first.") from error
+        raise ImageTooLargeError(
+            f"{shown} has over {MAX_PIXELS // 10**6} megapixels; make it smaller first."
+        ) from error
     except UnidentifiedImageError as error:
         head = _first_bytes(file)
         if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
@@ -221,7 +225,9 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     if array.ndim == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 2, 3, 4):
         raise UnsupportedImageError(f"An array of shape {shape} looks like [C, H, W]; give [H, W, C].")
     if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in (1, 2, 3, 4)) or 0 in shape:
-        raise UnsupportedImageError(f"An array of shape {shape} is no image; give [H, W] or [H, W, C] with 1 to 4 channels.")
+        raise UnsupportedImageError(
+            f"An array of shape {shape} is no image; give [H, W] or [H, W, C] with 1 to 4 channels."
+        )
     if shape[0] * shape[1] > MAX_PIXELS:
         raise ImageTooLargeError(f"An array of shape {shape} has over {MAX_PIXELS // 10**6} megapixels.")
     if array.dtype == np.bool_:
@@ -250,7 +256,9 @@ def _from_tensor(tensor: Any) -> Image.Image:
     pixels = tensor.detach().cpu()
     if pixels.is_floating_point():
         if not bool(((pixels >= 0) & (pixels <= 1)).all()):
-            raise UnsupportedImageError("A float tensor has values outside [0, 1]; give an image that is not normalised.")
+            raise UnsupportedImageError(
+                "A float tensor has values outside [0, 1]; give an image that is not normalised."
+            )
         pixels = (pixels.float() * 255).round().to(torch.uint8)
     elif pixels.dtype not in (torch.uint8, torch.uint16, torch.bool):
         raise UnsupportedImageError(f"A tensor of {pixels.dtype} has no fixed range; give uint8, or float in [0, 1].")

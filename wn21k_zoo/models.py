@@ -160,7 +160,9 @@ def load_pretrained(checkpoint: Checkpoint) -> nn.Module:
     except OSError as error:
         raise DownloadError(f"The weights of {checkpoint.name} could not be fetched: {first_line(error)}") from error
     except Exception as error:  # torch, safetensors and timm have many ways to say that a file does not fit
-        raise ModelError(f"The weights of {checkpoint.name} do not fit its architecture: {first_line(error)}") from error
+        raise ModelError(
+            f"The weights of {checkpoint.name} do not fit its architecture: {first_line(error)}"
+        ) from error
     return cast("nn.Module", module).eval()
 
 

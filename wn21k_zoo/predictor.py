@@ -124,26 +124,32 @@ class Predictor:
             results.append(result)
         return results if several else results[0]
 
-    def stream(self, images: Iterable[ImageLike]) -> Iterator[Result]:
+    def stream(self, images: Iterable[ImageLike], *, read_ahead: bool = True) -> Iterator[Result]:
         """Predictions in the order of the images, each error in its place, holding only a few batches in memory.
 
-        Images are decoded by threads while the model runs.
+        Args:
+            images: Any number of images.
+            read_ahead: Decode the next batch while the model runs on this one. Without it no more than one batch is
+                taken before its results are given, as a source wants that waits for them.
         """
+        ahead = self.batch_size if read_ahead else 0
         waiting: deque[tuple[str | None, Future[torch.Tensor]]] = deque()
         remaining = iter(images)
         with _Workers() as workers:
             while True:
-                for image in itertools.islice(remaining, 2 * self.batch_size - len(waiting)):
+                for image in itertools.islice(remaining, self.batch_size + ahead - len(waiting)):
                     waiting.append((describe_source(image), workers.submit(self._prepare, image)))
                 if not waiting:
                     return
                 batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
-                for image in itertools.islice(remaining, len(batch)):
+                for image in itertools.islice(remaining, ahead - len(waiting) if ahead else 0):
                     waiting.append((describe_source(image), workers.submit(self._prepare, image)))
                 yield from self._predict_batch(batch)
 
     def __repr__(self) -> str:
-        return f"Predictor({self.name!r}, label_space={self.label_space.name!r}, tree={self.tree.name!r}, {self.device})"
+        return (
+            f"Predictor({self.name!r}, label_space={self.label_space.name!r}, tree={self.tree.name!r}, {self.device})"
+        )
 
     def _prepare(self, image: ImageLike) -> torch.Tensor:
         rgb = load_image(image, allow_url=self.allow_url)
@@ -199,7 +205,9 @@ class Predictor:
         ]
 
     def _not_finite(self, source: str | None) -> ModelError:
-        return ModelError(f"{self.name} gives NaN or infinite outputs for {source or 'this image'}; are its weights right?")
+        return ModelError(
+            f"{self.name} gives NaN or infinite outputs for {source or 'this image'}; are its weights right?"
+        )
 
     def _prediction(self, scores: NodeScores, row: int, source: str | None) -> Prediction:
         probability, confidence = scores.probability[row].numpy(), scores.confidence[row].numpy()
@@ -285,7 +293,9 @@ def predict(
     chosen: Any = models.choose_default() if model is None else model
     unknown = set(options) - {"batch_size", "tree", "label_space", "head", "transform", "allow_url"}
     if unknown:
-        raise InvalidArgumentError(f"predict has no option {', '.join(sorted(unknown))}; help(wn21k_zoo.Predictor) lists them.")
+        raise InvalidArgumentError(
+            f"predict has no option {', '.join(sorted(unknown))}; help(wn21k_zoo.Predictor) lists them."
+        )
     stays_the_same = isinstance(chosen, str) and not models.looks_like_path(chosen)
     if stays_the_same and not options.keys() & {"label_space", "head"}:
         chosen = _load_once(chosen, str(models.select_device(device)))

@@ -46,7 +46,9 @@ def fetch_url(url: str) -> bytes:
     except requests.RequestException as error:
         private = _find_private(error)
         if private is not None:
-            raise ImageURLError(f"{url} leads to {private}, which is not a public address; it was not fetched.") from error
+            raise ImageURLError(
+                f"{url} leads to {private}, which is not a public address; it was not fetched."
+            ) from error
         raise ImageURLError(f"{url} could not be fetched ({type(error).__name__}).") from error
     except (OSError, ValueError) as error:
         raise ImageURLError(f"{url} could not be fetched ({first_line(error)}).") from error
@@ -58,7 +60,9 @@ def _follow(session: requests.Session, url: str, deadline: float) -> bytes:
         if urlsplit(current).scheme not in ("http", "https"):
             raise ImageURLError(f"{url} leads to {current}; only http and https are fetched.")
         headers = {"user-agent": USER_AGENT, "accept": "image/*"}
-        with session.get(current, stream=True, timeout=ANSWER_SECONDS, allow_redirects=False, headers=headers) as answer:
+        with session.get(
+            current, stream=True, timeout=ANSWER_SECONDS, allow_redirects=False, headers=headers
+        ) as answer:
             if answer.is_redirect:
                 current = urljoin(current, answer.headers["location"])
                 continue

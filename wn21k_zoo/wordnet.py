@@ -44,17 +44,11 @@ LEXNAMES = (
     *("adj.all", "adj.pert", "adv.all"),
     *(
         f"noun.{topic}"
-        for topic in (
-            "Tops act animal artifact attribute body cognition communication event feeling food group location motive "
-            "object person phenomenon plant possession process quantity relation shape state substance time"
-        ).split()
+        for topic in ["Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling", "food", "group", "location", "motive", "object", "person", "phenomenon", "plant", "possession", "process", "quantity", "relation", "shape", "state", "substance", "time"]
     ),
     *(
         f"verb.{topic}"
-        for topic in (
-            "body change cognition communication competition consumption contact creation emotion motion perception "
-            "possession social stative weather"
-        ).split()
+        for topic in ["body", "change", "cognition", "communication", "competition", "consumption", "contact", "creation", "emotion", "motion", "perception", "possession", "social", "stative", "weather"]
     ),
     "adj.ppl",
 )

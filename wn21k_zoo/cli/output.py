@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
     from wn21k_zoo.prediction import Prediction
 
-__all__ = ["CSV_COLUMNS", "Format", "ResultWriter", "choose_format", "print_json", "print_table", "say", "warnings_as_messages"]
+__all__ = [
+    "CSV_COLUMNS",
+    "Format",
+    "ResultWriter",
+    "choose_format",
+    "print_json",
+    "print_table",
+    "say",
+    "warnings_as_messages",
+]
 
 CSV_COLUMNS: Mapping[str, str] = {
     "source": "path, URL or name of the image",
@@ -73,6 +82,7 @@ def warnings_as_messages(quiet: bool) -> Iterator[None]:
             say(" ".join(str(message).split()))
 
     with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
         warnings.showwarning = show
         yield
 
@@ -182,7 +192,9 @@ def _print_prediction(target: Console, prediction: Prediction) -> None:
     from rich.tree import Tree
 
     best = prediction.label
-    title = f"{escape(best.name)} [dim]{best.wnid}[/] {best.confidence:.2f}" if best else "no label reaches the threshold"
+    title = (
+        f"{escape(best.name)} [dim]{best.wnid}[/] {best.confidence:.2f}" if best else "no label reaches the threshold"
+    )
     target.print(f"[bold]{escape(prediction.source or 'image')}[/]  [bold green]{title}[/]")
     branch = tree = Tree("path", hide_root=True)
     for label in prediction.path:
@@ -194,7 +206,9 @@ def _print_prediction(target: Console, prediction: Prediction) -> None:
         if not level.labels:
             continue
         first, *others = level.labels
-        following = " · ".join(f"{other.short_name} {other.probability:.2f}" for other in others if other.probability >= 0.005)
+        following = " · ".join(
+            f"{other.short_name} {other.probability:.2f}" for other in others if other.probability >= 0.005
+        )
         table.add_row(str(level.depth), escape(first.name), first.wnid, f"{first.probability:.2f}", escape(following))
     target.print(table)
     top = " · ".join(f"{output.name.split(', ')[0]} {output.probability:.2f}" for output in prediction.top_k)

@@ -24,7 +24,7 @@ __all__ = ["register"]
 
 # Only for folders: a file that is named is tried whatever it is called.
 IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+    [".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"]
 )
 
 
@@ -49,7 +49,8 @@ def predict(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m",
+            "--model",
+            "-m",
             help="A record (wn21k list), a timm name, a folder with config.json, or hf-hub:ORG/NAME. Default: $WN21K_MODEL, "
             "else the 21K default, else the embedded model.",
             autocompletion=_complete_model,
@@ -95,7 +96,9 @@ def predict(
             known = ", ".join(map(str, predictor.tree.levels)) or "none"
             raise InvalidArgumentError(f"The tree {predictor.tree.name} has no level {level}; its levels are {known}.")
         total = None if from_stdin else len(list(sources))
-        raise typer.Exit(_write(_results(predictor, sources), chosen, level, total, quiet=quiet))
+        raise typer.Exit(
+            _write(_results(predictor, sources, read_ahead=not from_stdin), chosen, level, total, quiet=quiet)
+        )
 
 
 def _load(
@@ -122,7 +125,7 @@ def _load(
     )
 
 
-def _results(predictor: Predictor, sources: Iterable[str]) -> Iterator[tuple[str, Any]]:
+def _results(predictor: Predictor, sources: Iterable[str], *, read_ahead: bool) -> Iterator[tuple[str, Any]]:
     pending: list[str] = []
 
     def remembered() -> Iterator[str]:
@@ -130,7 +133,7 @@ def _results(predictor: Predictor, sources: Iterable[str]) -> Iterator[tuple[str
             pending.append(source)
             yield source
 
-    for result in predictor.stream(remembered()):
+    for result in predictor.stream(remembered(), read_ahead=read_ahead):
         yield pending.pop(0), result
 
 
@@ -139,7 +142,7 @@ def _write(
 ) -> int:
     """Write all results and return the exit code."""
     done = failed = 0
-    with _progress(total, quiet or chosen is Format.table and sys.stdout.isatty()) as advance:
+    with _progress(total, quiet or (chosen is Format.table and sys.stdout.isatty())) as advance:
         writer = ResultWriter(chosen)
         try:
             for source, result in results:
@@ -149,7 +152,7 @@ def _write(
                 else:
                     done += 1
                     if level is not None:
-                        result = replace(result, levels=(result.level(level),))  # noqa: PLW2901
+                        result = replace(result, levels=(result.level(level),))
                 writer.write(source, result)
                 advance()
         finally:

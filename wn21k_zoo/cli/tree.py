@@ -21,7 +21,9 @@ app = typer.Typer(no_args_is_help=True, help="Look at the semantic tree, compare
 
 TreeOption = Annotated[
     str,
-    typer.Option("--tree", help="fall11, winter21, another label space, a text file of wnids, or the authors' tree.pth."),
+    typer.Option(
+        "--tree", help="fall11, winter21, another label space, a text file of wnids, or the authors' tree.pth."
+    ),
 ]
 FormatOption = Annotated[
     Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
@@ -126,10 +128,14 @@ def compare(
 def build(
     wordnet: Annotated[
         Path | None,
-        typer.Option("--wordnet", help="Folder of WordNet 3.0's database files, such as /usr/share/wordnet. Default: NLTK's."),
+        typer.Option(
+            "--wordnet", help="Folder of WordNet 3.0's database files, such as /usr/share/wordnet. Default: NLTK's."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the files there.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Compare with the shipped files; exit code 1 on a difference.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with the shipped files; exit code 1 on a difference.")
+    ] = False,
 ) -> None:
     """Build the label spaces' and trees' data anew from WordNet 3.0: always the same bytes."""
     from wn21k_zoo.wordnet import compile_data, packaged_data

@@ -93,10 +93,13 @@ def info(
         return
     details["local_file"] = details["local_file"] or "not on this machine"
     details["sources"] = "\n".join(details["sources"])
-    details["metrics"] = "\n".join(
-        f"{metric.value} {metric.name}, {metric.dataset} ({metric.protocol}; {metric.measured_by})"
-        for metric in checkpoint.metrics
-    ) or None
+    details["metrics"] = (
+        "\n".join(
+            f"{metric.value} {metric.name}, {metric.dataset} ({metric.protocol}; {metric.measured_by})"
+            for metric in checkpoint.metrics
+        )
+        or None
+    )
     print_table([{"field": key, "value": value} for key, value in details.items()], ("field", "value"), chosen)
 
 

@@ -1,0 +1,241 @@
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+from conftest import EMBEDDED
+from typer.testing import CliRunner
+
+from wn21k_zoo import SemanticTree
+from wn21k_zoo.checkpoints import CHECKPOINTS
+from wn21k_zoo.cli.app import app
+from wn21k_zoo.cli.output import CSV_COLUMNS
+from wn21k_zoo.prediction import json_schema
+
+MODEL = ["--model", EMBEDDED, "--device", "cpu"]
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+@pytest.fixture
+def folder(tmp_path, photographs):
+    (tmp_path / "below").mkdir()
+    for name, source in (("b.png", photographs[0]), ("below/a.JPG", photographs[2])):
+        (tmp_path / name).write_bytes(source.read_bytes())
+    (tmp_path / "notes.txt").write_text("no image, and not named like one")
+    return tmp_path
+
+
+def test_jsonl_is_the_default_in_a_pipe(folder):
+    done = run("predict", folder, *MODEL)
+    assert done.exit_code == 0
+    assert done.stderr == ""
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["source"] for result in results] == [str(folder / "b.png"), str(folder / "below" / "a.JPG")]
+    validator = jsonschema.Draft202012Validator(json.loads(run("schema").stdout))
+    for result in results:
+        validator.validate(result)
+
+
+def test_json_is_one_array(folder):
+    (folder / "c.png").write_bytes(b"broken")
+    done = run("predict", folder, *MODEL, "--format", "json")
+    assert done.exit_code == 3
+    results = json.loads(done.stdout)
+    assert len(results) == 3
+    assert [result["source"] for result in results if "error" in result] == [str(folder / "c.png")]
+    assert "1 of 3 images failed" in done.stderr
+    for result in results:
+        jsonschema.validate(result, json_schema())
+
+
+def test_csv_has_the_documented_columns(folder):
+    (folder / "c.png").write_bytes(b"")
+    done = run("predict", folder, *MODEL, "--format", "csv", "--top-k", "2")
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert (
+        list(rows[0])
+        == list(CSV_COLUMNS)
+        == [row["column"] for row in map(json.loads, run("schema", "-f", "csv").stdout.splitlines())]
+    )
+    assert {row["kind"] for row in rows} == {"label", "level", "output", "error"}
+    assert {row["rank"] for row in rows} == {"1", "2", ""}
+
+
+def test_table():
+    done = run("predict", "sample:cat", *MODEL, "--format", "table")
+    assert done.exit_code == 0
+    for words in ("domestic cat", "n02121808", "tiger cat", EMBEDDED, "imagenet1k", "fall11"):
+        assert words in done.stdout
+
+
+def test_level_threshold_and_top_k():
+    result = json.loads(run("predict", "sample:cat", *MODEL, "--level", 2, "-k", 3, "-t", 0.94).stdout)
+    assert [level["depth"] for level in result["levels"]] == [2]
+    assert len(result["levels"][0]["labels"]) == len(result["top_k"]) == 3
+    assert result["label"]["wnid"] == "n00015388"
+    done = run("predict", "sample:cat", *MODEL, "--level", 77)
+    assert done.exit_code == 2
+    assert "its levels are 0, 1" in done.stderr
+
+
+def test_stdin_and_globs(folder):
+    done = run("predict", "-", *MODEL, stdin=f"{folder / 'b.png'}\n\nsample:coffee\n")
+    assert [json.loads(line)["source"] for line in done.stdout.splitlines()] == [str(folder / "b.png"), "sample:coffee"]
+    assert run("predict", "-", *MODEL, stdin="").exit_code == 1
+    assert run("predict", "-", "sample:cat", *MODEL).exit_code == 2
+    assert len(run("predict", folder / "**" / "*.[pJ]*", *MODEL, "-q").stdout.splitlines()) == 2
+    assert "No file matches" in run("predict", folder / "*.webp", *MODEL).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["predict", "none.jpg"], 1, "There is no file none.jpg."),
+        (["predict"], 2, "Missing argument"),
+        (["predict", "sample:cat", "--format", "xml"], 2, "xml"),
+        (["predict", "sample:cat", "--top-k", "0"], 2, "top-k"),
+        (["predict", "sample:cat", "--modl", "x"], 2, "--model"),
+        (["predict", "sample:cat", "--model", "efficientnet_lite0.embeded_in1k"], 1, EMBEDDED),
+        (["predict", "sample:cat", "--model", "no/such/folder"], 1, "There is no folder"),
+        (["predict", "sample:cat", "--model", "convnext_tiny.in12k"], 1, "does not answer"),
+        (["predict", "sample:cat", *MODEL, "--tree", "fal11"], 1, "Did you mean fall11"),
+        (["predict", "sample:cat", "--model", EMBEDDED, "--device", "gpu"], 2, "cannot be used here"),
+        (["predict", "sample:dog", *MODEL], 1, "cat, coffee, rocket"),
+        (["predict", "https://example.org/x.png", *MODEL], 1, "--allow-url"),
+        (["list", "mobilnet"], 1, "mobilenetv3_large_100.miil_in21k"),
+        (["info", "efficientnet_lite0.embeded_in1k"], 1, EMBEDDED),
+        (["tree", "path", "n04399382"], 1, "nearest ancestor"),
+        (["tree", "path", "tabby"], 1, "n02123045"),
+        (["tree", "search", "no such thing"], 1, "matches"),
+        (["tree", "show", "--tree", "none.txt"], 1, "No tree is called"),
+        (["tree", "build"], 2, "--output"),
+        (["tree", "compare", "none.pth"], 1, "no tree file"),
+        (["nonsense"], 2, "nonsense"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_errors_are_one_line_and_an_exit_code(arguments, code, words):
+    done = run(*arguments)
+    assert done.exit_code == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert all(line.startswith("wn21k: ") for line in done.stderr.splitlines())
+
+
+def test_debug_shows_the_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "wn21k_zoo", "info", "nonsense.nonsense", "--debug"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_fallback_is_one_line_on_stderr_unless_quiet():
+    done = run("predict", "sample:cat")
+    assert done.exit_code == 0
+    assert done.stderr.count("\n") == 1
+    assert "WN21K_MODEL" in done.stderr
+    quiet = run("predict", "sample:cat", "--quiet")
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
+def test_info(checkpoint):
+    details = json.loads(run("info", checkpoint.name).stdout)
+    assert details["label_space"] == checkpoint.label_space
+    assert details["sha256"] == checkpoint.sha256
+    table = run("info", checkpoint.name, "--format", "table").stdout
+    unknown = [key for key, value in details.items() if value in (None, []) and key != "local_file"]
+    assert table.count("unknown") == len(unknown)
+
+
+def test_list_names_every_record():
+    rows = [json.loads(line) for line in run("list").stdout.splitlines()]
+    assert [row["name"] for row in rows] == [checkpoint.name for checkpoint in CHECKPOINTS]
+    assert "imagenet1k" in run("list", "*embedded*", "-f", "table").stdout
+
+
+def test_doctor():
+    found = {row["what"]: row["value"] for row in map(json.loads, run("doctor").stdout.splitlines())}
+    assert found[EMBEDDED].startswith("usable offline")
+    assert "not on this machine" in found["mobilenetv3_large_100.miil_in21k"]
+    assert {"python", "torch", "timm", "device", "hub cache"} <= set(found)
+
+
+def test_tree_commands(tmp_path):
+    assert json.loads(run("tree", "search", "tabby cat").stdout.splitlines()[0])["wnid"] == "n02123045"
+    assert [json.loads(line)["depth"] for line in run("tree", "path", "n02123045").stdout.splitlines()] == [0, 1, 2, 3]
+    between = run("tree", "path", "n02123045", "n02084071")
+    assert "distance 3" in between.stderr
+    assert len(between.stdout.splitlines()) == 4
+    assert run("tree", "path", "n02123045", "n07920052").exit_code == 1
+    assert run("tree", "show", "n02121808", "-f", "dot").stdout.startswith("digraph")
+    assert "tabby" in run("tree", "show", "n02121808", "-f", "tree").stdout
+    assert len(json.loads(run("tree", "show").stdout)) == 302
+    (tmp_path / "pets.txt").write_text("n02121808\nn02123045\n")
+    assert "tabby" in run("tree", "show", "--tree", tmp_path / "pets.txt", "-f", "tree").stdout
+    (tmp_path / "fall11.txt").write_text("\n".join(SemanticTree.load("fall11").wnids))
+    assert run("tree", "compare", tmp_path / "fall11.txt").exit_code == 0
+    assert run("tree", "compare", tmp_path / "pets.txt").exit_code == 1
+    assert run("tree", "build", "--output", tmp_path / "pets.txt").exit_code == 2
+    assert "data.noun" in run("tree", "build", "--check", "--wordnet", tmp_path / "none").stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["predict", "--help"], ["tree", "--help"], ["--version"], ["list"]])
+def test_light_commands_import_no_torch(arguments):
+    code = "import sys\nfrom wn21k_zoo.cli.app import app\ntry: app(sys.argv[1:])\nfinally: print('torch' in sys.modules, 'timm' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("False False\n"), done.stderr
+
+
+def test_completion_imports_no_torch():
+    code = "import sys\nfrom wn21k_zoo.cli.app import app\ntry: app(prog_name='wn21k')\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    environment = {
+        **os.environ,
+        "_WN21K_COMPLETE": "complete_bash",
+        "COMP_WORDS": "wn21k predict --model eff",
+        "COMP_CWORD": "3",
+    }
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert EMBEDDED in done.stdout
+    assert done.stderr == "False\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
+def test_interrupt_is_130_without_a_traceback():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wn21k_zoo", "predict", "-", *MODEL],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        process.stdin.write("sample:cat\n" * 16)  # one batch: its results come while stdin is still open
+        process.stdin.flush()
+        assert process.stdout.readline().startswith("{")
+        process.send_signal(signal.SIGINT)
+        _, shown = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in shown
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes as on POSIX")
+def test_a_reader_that_stops_early_is_no_error():
+    command = (
+        f"{sys.executable} -m wn21k_zoo predict sample:cat sample:coffee sample:rocket {' '.join(MODEL)} | head -c 5"
+    )
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)  # noqa: S602
+    assert done.stdout == '{"sou'
+    assert done.stderr == ""
