@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -133,7 +135,7 @@ def test_the_path_follows_the_tree_to_the_best_child(indices, seed):
     nodes = [tree[int(hierarchy.order[place])] for place in path]
     place_of = {node.index: place for place, node in enumerate(tree[int(i)] for i in hierarchy.order)}
     assert confidence[path[0]] == max(confidence[place_of[root.index]] for root in tree.roots)
-    for above, below in zip(nodes, nodes[1:], strict=False):
+    for above, below in itertools.pairwise(nodes):
         assert tree.parent(below) == above
         assert p[place_of[below.index]] == max(p[place_of[child.index]] for child in tree.children(above))
     assert not tree.children(nodes[-1])

@@ -27,7 +27,7 @@ def find_local(checkpoint: Checkpoint) -> Path | None:
 
 
 def is_reachable(checkpoint: Checkpoint, seconds: float = PROBE_SECONDS) -> bool:
-    """Whether the first source on the Hub answers one request within ``seconds``, looking up the host's name included."""
+    """Whether the first source on the Hub answers one request within ``seconds``, look-up of the name included."""
     source = next((source for source in checkpoint.sources if isinstance(source, HubSource)), None)
     if source is None or _is_offline():
         return False
@@ -40,7 +40,7 @@ def is_reachable(checkpoint: Checkpoint, seconds: float = PROBE_SECONDS) -> bool
 
 
 def fetch_from_hub(source: HubSource, filenames: tuple[str, ...] | None = None) -> Path:
-    """The first of the source's files that is in the Hub's cache or, else, on the Hub; a progress bar shows the download.
+    """The first of the source's files that is in the Hub's cache or else on the Hub, with a progress bar.
 
     Args:
         source: The repository.
@@ -149,8 +149,8 @@ def _exists_on_hub(source: HubSource, filename: str) -> bool:
         status = _head(source, filename, ANSWER_SECONDS)
     except requests.RequestException as error:
         raise DownloadError(
-            f"{source} does not answer ({type(error).__name__}). Check the network, or choose a model that wn21k doctor "
-            "shows as usable offline."
+            f"{source} does not answer ({type(error).__name__}). Check the network, or choose a model that "
+            "wn21k doctor shows as usable offline."
         ) from error
     if status in (401, 403):
         raise DownloadError(

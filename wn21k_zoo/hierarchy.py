@@ -141,7 +141,8 @@ class Hierarchy:
 class Decoder:
     """From the logits of one kind of head over one label space to the scores of one tree's nodes.
 
-    - ``semantic_softmax``: p(c) is the softmax within c's depth, confidence(c) the minimum of p over c and its ancestors.
+    - ``semantic_softmax``: p(c) is the softmax within c's depth; confidence(c) is the minimum of p over c and its
+      ancestors.
     - ``softmax``: p = confidence of a node is the sum over the classes in its subtree. A class that the tree lacks
       counts for its nearest ancestor that the tree has; what has none is ``unmapped``.
     - ``sigmoid``: p = confidence of a node is the maximum over the classes in its subtree.

@@ -50,7 +50,7 @@ class LabelSpace:
 
     Args:
         name: A name for messages and results.
-        wnids: WordNet 3.0 noun ids in the order of the outputs.
+        wnids: WordNet 3.0 noun ids in the order of the outputs; any sequence is kept as a tuple.
 
     Raises:
         EmptyLabelSpaceError: There is no class.

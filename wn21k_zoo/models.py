@@ -167,7 +167,7 @@ def load_pretrained(checkpoint: Checkpoint) -> nn.Module:
 
 
 def create_transform(name: str, training: bool = False) -> Any:
-    """The preprocessing of a checkpoint, as a torchvision transform from an RGB PIL image to a float32 tensor [3, H, W].
+    """The preprocessing of a checkpoint: a transform from an RGB PIL image to a float32 tensor [3, H, W].
 
     Args:
         name: A record or a timm model with a known label space.
@@ -222,7 +222,7 @@ def _embedded_instead(why: str) -> str:
     embedded = registry.get_checkpoint(EMBEDDED_CHECKPOINT)
     if download.find_local(embedded) is None:
         raise MissingExtraError(
-            f"The default model {DEFAULT_CHECKPOINT} {why}. Connect to the network once, or use the embedded model, which",
+            f"The default model {DEFAULT_CHECKPOINT} {why}. Connect to the network, or use the embedded model, which",
             "embedded",
         )
     warnings.warn(
@@ -326,7 +326,7 @@ def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, 
             known = None  # names of its own: not the classes of the checkpoint it was made from
     if known is None:
         raise UnresolvedLabelSpaceError(
-            f"{folder} does not say which WordNet synsets its outputs are; give label_space (a name or a list of wnids)."
+            f"{folder} does not say which WordNet synsets its outputs are; give label_space (a name or wnids)."
         )
     return LabelSpace.load(known.label_space)
 

@@ -154,7 +154,7 @@ class Predictor:
     def _prepare(self, image: ImageLike) -> torch.Tensor:
         rgb = load_image(image, allow_url=self.allow_url)
         try:
-            return cast("torch.Tensor", self.transform(rgb))
+            return self.transform(rgb)
         except Exception as error:  # a transform can be the user's own
             name = describe_source(image) or "The image"
             raise ImageError(f"{name} could not be preprocessed ({first_line(error)}).") from error

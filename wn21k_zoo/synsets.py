@@ -101,5 +101,5 @@ def _read_lines(name: str) -> list[str]:
 
 def _unknown(wnid: Any) -> UnknownSynsetError:
     return UnknownSynsetError(
-        f"{wnid!r} is not a noun synset of WordNet 3.0; a wnid is 'n' and eight digits, such as n02121808 (domestic cat)."
+        f"{wnid!r} is not a noun synset of WordNet 3.0; a wnid is 'n' and eight digits: n02121808 is domestic cat."
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +140,7 @@ class SemanticTree:
             DuplicateSynsetError: An entry stands there twice.
             EmptyLabelSpaceError: The list is empty.
         """
-        return cls.from_label_space(LabelSpace(name, tuple(wnids) if not isinstance(wnids, str) else wnids))
+        return cls.from_label_space(LabelSpace(name, cast("tuple[str, ...]", wnids)))  # it makes the tuple itself
 
     @classmethod
     def from_file(cls, path: str | Path) -> SemanticTree:
@@ -368,7 +368,7 @@ class SemanticTree:
         return drawing.to_dot(self, node, max_depth)
 
     def to_dict(self, node: int | str | Node | None = None, max_depth: int | None = None) -> list[dict[str, Any]]:
-        """The roots (or the one node) as dicts with the keys of :class:`Node` and ``children``; arguments as :meth:`to_rich`."""
+        """Roots (or the one node) as dicts of :class:`Node`'s fields and ``children``; arguments as :meth:`to_rich`."""
         return drawing.to_dict(self, node, max_depth)
 
     # Indices

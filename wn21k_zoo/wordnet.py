@@ -40,16 +40,18 @@ TIMM_FILES: Mapping[str, str] = MappingProxyType(
 )
 
 # The lexicographer files by number, as lexnames(5WN) lists them: NLTK wants a file of them, Debian has none.
+_NOUNS = (
+    "Tops act animal artifact attribute body cognition communication event feeling food group location motive object "
+    "person phenomenon plant possession process quantity relation shape state substance time"
+)
+_VERBS = (
+    "body change cognition communication competition consumption contact creation emotion motion perception possession "
+    "social stative weather"
+)
 LEXNAMES = (
     *("adj.all", "adj.pert", "adv.all"),
-    *(
-        f"noun.{topic}"
-        for topic in ["Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling", "food", "group", "location", "motive", "object", "person", "phenomenon", "plant", "possession", "process", "quantity", "relation", "shape", "state", "substance", "time"]
-    ),
-    *(
-        f"verb.{topic}"
-        for topic in ["body", "change", "cognition", "communication", "competition", "consumption", "contact", "creation", "emotion", "motion", "perception", "possession", "social", "stative", "weather"]
-    ),
+    *(f"noun.{topic}" for topic in _NOUNS.split(" ")),
+    *(f"verb.{topic}" for topic in _VERBS.split(" ")),
     "adj.ppl",
 )
 
@@ -108,7 +110,7 @@ def _noun_files(reader: Any) -> dict[str, bytes]:
 
 
 def _clean(definition: str) -> str:
-    """Without what NLTK leaves of the examples that it cuts out: their punctuation and whom they quote ('; --Genesis')."""
+    """Without what NLTK leaves of the examples it cuts out: their punctuation and whom they quote ('; --Genesis')."""
     parts = (part.strip() for part in definition.split("; "))
     kept = (part for part in parts if not part.startswith("-") and any(map(str.isalnum, part)))
     return "; ".join(kept).rstrip(" ;:,")

@@ -1,4 +1,4 @@
-"""The command ``wn21k``. Data goes to stdout, messages and progress bars to stderr; heavy imports wait for a command."""
+"""The command ``wn21k``: data on stdout, messages and progress bars on stderr; heavy imports wait for a command."""
 
 from __future__ import annotations
 

@@ -24,7 +24,27 @@ __all__ = ["register"]
 
 # Only for folders: a file that is named is tried whatever it is called.
 IMAGE_SUFFIXES = frozenset(
-    [".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"]
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".heic",
+        ".heif",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
 )
 
 
@@ -51,8 +71,8 @@ def predict(
         typer.Option(
             "--model",
             "-m",
-            help="A record (wn21k list), a timm name, a folder with config.json, or hf-hub:ORG/NAME. Default: $WN21K_MODEL, "
-            "else the 21K default, else the embedded model.",
+            help="A record (wn21k list), a timm name, a folder with config.json, or hf-hub:ORG/NAME. "
+            "Default: $WN21K_MODEL, else the 21K default, else the embedded model.",
             autocompletion=_complete_model,
         ),
     ] = None,
