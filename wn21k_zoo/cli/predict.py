@@ -89,7 +89,9 @@ def predict(
         Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Images per forward pass. Default: 4 on a CPU, else 32.")
+    ] = None,
     allow_url: Annotated[bool, typer.Option("--allow-url", help="Fetch images from public http(s) addresses.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress bar; errors stay.")] = False,
 ) -> None:
@@ -126,7 +128,7 @@ def _load(
     top_k: int,
     threshold: float,
     device: str,
-    batch_size: int,
+    batch_size: int | None,
     tree: str | None,
     label_space: str | None,
     allow_url: bool,
