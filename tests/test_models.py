@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -33,7 +34,8 @@ CAT = "sample:cat"
 def folder(tmp_path_factory, embedded):
     """The embedded model as timm saves a model for the Hub."""
     target = tmp_path_factory.mktemp("hub") / "lite0"
-    save_for_hf(embedded.module, target, safe_serialization=True)
+    module = copy.deepcopy(embedded.module).to(memory_format=torch.contiguous_format)  # safetensors wants it so
+    save_for_hf(module, target, safe_serialization=True)
     return target
 
 
