@@ -88,9 +88,9 @@ def test_sixteen_bits():
         torch.from_numpy(grey),
     ):
         assert [pixel(load_image(form), (x, 0)) for x in range(3)] == [(0,) * 3, (100,) * 3, (255,) * 3]
-    assert pixel(load_image(Image.fromarray(grey.astype(np.int32)))) == (0, 0, 0)
-    with pytest.raises(UnsupportedImageError, match="16 bits"):
-        load_image(Image.fromarray(grey.astype(np.int32) * 2))
+    assert pixel(load_image(grey.astype(">u2")), (1, 0)) == (100, 100, 100)
+    with pytest.raises(UnsupportedImageError, match="unknown range"):
+        load_image(Image.fromarray(grey.astype(np.int32)))
 
 
 def test_transparency_is_white_and_hides_colour():
@@ -159,6 +159,8 @@ def test_bad_files(tmp_path):
         (tmp_path / "empty.jpg", ImageDecodeError, "empty"),
         (tmp_path / "text.jpg", ImageDecodeError, "not an image"),
         ("a\0b", ImageNotFoundError, "no file"),
+        ("x" * 300 + ".jpg", ImageNotFoundError, "no file"),
+        (Image.new("RGB", (0, 4)), ImageDecodeError, "no pixels"),
         (b"", ImageDecodeError, "empty"),
         (b"no image", ImageDecodeError, "not an image"),
         (io.StringIO("text"), UnsupportedImageError, "mode 'rb'"),

@@ -70,6 +70,23 @@ def test_a_folder_with_names_of_its_own_is_not_guessed(folder, tmp_path):
         models.load_model(changed, label_space="fall11")
 
 
+def test_a_folder_keeps_its_own_preprocessing(folder, tmp_path, monkeypatch):
+    changed = copy_of(folder, tmp_path, crop_pct=1.0, input_size=[3, 256, 256])
+    assert models.load_model(changed).data_config["input_size"] == (3, 256, 256)
+    monkeypatch.chdir(tmp_path)
+    assert models.load_model("copy").data_config["crop_pct"] == 1.0  # named without a slash
+
+
+def test_a_module_of_a_record_is_read_as_its_record(fall11):
+    module = timm.create_model("mobilenetv3_large_100.miil_in21k", pretrained=False).eval()
+    loaded = models.load_model(module, label_space="fall11")
+    assert loaded.head == "semantic_softmax"
+    assert loaded.data_config["crop_mode"] == "squash"
+    assert models.load_model(module, label_space=fall11.wnids[::-1]).head == "softmax"
+    half = Predictor(module.to(torch.bfloat16), label_space="fall11", device="cpu")
+    assert half(CAT).head == "semantic_softmax"
+
+
 def test_a_folder_with_wnids_as_names(folder, tmp_path, embedded):
     wnids = [*embedded.label_space.wnids[:-1], "n02121808"]
     assert models.load_model(copy_of(folder, tmp_path, label_names=wnids)).label_space.wnids == tuple(wnids)
@@ -88,6 +105,10 @@ def test_bad_folders(folder, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="architecture"):
         models.load_model(tmp_path)
+    for damage in ({"pretrained_cfg": None}, {"pretrained_cfg": []}, {"label_names": 5}):
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", **damage}))
+        with pytest.raises(ModelError, match="is not a"):
+            models.load_model(tmp_path)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(WeightsNotFoundError):
         models.load_model(tmp_path)
@@ -100,18 +121,18 @@ def test_bad_folders(folder, tmp_path):
 
 
 def test_a_module_is_used_and_left_as_it_was(embedded):
-    module = embedded.module
+    module = copy.deepcopy(embedded.module)
     module.train()
-    try:
-        with pytest.raises(UnresolvedLabelSpaceError, match="label_space"):
-            models.load_model(module)
-        with pytest.raises(LabelSpaceError):
-            models.load_model(module, label_space="imagenet12k")
-        found = predict(CAT, model=module, label_space="imagenet1k", transform=embedded.transform)
-        assert found.top_k == embedded(CAT).top_k
-        assert module.training
-    finally:
-        module.eval()
+    module.bn1.eval()  # frozen, as in fine-tuning
+    with pytest.raises(UnresolvedLabelSpaceError, match="label_space"):
+        models.load_model(module)
+    with pytest.raises(LabelSpaceError):
+        models.load_model(module, label_space="imagenet12k")
+    found = predict(CAT, model=module, label_space="imagenet1k", transform=embedded.transform)
+    assert found.top_k == embedded(CAT).top_k
+    assert module.training
+    assert module.blocks.training
+    assert not module.bn1.training
 
 
 def test_a_plain_module_needs_a_transform():
@@ -134,8 +155,9 @@ def test_a_plain_module_needs_a_transform():
 def test_bad_names():
     with pytest.raises(UnknownModelError, match="Did you mean"):
         models.load_model("efficientnet_lite0.embeded_in1k")
-    with pytest.raises(UnknownModelError, match="hf-hub:ORG/NAME"):
-        models.load_model("hf-hub:name")
+    for name in ("hf-hub:name", "hf-hub:a b/c", "hf-hub:a/b/c", "hf-hub:/b", "hf-hub:"):
+        with pytest.raises(UnknownModelError, match="hf-hub:ORG/NAME"):
+            models.load_model(name)
     with pytest.raises(UnknownModelError, match="no folder"):
         models.load_model("no/such/folder")
     with pytest.raises(DownloadError):

@@ -14,6 +14,7 @@ from wn21k_zoo import Predictor, SemanticTree, predict
 from wn21k_zoo.errors import (
     ImageError,
     ImageNotFoundError,
+    ImageTooLargeError,
     InvalidArgumentError,
     TreeError,
     UnknownTreeError,
@@ -167,6 +168,25 @@ def test_arrays_with_four_dimensions_are_several(embedded):
     assert embedded(Image.new("RGB", (8, 8))).source is None
 
 
+def test_the_same_lazy_image_and_file_object_may_stand_several_times(embedded, photographs):
+    expected = embedded(photographs[0])
+    with Image.open(photographs[0]) as lazy, photographs[0].open("rb") as file:
+        for result in embedded([lazy, file] * 6):
+            assert [output.wnid for output in result.top_k] == [output.wnid for output in expected.top_k]
+            assert result.path[0].confidence == pytest.approx(expected.path[0].confidence, abs=1e-4)
+
+
+def test_a_very_long_image_is_refused_before_it_grows(embedded):
+    with pytest.raises(ImageTooLargeError, match="shorter side"):
+        embedded(Image.new("RGB", (30_000, 1)))
+    assert embedded(Image.new("RGB", (300, 2))).path
+
+
+def test_numbers_of_numpy_are_numbers():
+    predictor = Predictor(EMBEDDED, top_k=np.int64(2), threshold=np.float32(0.5), device="cpu")
+    assert len(predictor(CAT).top_k) == 2
+
+
 def test_stream_reads_ahead_but_not_far(embedded):
     taken = []
 
@@ -191,6 +211,7 @@ def test_stream_reads_ahead_but_not_far(embedded):
         {"batch_size": 0},
         {"device": "gpu"},
         {"tpo_k": 1},
+        {"tree": 5},
     ],
     ids=str,
 )

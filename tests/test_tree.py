@@ -157,6 +157,8 @@ def test_bad_lists():
         SemanticTree.from_wnids(["n00000001"])
     with pytest.raises(InvalidArgumentError):
         SemanticTree.from_wnids("n02121808")
+    with pytest.raises(InvalidArgumentError):
+        SemanticTree.from_wnids(None)
 
 
 def test_text_files(tmp_path):
@@ -211,6 +213,9 @@ def test_bad_published_files(tmp_path, monkeypatch):
         "short": {**good, "class_tree_list": [[0]]},
         "keys": {"class_list": []},
         "list": [1, 2],
+        "none": {"class_list": None, "class_tree_list": []},
+        "number": {**good, "class_tree_list": 5},
+        "words": {**good, "class_tree_list": [["a"], [1]]},
         "hostile": {**good, "class_list": Hostile()},
     }.items():
         torch.save(content, f"{name}.pth")

@@ -70,6 +70,8 @@ class LabelSpace:
     def __post_init__(self) -> None:
         if isinstance(self.wnids, str):
             raise InvalidArgumentError("wnids is one string; give a list such as ['n02121808', 'n02084071'].")
+        if not isinstance(self.wnids, Iterable):
+            raise InvalidArgumentError(f"wnids is a {type(self.wnids).__name__}; give a list such as ['n02121808'].")
         object.__setattr__(self, "wnids", tuple(self.wnids))
         object.__setattr__(self, "positions", _checked_positions(self.wnids))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -107,7 +108,12 @@ def load_model(
         return _from_hub(name, space, head)
     if name.startswith("local-dir:") or isinstance(model, os.PathLike) or looks_like_path(name):
         return _from_folder(Path(name.removeprefix("local-dir:")).expanduser(), space, head)
-    checkpoint = registry.resolve_checkpoint(name)
+    try:
+        checkpoint = registry.resolve_checkpoint(name)
+    except UnknownModelError:
+        if Path(name).is_dir():  # a folder in the working directory, named without a slash
+            return _from_folder(Path(name), space, head)
+        raise
     if space is not None or head is not None:
         raise InvalidArgumentError(
             f"{name} states its own label space and head; leave out label_space and head, or load the module yourself."
@@ -254,7 +260,7 @@ def _from_package(checkpoint: Checkpoint, source: PackageSource) -> nn.Module:
 
 def _from_hub(name: str, space: LabelSpace | None, head: Head | None) -> LoadedModel:
     repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
         raise UnknownModelError(f"{name!r} is no Hub repository; write hf-hub:ORG/NAME.")
     source = HubSource(repo_id=repo_id, revision=revision or None)
     config = download.fetch_from_hub(source, (CONFIG_FILE,))
@@ -268,7 +274,7 @@ def _from_folder(folder: Path, space: LabelSpace | None, head: Head | None) -> L
     if folder.is_file():
         raise UnknownModelError(f"{folder} is a file; name the folder that holds {CONFIG_FILE} and the weights.")
     if not folder.is_dir():
-        raise UnknownModelError(f"There is no folder {folder}.")
+        raise UnknownModelError(f"There is no folder {folder}. For a repository on the Hub write hf-hub:ORG/NAME.")
     config = _read_config(folder)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise WeightsNotFoundError(f"{folder} has no weights; one of {', '.join(WEIGHT_FILES)} must be there.")
@@ -286,7 +292,7 @@ def _from_folder(folder: Path, space: LabelSpace | None, head: Head | None) -> L
         module=module,
         label_space=space,
         head=head or (known.head if known else "softmax"),
-        data_config=known.data_config if known else data_config,
+        data_config=_published_data_config(known, data_config),
         owned=True,
     )
 
@@ -300,7 +306,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder / CONFIG_FILE} cannot be read: {first_line(error)}") from error
     if not isinstance(config, dict) or "architecture" not in config:
         raise ModelError(f"{folder / CONFIG_FILE} names no timm architecture.")
+    settings = config.get("pretrained_cfg", {})
+    if not isinstance(settings, dict):
+        raise ModelError(f"{folder / CONFIG_FILE}: pretrained_cfg is not an object.")
+    for names in (config.get("label_names"), settings.get("label_names")):
+        if names is not None and not isinstance(names, list):
+            raise ModelError(f"{folder / CONFIG_FILE}: label_names is not a list.")
     return config
+
+
+def _published_data_config(known: Checkpoint | None, own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A model's own preprocessing; but timm's configurations of the 21K-P heads say crop where squash is right."""
+    return known.data_config if known is not None and known.head == "semantic_softmax" else own
 
 
 def _checkpoint_of_config(config: Mapping[str, Any]) -> Checkpoint | None:
@@ -342,13 +359,19 @@ def _from_module(module: Any, space: LabelSpace | None, head: Head | None) -> Lo
             "The classes of a module are not known by itself; give label_space (a name such as imagenet1k, or wnids)."
         )
     _check_outputs(module, space, type(module).__name__)
-    has_config = bool(getattr(module, "pretrained_cfg", None))
+    settings = getattr(module, "pretrained_cfg", None)
+    known = None
+    if settings:
+        config = {**settings, "num_classes": len(space)}
+        known = _checkpoint_of_config({"architecture": settings.get("architecture"), "pretrained_cfg": config})
+        if known is not None and LabelSpace.load(known.label_space).wnids != space.wnids:
+            known = None
     return LoadedModel(
         name=type(module).__name__,
         module=module,
         label_space=space,
-        head=head or "softmax",
-        data_config=resolve_model_data_config(module) if has_config else None,
+        head=head or (known.head if known else "softmax"),
+        data_config=_published_data_config(known, resolve_model_data_config(module)) if settings else None,
         owned=False,
     )
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import html
 import json
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 
@@ -188,7 +191,7 @@ def check_threshold(threshold: float) -> float:
     Raises:
         InvalidArgumentError: It is not a number from 0 to 1.
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, (Real, np.number)) or not 0 <= threshold <= 1:
         raise InvalidArgumentError(f"threshold is {threshold!r}; it must be a number from 0 to 1.")
     return float(threshold)
 

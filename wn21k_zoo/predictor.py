@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -19,9 +20,9 @@ from numpy.typing import NDArray
 
 from wn21k_zoo import models
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import ImageError, InvalidArgumentError, ModelError, Wn21kError, first_line
+from wn21k_zoo.errors import ImageError, ImageTooLargeError, InvalidArgumentError, ModelError, Wn21kError, first_line
 from wn21k_zoo.hierarchy import Decoder, NodeScores
-from wn21k_zoo.images import describe_source, load_image
+from wn21k_zoo.images import MAX_PIXELS, describe_source, load_image
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace
 from wn21k_zoo.models import LabelSpaceLike, LoadedModel
 from wn21k_zoo.prediction import Label, Level, Output, Prediction, check_threshold
@@ -102,6 +103,7 @@ class Predictor:
         if self._memory_format is not None:
             self.module.to(memory_format=self._memory_format)
         self.transform = transform or _own_transform(model)
+        self._short_side = None if transform else _short_side(model.data_config or {})
         self._decoder = Decoder(self.tree, self.label_space, self.head, self.device)
 
     def __call__(self, images: ImageLike | Iterable[ImageLike], *, errors: Errors = "raise") -> Any:
@@ -143,12 +145,12 @@ class Predictor:
         with _Workers() as workers:
             while True:
                 for image in itertools.islice(remaining, self.batch_size + ahead - len(waiting)):
-                    waiting.append((describe_source(image), workers.submit(self._prepare, image)))
+                    waiting.append((describe_source(image), self._submit(workers, image)))
                 if not waiting:
                     return
                 batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
                 for image in itertools.islice(remaining, ahead - len(waiting) if ahead else 0):
-                    waiting.append((describe_source(image), workers.submit(self._prepare, image)))
+                    waiting.append((describe_source(image), self._submit(workers, image)))
                 yield from self._predict_batch(batch)
 
     def __repr__(self) -> str:
@@ -156,13 +158,36 @@ class Predictor:
             f"Predictor({self.name!r}, label_space={self.label_space.name!r}, tree={self.tree.name!r}, {self.device})"
         )
 
+    def _submit(self, workers: ThreadPoolExecutor, image: ImageLike) -> Future[torch.Tensor]:
+        if hasattr(image, "getbands") or hasattr(image, "read"):
+            # A PIL image and a file object have a state that two threads must not share, so they are read here.
+            try:
+                image = load_image(image)
+            except Wn21kError as error:
+                failed: Future[torch.Tensor] = Future()
+                failed.set_exception(error)
+                return failed
+        return workers.submit(self._prepare, image)
+
     def _prepare(self, image: ImageLike) -> torch.Tensor:
         rgb = load_image(image, allow_url=self.allow_url)
+        self._check_shape(rgb, describe_source(image) or "The image")
         try:
             return self.transform(rgb)
         except Exception as error:  # a transform can be the user's own
             name = describe_source(image) or "The image"
             raise ImageError(f"{name} could not be preprocessed ({first_line(error)}).") from error
+
+    def _check_shape(self, image: Any, name: str) -> None:
+        """Resizing the shorter side of a very long image would make an enormous one."""
+        if self._short_side is None:
+            return
+        pixels = self._short_side**2 * max(image.size) / min(image.size)
+        if pixels > MAX_PIXELS:
+            raise ImageTooLargeError(
+                f"{name} is {image.size[0]} by {image.size[1]} pixels: with its shorter side resized to "
+                f"{self._short_side:.0f} it would have {pixels / 1e6:.0f} megapixels; crop it first."
+            )
 
     def _predict_batch(self, batch: list[tuple[str | None, Future[torch.Tensor]]]) -> Iterator[Result]:
         outcomes: list[torch.Tensor | Wn21kError] = []
@@ -179,11 +204,11 @@ class Predictor:
     def _run(self, tensors: list[torch.Tensor]) -> list[Callable[[str | None], Result]]:
         import torch
 
-        was_training = self.module.training
+        modes = [(part, part.training) for part in self.module.modules()]  # some may be frozen, some not
         self.module.eval()
         try:
             with torch.inference_mode():
-                pixels = torch.stack(tensors).to(self.device)
+                pixels = torch.stack(tensors).to(self.device, _dtype_of(self.module))
                 logits = self.module(pixels.contiguous(memory_format=self._memory_format or torch.contiguous_format))
                 if tuple(logits.shape) != (len(tensors), len(self.label_space)):
                     raise ModelError(
@@ -198,7 +223,8 @@ class Predictor:
             hint = " Try a smaller batch size." if isinstance(error, torch.OutOfMemoryError) else ""
             raise ModelError(f"{self.name} cannot be run on these images: {first_line(error)}{hint}") from error
         finally:
-            self.module.train(was_training)
+            for part, was_training in modes:
+                part.training = was_training
         rows = NodeScores(
             outputs=scores.outputs.cpu(),
             probability=scores.probability.cpu(),
@@ -302,7 +328,7 @@ def predict(
         raise InvalidArgumentError(
             f"predict has no option {', '.join(sorted(unknown))}; help(wn21k_zoo.Predictor) lists them."
         )
-    stays_the_same = isinstance(chosen, str) and not models.looks_like_path(chosen)
+    stays_the_same = isinstance(chosen, str) and not models.looks_like_path(chosen) and not Path(chosen).is_dir()
     if stays_the_same and not options.keys() & {"label_space", "head"}:
         chosen = _load_once(chosen, str(models.select_device(device)))
     return Predictor(chosen, top_k=top_k, threshold=threshold, device=device, **options)(images, errors=errors)
@@ -332,9 +358,13 @@ def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
 
 
 def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)  # NumPy's integers too
+    except TypeError:
+        number = 0
+    if number < 1:
         raise InvalidArgumentError(f"{name} is {value!r}; it must be a whole number from 1.")
-    return value
+    return number
 
 
 def _is_several(images: Any) -> bool:
@@ -348,6 +378,8 @@ def _is_several(images: Any) -> bool:
 def _as_tree(tree: str | os.PathLike[str] | SemanticTree | None) -> SemanticTree | None:
     if tree is None or isinstance(tree, SemanticTree):
         return tree
+    if not isinstance(tree, (str, os.PathLike)):
+        raise InvalidArgumentError(f"tree is a {type(tree).__name__}; give a name, a file of wnids or a SemanticTree.")
     name = os.fspath(tree)
     if name in LABEL_SPACES or name in LABEL_SPACE_ALIASES or not Path(name).is_file():
         return SemanticTree.load(name)
@@ -368,6 +400,17 @@ def _device_of(module: Any) -> torch.device:
     import torch
 
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def _dtype_of(module: Any) -> torch.dtype | None:
+    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
+
+
+def _short_side(data_config: Mapping[str, Any]) -> float | None:
+    """To how many pixels the shorter side is resized before the crop; None where an image's aspect does not matter."""
+    if data_config.get("crop_mode", "center") != "center":
+        return None
+    return float(max(data_config["input_size"][1:]) / data_config["crop_pct"]) if data_config else None
 
 
 def _memory_format(device: torch.device) -> torch.memory_format | None:

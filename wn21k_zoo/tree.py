@@ -185,8 +185,13 @@ class SemanticTree:
             ) from error
         if not isinstance(content, dict) or not {"class_list", "class_tree_list"} <= content.keys():
             raise TreeError(f"{path} is no tree file: it has no entries class_list and class_tree_list.")
+        chains = content["class_tree_list"]
+        if not isinstance(content["class_list"], (list, tuple)) or not isinstance(chains, (list, tuple)):
+            raise TreeError(f"{path} is no tree file: class_list and class_tree_list are not lists.")
+        if not all(isinstance(chain, (list, tuple)) and all(type(i) is int for i in chain) for chain in chains):
+            raise TreeError(f"{path} is no tree file: class_tree_list does not hold lists of indices.")
         label_space = LabelSpace(path.stem, tuple(content["class_list"]))
-        return cls(label_space, _parents_from_chains(content["class_tree_list"], len(label_space), path))
+        return cls(label_space, _parents_from_chains(chains, len(label_space), path))
 
     # Shape
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
 import time
+from queue import Empty, Queue
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -13,7 +15,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from wn21k_zoo.errors import ImageTooLargeError, ImageURLError, Wn21kError, first_line
+from wn21k_zoo.errors import ImageTooLargeError, ImageURLError, Wn21kError
 
 __all__ = ["fetch_url"]
 
@@ -34,27 +36,35 @@ def fetch_url(url: str) -> bytes:
         ImageURLError: Not http or https, not public, not answered in time, or answered with an error.
         ImageTooLargeError: More than 50 MB.
     """
-    deadline = time.monotonic() + MAX_SECONDS
+    answers: Queue[bytes | Wn21kError] = Queue()
+    # A thread, because a server that sends byte by byte holds any time-out of a socket for as long as it likes.
+    threading.Thread(target=lambda: answers.put(_fetch(url)), daemon=True, name="wn21k-url").start()
+    try:
+        answer = answers.get(timeout=MAX_SECONDS)
+    except Empty:
+        raise ImageURLError(f"{url} took more than {MAX_SECONDS:.0f} s.") from None
+    if isinstance(answer, Wn21kError):
+        raise answer
+    return answer
+
+
+def _fetch(url: str) -> bytes | Wn21kError:
     try:
         with requests.Session() as session:
             session.trust_env = False
             session.mount("http://", _PublicAdapter())
             session.mount("https://", _PublicAdapter())
-            return _follow(session, url, deadline)
-    except Wn21kError:
-        raise
-    except requests.RequestException as error:
+            return _follow(session, url)
+    except Wn21kError as error:
+        return error
+    except Exception as error:  # requests, urllib3, the socket and the decoders of a body all have their own
         private = _find_private(error)
         if private is not None:
-            raise ImageURLError(
-                f"{url} leads to {private}, which is not a public address; it was not fetched."
-            ) from error
-        raise ImageURLError(f"{url} could not be fetched ({type(error).__name__}).") from error
-    except (OSError, ValueError) as error:
-        raise ImageURLError(f"{url} could not be fetched ({first_line(error)}).") from error
+            return ImageURLError(f"{url} leads to {private}, which is not a public address; it was not fetched.")
+        return ImageURLError(f"{url} could not be fetched ({type(error).__name__}).")
 
 
-def _follow(session: requests.Session, url: str, deadline: float) -> bytes:
+def _follow(session: requests.Session, url: str) -> bytes:
     current = url
     for _ in range(MAX_REDIRECTS + 1):
         if urlsplit(current).scheme not in ("http", "https"):
@@ -68,22 +78,28 @@ def _follow(session: requests.Session, url: str, deadline: float) -> bytes:
                 continue
             if answer.status_code >= 400:
                 raise ImageURLError(f"{url} answers HTTP {answer.status_code}.")
-            return _read_body(answer, url, deadline)
+            return _read_body(answer, url)
     raise ImageURLError(f"{url} redirects more than {MAX_REDIRECTS} times.")
 
 
-def _read_body(answer: requests.Response, url: str, deadline: float) -> bytes:
+def _read_body(answer: requests.Response, url: str) -> bytes:
     announced = answer.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > MAX_BYTES:
         raise ImageTooLargeError(f"{url} has {int(announced) / 1e6:.0f} MB; at most {MAX_BYTES // 10**6} are fetched.")
     body = bytearray()
-    while chunk := answer.raw.read1(65_536, decode_content=True):  # read1: a slow sender cannot hold it past one packet
+    begin = time.monotonic()
+    while chunk := answer.raw.read1(65_536, decode_content=True):
         body += chunk
         if len(body) > MAX_BYTES:
             raise ImageTooLargeError(f"{url} has over {MAX_BYTES // 10**6} MB.")
-        if time.monotonic() > deadline:
+        if time.monotonic() - begin > MAX_SECONDS:  # nobody waits for it any more
             raise ImageURLError(f"{url} took more than {MAX_SECONDS:.0f} s.")
     return bytes(body)
+
+
+# IPv6 addresses that lead to an IPv4 address inside them.
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_TUNNELS = tuple(map(ipaddress.IPv6Network, ("64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")))
 
 
 class _PrivateAddressError(OSError):
@@ -100,8 +116,14 @@ def _refuse_private(addresses: set[str]) -> None:
 
 def _is_public(address: str) -> bool:
     parsed = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    return (mapped or parsed).is_global and not (mapped or parsed).is_multicast
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped:
+            parsed = parsed.ipv4_mapped
+        elif parsed in _NAT64:
+            parsed = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
+        elif any(parsed in network for network in _TUNNELS):
+            return False
+    return parsed.is_global and not parsed.is_multicast
 
 
 class _PublicMixin:

@@ -95,6 +95,28 @@ def test_stdin_and_globs(folder):
     assert "No file matches" in run("predict", folder / "*.webp", *MODEL).stderr
 
 
+def test_what_holds_nothing_does_not_stop_the_rest(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = run("predict", folder / "b.png", tmp_path / "empty", folder / "*.webp", "x" * 300, *MODEL)
+    assert done.exit_code == 3
+    assert [("error" in result) for result in map(json.loads, done.stdout.splitlines())] == [False, True, True, True]
+    done = run("predict", tmp_path / "empty", *MODEL)
+    assert (done.exit_code, "holds no images" in done.stderr) == (1, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux")
+def test_file_names_that_are_no_text(tmp_path, photographs):
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    with open(name, "wb") as file:  # noqa: PTH123
+        file.write(photographs[0].read_bytes())
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    for arguments, given in ((["-"], name), ([os.fsdecode(name)], b"")):
+        command = [sys.executable, "-m", "wn21k_zoo", "predict", *arguments, *MODEL]
+        done = subprocess.run(command, input=given, capture_output=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert os.fsencode(json.loads(done.stdout)["source"]) == name
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -113,10 +135,9 @@ def test_stdin_and_globs(folder):
         (["list", "mobilnet"], 1, "mobilenetv3_large_100.miil_in21k"),
         (["info", "efficientnet_lite0.embeded_in1k"], 1, EMBEDDED),
         (["tree", "path", "n04399382"], 1, "nearest ancestor"),
-        (["tree", "path", "tabby"], 1, "n02123045"),
+        (["tree", "path", "tabby"], 1, "names 2 classes"),
         (["tree", "search", "no such thing"], 1, "matches"),
         (["tree", "show", "--tree", "none.txt"], 1, "No tree is called"),
-        (["tree", "build"], 2, "--output"),
         (["tree", "compare", "none.pth"], 1, "no tree file"),
         (["nonsense"], 2, "nonsense"),
     ],

@@ -102,13 +102,16 @@ def predict(
     if paths.count("-") > 1 or ("-" in paths and len(paths) > 1):
         raise InvalidArgumentError("- reads the paths from stdin; name it alone.")
     chosen = choose_format(format)
+    _allow_any_name()
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        disable_progress_bars()
     from_stdin = paths == ["-"]
     sources: Iterable[str] = _lines_of_stdin() if from_stdin else list(_expand(paths))
     if not from_stdin and not any(_may_exist(source) for source in sources):
         # Nothing to predict: say so before a model is loaded.
-        results: Iterator[tuple[str, Any]] = (
-            (source, ImageNotFoundError(f"There is no file {source}.")) for source in sources
-        )
+        results = ((source, _why_not(source)) for source in sources)
         raise typer.Exit(_write(results, chosen, None, len(list(sources)), quiet=quiet))
     with warnings_as_messages(quiet):
         if sys.stderr.isatty() and not quiet:
@@ -208,23 +211,19 @@ def _lines_of_stdin() -> Iterator[str]:
 
 def _expand(paths: list[str]) -> Iterator[str]:
     for path in paths:
-        if path.startswith("sample:") or _is_url(path) or Path(path).is_file():
+        if path.startswith("sample:") or _is_url(path) or os.path.isfile(path):  # noqa: PTH113 - any name
             yield path
-        elif Path(path).is_dir():
+        elif os.path.isdir(path):  # noqa: PTH112
             found = [
                 os.path.join(folder, name)  # noqa: PTH118 - keeps the path as the user wrote it
                 for folder, _, names in os.walk(path)
                 for name in names
                 if Path(name).suffix.lower() in IMAGE_SUFFIXES
             ]
-            if not found:
-                raise ImageNotFoundError(f"The folder {path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}).")
-            yield from sorted(found)
+            yield from sorted(found) or [path]  # an empty folder, as a pattern without a match, is an item that fails
         elif glob.has_magic(path):
-            matches = [match for match in sorted(glob.glob(path, recursive=True)) if Path(match).is_file()]  # noqa: PTH207
-            if not matches:
-                raise ImageNotFoundError(f"No file matches {path}.")
-            yield from matches
+            matches = [match for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)]  # noqa: PTH113, PTH207
+            yield from matches or [path]
         else:
             yield path
 
@@ -234,4 +233,27 @@ def _is_url(path: str) -> bool:
 
 
 def _may_exist(source: str) -> bool:
-    return source.startswith("sample:") or _is_url(source) or Path(source).exists()
+    is_file = os.path.exists(source) and not os.path.isdir(source)  # noqa: PTH110, PTH112
+    return source.startswith("sample:") or _is_url(source) or is_file
+
+
+def _why_not(source: str) -> Wn21kError:
+    """The error of something that is certainly no image."""
+    from wn21k_zoo.images import load_image
+
+    if glob.has_magic(source):
+        return ImageNotFoundError(f"No file matches {source}.")
+    if os.path.isdir(source):  # noqa: PTH112
+        return ImageNotFoundError(f"The folder {source} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}).")
+    try:
+        load_image(source)
+    except Wn21kError as error:
+        return error
+    return ImageNotFoundError(f"There was no file {source} a moment ago; try again.")
+
+
+def _allow_any_name() -> None:
+    """File names that are not valid text pass through: as themselves on stdin, escaped on stdout."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from wn21k_zoo.cli.output import Format, console, print_json, print_table, say
-from wn21k_zoo.errors import InvalidArgumentError, TreeError, Wn21kError
+from wn21k_zoo.errors import InvalidArgumentError, TreeError, UnknownSynsetError, Wn21kError
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES
 from wn21k_zoo.tree import Node, SemanticTree
 
@@ -132,7 +132,9 @@ def build(
             "--wordnet", help="Folder of WordNet 3.0's database files, such as /usr/share/wordnet. Default: NLTK's."
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the files there.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the files there. Default: wn21k_data, unless --check.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the shipped files; exit code 1 on a difference.")
     ] = False,
@@ -141,7 +143,7 @@ def build(
     from wn21k_zoo.wordnet import compile_data, packaged_data
 
     if output is None and not check:
-        raise InvalidArgumentError("Say what to do: --output DIR to write the files, --check to compare them.")
+        output = Path("wn21k_data")
     if output is not None and output.exists() and not output.is_dir():
         raise InvalidArgumentError(f"{output} is a file; --output wants a folder.")
     files = compile_data(wordnet)
@@ -177,6 +179,9 @@ def _node(tree: SemanticTree, text: str) -> Node:
         return tree[text]
     except Wn21kError:
         exact = [node for node in tree.search(text, limit=None) if text.casefold() in node.name.casefold().split(", ")]
-        if len(exact) != 1:
+        if len(exact) > 1:
+            known = "; ".join(f"{node.wnid} is {node.definition}" for node in exact[:4])
+            raise UnknownSynsetError(f"{text!r} names {len(exact)} classes, give the wnid of one: {known}.") from None
+        if not exact:
             raise
         return exact[0]
