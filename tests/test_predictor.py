@@ -231,6 +231,7 @@ def test_a_failing_transform_is_the_images_error():
 def test_largest():
     values = np.array([0.1, 0.5, 0.5, 0.0, 0.5], np.float32)
     assert _largest(values, 2).tolist() == [1, 2]
+    assert _largest(values, 99, above=0.1).tolist() == [1, 2, 4]
     assert _largest(values, 4).tolist() == [1, 2, 4, 0]
     assert _largest(values, 99).tolist() == [1, 2, 4, 0, 3]
 

@@ -50,7 +50,7 @@ class Predictor:
         top_k: How many labels each level, and how many outputs, a prediction lists.
         threshold: Confidence in [0, 1] that ``Prediction.label`` must reach.
         device: 'auto' (CUDA, else MPS, else CPU; a module stays where it is) or a torch device.
-        batch_size: Images per forward pass; by default 4 on a CPU, whose caches like it small, and 32 elsewhere.
+        batch_size: Images per forward pass; by default 8 on a CPU, whose caches like it small, and 32 elsewhere.
         tree: Whose labels are given: a shipped tree's name, a file of wnids or a :class:`SemanticTree`. By default
             fall11, or winter21 for a head over its classes; for a semantic softmax always the tree over its classes.
         label_space: Classes of the outputs of a module or a folder.
@@ -96,7 +96,7 @@ class Predictor:
         self.head = model.head
         self.tree = chosen_tree or _default_tree(model.label_space, model.head)
         self.device = chosen_device or (models.select_device() if model.owned else _device_of(model.module))
-        self.batch_size = chosen_batch_size or (4 if self.device.type == "cpu" else 32)
+        self.batch_size = chosen_batch_size or (8 if self.device.type == "cpu" else 32)
         self.module = model.module.to(self.device) if model.owned or chosen_device else model.module
         # The layout in which convolutions are fastest (benchmarks/predict.py); a caller's module is left as it is.
         self._memory_format = _memory_format(self.device) if model.owned else None
@@ -262,9 +262,7 @@ class Predictor:
             Level(
                 depth=depth,
                 labels=tuple(
-                    label(nodes.start + int(best))
-                    for best in _largest(probability[nodes], self.top_k)
-                    if probability[nodes][best] > 0
+                    label(nodes.start + int(best)) for best in _largest(probability[nodes], self.top_k, above=0.0)
                 ),
             )
             for depth, nodes in enumerate(hierarchy.depth_slices)
@@ -349,11 +347,12 @@ class _Workers(ThreadPoolExecutor):
         self.shutdown(wait=True, cancel_futures=True)
 
 
-def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Indices of the ``count`` largest, the largest first, among equals the lower index first."""
-    if count >= len(values):
-        return np.argsort(-values, kind="stable")
-    candidates = np.flatnonzero(values >= np.partition(values, -count)[-count])
+def _largest(values: NDArray[np.float32], count: int, above: float = -np.inf) -> NDArray[np.int64]:
+    """Indices of the ``count`` largest above a bound, the largest first, among equals the lower index first."""
+    candidates = np.flatnonzero(values > above)
+    if count < len(candidates):
+        bound = np.partition(values[candidates], -count)[-count]
+        candidates = candidates[values[candidates] >= bound]
     return candidates[np.argsort(-values[candidates], kind="stable")][:count]
 
 

@@ -90,7 +90,7 @@ def predict(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Images per forward pass. Default: 4 on a CPU, else 32.")
+        int | None, typer.Option("--batch-size", min=1, help="Images per forward pass. Default: 8 on a CPU, else 32.")
     ] = None,
     allow_url: Annotated[bool, typer.Option("--allow-url", help="Fetch images from public http(s) addresses.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress bar; errors stay.")] = False,
