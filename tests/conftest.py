@@ -1,7 +1,10 @@
 """Fixtures. The tests never touch a person's caches, and no test of the default run reaches the internet."""
 
+import contextlib
 import os
+import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads these once.
@@ -15,6 +18,27 @@ import pytest  # noqa: E402
 from wn21k_zoo import Predictor, SemanticTree  # noqa: E402
 
 EMBEDDED = "efficientnet_lite0.embedded_in1k"
+
+
+def run_in_terminal(command, environment):
+    """Run with stderr on a pseudo-terminal, as a person would; returns the process and what the terminal showed."""
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    shown = []
+
+    def read():
+        with contextlib.suppress(OSError):  # Linux ends a pseudo-terminal with EIO
+            while chunk := os.read(ours, 4096):
+                shown.append(chunk)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment, check=False)
+    os.close(theirs)
+    reader.join(10)
+    os.close(ours)
+    return done, b"".join(shown).decode(errors="replace")
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,14 @@
-import contextlib
 import copy
 import json
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from conftest import run_in_terminal
 from hub_server import hub_server
 from PIL import Image
 from timm.models import save_for_hf
@@ -202,27 +201,6 @@ def test_default_without_the_extra(monkeypatch):
     monkeypatch.setattr(models.download, "find_local", lambda checkpoint: None)
     with pytest.raises(MissingExtraError, match=r"network.*wn21k-zoo\[embedded\]"):
         models.choose_default()
-
-
-def run_in_terminal(command, environment):
-    """Run with stderr on a pseudo-terminal, as a person would; returns the process and what the terminal showed."""
-    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
-    shown = []
-
-    def read():
-        with contextlib.suppress(OSError):  # Linux ends a pseudo-terminal with EIO
-            while chunk := os.read(ours, 4096):
-                shown.append(chunk)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment, check=False)
-    os.close(theirs)
-    reader.join(10)
-    os.close(ours)
-    return done, b"".join(shown).decode(errors="replace")
 
 
 RUN = [sys.executable, "-m", "wn21k_zoo", "predict", CAT, "--format", "jsonl"]

@@ -8,7 +8,7 @@ import sys
 
 import jsonschema
 import pytest
-from conftest import EMBEDDED
+from conftest import EMBEDDED, run_in_terminal
 from typer.testing import CliRunner
 
 from wn21k_zoo import SemanticTree
@@ -93,6 +93,16 @@ def test_stdin_and_globs(folder):
     assert run("predict", "-", "sample:cat", *MODEL).exit_code == 2
     assert len(run("predict", folder / "**" / "*.[pJ]*", *MODEL, "-q").stdout.splitlines()) == 2
     assert "No file matches" in run("predict", folder / "*.webp", *MODEL).stderr
+
+
+def test_the_progress_bar_is_on_stderr_and_the_data_on_stdout(folder):
+    (folder / "c.png").write_bytes(b"broken")
+    command = [sys.executable, "-m", "wn21k_zoo", "predict", str(folder), *MODEL]
+    done, terminal = run_in_terminal(command, dict(os.environ))
+    assert done.returncode == 3
+    assert len([json.loads(line) for line in done.stdout.splitlines()]) == 3
+    assert "3/3" in terminal
+    assert "c.png is not an image" in terminal
 
 
 def test_what_holds_nothing_does_not_stop_the_rest(folder, tmp_path):

@@ -198,7 +198,8 @@ def _progress(total: int | None, hidden: bool) -> Iterator[Callable[[], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+    # rich would draw what goes to stdout above the bar, on stderr: data stays on stdout.
+    with Progress(*columns, console=console(stderr=True), transient=True, redirect_stdout=False) as progress:
         task = progress.add_task("predict", total=total)
         yield lambda: progress.advance(task)
 
