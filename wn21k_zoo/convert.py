@@ -1,0 +1,280 @@
+"""Published weight files to timm's layout: what the authors wrote, what timm released, what timm writes today.
+
+A layout is recognised from the names and shapes of its entries, never from the name of the file. Nothing in a pickle
+is executed: ``torch.load(weights_only=True)``, and only a flat dict of tensors is accepted.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from wn21k_zoo.architectures import ARCHITECTURES
+from wn21k_zoo.architectures.ofa import STAGE_DEPTHS
+from wn21k_zoo.checkpoints import CHECKPOINTS
+from wn21k_zoo.errors import ConversionError, UnknownModelError, did_you_mean, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    StateDict = dict[str, torch.Tensor]
+
+__all__ = ["Converted", "build", "convert_file", "convert_state_dict", "read_state_dict", "save_safetensors"]
+
+# How a file may wrap its state dict, and what training in several processes puts before each name.
+_WRAPPERS = ("state_dict", "model")
+_PREFIX = "module."
+# An original activated batch normalisation scales by |weight| + eps (Rota Bulo et al. 2018, section 4.1).
+_ABN_EPS = 1e-5
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """A checkpoint in timm's layout.
+
+    Attributes:
+        architecture: Ours or timm's name of it.
+        num_classes: Outputs of its head.
+        state_dict: Entries as ``load_state_dict(strict=True)`` of that architecture takes them; contiguous.
+    """
+
+    architecture: str
+    num_classes: int
+    state_dict: StateDict
+
+
+def build(architecture: str, **kwargs: Any) -> nn.Module:
+    """A network of one of our architectures or one of timm's; arguments as ``timm.create_model`` takes them."""
+    import timm
+
+    if architecture in ARCHITECTURES:
+        return cast("nn.Module", ARCHITECTURES[architecture](**{k: v for k, v in kwargs.items() if v is not None}))
+    return cast("nn.Module", timm.create_model(architecture, **kwargs))
+
+
+def convert_file(path: str | os.PathLike[str], architecture: str | None = None) -> Converted:
+    """Convert a published ``.pth``, ``.bin`` or ``.safetensors`` file.
+
+    Args:
+        path: The file.
+        architecture: Which one it is, where several share a layout; by default recognised.
+
+    Raises:
+        ConversionError: It cannot be read, is no plain state dict, or its entries are not those of the architecture.
+        UnknownModelError: No record has that architecture.
+    """
+    return convert_state_dict(read_state_dict(path), architecture)
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
+    """The tensors of a weight file on the CPU, unwrapped from ``state_dict`` or ``model``; no pickled code runs.
+
+    Raises:
+        ConversionError: It cannot be read, or is not a flat dict of tensors.
+    """
+    import safetensors.torch
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise ConversionError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; name a weight file.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old file formats
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle, zipfile and safetensors have many ways to refuse a file
+        raise ConversionError(
+            f"{path} was not loaded, and nothing in it was executed: it is no plain state dict "
+            f"({first_line(error)[:160]})"
+        ) from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content:
+        raise ConversionError(f"{path} holds a {type(content).__name__}, not a state dict.")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ConversionError(f"{path}: the entry {key!r} is a {type(value).__name__}, not a tensor.")
+    return dict(content)
+
+
+def convert_state_dict(state_dict: Mapping[str, torch.Tensor], architecture: str | None = None) -> Converted:
+    """As :func:`convert_file`, from tensors in memory."""
+    known = dict.fromkeys(checkpoint.architecture for checkpoint in CHECKPOINTS)
+    if architecture is not None and architecture not in known:
+        raise UnknownModelError(f"No record has the architecture {architecture!r}.{did_you_mean(architecture, known)}")
+    found = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
+    for applies, rename in _LAYOUTS:
+        if applies(found):
+            found = rename(found)
+            break
+    fits = {}
+    differences: dict[str, tuple[int, str]] = {}
+    for name in [architecture] if architecture else known:
+        completed, difference = _fit(found, name)
+        if completed is not None:
+            fits[name] = completed
+        else:
+            differences[name] = difference
+    if len(fits) > 1:
+        raise ConversionError(f"These entries fit {', '.join(fits)}; say which one by --architecture (architecture=).")
+    if not fits:
+        nearest = min(differences, key=lambda name: differences[name][0])
+        raise ConversionError(f"Not the entries of {nearest}: {differences[nearest][1]}")
+    name, completed = fits.popitem()
+    return Converted(architecture=name, num_classes=_num_classes(completed, name), state_dict=completed)
+
+
+def save_safetensors(converted: Converted, path: str | os.PathLike[str]) -> None:
+    """Write a safetensors file; it appears at ``path`` only when it is whole.
+
+    Raises:
+        ConversionError: It cannot be written.
+    """
+    import safetensors.torch
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    metadata = {"format": "pt", "architecture": converted.architecture, "num_classes": str(converted.num_classes)}
+    try:
+        safetensors.torch.save_file(converted.state_dict, temporary, metadata=metadata)
+        temporary.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ConversionError(f"{path} cannot be written ({first_line(error)}); choose another place.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fit(found: StateDict, architecture: str) -> tuple[StateDict | None, tuple[int, str]]:
+    """The entries in the architecture's order, complete, or how many differ and which."""
+    import torch
+
+    expected = _entries(architecture)
+    head = _classifier(architecture)
+    counters = {key for key in expected if key.endswith("num_batches_tracked")}
+    missing = [key for key in expected if key not in found and key not in counters]
+    unknown = [key for key in found if key not in expected]
+    wrong = [
+        key
+        for key, value in found.items()
+        if key in expected
+        and (value.shape[1:] if key.startswith(head) else value.shape)
+        != (expected[key][1:] if key.startswith(head) else expected[key])
+    ]
+    if not (missing or unknown or wrong):
+        zero = torch.zeros((), dtype=torch.int64)
+        return {key: found.get(key, zero).contiguous().clone() for key in expected}, (0, "")
+    parts = []
+    for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", wrong)):
+        if keys:
+            more = f" and {len(keys) - _SHOWN:,} more" if len(keys) > _SHOWN else ""
+            parts.append(f"{what} {', '.join(keys[:_SHOWN])}{more}")
+    return None, (len(missing) + len(unknown) + len(wrong), "; ".join(parts) + ".")
+
+
+@functools.cache
+def _skeleton(architecture: str) -> nn.Module:
+    import torch
+
+    with torch.device("meta"):
+        return build(architecture)
+
+
+def _entries(architecture: str) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in _skeleton(architecture).state_dict().items()}
+
+
+def _classifier(architecture: str) -> str:
+    return str(cast(Any, _skeleton(architecture)).pretrained_cfg["classifier"])
+
+
+def _num_classes(state_dict: StateDict, architecture: str) -> int:
+    return int(state_dict[f"{_classifier(architecture)}.weight"].shape[0])
+
+
+def _is_authors_ofa(found: StateDict) -> bool:
+    return "first_conv.conv.weight" in found
+
+
+def _from_authors_ofa(found: StateDict) -> StateDict:
+    stage_of_block = [(stage, index) for stage, depth in enumerate(STAGE_DEPTHS[:-1]) for index in range(depth)]
+
+    def rename(key: str) -> str:
+        block = re.fullmatch(r"blocks\.(\d+)\.mobile_inverted_conv\.(.+)", key)
+        if block is None:
+            for old, new in _OFA_OUTSIDE.items():
+                if key.startswith(old):
+                    return new + key.removeprefix(old)
+            return key
+        number, rest = int(block[1]), block[2]
+        if number >= len(stage_of_block):
+            return key
+        stage, index = stage_of_block[number]
+        parts = _OFA_FIRST_BLOCK if number == 0 else _OFA_BLOCK
+        for old, new in parts.items():
+            if rest.startswith(old):
+                return f"blocks.{stage}.{index}.{new}{rest.removeprefix(old)}"
+        return key
+
+    renamed = {rename(key): value for key, value in found.items()}
+    head = renamed.get("classifier.weight")
+    if head is not None and head.ndim == 4:  # a 1 x 1 convolution after pooling
+        renamed["classifier.weight"] = head.flatten(1)
+    return renamed
+
+
+_OFA_OUTSIDE = {
+    "first_conv.conv.": "conv_stem.",
+    "first_conv.bn.": "bn1.",
+    "final_expand_layer.conv.": "blocks.6.0.conv.",
+    "final_expand_layer.bn.": "blocks.6.0.bn1.",
+    "feature_mix_layer.conv.": "conv_head.",
+    "classifier.linear.": "classifier.",
+}
+_OFA_BLOCK = {
+    "inverted_bottleneck.conv.": "conv_pw.",
+    "inverted_bottleneck.bn.": "bn1.",
+    "depth_conv.conv.": "conv_dw.",
+    "depth_conv.bn.": "bn2.",
+    "depth_conv.se.fc.reduce.": "se.conv_reduce.",
+    "depth_conv.se.fc.expand.": "se.conv_expand.",
+    "point_linear.conv.": "conv_pwl.",
+    "point_linear.bn.": "bn3.",
+}
+_OFA_FIRST_BLOCK = {  # without expansion
+    "depth_conv.conv.": "conv_dw.",
+    "depth_conv.bn.": "bn1.",
+    "point_linear.conv.": "conv_pw.",
+    "point_linear.bn.": "bn2.",
+}
+
+
+def _is_authors_tresnet(found: StateDict) -> bool:
+    return "body.conv1.0.weight" in found or "body.conv1.0.0.weight" in found
+
+
+def _from_authors_tresnet(found: StateDict) -> StateDict:
+    converted = {}
+    for key, value in found.items():
+        name = re.sub(r"(conv\d+|downsample\.\d+)\.0(?:\.0)?\.(weight|bias)$", r"\1.conv.\2", key)
+        name = re.sub(r"(conv\d+|downsample\.\d+)(?:\.0)?\.1\.(\w+)$", r"\1.bn.\2", name)
+        if name.endswith("bn.weight"):
+            value = value.abs() + _ABN_EPS
+        converted[name] = value
+    return converted
+
+
+_LAYOUTS: tuple[tuple[Callable[[StateDict], bool], Callable[[StateDict], StateDict]], ...] = (
+    (_is_authors_ofa, _from_authors_ofa),
+    (_is_authors_tresnet, _from_authors_tresnet),
+)
