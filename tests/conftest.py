@@ -9,8 +9,14 @@ from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads these once.
 _HOME = tempfile.mkdtemp(prefix="wn21k-test-")
-os.environ.update(HF_HOME=_HOME, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DISABLE_TELEMETRY="1", COLUMNS="120")
-for _name in ("WN21K_MODEL", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
+os.environ.update(
+    HF_HOME=_HOME,
+    WN21K_CACHE=f"{_HOME}/wn21k",
+    HF_ENDPOINT="http://127.0.0.1:9",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    COLUMNS="120",
+)
+for _name in ("WN21K_MODEL", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "WN21K_MIRROR"):
     os.environ.pop(_name, None)
 
 import pytest  # noqa: E402

@@ -12,8 +12,9 @@ import wn21k_zoo
 
 PACKAGE = Path(wn21k_zoo.__file__).parent
 ORDER = (
-    "errors", "synsets", "labels", "drawing", "tree", "wordnet", "checkpoints", "registry", "download", "models",
-    "urls", "images", "hierarchy", "prediction", "predictor", "cli", "__main__",
+    "errors", "synsets", "labels", "drawing", "tree", "wordnet", "checkpoints", "registry",
+    "architectures", "convert", "cache", "transfer", "hub", "download", "models", "timm_models",
+    "urls", "images", "hierarchy", "prediction", "predictor", "cards", "publish", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ _HOME_OF = {
     "Predictor": "predictor",
     "SemanticTree": "tree",
     "Wn21kError": "errors",
+    "create_model": "models",
     "create_transform": "models",
     "get_checkpoint": "registry",
     "list_checkpoints": "registry",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from wn21k_zoo.images import AnimatedImageWarning as AnimatedImageWarning
     from wn21k_zoo.labels import LabelSpace as LabelSpace
     from wn21k_zoo.models import FallbackModelWarning as FallbackModelWarning
+    from wn21k_zoo.models import create_model as create_model
     from wn21k_zoo.models import create_transform as create_transform
     from wn21k_zoo.prediction import Prediction as Prediction
     from wn21k_zoo.predictor import Predictor as Predictor

@@ -226,12 +226,11 @@ def apply_lock(checkpoints: tuple[Checkpoint, ...], lock: Mapping[str, Mapping[s
     """
     for key, fields in lock.items():
         for field, value in fields.items():
-            if field == "sha256":
-                fits = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
-            elif field == "num_bytes":
-                fits = isinstance(value, int) and value > 0
-            else:
-                fits = field == "revision" and isinstance(value, str) and value
+            fits = {
+                "sha256": isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+                "num_bytes": isinstance(value, int) and value > 0,
+                "revision": isinstance(value, str) and value != "",
+            }.get(field, False)
             if not fits:
                 raise RecordError(f"The lock of {key} says {field} {value!r}; write it anew with wn21k lock.")
 

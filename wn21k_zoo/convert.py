@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Converted", "build", "convert_file", "convert_state_dict", "read_state_dict", "save_safetensors"]
 
+# What our names start with in timm's registry; a folder may name an architecture so.
+TIMM_PREFIX = "wn21k_"
+
 # How a file may wrap its state dict, and what training in several processes puts before each name.
 _WRAPPERS = ("state_dict", "model")
 _PREFIX = "module."
@@ -55,8 +58,9 @@ def build(architecture: str, **kwargs: Any) -> nn.Module:
     """A network of one of our architectures or one of timm's; arguments as ``timm.create_model`` takes them."""
     import timm
 
-    if architecture in ARCHITECTURES:
-        return cast("nn.Module", ARCHITECTURES[architecture](**{k: v for k, v in kwargs.items() if v is not None}))
+    own = ARCHITECTURES.get(architecture.removeprefix(TIMM_PREFIX))
+    if own is not None:
+        return cast("nn.Module", own(**{name: value for name, value in kwargs.items() if value is not None}))
     return cast("nn.Module", timm.create_model(architecture, **kwargs))
 
 
@@ -202,61 +206,101 @@ def _num_classes(state_dict: StateDict, architecture: str) -> int:
     return int(state_dict[f"{_classifier(architecture)}.weight"].shape[0])
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Names:
+    """Beginnings of names: outside the blocks, in the first block (which has no expansion), in the later ones."""
+
+    block: str
+    depths: tuple[int, ...]
+    outside: Mapping[str, str]
+    first: Mapping[str, str]
+    later: Mapping[str, str]
+
+    def rename(self, key: str) -> str:
+        """The name in timm's layout, where blocks are numbered within stages; an unknown name stays."""
+        stage_of_block = [f"{stage}.{index}" for stage, depth in enumerate(self.depths) for index in range(depth)]
+        block = re.fullmatch(self.block, key)
+        if block is None:
+            return _replace_beginning(key, self.outside, "", key)
+        if int(block[1]) >= len(stage_of_block):
+            return key
+        names = self.first if int(block[1]) == 0 else self.later
+        return _replace_beginning(block[2], names, f"blocks.{stage_of_block[int(block[1])]}.", key)
+
+
+def _replace_beginning(name: str, names: Mapping[str, str], prefix: str, otherwise: str) -> str:
+    old = next((old for old in names if name.startswith(old)), None)
+    return otherwise if old is None else f"{prefix}{names[old]}{name.removeprefix(old)}"
+
+
+_OFA_NAMES = _Names(
+    block=r"blocks\.(\d+)\.mobile_inverted_conv\.(.+)",
+    depths=STAGE_DEPTHS[:-1],
+    outside={
+        "first_conv.conv.": "conv_stem.",
+        "first_conv.bn.": "bn1.",
+        "final_expand_layer.conv.": "blocks.6.0.conv.",
+        "final_expand_layer.bn.": "blocks.6.0.bn1.",
+        "feature_mix_layer.conv.": "conv_head.",
+        "classifier.linear.": "classifier.",
+    },
+    first={
+        "depth_conv.conv.": "conv_dw.",
+        "depth_conv.bn.": "bn1.",
+        "point_linear.conv.": "conv_pw.",
+        "point_linear.bn.": "bn2.",
+    },
+    later={
+        "inverted_bottleneck.conv.": "conv_pw.",
+        "inverted_bottleneck.bn.": "bn1.",
+        "depth_conv.conv.": "conv_dw.",
+        "depth_conv.bn.": "bn2.",
+        "depth_conv.se.fc.reduce.": "se.conv_reduce.",
+        "depth_conv.se.fc.expand.": "se.conv_expand.",
+        "point_linear.conv.": "conv_pwl.",
+        "point_linear.bn.": "bn3.",
+    },
+)
+_EFFICIENTNET_NAMES = _Names(
+    block=r"_blocks\.(\d+)\.(.+)",
+    depths=(1, 2, 2, 3, 3, 4, 1),
+    outside={
+        "_conv_stem.": "conv_stem.",
+        "_bn0.": "bn1.",
+        "_conv_head.": "conv_head.",
+        "_bn1.": "bn2.",
+        "_fc.": "classifier.",
+    },
+    first={"_depthwise_conv.": "conv_dw.", "_bn1.": "bn1.", "_project_conv.": "conv_pw.", "_bn2.": "bn2."},
+    later={
+        "_expand_conv.": "conv_pw.",
+        "_bn0.": "bn1.",
+        "_depthwise_conv.": "conv_dw.",
+        "_bn1.": "bn2.",
+        "_project_conv.": "conv_pwl.",
+        "_bn2.": "bn3.",
+    },
+)
+
+
 def _is_authors_ofa(found: StateDict) -> bool:
     return "first_conv.conv.weight" in found
 
 
 def _from_authors_ofa(found: StateDict) -> StateDict:
-    stage_of_block = [(stage, index) for stage, depth in enumerate(STAGE_DEPTHS[:-1]) for index in range(depth)]
-
-    def rename(key: str) -> str:
-        block = re.fullmatch(r"blocks\.(\d+)\.mobile_inverted_conv\.(.+)", key)
-        if block is None:
-            for old, new in _OFA_OUTSIDE.items():
-                if key.startswith(old):
-                    return new + key.removeprefix(old)
-            return key
-        number, rest = int(block[1]), block[2]
-        if number >= len(stage_of_block):
-            return key
-        stage, index = stage_of_block[number]
-        parts = _OFA_FIRST_BLOCK if number == 0 else _OFA_BLOCK
-        for old, new in parts.items():
-            if rest.startswith(old):
-                return f"blocks.{stage}.{index}.{new}{rest.removeprefix(old)}"
-        return key
-
-    renamed = {rename(key): value for key, value in found.items()}
+    renamed = {_OFA_NAMES.rename(key): value for key, value in found.items()}
     head = renamed.get("classifier.weight")
     if head is not None and head.ndim == 4:  # a 1 x 1 convolution after pooling
         renamed["classifier.weight"] = head.flatten(1)
     return renamed
 
 
-_OFA_OUTSIDE = {
-    "first_conv.conv.": "conv_stem.",
-    "first_conv.bn.": "bn1.",
-    "final_expand_layer.conv.": "blocks.6.0.conv.",
-    "final_expand_layer.bn.": "blocks.6.0.bn1.",
-    "feature_mix_layer.conv.": "conv_head.",
-    "classifier.linear.": "classifier.",
-}
-_OFA_BLOCK = {
-    "inverted_bottleneck.conv.": "conv_pw.",
-    "inverted_bottleneck.bn.": "bn1.",
-    "depth_conv.conv.": "conv_dw.",
-    "depth_conv.bn.": "bn2.",
-    "depth_conv.se.fc.reduce.": "se.conv_reduce.",
-    "depth_conv.se.fc.expand.": "se.conv_expand.",
-    "point_linear.conv.": "conv_pwl.",
-    "point_linear.bn.": "bn3.",
-}
-_OFA_FIRST_BLOCK = {  # without expansion
-    "depth_conv.conv.": "conv_dw.",
-    "depth_conv.bn.": "bn1.",
-    "point_linear.conv.": "conv_pw.",
-    "point_linear.bn.": "bn2.",
-}
+def _is_efficientnet(found: StateDict) -> bool:
+    return "_conv_stem.weight" in found
+
+
+def _from_efficientnet(found: StateDict) -> StateDict:
+    return {_EFFICIENTNET_NAMES.rename(key): value for key, value in found.items()}
 
 
 def _is_authors_tresnet(found: StateDict) -> bool:
@@ -276,5 +320,6 @@ def _from_authors_tresnet(found: StateDict) -> StateDict:
 
 _LAYOUTS: tuple[tuple[Callable[[StateDict], bool], Callable[[StateDict], StateDict]], ...] = (
     (_is_authors_ofa, _from_authors_ofa),
+    (_is_efficientnet, _from_efficientnet),
     (_is_authors_tresnet, _from_authors_tresnet),
 )

@@ -1,103 +1,382 @@
-"""Weights on this machine: where they are, whether they can be had, and whether they are the published bytes."""
+"""Weights on this machine: found, or fetched and verified, from whichever of a checkpoint's sources has them.
+
+huggingface_hub says where a file on the Hub is, at which commit, how large it is, which hash it has and with which
+token it is asked for; the bytes of every source come through :mod:`wn21k_zoo.transfer`. A file in the Hub's own cache
+that has the right hash is used in place. What is found is verified every time, and nothing is written for it.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import importlib.util
-import threading
-from io import BytesIO
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from wn21k_zoo.checkpoints import Checkpoint, HubSource, PackageSource
-from wn21k_zoo.errors import ChecksumError, DownloadError, MissingExtraError, WeightsNotFoundError, first_line
+from wn21k_zoo import cache, hub
+from wn21k_zoo.cache import Receipt
+from wn21k_zoo.checkpoints import Checkpoint, HubSource, PackageSource, Source, URLSource
+from wn21k_zoo.errors import (
+    CacheError,
+    ChecksumError,
+    DownloadError,
+    MissingExtraError,
+    OfflineError,
+    RemoteNotFoundError,
+    WeightsNotFoundError,
+)
+from wn21k_zoo.transfer import (
+    STALL_SECONDS,
+    Expected,
+    Patience,
+    difference,
+    head,
+    require_success,
+    sha256_of,
+    transfer,
+)
 
-__all__ = ["fetch_from_hub", "find_local", "is_reachable", "read_verified"]
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+__all__ = [
+    "Fetched",
+    "UnverifiedWeightsWarning",
+    "fetch",
+    "fetch_file",
+    "find_local",
+    "is_reachable",
+]
 
 PROBE_SECONDS = 0.5
-ANSWER_SECONDS = 10.0
+LOCK_POLL_SECONDS = 0.1
+
+Remote = HubSource | URLSource
+
+_logger = logging.getLogger(__name__)
 
 
-def find_local(checkpoint: Checkpoint) -> Path | None:
-    """The weight file of a checkpoint if it is on this machine; opens no connection."""
+class UnverifiedWeightsWarning(UserWarning):
+    """The publisher of a file states no hash, so the first download could be compared with nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """A verified file on this machine.
+
+    Attributes:
+        path: The file.
+        sha256: Of its content.
+        num_bytes: Its size.
+        source: Where it came from.
+        checked_against: Who stated the hash that it was compared with; None when nobody does.
+        downloaded: Whether it was fetched just now.
+    """
+
+    path: Path
+    sha256: str
+    num_bytes: int
+    source: Source
+    checked_against: str | None
+    downloaded: bool
+
+
+def fetch(
+    checkpoint: Checkpoint,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Fetched:
+    """The verified weight file of a checkpoint, from this machine or else from the first source that has it.
+
+    Args:
+        checkpoint: A record.
+        cache_dir: Folder of the cache, by default ``WN21K_CACHE`` or the user's cache folder.
+        progress: Draw a progress bar on stderr; by default when that is a terminal.
+
+    Raises:
+        ChecksumError: The bytes are not the published ones, also after one new download; none of them was kept.
+        OfflineError: Not on this machine, and the network is switched off.
+        DownloadError: No source gives it; the message is about the first.
+        CacheError: The cache cannot be written, or its disk has too little space.
+        MissingExtraError: It is in an extra that is not installed.
+    """
+    root = cache.cache_dir(cache_dir)
+    damages: list[str] = []
+    remote: list[Remote] = []
     for source in checkpoint.sources:
-        found = _in_package(source) if isinstance(source, PackageSource) else _in_hub_cache(source)
-        if found is not None:
-            return found
+        if isinstance(source, PackageSource):
+            return _from_package(source)
+        remote.append(source)
+        for filename in _filenames(source):
+            if (found := _find_verified(source, filename, root, damages)) is not None:
+                return found
+    if not remote:
+        raise WeightsNotFoundError(f"{checkpoint.name} has no source that is known.")
+    if hub.is_offline():
+        first = remote[0]
+        raise _offline(first, _filenames(first)[0], root, f"wn21k download {checkpoint.name}", damages)
+    errors: list[DownloadError] = []
+    patience = Patience()
+    for source in remote:
+        for filename in _filenames(source):
+            try:
+                return _fetch_one(source, filename, root, patience, progress, checkpoint.name)
+            except RemoteNotFoundError as error:
+                errors.append(error)
+            except DownloadError as error:
+                errors.append(error)
+                break
+    others = ", ".join(str(source) for source in remote[1:])
+    raise type(errors[0])(f"{checkpoint.name}: {errors[0]}" + (f" (Nor from {others}.)" if others else ""))
+
+
+def fetch_file(
+    source: HubSource,
+    filenames: Sequence[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Fetched:
+    """The first of some files that a repository on the Hub has; a newer version there replaces the cached one.
+
+    Raises:
+        RemoteNotFoundError: It has none of them.
+        OfflineError, ChecksumError, DownloadError, CacheError: As :func:`fetch`.
+    """
+    root = cache.cache_dir(cache_dir)
+    missing: list[RemoteNotFoundError] = []
+    patience = Patience()
+    for filename in filenames:
+        found = _find_verified(source, filename, root, [])
+        if hub.is_offline():
+            if found is not None:
+                return found
+            continue
+        try:
+            return _fetch_one(source, filename, root, patience, progress, source.repo_id, found)
+        except RemoteNotFoundError as error:
+            missing.append(error)
+        except DownloadError:
+            if found is not None:  # the Hub cannot be asked whether there is a newer one
+                return found
+            raise
+    if missing:
+        raise missing[0]
+    command = f"wn21k download hf-hub:{source.repo_id}" + (f"@{source.revision}" if source.revision else "")
+    raise _offline(source, filenames[0], root, command, [])
+
+
+def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """Where the weights of a checkpoint are on this machine, not yet verified; opens no connection."""
+    root = cache.cache_dir(cache_dir)
+    for source in checkpoint.sources:
+        if isinstance(source, PackageSource):
+            return _package_path(source)
+        for filename in _filenames(source):
+            place = root / cache.relative_path(source, filename, _named_revision(source))
+            if place.is_file():
+                return place
+            if isinstance(source, HubSource) and (path := hub.find_in_cache(source, filename)):
+                return path
     return None
 
 
 def is_reachable(checkpoint: Checkpoint, seconds: float = PROBE_SECONDS) -> bool:
     """Whether the first source on the Hub answers one request within ``seconds``, look-up of the name included."""
     source = next((source for source in checkpoint.sources if isinstance(source, HubSource)), None)
-    if source is None or _is_offline():
-        return False
-    answers: list[int] = []
-    # A thread, because no time-out reaches the look-up of a name.
-    probe = threading.Thread(target=_probe, args=(source, seconds, answers), daemon=True)
-    probe.start()
-    probe.join(seconds + 0.1)
-    return bool(answers) and answers[0] < 400
+    return source is not None and not hub.is_offline() and hub.answers(source, seconds)
 
 
-def fetch_from_hub(source: HubSource, filenames: tuple[str, ...] | None = None) -> Path:
-    """The first of the source's files that is in the Hub's cache or else on the Hub, with a progress bar.
-
-    Args:
-        source: The repository.
-        filenames: Files to look for in order of preference, by default those of the source.
-
-    Raises:
-        WeightsNotFoundError: Offline and not in the cache, or the repository has none of the files.
-        DownloadError: The Hub does not answer or refuses.
-    """
-    filenames = filenames or source.filenames
-    for filename in filenames:
-        if (found := _in_hub_cache(source, (filename,))) is not None:
+def _fetch_one(
+    source: Remote,
+    filename: str,
+    root: Path,
+    patience: Patience,
+    progress: bool | None,
+    name: str,
+    current: Fetched | None = None,
+) -> Fetched:
+    place = root / cache.relative_path(source, filename, _named_revision(source))
+    url, expected, revision, headers = _resolve(source, filename, place, root, patience)
+    if current is not None and difference(current.path, current.sha256, expected) is None:
+        return current
+    _make_folder(place.parent)
+    with _lock(place, name, progress):
+        # Another process may have been faster.
+        found = _find_verified(source, filename, root, [])
+        if found is not None and difference(found.path, found.sha256, expected) is None:
             return found
-    if _is_offline():
-        raise WeightsNotFoundError(
-            f"{source.repo_id} is not in the Hub's cache and HF_HUB_OFFLINE is set; unset it, or fetch it where there "
-            f"is a network: hf download {source.repo_id} {filenames[0]}"
+        for leftover in cache.leftovers(root):
+            leftover.unlink(missing_ok=True)
+        sha256 = _transfer_from_any(url, place, root, expected, headers, patience, progress, name)
+        receipt = Receipt(
+            source=source.key,
+            filename=filename,
+            revision=revision,
+            num_bytes=place.stat().st_size,
+            sha256=sha256,
+            checked_against=expected.stated_by,
         )
-    for filename in filenames:
-        if _exists_on_hub(source, filename):
-            return _hub_download(source, filename)
-    raise WeightsNotFoundError(f"{source} has none of {', '.join(filenames)}; is the name right?")
+        cache.receipt_path(place).write_text(receipt.to_json(), encoding="utf-8")
+    if expected.stated_by is None:
+        warnings.warn(
+            f"Nobody states a hash of {url}, so it was compared with nothing; from now on its sha256 must be {sha256}.",
+            UnverifiedWeightsWarning,
+            stacklevel=4,
+        )
+    return Fetched(
+        path=place,
+        sha256=sha256,
+        num_bytes=receipt.num_bytes,
+        source=source,
+        checked_against=expected.stated_by,
+        downloaded=True,
+    )
 
 
-def read_verified(path: Path, sha256: str) -> BytesIO:
-    """The content of a file, checked before anything reads it: what was hashed is what is used.
+def _transfer_from_any(
+    url: str,
+    place: Path,
+    root: Path,
+    expected: Expected,
+    headers: Mapping[str, str],
+    patience: Patience,
+    progress: bool | None,
+    name: str,
+) -> str:
+    """From the mirror if one is set, else from the origin; after a wrong body one more download, then no more."""
+    candidates: list[tuple[str, Mapping[str, str]]] = [(url, headers), (url, headers)]
+    if mirror := _mirror_url(place.relative_to(root).as_posix()):
+        candidates = [(mirror, {}), (url, headers)]
+    for index, (address, sent) in enumerate(candidates):
+        is_last = index == len(candidates) - 1
+        try:
+            with _progress_bar(name, progress) as report:
+                return transfer(address, place, expected, headers=sent, patience=patience, report=report)
+        except ChecksumError as error:
+            if is_last:
+                raise
+            _logger.warning("%s", error)
+        except DownloadError as error:
+            if is_last or address == url:
+                raise
+            _logger.warning("%s", error)
+    raise AssertionError
 
-    Raises:
-        ChecksumError: Its sha256 is another.
-        WeightsNotFoundError: It cannot be read.
-    """
+
+def _resolve(
+    source: Remote, filename: str, place: Path, root: Path, patience: Patience
+) -> tuple[str, Expected, str | None, Mapping[str, str]]:
+    """Address, what is known of the file, its commit, and headers for its host."""
+    if isinstance(source, URLSource):
+        if source.sha256:
+            expected = Expected(num_bytes=source.num_bytes, sha256=source.sha256, stated_by="our lock file")
+        elif source.sha256_prefix:
+            expected = Expected(sha256_prefix=source.sha256_prefix, stated_by="the file's name")
+        else:
+            answer = head(source.url, patience=patience)
+            size = answer.get("Content-Length", "")
+            expected = Expected(num_bytes=int(size) if size.isdigit() else None, etag=answer.get("ETag"))
+        return source.url, expected, None, {}
+
+    if source.sha256 and filename == source.filenames[0]:
+        expected = Expected(num_bytes=source.num_bytes, sha256=source.sha256, stated_by="our lock file")
+    else:
+        try:
+            return hub.resolve(source, filename, patience)
+        except DownloadError:
+            stated = _stated_by_mirror(place, root, patience)
+            if stated is None:
+                raise
+            expected = stated
+    url, headers = hub.address(source, filename, source.revision)
+    return url, expected, source.revision, headers
+
+
+def _stated_by_mirror(place: Path, root: Path, patience: Patience) -> Expected | None:
+    """What a mirror's receipt says, for where the Hub itself is out of reach."""
+    import requests
+
+    url = _mirror_url(cache.receipt_path(place).relative_to(root).as_posix())
+    if url is None:
+        return None
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise WeightsNotFoundError(f"{path} cannot be read ({error.strerror}).") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ChecksumError(
-            f"{path} is not the published file, so it was not loaded: sha256 expected {sha256}, got {found}. "
-            "Install or download it again."
+        answer = requests.get(url, timeout=patience.timeout(STALL_SECONDS))
+        require_success(answer.status_code, url)
+        receipt = cache.receipt_from_json(answer.text)
+    except (requests.RequestException, DownloadError, ValueError) as error:
+        _logger.info("%s: %s", url, error)
+        return None
+    return Expected(num_bytes=receipt.num_bytes, sha256=receipt.sha256, stated_by="the mirror")
+
+
+def _mirror_url(path: str) -> str | None:
+    mirror = os.environ.get("WN21K_MIRROR")
+    return f"{mirror.rstrip('/')}/{path}" if mirror else None
+
+
+def _find_verified(source: Remote, filename: str, root: Path, damages: list[str]) -> Fetched | None:
+    """A file that is here and has the right hash; what is here and has not is told of in ``damages``."""
+    place = root / cache.relative_path(source, filename, _named_revision(source))
+    receipt = cache.read_receipt(place)
+    pinned = source.sha256 if filename == _filenames(source)[0] else None
+    candidates = [(place, Expected(sha256=pinned or (receipt.sha256 if receipt else None)))]
+    if isinstance(source, HubSource) and (path := hub.find_in_cache(source, filename)):
+        blob = path.resolve().name  # the Hub's cache names a file by its ETag
+        is_sha256 = bool(re.fullmatch("[0-9a-f]{64}", blob))
+        candidates.append((path, Expected(sha256=pinned or (blob if is_sha256 else None))))
+    for path, expected in candidates:
+        if expected.sha256 is None or not path.is_file():
+            continue
+        try:
+            sha256 = sha256_of(path)
+        except OSError as error:
+            damages.append(f"{path} cannot be read ({error.strerror})")
+            continue
+        if sha256 != expected.sha256:
+            damages.append(f"{path} is damaged: sha256 expected {expected.sha256}, got {sha256}")
+            _logger.warning("%s; it is not used.", damages[-1])
+            continue
+        stated = receipt.checked_against if receipt and path == place else "the Hub"
+        return Fetched(
+            path=path,
+            sha256=sha256,
+            num_bytes=path.stat().st_size,
+            source=source,
+            checked_against="our lock file" if pinned else stated,
+            downloaded=False,
         )
-    return BytesIO(content)
+    return None
 
 
-def require_package(source: PackageSource) -> Path:
-    """The file of a :class:`PackageSource`.
-
-    Raises:
-        MissingExtraError: The package is not installed.
-    """
-    path = _in_package(source)
+def _from_package(source: PackageSource) -> Fetched:
+    path = _package_path(source)
     if path is None:
         raise MissingExtraError(f"The file {Path(source.path).name}", source.extra)
-    return path
+    sha256 = sha256_of(path)
+    if sha256 != source.sha256:
+        raise ChecksumError(
+            f"{path} is not the published file, so it was not loaded: sha256 expected {source.sha256}, got {sha256}. "
+            f"Install {source.package} again."
+        )
+    return Fetched(
+        path=path,
+        sha256=sha256,
+        num_bytes=path.stat().st_size,
+        source=source,
+        checked_against="the record",
+        downloaded=False,
+    )
 
 
-def _in_package(source: PackageSource) -> Path | None:
+def _package_path(source: PackageSource) -> Path | None:
     spec = importlib.util.find_spec(source.package)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -105,67 +384,74 @@ def _in_package(source: PackageSource) -> Path | None:
     return path if path.is_file() else None
 
 
-def _in_hub_cache(source: HubSource, filenames: tuple[str, ...] | None = None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    for filename in filenames or source.filenames:
-        found = try_to_load_from_cache(source.repo_id, filename, revision=source.revision)
-        if isinstance(found, str):
-            return Path(found)
-    return None
+def _filenames(source: Remote) -> tuple[str, ...]:
+    return source.filenames if isinstance(source, HubSource) else (source.filename,)
 
 
-def _is_offline() -> bool:
-    from huggingface_hub import is_offline_mode
+def _named_revision(source: Remote) -> str | None:
+    """A revision that a person named; a locked one comes with a hash."""
+    return source.revision if isinstance(source, HubSource) and not source.sha256 else None
 
-    return bool(is_offline_mode())
+
+def _offline(source: Remote, filename: str, root: Path, command: str, damages: Sequence[str]) -> OfflineError:
+    place = root / cache.relative_path(source, filename, _named_revision(source))
+    damaged = f" ({'; '.join(damages)})" if damages else ""
+    return OfflineError(
+        f"{filename} of {source} is not at {place}{damaged}, and the network is switched off (HF_HUB_OFFLINE or "
+        f"--offline). Where there is one, run: {command} --cache-dir DIR, then copy DIR to {root}"
+    )
 
 
-def _probe(source: HubSource, seconds: float, answers: list[int]) -> None:
-    import requests
-
+def _make_folder(folder: Path) -> None:
     try:
-        answers.append(_head(source, source.filenames[0], seconds))
-    except requests.RequestException:
-        return
-
-
-def _head(source: HubSource, filename: str, seconds: float) -> int:
-    """Status of one HEAD request without a retry; a redirect counts as an answer."""
-    import requests
-    from huggingface_hub import get_token, hf_hub_url
-
-    token = get_token()
-    url = hf_hub_url(source.repo_id, filename, revision=source.revision)
-    headers = {"authorization": f"Bearer {token}"} if token else {}
-    with requests.Session() as session:
-        return session.head(url, timeout=seconds, allow_redirects=False, headers=headers).status_code
-
-
-def _exists_on_hub(source: HubSource, filename: str) -> bool:
-    import requests
-
-    try:
-        status = _head(source, filename, ANSWER_SECONDS)
-    except requests.RequestException as error:
-        raise DownloadError(
-            f"{source} does not answer ({type(error).__name__}). Check the network, or choose a model that "
-            "wn21k doctor shows as usable offline."
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(
+            f"The cache folder {folder} cannot be made ({error.strerror}); set WN21K_CACHE to another one."
         ) from error
-    if status in (401, 403):
-        raise DownloadError(
-            f"{source} refuses (HTTP {status}): no such repository, or its terms must be accepted on the Hub and a "
-            "token given by hf auth login."
-        )
-    if status >= 400 and status != 404:
-        raise DownloadError(f"{source} answers HTTP {status}; try again later.")
-    return status < 400
+    if not os.access(folder, os.W_OK):
+        raise CacheError(f"The cache folder {folder} cannot be written; set WN21K_CACHE to another one.")
 
 
-def _hub_download(source: HubSource, filename: str) -> Path:
-    from huggingface_hub import hf_hub_download
+@contextlib.contextmanager
+def _lock(place: Path, name: str, progress: bool | None) -> Iterator[FileLock]:
+    """Only one process fetches a file; the system frees the lock of one that was killed."""
+    from filelock import FileLock, Timeout
 
+    lock = FileLock(place.with_name(place.name + cache.LOCK_SUFFIX))
     try:
-        return Path(hf_hub_download(source.repo_id, filename, revision=source.revision))
-    except Exception as error:  # the Hub's client, its transport and the file system all have their own
-        raise DownloadError(f"{filename} of {source} could not be downloaded: {first_line(error)}") from error
+        try:
+            lock.acquire(timeout=1, poll_interval=LOCK_POLL_SECONDS)
+        except Timeout:
+            if _shows_progress(progress):
+                sys.stderr.write(f"wn21k: waiting for another process that fetches {name}\n")
+            lock.acquire(poll_interval=LOCK_POLL_SECONDS)
+    except OSError as error:
+        raise CacheError(f"{place.parent} cannot be written ({error.strerror}); set WN21K_CACHE.") from error
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _shows_progress(progress: bool | None) -> bool:
+    if progress is not None:
+        return progress
+    switched_off = hub.switched_on("HF_HUB_DISABLE_PROGRESS_BARS")
+    return sys.stderr is not None and sys.stderr.isatty() and not switched_off
+
+
+@contextlib.contextmanager
+def _progress_bar(name: str, progress: bool | None) -> Iterator[Any]:
+    if not _shows_progress(progress):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as Speed
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(), Speed())
+    # redirect_stdout would draw whatever a program prints meanwhile on stderr
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), redirect_stdout=False) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

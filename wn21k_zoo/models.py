@@ -12,10 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from wn21k_zoo import download, registry
-from wn21k_zoo.checkpoints import DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT, Checkpoint, Head, HubSource, PackageSource
+from wn21k_zoo import convert, download, registry
+from wn21k_zoo.architectures import ARCHITECTURES, ofa
+from wn21k_zoo.checkpoints import (
+    CHECKPOINTS,
+    DEFAULT_CHECKPOINT,
+    EMBEDDED_CHECKPOINT,
+    Checkpoint,
+    Head,
+    HubSource,
+)
 from wn21k_zoo.errors import (
-    DownloadError,
     InvalidArgumentError,
     LabelSpaceError,
     MissingExtraError,
@@ -34,9 +41,12 @@ if TYPE_CHECKING:
 __all__ = [
     "FallbackModelWarning",
     "LoadedModel",
+    "build_checkpoint",
     "choose_default",
+    "create_model",
     "create_transform",
     "load_model",
+    "pretrained_config",
     "select_device",
 ]
 
@@ -45,8 +55,14 @@ if TYPE_CHECKING:
 LabelSpaceLike = str | LabelSpace | Sequence[str]
 
 HEADS: tuple[Head, ...] = ("semantic_softmax", "softmax", "sigmoid")
+HUB_PREFIX = "hf-hub:"
+FOLDER_PREFIX = "local-dir:"
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+# Of a pretrained configuration: where weights come from by hand, and what belongs to the architecture.
+_OWN_WEIGHTS = ("state_dict", "file")
+_OF_ARCHITECTURE = ("first_conv", "classifier", "pool_size", "fixed_input_size", "min_input_size")
 
 
 class FallbackModelWarning(UserWarning):
@@ -104,16 +120,11 @@ def load_model(
     if not isinstance(model, (str, os.PathLike)):
         return _from_module(model, space, head)
     name = os.fspath(model)
-    if name.startswith("hf-hub:"):
+    if name.startswith(HUB_PREFIX):
         return _from_hub(name, space, head)
-    if name.startswith("local-dir:") or isinstance(model, os.PathLike) or looks_like_path(name):
-        return _from_folder(Path(name.removeprefix("local-dir:")).expanduser(), space, head)
-    try:
-        checkpoint = registry.resolve_checkpoint(name)
-    except UnknownModelError:
-        if Path(name).is_dir():  # a folder in the working directory, named without a slash
-            return _from_folder(Path(name), space, head)
-        raise
+    if (folder := _as_folder(model)) is not None:
+        return _load_folder(folder, _weights_in(folder), space, head)
+    checkpoint = registry.resolve_checkpoint(name)
     if space is not None or head is not None:
         raise InvalidArgumentError(
             f"{name} states its own label space and head; leave out label_space and head, or load the module yourself."
@@ -146,30 +157,91 @@ def choose_default() -> str:
     return _embedded_instead("is neither cached nor reachable")
 
 
+def create_model(
+    name: str | os.PathLike[str],
+    pretrained: bool = True,
+    *,
+    num_classes: int | None = None,
+    features_only: bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A network to fine-tune, to take features from, or to run; verified weights, on the CPU, in training mode.
+
+    Args:
+        name: A record's name, a timm name with a known label space, a folder, or ``hf-hub:ORG/NAME[@REVISION]``.
+        pretrained: Load its weights.
+        num_classes: Outputs of a new head, not pretrained; 0 for none. By default the published head stays.
+        features_only: Return a list of feature maps [batch, channels, H, W], one per stage, in place of logits.
+        cache_dir: Folder of the cache.
+        **kwargs: As ``timm.create_model`` takes them: ``in_chans``, ``out_indices``, ``drop_rate``, ...
+
+    Raises:
+        UnknownModelError, UnresolvedLabelSpaceError, ModelError, MissingExtraError: As :func:`load_model`.
+        InvalidArgumentError: The architecture does not take one of the arguments.
+    """
+    kwargs.update(num_classes=num_classes, features_only=features_only)
+    folder = _as_folder(name)
+    if folder is not None:
+        return _build_from_folder(folder, _read_config(folder), _weights_in(folder), pretrained, **kwargs)
+    if os.fspath(name).startswith(HUB_PREFIX):
+        config, weights = _fetch_from_hub(os.fspath(name), cache_dir)
+        return _build_from_folder(config.parent, _read_config(config.parent), weights, pretrained, **kwargs)
+    return build_checkpoint(registry.resolve_checkpoint(os.fspath(name)), pretrained, cache_dir=cache_dir, **kwargs)
+
+
+def build_checkpoint(
+    checkpoint: Checkpoint,
+    pretrained: bool,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    overlay: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The network of a checkpoint; ``overlay`` changes its pretrained configuration, as in timm.
+
+    Raises:
+        ModelError, MissingExtraError, InvalidArgumentError: As :func:`create_model`.
+    """
+    config = {**pretrained_config(checkpoint), **(overlay or {})}
+    if pretrained and not any(config.get(key) for key in _OWN_WEIGHTS):
+        path = download.fetch(checkpoint, cache_dir=cache_dir).path
+        config.update(_weights(path, checkpoint if checkpoint in CHECKPOINTS else None))
+    return _build(checkpoint.name, checkpoint.architecture, pretrained, config, **kwargs)
+
+
+def pretrained_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What timm calls a pretrained configuration, without a source of weights: we fetch them ourselves."""
+    from timm.models import get_pretrained_cfg
+
+    try:
+        known = get_pretrained_cfg(checkpoint.name)
+    except RuntimeError:  # timm has the architecture, but not these weights
+        known = None
+    if known is not None:
+        config = known.to_dict(remove_source=True)
+    elif checkpoint.architecture in ARCHITECTURES:
+        config = dict(ofa.DEFAULT_CONFIG)
+    else:  # timm's architecture, weights that it does not have: what belongs to the architecture
+        default = get_pretrained_cfg(checkpoint.architecture).to_dict()
+        config = {key: default[key] for key in _OF_ARCHITECTURE if key in default}
+    _, _, tag = checkpoint.name.partition(".")
+    config.update(checkpoint.data_config, architecture=checkpoint.architecture, tag=tag, custom_load=False)
+    config.update(num_classes=len(LabelSpace.load(checkpoint.label_space)), label_offset=None)
+    stated = {"license": checkpoint.license, "origin_url": checkpoint.origin}
+    if checkpoint.paper and "arxiv.org/abs/" in checkpoint.paper:
+        stated["paper_ids"] = f"arXiv:{checkpoint.paper.rpartition('/')[2]}"
+    config.update({key: value for key, value in stated.items() if value is not None})
+    return {key: value for key, value in config.items() if value is not None}
+
+
 def load_pretrained(checkpoint: Checkpoint) -> nn.Module:
     """The network of a checkpoint with its weights, strictly loaded, on the CPU and in evaluation mode.
 
     Raises:
         ModelError, MissingExtraError: As :func:`load_model`.
     """
-    import timm
-
-    source = checkpoint.sources[0] if checkpoint.sources else None
-    if isinstance(source, PackageSource):
-        return _from_package(checkpoint, source)
-    overlay: dict[str, Any] = {}
-    if source is not None:
-        # Our own fetch, then a local file for timm: a bad network is noticed at once instead of after many retries.
-        overlay = {"file": str(download.fetch_from_hub(source)), "custom_load": False}
-    try:
-        module = timm.create_model(checkpoint.name, pretrained=True, pretrained_cfg_overlay=overlay)
-    except OSError as error:
-        raise DownloadError(f"The weights of {checkpoint.name} could not be fetched: {first_line(error)}") from error
-    except Exception as error:  # torch, safetensors and timm have many ways to say that a file does not fit
-        raise ModelError(
-            f"The weights of {checkpoint.name} do not fit its architecture: {first_line(error)}"
-        ) from error
-    return cast("nn.Module", module).eval()
+    return build_checkpoint(checkpoint, pretrained=True).eval()
 
 
 def create_transform(name: str, training: bool = False) -> Any:
@@ -240,59 +312,105 @@ def _embedded_instead(why: str) -> str:
     return EMBEDDED_CHECKPOINT
 
 
-def _from_package(checkpoint: Checkpoint, source: PackageSource) -> nn.Module:
-    import timm
-    import torch
-
-    path = download.require_package(source)
-    if checkpoint.sha256 is None:
-        raise ModelError(f"The record {checkpoint.name} states no sha256, so its file is not loaded.")
-    published = torch.load(download.read_verified(path, checkpoint.sha256), map_location="cpu", weights_only=True)
-    module = cast("nn.Module", timm.create_model(checkpoint.architecture, pretrained=False))
-    own = module.state_dict()
-    # Same entries in the same order under other names; the sha256 above makes sure that it is that file.
-    pairs = list(zip(own.items(), published.values(), strict=True))
-    if any(mine.shape != theirs.shape for (_, mine), theirs in pairs):
-        raise ModelError(f"The installed timm's {checkpoint.architecture} is not the one that {checkpoint.name} fits.")
-    module.load_state_dict({key: theirs for (key, _), theirs in pairs}, strict=True)
-    return module.eval()
+def _weights(path: Path, record: Checkpoint | None = None) -> dict[str, Any]:
+    """How timm is told of a weight file: pickles are read by us, published layouts converted."""
+    if record is not None and path.suffix != ".safetensors":
+        return {"state_dict": convert.convert_file(path, record.architecture).state_dict}
+    if path.suffix in (".pth", ".pt", ".bin", ".tar", ".pth.tar"):
+        return {"state_dict": convert.read_state_dict(path)}
+    return {"file": str(path)}
 
 
-def _from_hub(name: str, space: LabelSpace | None, head: Head | None) -> LoadedModel:
-    repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
+def _build(name: str, architecture: str, pretrained: bool, config: Mapping[str, Any], **kwargs: Any) -> nn.Module:
+    try:
+        module = convert.build(architecture, pretrained=pretrained, pretrained_cfg=dict(config), **kwargs)
+    except TypeError as error:
+        raise InvalidArgumentError(f"{name} cannot be built with these arguments: {first_line(error)}") from error
+    except Exception as error:  # torch, safetensors and timm have many ways to say that a file does not fit
+        what = "The weights do not fit, or it" if pretrained else "It"
+        raise ModelError(f"{name} cannot be built. {what} does not do what was asked: {first_line(error)}") from error
+    for key in _OWN_WEIGHTS:  # weights that are loaded need not be held a second time
+        cast(Any, module).pretrained_cfg.pop(key, None)
+        cast(Any, module).default_cfg.pop(key, None)
+    return module
+
+
+def _fetch_from_hub(name: str, cache_dir: str | os.PathLike[str] | None = None) -> tuple[Path, Path]:
+    """Paths of the configuration and of the weights."""
+    repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
         raise UnknownModelError(f"{name!r} is no Hub repository; write hf-hub:ORG/NAME.")
     source = HubSource(repo_id=repo_id, revision=revision or None)
-    config = download.fetch_from_hub(source, (CONFIG_FILE,))
-    download.fetch_from_hub(source, WEIGHT_FILES)
-    return replace(_from_folder(config.parent, space, head), name=name)
+    config = download.fetch_file(source, (CONFIG_FILE,), cache_dir=cache_dir).path
+    return config, download.fetch_file(source, WEIGHT_FILES, cache_dir=cache_dir).path
 
 
-def _from_folder(folder: Path, space: LabelSpace | None, head: Head | None) -> LoadedModel:
-    import timm
+def _from_hub(name: str, space: LabelSpace | None, head: Head | None) -> LoadedModel:
+    config, weights = _fetch_from_hub(name)
+    return replace(_load_folder(config.parent, weights, space, head), name=name)
 
+
+def _as_folder(name: str | os.PathLike[str]) -> Path | None:
+    text = os.fspath(name)
+    if text.startswith(HUB_PREFIX):
+        return None
+    if text.startswith(FOLDER_PREFIX) or isinstance(name, os.PathLike) or looks_like_path(text):
+        folder = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
+    elif Path(text).is_dir() and not _is_known(text):  # in the working directory, named without a slash
+        folder = Path(text)
+    else:
+        return None
     if folder.is_file():
         raise UnknownModelError(f"{folder} is a file; name the folder that holds {CONFIG_FILE} and the weights.")
     if not folder.is_dir():
         raise UnknownModelError(f"There is no folder {folder}. For a repository on the Hub write hf-hub:ORG/NAME.")
+    return folder
+
+
+def _is_known(name: str) -> bool:
+    try:
+        registry.resolve_checkpoint(name)
+    except UnknownModelError:
+        return False
+    except UnresolvedLabelSpaceError:
+        return True
+    return True
+
+
+def _weights_in(folder: Path) -> Path:
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsNotFoundError(f"{folder} has no weights; one of {', '.join(WEIGHT_FILES)} must be there.")
+
+
+def _build_from_folder(
+    folder: Path, config: Mapping[str, Any], weights: Path, pretrained: bool = True, **kwargs: Any
+) -> nn.Module:
+    from timm.models import load_model_config_from_path
+
+    settings, architecture, arguments = load_model_config_from_path(folder)
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    settings = {key: value for key, value in settings.items() if key not in ("source", "file")}
+    settings.update(_weights(weights) if pretrained else {}, architecture=architecture)
+    return _build(str(folder), architecture, pretrained, settings, **{**arguments, **given})
+
+
+def _load_folder(folder: Path, weights: Path, space: LabelSpace | None, head: Head | None) -> LoadedModel:
+    import timm
+
     config = _read_config(folder)
-    if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        raise WeightsNotFoundError(f"{folder} has no weights; one of {', '.join(WEIGHT_FILES)} must be there.")
     known = _checkpoint_of_config(config)
     if space is None:
         space = _label_space_of_config(config, known, folder)
-    try:
-        module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        data_config = timm.data.resolve_model_data_config(module)
-    except Exception as error:  # torch, safetensors and timm have many ways to say that a file does not fit
-        raise ModelError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
+    module = _build_from_folder(folder, config, weights).eval()
     _check_outputs(module, space, str(folder))
     return LoadedModel(
         name=str(folder),
         module=module,
         label_space=space,
         head=head or (known.head if known else "softmax"),
-        data_config=_published_data_config(known, data_config),
+        data_config=_published_data_config(known, timm.data.resolve_model_data_config(module)),
         owned=True,
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource, Resize
+from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource, Resize, Source, URLSource
 from wn21k_zoo.errors import UnknownModelError, UnresolvedLabelSpaceError, did_you_mean
 from wn21k_zoo.labels import LabelSpace
 
@@ -142,8 +142,12 @@ def _label_space_name(full_name: str, config: Any) -> str:
     )
 
 
-def _sources(full_name: str, config: Any) -> tuple[HubSource, ...]:
-    if not config.hf_hub_id:
-        return ()
-    repo_id, _, revision = config.hf_hub_id.partition("@")
-    return (HubSource(repo_id=f"timm/{full_name}" if repo_id == "timm/" else repo_id, revision=revision or None),)
+def _sources(full_name: str, config: Any) -> tuple[Source, ...]:
+    found: list[Source] = []
+    if config.hf_hub_id:
+        repo_id, _, revision = config.hf_hub_id.partition("@")
+        repo_id = f"timm/{full_name}" if repo_id == "timm/" else repo_id
+        found.append(HubSource(repo_id=repo_id, revision=revision or None))
+    elif config.url:
+        found.append(URLSource(url=config.url))
+    return tuple(found)

@@ -1,7 +1,7 @@
 """The Once-for-All network with 595 M multiply-adds (Cai et al. 2020, https://arxiv.org/abs/1908.09791).
 
-A MobileNetV3 whose kernel sizes and expansions were searched for. Where MobileNetV3 has hard-swish and hard-sigmoid, the
-published checkpoint has swish and sigmoid. timm's MobileNetV3 can express it, and brings feature extraction,
+A MobileNetV3 whose kernel sizes and expansions were searched for. Where MobileNetV3 has hard-swish and hard-sigmoid,
+the published checkpoint has swish and sigmoid. timm's MobileNetV3 can express it, and brings feature extraction,
 ``reset_classifier``, ``forward_features`` and gradient checkpointing.
 """
 

@@ -81,7 +81,9 @@ def info(
     local = download.find_local(checkpoint)
     details: dict[str, Any] = {
         **{key: value for key, value in asdict(checkpoint).items() if key not in ("sources", "metrics")},
-        "sources": [str(source) for source in checkpoint.sources] or ["timm's URL"],
+        "sources": [str(source) for source in checkpoint.sources],
+        "sha256": checkpoint.sha256,
+        "num_bytes": checkpoint.num_bytes,
         "metrics": [asdict(metric) for metric in checkpoint.metrics],
         "num_classes": len(space),
         "label_space_digest": space.digest,

@@ -1,0 +1,159 @@
+"""What huggingface_hub supplies: metadata, tokens, addresses and its cache; errors of the Hub as ours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from wn21k_zoo.checkpoints import HubSource
+from wn21k_zoo.errors import DownloadError, RemoteNotFoundError, first_line
+from wn21k_zoo.transfer import (
+    RETRIED,
+    RETRY_AFTER_MAX_SECONDS,
+    STALL_SECONDS,
+    Expected,
+    Patience,
+    require_success,
+)
+
+__all__ = ["address", "answers", "find_in_cache", "is_offline", "resolve", "switched_on"]
+
+METADATA_ATTEMPTS = 5
+
+
+def is_offline() -> bool:
+    """Whether the network is switched off: ``HF_HUB_OFFLINE`` or ``--offline``."""
+    from huggingface_hub import is_offline_mode
+
+    return bool(is_offline_mode()) or switched_on("HF_HUB_OFFLINE")
+
+
+def switched_on(name: str) -> bool:
+    """Whether an environment variable is set to something that means yes."""
+    return os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def answers(source: HubSource, seconds: float) -> bool:
+    """Whether a repository answers one request within ``seconds``, look-up of the name included."""
+    statuses: list[int] = []
+    # A thread, because no time-out reaches the look-up of a name.
+    probe = threading.Thread(target=_probe, args=(source, seconds, statuses), daemon=True)
+    probe.start()
+    probe.join(seconds + 0.1)
+    return bool(statuses) and statuses[0] < 400
+
+
+def find_in_cache(source: HubSource, filename: str) -> Path | None:
+    """Where a file lies in the Hub's own cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for revision in dict.fromkeys((source.revision, None if source.sha256 else source.revision)):
+        found = try_to_load_from_cache(source.repo_id, filename, revision=revision)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def resolve(
+    source: HubSource, filename: str, patience: Patience | None = None
+) -> tuple[str, Expected, str | None, dict[str, str]]:
+    """Address of a file on the Hub, what the Hub says about it, the commit it is at, and headers to ask with.
+
+    Raises:
+        AuthenticationError, AccessDeniedError, RemoteNotFoundError, DownloadError: The Hub does not say.
+    """
+    metadata = _hub_metadata(source, filename, patience or Patience())
+    etag = metadata.etag or ""
+    expected = Expected(
+        num_bytes=metadata.size,
+        sha256=etag if re.fullmatch("[0-9a-f]{64}", etag) else None,
+        git_sha1=etag if re.fullmatch("[0-9a-f]{40}", etag) else None,
+        stated_by="the Hub" if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag) else None,
+        etag=f'"{etag}"' if etag else None,
+    )
+    url, headers = address(source, filename, metadata.commit_hash or source.revision)
+    return url, expected, metadata.commit_hash, headers
+
+
+def address(source: HubSource, filename: str, revision: str | None) -> tuple[str, dict[str, str]]:
+    """The URL of a file on the Hub, and headers to ask for it with: the user's token, if there is one."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    return hf_hub_url(source.repo_id, filename, revision=revision), build_hf_headers(library_name="wn21k_zoo")
+
+
+def _probe(source: HubSource, seconds: float, statuses: list[int]) -> None:
+    """Status of one HEAD request without a retry; a redirect counts as an answer."""
+    import requests
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    url = hf_hub_url(source.repo_id, source.filenames[0], revision=source.revision)
+    with contextlib.suppress(requests.RequestException), requests.Session() as session:
+        answer = session.head(url, timeout=seconds, allow_redirects=False, headers=build_hf_headers())
+        statuses.append(answer.status_code)
+
+
+def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
+    """The Hub's metadata of a file, asked for again after 408, 429 and 5xx."""
+    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        url = hf_hub_url(source.repo_id, filename, revision=source.revision)
+    except HFValidationError as error:
+        raise RemoteNotFoundError(f"{source.repo_id!r} is no name of a repository; write ORG/NAME.") from error
+    for attempt in range(1, METADATA_ATTEMPTS + 1):
+        begin = time.monotonic()
+        try:
+            return get_hf_file_metadata(
+                url, token=get_token(), timeout=patience.timeout(STALL_SECONDS), library_name="wn21k_zoo"
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code not in RETRIED or attempt == METADATA_ATTEMPTS:
+                raise _typed_hub_error(error, source, filename) from error
+            time.sleep(_retry_seconds(error.response.headers.get("Retry-After"), attempt))
+        except DownloadError:
+            raise
+        except Exception as error:  # the transport's own kinds of error are no part of huggingface_hub's interface
+            patience.spent += time.monotonic() - begin
+            if attempt >= 2:
+                raise DownloadError(
+                    f"{source} does not answer ({type(error).__name__}). Check the network, or choose a model that "
+                    "wn21k doctor shows as usable offline."
+                ) from error
+            time.sleep(0.25)
+    raise AssertionError
+
+
+def _retry_seconds(retry_after: str | None, attempt: int) -> float:
+    from urllib3.util import Retry
+
+    seconds = Retry().parse_retry_after(retry_after) if retry_after else 0.25 * 2**attempt
+    return min(float(seconds), RETRY_AFTER_MAX_SECONDS)
+
+
+def _typed_hub_error(error: Any, source: HubSource, filename: str) -> DownloadError:
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    status = error.response.status_code
+    if isinstance(error, GatedRepoError) or status == 403:
+        hint = f": accept its terms on its page on the Hub ({source.repo_id}), then hf auth login."
+        status = 403
+    elif status == 401:
+        hint = ": there is no such repository, or it is private; check the name, or log in: hf auth login."
+    elif isinstance(error, RevisionNotFoundError):
+        hint = f": it has no revision {source.revision!r}; name one that exists."
+    else:
+        hint = f": no such repository, or it has no {filename}; check the name, or name a revision that has it."
+    try:
+        require_success(status, str(source), hint)
+    except DownloadError as typed:
+        return typed
+    return DownloadError(f"{source}: {first_line(error)}")

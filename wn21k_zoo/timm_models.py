@@ -1,0 +1,67 @@
+"""Our checkpoints as timm models: after this import, ``timm.create_model('wn21k_resnet50.miil_in21k', pretrained=True)``.
+
+timm has no plug-ins, so importing this module is what registers them. Weights come through our verified fetch, also with
+``num_classes``, ``in_chans``, ``features_only`` and ``cache_dir``. timm's own names are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+
+from wn21k_zoo import registry
+from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource
+from wn21k_zoo.convert import TIMM_PREFIX, build
+from wn21k_zoo.models import build_checkpoint, pretrained_config
+
+__all__: list[str] = []  # timm's register_model adds to it
+
+
+def _default_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Timm wants to see a source to count a model as pretrained; the weights still come through our fetch."""
+    source = checkpoint.sources[0]
+    place = {"hf_hub_id": source.repo_id} if isinstance(source, HubSource) else {"url": checkpoint.origin}
+    return {**pretrained_config(checkpoint), **place}
+
+
+def _entry_point(name: str) -> Callable[..., Any]:
+    """The function that timm calls for ``wn21k_<name>``, with or without a tag."""
+    tags = {checkpoint.name.partition(".")[2]: checkpoint for checkpoint in CHECKPOINTS if _stem(checkpoint) == name}
+    architecture = next(iter(tags.values())).architecture
+
+    def create(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+        cache_dir: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if pretrained_cfg and not isinstance(pretrained_cfg, str):  # a folder's, or a person's own
+            return build(
+                architecture,
+                pretrained=pretrained,
+                pretrained_cfg=pretrained_cfg,
+                pretrained_cfg_overlay=pretrained_cfg_overlay,
+                cache_dir=cache_dir,
+                **kwargs,
+            )
+        checkpoint = registry.get_checkpoint(f"{name}.{pretrained_cfg or next(iter(tags))}")
+        return build_checkpoint(checkpoint, pretrained, cache_dir=cache_dir, overlay=pretrained_cfg_overlay, **kwargs)
+
+    create.__name__ = create.__qualname__ = f"{TIMM_PREFIX}{name}"
+    create.__doc__ = f"{architecture} with the weights {', '.join(tags)}: wn21k info {name}.TAG tells about each."
+    return create
+
+
+def _stem(checkpoint: Checkpoint) -> str:
+    return checkpoint.name.partition(".")[0]
+
+
+# register_model looks for this name in the module of the function.
+default_cfgs = generate_default_cfgs(
+    {f"{TIMM_PREFIX}{checkpoint.name}": _default_config(checkpoint) for checkpoint in CHECKPOINTS}
+)
+for _name in dict.fromkeys(_stem(checkpoint) for checkpoint in CHECKPOINTS):
+    globals()[f"{TIMM_PREFIX}{_name}"] = register_model(_entry_point(_name))

@@ -1,0 +1,366 @@
+"""One URL to one file: resumed, retried, verified, and in place only when it is whole.
+
+Retries and redirects are urllib3's. What is added is that a body that ends early goes on where it stopped, that a body
+that stands still is given up, and that nothing gets its final name before its hash was compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from wn21k_zoo.cache import PART_SUFFIX
+from wn21k_zoo.errors import (
+    AccessDeniedError,
+    AuthenticationError,
+    CacheError,
+    ChecksumError,
+    DownloadError,
+    RemoteNotFoundError,
+)
+
+if TYPE_CHECKING:
+    import requests
+
+__all__ = ["Expected", "Patience", "difference", "head", "require_success", "sha256_of", "transfer"]
+
+CONNECT_SECONDS = 5.0
+STALL_SECONDS = 8.0
+STALL_BYTES = 16 * 1024  # fewer than these in STALL_SECONDS count as standing still
+RETRY_AFTER_MAX_SECONDS = 60.0
+RETRIED = (408, 429, 500, 502, 503, 504)
+ATTEMPTS_WITHOUT_PROGRESS = 5
+ATTEMPTS = 100
+CHUNK = 256 * 1024
+SPARE_BYTES = 1024 * 1024
+
+Report = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What is known about a file before it is fetched; None where nothing is.
+
+    Attributes:
+        num_bytes: Its size.
+        sha256: Its hash.
+        sha256_prefix: The first digits of it.
+        git_sha1: Its hash as a Git blob (small files on the Hub have only that).
+        etag: What the server calls this version of it.
+        stated_by: Who says so.
+    """
+
+    num_bytes: int | None = None
+    sha256: str | None = None
+    sha256_prefix: str | None = None
+    git_sha1: str | None = None
+    etag: str | None = None
+    stated_by: str | None = None
+
+    @property
+    def version(self) -> str | None:
+        """A name for this version of the file; without one, a part of it cannot be gone on with."""
+        name = self.sha256 or self.git_sha1 or self.sha256_prefix or self.etag
+        return hashlib.sha256(name.encode()).hexdigest()[:16] if name else None
+
+
+@dataclass
+class Patience:
+    """Seconds that may pass without a byte, all tries together, so that a dead network ends in a bounded time."""
+
+    seconds: float = 20.0
+    spent: float = field(default=0.0, init=False)
+
+    def timeout(self, at_most: float) -> float:
+        """How long the next wait may last.
+
+        Raises:
+            DownloadError: There is no patience left.
+        """
+        left = self.seconds - self.spent
+        if left < 1:
+            raise DownloadError(f"No data came for {self.spent:.0f} s; check the network and try again.")
+        return min(at_most, left)
+
+
+def transfer(
+    url: str,
+    target: Path,
+    expected: Expected,
+    *,
+    headers: Mapping[str, str] | None = None,
+    patience: Patience | None = None,
+    report: Report | None = None,
+) -> str:
+    """Fetch a file; whoever calls holds its lock.
+
+    Args:
+        url: Its address.
+        target: Its final place; the folder must exist.
+        expected: What is known about it.
+        headers: To send along, to the host of ``url`` only.
+        patience: Shared between tries that belong together.
+        report: Called with the bytes that are there and the total.
+
+    Returns:
+        The sha256 of the file.
+
+    Raises:
+        ChecksumError: The body is not the expected one; it was deleted.
+        DownloadError: The server fails, stalls or refuses (subclasses say how).
+        CacheError: The file cannot be written, or the disk has too little space.
+    """
+    part = target.with_name(f"{target.name}.{expected.version or 'unknown'}{PART_SUFFIX}")
+    if expected.version is None:
+        part.unlink(missing_ok=True)  # nobody can say whether it is a part of the same file
+    _require_space(part, expected.num_bytes)
+    _fetch_body(url, part, expected, headers or {}, patience or Patience(), report or (lambda done, total: None))
+    sha256 = sha256_of(part)
+    wrong = difference(part, sha256, expected)
+    if wrong is not None:
+        part.unlink(missing_ok=True)
+        raise ChecksumError(f"{url} is not the published file, so it was deleted: {wrong}.")
+    part.replace(target)
+    return sha256
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def difference(path: Path, sha256: str, expected: Expected) -> str | None:
+    """What of a file is not as expected, None when all is."""
+    if expected.sha256 is not None and sha256 != expected.sha256:
+        return f"sha256 expected {expected.sha256}, got {sha256}"
+    if expected.sha256_prefix is not None and not sha256.startswith(expected.sha256_prefix):
+        return f"sha256 expected {expected.sha256_prefix}..., got {sha256}"
+    if expected.num_bytes is not None and path.stat().st_size != expected.num_bytes:
+        return f"{expected.num_bytes:,} bytes expected, got {path.stat().st_size:,}"
+    if expected.git_sha1 is not None:
+        found = hashlib.sha1(usedforsecurity=False)  # the Hub's name for small files; size and TLS are checked as well
+        found.update(b"blob %d\0" % path.stat().st_size)
+        found.update(path.read_bytes())
+        if found.hexdigest() != expected.git_sha1:
+            return f"Git sha1 expected {expected.git_sha1}, got {found.hexdigest()}"
+    return None
+
+
+def head(url: str, headers: Mapping[str, str] | None = None, patience: Patience | None = None) -> Mapping[str, str]:
+    """Headers of a file on a plain server; empty when it does not answer HEAD requests.
+
+    Raises:
+        DownloadError: As :func:`transfer`.
+    """
+    patience = patience or Patience()
+    with _session() as session, _typed_errors(url, patience):
+        response = session.head(
+            url,
+            headers={"Accept-Encoding": "identity", **(headers or {})},
+            timeout=(patience.timeout(CONNECT_SECONDS), patience.timeout(STALL_SECONDS)),
+            allow_redirects=True,
+        )
+        if response.status_code in (405, 501):
+            return {}
+        require_success(response.status_code, url)
+        found: requests.structures.CaseInsensitiveDict[str] = response.headers
+        return found
+
+
+def require_success(status: int, url: str, hint: str = "") -> None:
+    """Raise what an HTTP status means.
+
+    Raises:
+        AuthenticationError, AccessDeniedError, RemoteNotFoundError, DownloadError: One for each kind.
+    """
+    if status < 400:
+        return
+    if status == 401:
+        raise AuthenticationError(f"{url} wants to know who asks (HTTP 401){hint or '; log in: hf auth login.'}")
+    if status == 403:
+        raise AccessDeniedError(f"{url} refuses (HTTP 403){hint or '; accept its terms or ask for access.'}")
+    if status in (404, 410):
+        raise RemoteNotFoundError(f"{url} does not exist (HTTP {status}){hint or '; check the name and revision.'}")
+    raise DownloadError(f"{url} answers HTTP {status}; try again later.")
+
+
+def _fetch_body(
+    url: str, part: Path, expected: Expected, headers: Mapping[str, str], patience: Patience, report: Report
+) -> None:
+    fruitless = 0
+    with _session() as session:
+        for _ in range(ATTEMPTS):
+            before = part.stat().st_size if part.exists() else 0
+            if before and before == expected.num_bytes:
+                return
+            try:
+                with _typed_errors(url, patience):
+                    _attempt(session, url, part, before, expected, headers, patience, report)
+                return
+            except _InterruptedError as error:
+                after = part.stat().st_size if part.exists() else 0
+                fruitless = 0 if after > before else fruitless + 1
+                if fruitless >= ATTEMPTS_WITHOUT_PROGRESS or (fruitless > 1 and error.no_connection):
+                    raise DownloadError(str(error)) from error
+                time.sleep(min(0.25 * 2**fruitless, 4.0))
+    raise DownloadError(f"{url} breaks off again and again; try again later, it goes on where it stopped.")
+
+
+class _InterruptedError(DownloadError):
+    """A try that ended early and can be gone on with."""
+
+    def __init__(self, message: str, no_connection: bool = False) -> None:
+        super().__init__(message)
+        self.no_connection = no_connection
+
+
+def _attempt(
+    session: requests.Session,
+    url: str,
+    part: Path,
+    start: int,
+    expected: Expected,
+    headers: Mapping[str, str],
+    patience: Patience,
+    report: Report,
+) -> None:
+    sent = {"Accept-Encoding": "identity", **headers}
+    if start:
+        sent["Range"] = f"bytes={start}-"
+        if expected.etag and not expected.etag.startswith("W/"):
+            sent["If-Range"] = expected.etag
+    timeout = (patience.timeout(CONNECT_SECONDS), patience.timeout(STALL_SECONDS))
+    with session.get(url, headers=sent, stream=True, timeout=timeout) as response:
+        if response.status_code == 416 and start:
+            part.unlink()  # not a part of that file
+            raise _InterruptedError(f"{url} refuses to go on from byte {start:,}.")
+        require_success(response.status_code, url)
+        going_on = bool(start) and _goes_on(response, start)
+        done = start if going_on else 0
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length and length.isdigit() else None
+        if total is not None and expected.num_bytes is not None and total != expected.num_bytes:
+            part.unlink(missing_ok=True)
+            raise ChecksumError(
+                f"{url} is not the published file: {expected.num_bytes:,} bytes expected, got {total:,}."
+            )
+        with _writing(part, "ab" if going_on else "wb") as file:
+            _require_space(part, total)
+            for chunk in _chunks(response, url, patience):
+                file.write(chunk)
+                done += len(chunk)
+                report(done, total or expected.num_bytes)
+        if done != (total if total is not None else expected.num_bytes or done):
+            raise _InterruptedError(f"{url} ended after {done:,} of {total or expected.num_bytes:,} bytes.")
+
+
+def _chunks(response: requests.Response, url: str, patience: Patience) -> Iterator[bytes]:
+    """What has arrived, as it arrives; raises when next to nothing does."""
+    window_start, in_window = time.monotonic(), 0
+    while chunk := response.raw.read1(CHUNK):
+        yield chunk
+        in_window += len(chunk)
+        now = time.monotonic()
+        if now - window_start > STALL_SECONDS:
+            if in_window < STALL_BYTES:
+                patience.spent += now - window_start
+                raise _InterruptedError(f"{url} sent {in_window:,} bytes in {now - window_start:.0f} s.")
+            window_start, in_window = now, 0
+
+
+def _goes_on(response: requests.Response, start: int) -> bool:
+    if response.status_code != 206:
+        return False
+    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    if not found or int(found[1]) != start:
+        raise DownloadError(f"{response.url} answers another range than was asked for; try again later.")
+    return True
+
+
+@contextlib.contextmanager
+def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
+    import requests
+    import urllib3
+
+    begin = time.monotonic()
+    try:
+        yield
+    except (requests.exceptions.SSLError, urllib3.exceptions.SSLError) as error:
+        raise DownloadError(f"{url}: its certificate cannot be verified ({type(error).__name__}).") from error
+    except (requests.exceptions.ProxyError, urllib3.exceptions.ProxyError) as error:
+        raise DownloadError(f"{url}: the proxy does not answer; check HTTPS_PROXY and NO_PROXY.") from error
+    except (
+        requests.exceptions.InvalidURL,
+        requests.exceptions.MissingSchema,
+        urllib3.exceptions.LocationParseError,
+    ) as e:
+        raise DownloadError(f"{url} is no URL; check HF_ENDPOINT and WN21K_MIRROR.") from e
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        if "timed out" in str(error).lower():
+            patience.spent += min(time.monotonic() - begin, STALL_SECONDS)
+            raise _InterruptedError(f"{url} stalls: no answer or no data for {STALL_SECONDS:.0f} s.") from error
+        if isinstance(error, requests.ConnectionError):
+            raise _InterruptedError(f"{url} cannot be reached; check the network.", no_connection=True) from error
+        raise _InterruptedError(f"{url} breaks off ({type(error).__name__}).") from error
+
+
+@contextlib.contextmanager
+def _writing(part: Path, mode: str) -> Iterator[IO[Any]]:
+    try:
+        with part.open(mode, buffering=0) as file:
+            yield file
+    except OSError as error:
+        if type(error).__module__ != "builtins" or isinstance(error, (ConnectionError, TimeoutError)):
+            raise  # the network's
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            part.unlink(missing_ok=True)
+            raise CacheError(f"The disk of {part.parent} is full; free some space or set WN21K_CACHE.") from error
+        raise CacheError(f"{part} cannot be written ({error.strerror}); set WN21K_CACHE.") from error
+
+
+def _require_space(part: Path, num_bytes: int | None) -> None:
+    if num_bytes is None:
+        return
+    have = part.stat().st_size if part.exists() else 0
+    needed, free = num_bytes - have + SPARE_BYTES, shutil.disk_usage(part.parent).free
+    if needed > free:
+        raise CacheError(
+            f"{part.parent} has {free / 1e6:,.0f} MB free and {needed / 1e6:,.0f} MB are needed; free some space or "
+            "set WN21K_CACHE to a folder on another disk."
+        )
+
+
+def _session() -> requests.Session:
+    import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3.util import Retry
+
+    class BoundedRetry(Retry):
+        def get_retry_after(self, response: Any) -> float | None:
+            seconds = super().get_retry_after(response)
+            return None if seconds is None else min(seconds, RETRY_AFTER_MAX_SECONDS)
+
+    retry = BoundedRetry(
+        total=None,
+        connect=0,
+        read=0,
+        other=0,
+        redirect=5,
+        status=4,
+        backoff_factor=0.25,
+        status_forcelist=RETRIED,
+        raise_on_status=False,
+    )
+    session = requests.Session()
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry))
+    return session
