@@ -1,7 +1,8 @@
-"""Our checkpoints as timm models: after this import, ``timm.create_model('wn21k_resnet50.miil_in21k', pretrained=True)``.
+"""Our checkpoints as timm models, once this module is imported.
 
-timm has no plug-ins, so importing this module is what registers them. Weights come through our verified fetch, also with
-``num_classes``, ``in_chans``, ``features_only`` and ``cache_dir``. timm's own names are not touched.
+``timm.create_model('wn21k_resnet50.miil_in21k', pretrained=True)``: timm has no plug-ins, so importing this module is
+what registers them. Weights come through our verified fetch, also with ``num_classes``, ``in_chans``, ``features_only``
+and ``cache_dir``. timm's own names are not touched.
 """
 
 from __future__ import annotations
