@@ -2,6 +2,7 @@ import pytest
 import timm
 from timm.data import resolve_data_config
 
+from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT
 from wn21k_zoo.labels import LABEL_SPACES
 
@@ -11,7 +12,7 @@ every_record = pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda che
 @every_record
 def test_record_is_complete(checkpoint):
     assert checkpoint.label_space in LABEL_SPACES
-    assert timm.is_model(checkpoint.architecture)
+    assert timm.is_model(checkpoint.architecture) or checkpoint.architecture in ARCHITECTURES
     assert checkpoint.sources
     assert checkpoint.license
     assert checkpoint.origin.startswith("https://")
@@ -28,7 +29,8 @@ def test_preprocessing(checkpoint):
         assert checkpoint.data_config["crop_mode"] == "squash"
         assert (checkpoint.mean, checkpoint.std, checkpoint.interpolation) == ((0.0,) * 3, (1.0,) * 3, "bilinear")
     else:  # whatever timm says
-        config = timm.models.get_pretrained_cfg(checkpoint.architecture).to_dict()
+        name = checkpoint.architecture if checkpoint.name == EMBEDDED_CHECKPOINT else checkpoint.name
+        config = timm.models.get_pretrained_cfg(name).to_dict()
         assert checkpoint.data_config == resolve_data_config({}, pretrained_cfg=config)
 
 

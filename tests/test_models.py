@@ -9,7 +9,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import run_in_terminal
-from hub_server import hub_server
+from hub_server import COMMIT, hub_server
 from PIL import Image
 from timm.models import save_for_hf
 
@@ -112,10 +112,10 @@ def test_bad_folders(folder, tmp_path):
     with pytest.raises(WeightsNotFoundError):
         models.load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be built"):
         models.load_model(tmp_path)
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be built"):
         models.load_model(tmp_path)
 
 
@@ -210,13 +210,13 @@ def test_default_is_downloaded_with_a_progress_bar_and_then_cached(tmp_path):
     checkpoint = registry.get_checkpoint(DEFAULT_CHECKPOINT)
     torch.manual_seed(0)
     weights = safetensors.torch.save(timm.create_model(checkpoint.architecture, num_classes=11_221).state_dict())
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "WN21K_CACHE": str(tmp_path / "cache")}
     path = f"timm/{DEFAULT_CHECKPOINT}/resolve/main/model.safetensors"
     with hub_server({path: weights}) as (endpoint, seen):
         done, terminal = run_in_terminal(RUN, {**environment, "HF_ENDPOINT": endpoint})
     assert done.returncode == 0, terminal
     assert "100%" in terminal
-    assert "GET /" + path in seen
+    assert f"GET /{path.replace('main', COMMIT)}" in seen
     result = json.loads(done.stdout)
     assert (result["model"], result["tree"]) == (DEFAULT_CHECKPOINT, "fall11")
     assert (result["label_space"], result["head"]) == ("imagenet21k_p_fall11", "semantic_softmax")
@@ -228,7 +228,9 @@ def test_default_is_downloaded_with_a_progress_bar_and_then_cached(tmp_path):
     assert offline.stderr == ""
 
 
-@pytest.mark.parametrize(("status", "words"), [(401, "refuses"), (404, "none of"), (503, "try again")])
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "log in"), (403, "terms"), (404, "does not exist"), (503, "try again")]
+)
 def test_answers_of_the_hub(tmp_path, status, words):
     environment = {**os.environ, "HF_HOME": str(tmp_path), "WN21K_MODEL": "convnext_tiny.in12k"}
     with hub_server({}, status=status) as (endpoint, _):

@@ -127,7 +127,7 @@ def leftovers(folder: Path, older_than: float = LEFTOVER_SECONDS) -> Iterator[Pa
     """Unfinished downloads that nobody has written to for ``older_than`` seconds."""
     for path in folder.rglob(f"*{PART_SUFFIX}"):
         try:
-            if time.time() - path.stat().st_mtime > older_than:
+            if time.time() - path.lstat().st_mtime > older_than:
                 yield path
         except OSError:  # another process was faster
             continue

@@ -19,6 +19,7 @@ from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.architectures.ofa import STAGE_DEPTHS
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.errors import ConversionError, UnknownModelError, did_you_mean, first_line
+from wn21k_zoo.registry import TIMM_PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     StateDict = dict[str, torch.Tensor]
 
 __all__ = ["Converted", "build", "convert_file", "convert_state_dict", "read_state_dict", "save_safetensors"]
-
-# What our names start with in timm's registry; a folder may name an architecture so.
-TIMM_PREFIX = "wn21k_"
 
 # How a file may wrap its state dict, and what training in several processes puts before each name.
 _WRAPPERS = ("state_dict", "model")

@@ -21,9 +21,10 @@ from wn21k_zoo.transfer import (
     require_success,
 )
 
-__all__ = ["address", "answers", "find_in_cache", "is_offline", "resolve", "switched_on"]
+__all__ = ["address", "answers", "find_in_cache", "is_offline", "resolve", "retry_seconds", "switched_on"]
 
 METADATA_ATTEMPTS = 5
+BACKOFF_SECONDS = 0.25
 
 
 def is_offline() -> bool:
@@ -118,7 +119,7 @@ def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
         except HfHubHTTPError as error:
             if error.response.status_code not in RETRIED or attempt == METADATA_ATTEMPTS:
                 raise _typed_hub_error(error, source, filename) from error
-            time.sleep(_retry_seconds(error.response.headers.get("Retry-After"), attempt))
+            time.sleep(retry_seconds(error.response.headers.get("Retry-After"), attempt))
         except DownloadError:
             raise
         except Exception as error:  # the transport's own kinds of error are no part of huggingface_hub's interface
@@ -128,14 +129,15 @@ def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
                     f"{source} does not answer ({type(error).__name__}). Check the network, or choose a model that "
                     "wn21k doctor shows as usable offline."
                 ) from error
-            time.sleep(0.25)
+            time.sleep(BACKOFF_SECONDS)
     raise AssertionError
 
 
-def _retry_seconds(retry_after: str | None, attempt: int) -> float:
+def retry_seconds(retry_after: str | None, attempt: int) -> float:
+    """How long to wait before the next try: what the server asks for, up to 60 s, else ever longer."""
     from urllib3.util import Retry
 
-    seconds = Retry().parse_retry_after(retry_after) if retry_after else 0.25 * 2**attempt
+    seconds = Retry().parse_retry_after(retry_after) if retry_after else BACKOFF_SECONDS * 2**attempt
     return min(float(seconds), RETRY_AFTER_MAX_SECONDS)
 
 

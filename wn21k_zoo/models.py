@@ -123,7 +123,7 @@ def load_model(
     if name.startswith(HUB_PREFIX):
         return _from_hub(name, space, head)
     if (folder := _as_folder(model)) is not None:
-        return _load_folder(folder, _weights_in(folder), space, head)
+        return _load_folder(folder, None, space, head)
     checkpoint = registry.resolve_checkpoint(name)
     if space is not None or head is not None:
         raise InvalidArgumentError(
@@ -387,7 +387,7 @@ def _weights_in(folder: Path) -> Path:
 def _build_from_folder(
     folder: Path, config: Mapping[str, Any], weights: Path, pretrained: bool = True, **kwargs: Any
 ) -> nn.Module:
-    from timm.models import load_model_config_from_path
+    from timm.models._hub import load_model_config_from_path
 
     settings, architecture, arguments = load_model_config_from_path(folder)
     given = {key: value for key, value in kwargs.items() if value is not None}
@@ -396,10 +396,11 @@ def _build_from_folder(
     return _build(str(folder), architecture, pretrained, settings, **{**arguments, **given})
 
 
-def _load_folder(folder: Path, weights: Path, space: LabelSpace | None, head: Head | None) -> LoadedModel:
+def _load_folder(folder: Path, weights: Path | None, space: LabelSpace | None, head: Head | None) -> LoadedModel:
     import timm
 
     config = _read_config(folder)
+    weights = weights or _weights_in(folder)
     known = _checkpoint_of_config(config)
     if space is None:
         space = _label_space_of_config(config, known, folder)
@@ -442,7 +443,9 @@ def _checkpoint_of_config(config: Mapping[str, Any]) -> Checkpoint | None:
     """The checkpoint that a folder is a copy of, when its configuration names one and has as many classes."""
     settings = config.get("pretrained_cfg", config)
     try:
-        checkpoint = registry.resolve_checkpoint(f"{config['architecture']}.{settings['tag']}")
+        checkpoint = registry.find_record(config["architecture"], settings["tag"]) or registry.resolve_checkpoint(
+            f"{config['architecture']}.{settings['tag']}"
+        )
     except (KeyError, UnknownModelError, UnresolvedLabelSpaceError):
         return None
     num_classes = config.get("num_classes", settings.get("num_classes"))

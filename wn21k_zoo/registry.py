@@ -17,7 +17,17 @@ from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource, Resize, So
 from wn21k_zoo.errors import UnknownModelError, UnresolvedLabelSpaceError, did_you_mean
 from wn21k_zoo.labels import LabelSpace
 
-__all__ = ["get_checkpoint", "list_checkpoints", "resolve_checkpoint", "resolve_label_space"]
+__all__ = [
+    "TIMM_PREFIX",
+    "find_record",
+    "get_checkpoint",
+    "list_checkpoints",
+    "resolve_checkpoint",
+    "resolve_label_space",
+]
+
+# What our names start with in timm's registry; a folder may name an architecture so.
+TIMM_PREFIX = "wn21k_"
 
 _BY_NAME: Mapping[str, Checkpoint] = MappingProxyType({checkpoint.name: checkpoint for checkpoint in CHECKPOINTS})
 
@@ -58,7 +68,18 @@ def resolve_checkpoint(name: str) -> Checkpoint:
         UnknownModelError: Neither we nor timm have pretrained weights of that name.
         UnresolvedLabelSpaceError: timm has them, but the classes of their head are not a known label space.
     """
+    name = name.removeprefix(TIMM_PREFIX)  # what timm calls our records
     return _BY_NAME[name] if name in _BY_NAME else _from_timm(name)
+
+
+def find_record(architecture: str, tag: str) -> Checkpoint | None:
+    """The record with that architecture, as a configuration file names it, and tag; None when there is none."""
+    architecture = architecture.removeprefix(TIMM_PREFIX)
+    for checkpoint in CHECKPOINTS:
+        stem, _, own_tag = checkpoint.name.partition(".")
+        if architecture in (stem, checkpoint.architecture) and tag == own_tag:
+            return checkpoint
+    return None
 
 
 def resolve_label_space(name: str) -> LabelSpace:

@@ -30,13 +30,14 @@ from wn21k_zoo.errors import (
 if TYPE_CHECKING:
     import requests
 
-__all__ = ["Expected", "Patience", "difference", "head", "require_success", "sha256_of", "transfer"]
+__all__ = ["Expected", "Patience", "difference", "head", "new_session", "require_success", "sha256_of", "transfer"]
 
 CONNECT_SECONDS = 5.0
 STALL_SECONDS = 8.0
 STALL_BYTES = 16 * 1024  # fewer than these in STALL_SECONDS count as standing still
 RETRY_AFTER_MAX_SECONDS = 60.0
 RETRIED = (408, 429, 500, 502, 503, 504)
+BACKOFF_SECONDS = 0.25
 ATTEMPTS_WITHOUT_PROGRESS = 5
 ATTEMPTS = 100
 CHUNK = 256 * 1024
@@ -162,7 +163,7 @@ def head(url: str, headers: Mapping[str, str] | None = None, patience: Patience 
         DownloadError: As :func:`transfer`.
     """
     patience = patience or Patience()
-    with _session() as session, _typed_errors(url, patience):
+    with new_session() as session, _typed_errors(url, patience):
         response = session.head(
             url,
             headers={"Accept-Encoding": "identity", **(headers or {})},
@@ -197,7 +198,7 @@ def _fetch_body(
     url: str, part: Path, expected: Expected, headers: Mapping[str, str], patience: Patience, report: Report
 ) -> None:
     fruitless = 0
-    with _session() as session:
+    with new_session() as session:
         for _ in range(ATTEMPTS):
             before = part.stat().st_size if part.exists() else 0
             if before and before == expected.num_bytes:
@@ -211,7 +212,7 @@ def _fetch_body(
                 fruitless = 0 if after > before else fruitless + 1
                 if fruitless >= ATTEMPTS_WITHOUT_PROGRESS or (fruitless > 1 and error.no_connection):
                     raise DownloadError(str(error)) from error
-                time.sleep(min(0.25 * 2**fruitless, 4.0))
+                time.sleep(min(BACKOFF_SECONDS * 2**fruitless, 4.0))
     raise DownloadError(f"{url} breaks off again and again; try again later, it goes on where it stopped.")
 
 
@@ -339,7 +340,8 @@ def _require_space(part: Path, num_bytes: int | None) -> None:
         )
 
 
-def _session() -> requests.Session:
+def new_session() -> requests.Session:
+    """A session that asks again after 408, 429 and 5xx, waiting as long as the server says, up to 60 s."""
     import requests
     from requests.adapters import HTTPAdapter
     from urllib3.util import Retry
@@ -356,7 +358,7 @@ def _session() -> requests.Session:
         other=0,
         redirect=5,
         status=4,
-        backoff_factor=0.25,
+        backoff_factor=BACKOFF_SECONDS,
         status_forcelist=RETRIED,
         raise_on_status=False,
     )
