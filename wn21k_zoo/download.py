@@ -48,9 +48,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Fetched",
     "UnverifiedWeightsWarning",
+    "cached_files",
     "fetch",
     "fetch_file",
+    "fetch_source",
     "find_local",
+    "find_verified",
     "is_reachable",
 ]
 
@@ -108,15 +111,10 @@ def fetch(
         MissingExtraError: It is in an extra that is not installed.
     """
     root = cache.cache_dir(cache_dir)
-    damages: list[str] = []
-    remote: list[Remote] = []
-    for source in checkpoint.sources:
-        if isinstance(source, PackageSource):
-            return _from_package(source)
-        remote.append(source)
-        for filename in _filenames(source):
-            if (found := _find_verified(source, filename, root, damages)) is not None:
-                return found
+    found, damages = find_verified(checkpoint, root)
+    if found is not None:
+        return found
+    remote = [source for source in checkpoint.sources if not isinstance(source, PackageSource)]
     if not remote:
         raise WeightsNotFoundError(f"{checkpoint.name} has no source that is known.")
     if hub.is_offline():
@@ -135,6 +133,50 @@ def fetch(
                 break
     others = ", ".join(str(source) for source in remote[1:])
     raise type(errors[0])(f"{checkpoint.name}: {errors[0]}" + (f" (Nor from {others}.)" if others else ""))
+
+
+def fetch_source(source: URLSource, *, cache_dir: str | os.PathLike[str], progress: bool | None = None) -> Fetched:
+    """A file of one plain server, whatever else has it.
+
+    Raises:
+        ChecksumError, DownloadError, CacheError: As :func:`fetch`.
+    """
+    return _fetch_one(source, source.filename, cache.cache_dir(cache_dir), Patience(), progress, source.filename)
+
+
+def find_verified(
+    checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None
+) -> tuple[Fetched | None, list[str]]:
+    """The weight file of a checkpoint if it is on this machine and has the right hash; opens no connection.
+
+    Returns:
+        The file or None, and what is wrong with files that are here and have not the right hash.
+
+    Raises:
+        ChecksumError: A file in a Python package is not the published one.
+        MissingExtraError: That package is not installed.
+    """
+    root = cache.cache_dir(cache_dir)
+    damages: list[str] = []
+    for source in checkpoint.sources:
+        if isinstance(source, PackageSource):
+            return _from_package(source), damages
+        for filename in _filenames(source):
+            if (found := _find_verified(source, filename, root, damages)) is not None:
+                return found, damages
+    return None, damages
+
+
+def cached_files(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Files of a checkpoint in our cache, from whichever source."""
+    root = cache.cache_dir(cache_dir)
+    places = [
+        root / cache.relative_path(source, filename, _named_revision(source))
+        for source in checkpoint.sources
+        if not isinstance(source, PackageSource)
+        for filename in _filenames(source)
+    ]
+    return [place for place in places if place.is_file()]
 
 
 def fetch_file(

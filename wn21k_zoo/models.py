@@ -45,6 +45,7 @@ __all__ = [
     "choose_default",
     "create_model",
     "create_transform",
+    "fetch_from_hub",
     "load_model",
     "pretrained_config",
     "select_device",
@@ -185,8 +186,9 @@ def create_model(
     if folder is not None:
         return _build_from_folder(folder, _read_config(folder), _weights_in(folder), pretrained, **kwargs)
     if os.fspath(name).startswith(HUB_PREFIX):
-        config, weights = _fetch_from_hub(os.fspath(name), cache_dir)
-        return _build_from_folder(config.parent, _read_config(config.parent), weights, pretrained, **kwargs)
+        config, weights = fetch_from_hub(os.fspath(name), cache_dir)
+        folder = config.path.parent
+        return _build_from_folder(folder, _read_config(folder), weights.path, pretrained, **kwargs)
     return build_checkpoint(registry.resolve_checkpoint(os.fspath(name)), pretrained, cache_dir=cache_dir, **kwargs)
 
 
@@ -335,19 +337,26 @@ def _build(name: str, architecture: str, pretrained: bool, config: Mapping[str, 
     return module
 
 
-def _fetch_from_hub(name: str, cache_dir: str | os.PathLike[str] | None = None) -> tuple[Path, Path]:
-    """Paths of the configuration and of the weights."""
+def fetch_from_hub(
+    name: str, cache_dir: str | os.PathLike[str] | None = None
+) -> tuple[download.Fetched, download.Fetched]:
+    """Configuration and weights of ``hf-hub:ORG/NAME[@REVISION]``, verified.
+
+    Raises:
+        UnknownModelError: That is no name of a repository.
+        ModelError: They cannot be had; subclasses say why.
+    """
     repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
         raise UnknownModelError(f"{name!r} is no Hub repository; write hf-hub:ORG/NAME.")
     source = HubSource(repo_id=repo_id, revision=revision or None)
-    config = download.fetch_file(source, (CONFIG_FILE,), cache_dir=cache_dir).path
-    return config, download.fetch_file(source, WEIGHT_FILES, cache_dir=cache_dir).path
+    config = download.fetch_file(source, (CONFIG_FILE,), cache_dir=cache_dir)
+    return config, download.fetch_file(source, WEIGHT_FILES, cache_dir=cache_dir)
 
 
 def _from_hub(name: str, space: LabelSpace | None, head: Head | None) -> LoadedModel:
-    config, weights = _fetch_from_hub(name)
-    return replace(_load_folder(config.parent, weights, space, head), name=name)
+    config, weights = fetch_from_hub(name)
+    return replace(_load_folder(config.path.parent, weights.path, space, head), name=name)
 
 
 def _as_folder(name: str | os.PathLike[str]) -> Path | None:

@@ -13,8 +13,9 @@ def main() -> None:
         from wn21k_zoo.cli.app import app
 
         arguments = sys.argv[1:]
-        if "--debug" in arguments:  # wherever it stands
-            arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
+        for option in ("--debug", "--offline"):  # wherever they stand
+            if option in arguments:
+                arguments = [option, *(argument for argument in arguments if argument != option)]
         app(arguments)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from wn21k_zoo import __version__
-from wn21k_zoo.cli import predict, tree, zoo
+from wn21k_zoo.cli import cache, convert, predict, tree, zoo
 from wn21k_zoo.cli.output import say
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 
@@ -48,6 +48,8 @@ app = typer.Typer(
 )
 predict.register(app)
 zoo.register(app)
+cache.register(app)
+convert.register(app)
 app.add_typer(tree.app, name="tree")
 
 
@@ -60,8 +62,11 @@ def _show_version(value: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Open no connection, as HF_HUB_OFFLINE=1 does.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """ImageNet-21K pretrained models with labels at every level of the WordNet hierarchy."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for the libraries that this command uses, too

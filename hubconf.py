@@ -1,0 +1,75 @@
+"""torch.hub entry points: ``torch.hub.load(CHECKOUT, 'resnet50_miil_in21k', source='local')``.
+
+One for each checkpoint, its name with dots as underscores; ``predictor``; ``semantic_tree``.
+"""
+
+dependencies = [
+    "filelock",
+    "huggingface_hub",
+    "numpy",
+    "PIL",
+    "platformdirs",
+    "requests",
+    "rich",
+    "safetensors",
+    "timm",
+]
+
+
+def predictor(model=None, **kwargs):
+    """Labels at every level of the WordNet hierarchy: ``predictor()('photo.jpg').label``.
+
+    Args:
+        model: A checkpoint's name; by default MobileNetV3-L over ImageNet-21K-P, without a network the embedded model.
+        **kwargs: As ``wn21k_zoo.Predictor`` takes them: top_k, threshold, device, batch_size, ...
+    """
+    return _package().Predictor(model, **kwargs)
+
+
+def semantic_tree(name="fall11"):
+    """The tree over a label space: ``semantic_tree('fall11').class_tree_list``.
+
+    Args:
+        name: fall11, winter21, imagenet1k, imagenet12k, imagenet21k_goog, imagenet22k or imagenet22k_ms.
+    """
+    return _package().SemanticTree.load(name)
+
+
+def _package():
+    # Found by its own folder afterwards: torch.hub takes the checkout off sys.path when the load is done.
+    import wn21k_zoo
+
+    return wn21k_zoo
+
+
+def _entry_point(name):
+    def create(pretrained=True, **kwargs):
+        return _package().create_model(name, pretrained=pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = name.replace(".", "_")
+    create.__doc__ = f"""{name}, as ``wn21k_zoo.create_model`` builds it; in training mode.
+
+    Args:
+        pretrained: Load the published weights, verified.
+        **kwargs: num_classes, features_only, in_chans, cache_dir, ...
+    """
+    return create
+
+
+# Written down, because torch.hub runs this file before it looks whether the dependencies are there.
+_CHECKPOINTS = (
+    "efficientnet_lite0.embedded_in1k",
+    "mobilenetv3_large_100.miil_in21k",
+    "ofa_flops_595m_s.miil_in21k",
+    "resnet50.miil_in21k",
+    "mixer_b16_224.miil_in21k",
+    "tresnet_m.miil_in21k",
+    "tresnet_v2_l.miil_in21k",
+    "vit_base_patch16_224_miil.in21k",
+    "mobilenetv3_large_100.miil_in21k_ft_in1k",
+    "mixer_b16_224.miil_in21k_ft_in1k",
+    "tresnet_m.miil_in21k_ft_in1k",
+    "tresnet_v2_l.miil_in21k_ft_in1k",
+    "vit_base_patch16_224_miil.in21k_ft_in1k",
+)
+globals().update({name.replace(".", "_"): _entry_point(name) for name in _CHECKPOINTS})

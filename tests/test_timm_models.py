@@ -1,0 +1,159 @@
+"""timm's door, and create_model: every record, with random weights served by a local Hub where they cannot be had."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import EMBEDDED
+from hub_server import hub_server
+
+import wn21k_zoo
+from wn21k_zoo import timm_models  # registers
+from wn21k_zoo.checkpoints import CHECKPOINTS, URLSource
+from wn21k_zoo.errors import InvalidArgumentError, UnknownModelError
+from wn21k_zoo.labels import LabelSpace
+
+every_record = pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
+IMAGE = torch.zeros(1, 3, 224, 224)
+
+
+def test_every_record_is_listed():
+    assert set(timm.list_models("wn21k_*", pretrained=True)) == {f"wn21k_{one.name}" for one in CHECKPOINTS}
+    assert set(timm.list_models("wn21k_*")) == {f"wn21k_{one.name.partition('.')[0]}" for one in CHECKPOINTS}
+    assert set(timm_models.__all__) == set(timm.list_models("wn21k_*"))
+    assert timm.list_models("ofa_*") == []
+
+
+@every_record
+def test_every_record_builds(checkpoint):
+    module = timm.create_model(f"wn21k_{checkpoint.name}")
+    assert module.num_classes == len(LabelSpace.load(checkpoint.label_space))
+    assert timm.data.resolve_model_data_config(module) == checkpoint.data_config
+    assert module.pretrained_cfg["architecture"] == checkpoint.architecture
+
+
+def test_timms_own_names_are_left_alone():
+    code = """
+import json, timm
+def state():
+    names = timm.list_models(exclude_filters="wn21k_*"), timm.list_pretrained(exclude_filters="wn21k_*")
+    return [names, {n: str(timm.models.get_pretrained_cfg(n)) for n in names[1]}, timm.list_modules()]
+before = state()
+import wn21k_zoo
+assert not timm.list_models("wn21k_*")
+import wn21k_zoo.timm_models
+after = state()
+print(before[:2] == after[:2], set(after[2]) - set(before[2]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split(maxsplit=1) == ["True", "{'timm_models'}\n"]
+
+
+@pytest.mark.parametrize("name", [f"wn21k_{EMBEDDED}", "wn21k_efficientnet_lite0"])
+def test_pretrained(name, embedded):
+    module = timm.create_model(name, pretrained=True).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(module(IMAGE), embedded.module(IMAGE), rtol=1e-4, atol=1e-4)
+    assert not {"state_dict", "file"} & set(module.pretrained_cfg)
+
+
+@pytest.mark.parametrize("create", [timm.create_model, wn21k_zoo.create_model])
+def test_options(create, embedded, tmp_path):
+    name = f"wn21k_{EMBEDDED}" if create is timm.create_model else EMBEDDED
+    backbone = embedded.module.state_dict()
+    other_head = create(name, pretrained=True, num_classes=10).eval()
+    assert other_head(IMAGE).shape == (1, 10)
+    assert torch.equal(other_head.conv_head.weight, backbone["conv_head.weight"])
+    assert create(name, pretrained=True, num_classes=0).eval()(IMAGE).shape == (1, 1280)
+    grey = create(name, pretrained=True, in_chans=1)
+    torch.testing.assert_close(grey.conv_stem.weight, backbone["conv_stem.weight"].sum(1, keepdim=True))
+    features = create(name, pretrained=True, features_only=True, out_indices=(1, 3))
+    assert [one.shape[1] for one in features(IMAGE)] == features.feature_info.channels()
+    assert torch.equal(features.conv_stem.weight, backbone["conv_stem.weight"])
+    safetensors.torch.save_file({k: v.contiguous() for k, v in backbone.items()}, tmp_path / "own.safetensors")
+    own = timm.create_model(f"wn21k_{EMBEDDED}", checkpoint_path=tmp_path / "own.safetensors")
+    assert torch.equal(own.classifier.weight, backbone["classifier.weight"])
+
+
+@pytest.fixture(scope="module")
+def published_hub():
+    """A Hub that has random weights of the default checkpoint, in a subprocess's sight."""
+    torch.manual_seed(0)
+    weights = safetensors.torch.save(timm.create_model("mobilenetv3_large_100", num_classes=11_221).state_dict())
+    with hub_server({"timm/mobilenetv3_large_100.miil_in21k/resolve/main/model.safetensors": weights}) as (endpoint, _):
+        yield endpoint
+
+
+def test_weights_come_through_our_fetch_into_the_named_cache(published_hub, tmp_path):
+    code = f"""
+import json, timm, wn21k_zoo, wn21k_zoo.timm_models
+name = "mobilenetv3_large_100.miil_in21k"
+first = timm.create_model("wn21k_" + name, pretrained=True, cache_dir={str(tmp_path / "named")!r})
+second = wn21k_zoo.create_model(name, cache_dir={str(tmp_path / "named")!r}, num_classes=5)
+same = bool((first.conv_stem.weight == second.conv_stem.weight).all())
+print(json.dumps([first.num_classes, second.num_classes, same]))
+"""
+    environment = {**os.environ, "HF_ENDPOINT": published_hub, "WN21K_CACHE": str(tmp_path / "other")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [11_221, 5, True]
+    assert (tmp_path / "named/hub/timm--mobilenetv3_large_100.miil_in21k/model.safetensors").is_file()
+    assert not (tmp_path / "other").exists()
+
+
+def test_bad_arguments():
+    with pytest.raises(UnknownModelError, match="Did you mean"):
+        timm.create_model("wn21k_resnet50.miil_in22k", pretrained=True)
+    with pytest.raises(InvalidArgumentError, match="no_such_argument"):
+        wn21k_zoo.create_model(EMBEDDED, pretrained=False, no_such_argument=1)
+    with pytest.raises(UnknownModelError, match="no folder"):
+        wn21k_zoo.create_model("no/such/folder")
+
+
+@every_record
+def test_create_model_of_every_record(checkpoint):
+    module = wn21k_zoo.create_model(checkpoint.name, pretrained=False, num_classes=4, drop_rate=0.1).eval()
+    with torch.inference_mode():
+        assert module(IMAGE).shape == (1, 4)
+    assert isinstance(checkpoint.sources[-1], URLSource) or checkpoint.name == EMBEDDED
+
+
+def test_ofa_is_a_timm_model():
+    module = wn21k_zoo.create_model("ofa_flops_595m_s.miil_in21k", pretrained=False, num_classes=6)
+    assert module.forward_features(IMAGE).shape == (1, 1152, 7, 7)
+    module.reset_classifier(3)
+    assert module(torch.randn(2, 3, 96, 96)).shape == (2, 3)
+    module.set_grad_checkpointing()
+    module(torch.randn(2, 3, 96, 96)).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    features = wn21k_zoo.create_model("ofa_flops_595m_s.miil_in21k", pretrained=False, features_only=True)
+    shapes = [tuple(one.shape[1:]) for one in features(torch.randn(2, 3, 64, 64))]
+    assert [shape[0] for shape in shapes] == features.feature_info.channels()
+    assert [64 // shape[1] for shape in shapes] == features.feature_info.reduction() == [2, 4, 8, 16, 32]
+    whole, parts = module.forward_intermediates(torch.randn(2, 3, 64, 64))
+    assert whole.shape[1] == 1152
+    assert len(parts) == 5
+
+
+def test_a_name_that_only_timm_has_goes_the_same_way(tmp_path):
+    torch.manual_seed(0)
+    weights = safetensors.torch.save(timm.create_model("mobilenetv3_small_050").state_dict())
+    code = """
+import wn21k_zoo
+print(wn21k_zoo.create_model("mobilenetv3_small_050.lamb_in1k", num_classes=2).num_classes)
+"""
+    with hub_server({"timm/mobilenetv3_small_050.lamb_in1k/resolve/main/model.safetensors": weights}) as (
+        endpoint,
+        seen,
+    ):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "WN21K_CACHE": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        )
+    assert done.stdout == "2\n", done.stderr
+    assert sum(request.startswith("GET") for request in seen) == 1

@@ -1,0 +1,206 @@
+"""``wn21k download``, ``verify``, ``cache`` and ``lock``: weights on this machine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wn21k_zoo import registry
+from wn21k_zoo.checkpoints import CHECKPOINTS, LOCK_FILE
+from wn21k_zoo.cli.output import Format, print_table, say, warnings_as_messages
+from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
+
+__all__ = ["app", "register"]
+
+FormatOption = Annotated[
+    Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
+]
+CacheDirOption = Annotated[
+    Path | None, typer.Option("--cache-dir", help="Folder of the cache. Default: WN21K_CACHE, else the user's.")
+]
+
+app = typer.Typer(no_args_is_help=True, help="What is in the cache, and what may go.")
+
+
+def register(parent: typer.Typer) -> None:
+    """Add the commands to the application."""
+    parent.command()(download)
+    parent.command()(verify)
+    parent.command()(lock)
+    parent.add_typer(app, name="cache")
+
+
+def download(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Records, timm models or hf-hub:ORG/NAME.", show_default=False)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All records.")] = False,
+    cache_dir: CacheDirOption = None,
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """Fetch weights into the cache, verified; what is there already is verified again.
+
+    Exit code 3 when some could not be had and the rest is there.
+    """
+    from wn21k_zoo import models
+    from wn21k_zoo.download import fetch
+
+    wanted = [checkpoint.name for checkpoint in CHECKPOINTS] if everything else names or []
+    if not wanted:
+        raise InvalidArgumentError("Name at least one model, or use --all; wn21k list shows the records.")
+    rows, failed = [], 0
+    with warnings_as_messages(quiet=False):
+        for name in dict.fromkeys(wanted):
+            try:
+                if name.startswith(models.HUB_PREFIX):
+                    found = [*models.fetch_from_hub(name, cache_dir)]
+                else:
+                    found = [fetch(registry.resolve_checkpoint(name), cache_dir=cache_dir)]
+            except Wn21kError as error:
+                failed += 1
+                say(str(error))
+                continue
+            rows += [
+                {
+                    "name": name,
+                    "status": "downloaded" if one.downloaded else "was here",
+                    "bytes": one.num_bytes,
+                    "sha256": one.sha256,
+                    "checked_against": one.checked_against,
+                    "file": str(one.path),
+                }
+                for one in found
+            ]
+    _report(rows, ("name", "status", "bytes", "sha256", "checked_against", "file"), format, failed)
+
+
+def verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Records or timm models. Default: every file in the cache.")
+    ] = None,
+    cache_dir: CacheDirOption = None,
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """Hash what is on this machine and compare; nothing is fetched. Exit code 1 when a file is damaged or missing."""
+    from wn21k_zoo import cache
+    from wn21k_zoo.download import find_verified
+    from wn21k_zoo.transfer import sha256_of
+
+    rows: list[dict[str, Any]] = []
+    if names:
+        for name in names:
+            found, damages = find_verified(registry.resolve_checkpoint(name), cache_dir)
+            if found is not None:
+                rows.append({"file": str(found.path), "status": "ok", "checked_against": found.checked_against})
+            rows += [{"file": damage, "status": "damaged", "checked_against": None} for damage in damages]
+            if found is None and not damages:
+                rows.append({"file": name, "status": "not on this machine", "checked_against": None})
+    else:
+        for entry in cache.entries(cache.cache_dir(cache_dir)):
+            if entry.receipt is None:
+                status = "no receipt: wn21k download fetches it anew"
+            else:
+                status = "ok" if sha256_of(entry.path) == entry.receipt.sha256 else "damaged"
+            against = entry.receipt.checked_against if entry.receipt else None
+            rows.append({"file": str(entry.path), "status": status, "checked_against": against})
+        if not rows:
+            say(f"nothing in the cache {cache.cache_dir(cache_dir)}")
+    print_table(rows, ("file", "status", "checked_against"), format)
+    if any(row["status"] != "ok" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_cache(cache_dir: CacheDirOption = None, format: FormatOption = None) -> None:  # noqa: A002
+    """List the files in the cache."""
+    from wn21k_zoo import cache
+
+    root = cache.cache_dir(cache_dir)
+    rows: list[dict[str, Any]] = [
+        {
+            "source": entry.receipt.source if entry.receipt else None,
+            "bytes": entry.path.stat().st_size,
+            "sha256": entry.receipt.sha256 if entry.receipt else None,
+            "file": str(entry.path),
+        }
+        for entry in cache.entries(root)
+    ]
+    print_table(rows, ("source", "bytes", "sha256", "file"), format)
+    say(f"{root}: {len(rows)} files, {sum(row['bytes'] for row in rows) / 1e6:,.1f} MB")
+
+
+@app.command()
+def prune(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Records or timm models to remove. Default: unfinished downloads only.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All files.")] = False,
+    older_than: Annotated[
+        float | None, typer.Option("--older-than", min=0, help="Files not changed for so many days.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+    cache_dir: CacheDirOption = None,
+) -> None:
+    """Remove files from the cache; without arguments only what unfinished downloads left more than a day ago."""
+    from wn21k_zoo import cache
+    from wn21k_zoo.download import cached_files
+
+    root = cache.cache_dir(cache_dir)
+    going = list(cache.leftovers(root))
+    for name in names or []:
+        going += cached_files(registry.resolve_checkpoint(name), cache_dir)
+    if everything or older_than is not None:
+        oldest = time.time() - (older_than or 0) * 24 * 3600
+        going += [entry.path for entry in cache.entries(root) if everything or entry.path.stat().st_mtime < oldest]
+    if everything:
+        going += list(cache.leftovers(root, older_than=0))
+    freed = 0
+    for path in dict.fromkeys(going):
+        typer.echo(str(path))
+        freed += path.lstat().st_size if dry_run else cache.remove(path)
+    say(f"{freed / 1e6:,.1f} MB {'would be' if dry_run else 'are'} freed in {root}")
+
+
+def lock(
+    names: Annotated[list[str] | None, typer.Argument(help="Records. Default: all.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help=f"Default: the package's own {LOCK_FILE}.")
+    ] = None,
+) -> None:
+    """For maintainers: ask all sources for revision, size and sha256, and write the lock file.
+
+    Files on plain servers are fetched to be hashed. Exit code 3 when some sources could not be asked: what was known
+    about them stays.
+    """
+    from wn21k_zoo import hub, locking
+    from wn21k_zoo.errors import OfflineError
+
+    if hub.is_offline():
+        raise OfflineError("wn21k lock asks all sources, and the network is switched off (HF_HUB_OFFLINE, --offline).")
+    place = output or Path(__file__).parents[1] / "_data" / LOCK_FILE
+    chosen = [registry.get_checkpoint(name) for name in names] if names else CHECKPOINTS
+    done: list[str] = []
+
+    def tell(source: str, problem: str | None) -> None:
+        say(f"{source}: {problem or 'done'}")
+        if problem is None:
+            done.append(source)
+
+    with warnings_as_messages(quiet=True):
+        new, failed = locking.lock_sources(chosen, locking.read_lock(place if place.is_file() else None), tell)
+    if done:
+        locking.write_lock(new, place)
+        say(f"{len(done)} sources written to {place}, {failed} could not be asked")
+    if failed:
+        raise typer.Exit(3 if done else 1)
+
+
+def _report(rows: list[dict[str, Any]], columns: tuple[str, ...], format: Format | None, failed: int) -> None:  # noqa: A002
+    if rows:
+        print_table(rows, columns, format)
+    if failed:
+        say(f"{failed} could not be fetched")
+        raise typer.Exit(3 if rows else 1)
