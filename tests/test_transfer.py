@@ -110,7 +110,7 @@ def test_a_stream_that_is_cut_goes_on(kind, share, root, serve):
         fetched = download.fetch(checkpoint_of(kind, endpoint))
         assert fetched.sha256 == SHA256
         assert seen.body_bytes == len(BODY)  # nothing was sent twice
-        cache.remove(fetched.path)
+        cache.remove(fetched.path, root)
         assert not leftovers(root)
 
 
@@ -431,10 +431,10 @@ def test_a_mirror_is_asked_first_and_not_believed(root, serve, monkeypatch):
         assert seen == [f"GET /{place}"]
         assert origin_seen.body_bytes == 0
         assert not any("Authorization" in headers for headers in seen.headers)
-        cache.remove(fetched.path)
+        cache.remove(fetched.path, root)
     with hub_server({place: BODY[:-1] + b"!"}, hashes=False) as (mirror, _):
         monkeypatch.setenv("WN21K_MIRROR", f"{mirror}/mirror")
-        cache.remove(download.fetch(checkpoint_of("hub", origin)).path)
+        cache.remove(download.fetch(checkpoint_of("hub", origin)).path, root)
         assert origin_seen.body_bytes == len(BODY)
     monkeypatch.setenv("WN21K_MIRROR", "http://127.0.0.1:9")  # gone: the origin has it
     assert download.fetch(checkpoint_of("hub", origin)).sha256 == SHA256
@@ -522,7 +522,7 @@ def test_the_next_source_is_tried(root, serve):
     checkpoint = checkpoint_of("plain", endpoint)
     both = type(checkpoint)(**{**vars(checkpoint), "sources": (hub_source, *checkpoint.sources)})
     assert isinstance(download.fetch(both).source, URLSource)
-    cache.remove(download.find_local(both))
+    cache.remove(download.find_local(both), root)
     wrong = type(checkpoint)(**{**vars(checkpoint), "sources": (hub_source, URLSource(url=f"{endpoint}/none.pth"))})
     with pytest.raises(RemoteNotFoundError, match="Nor from"):
         download.fetch(wrong)

@@ -133,8 +133,8 @@ def leftovers(folder: Path, older_than: float = LEFTOVER_SECONDS) -> Iterator[Pa
             continue
 
 
-def remove(path: Path) -> int:
-    """Remove a file with its receipt and lock, and folders that it leaves empty; returns the bytes freed.
+def remove(path: Path, root: Path) -> int:
+    """Remove a file, its receipt and lock, and folders below ``root`` that it leaves empty; returns the bytes freed.
 
     Raises:
         CacheError: It cannot be removed.
@@ -147,7 +147,9 @@ def remove(path: Path) -> int:
         return 0
     except OSError as error:
         raise CacheError(f"{path} cannot be removed ({error.strerror}).") from error
-    for parent in list(path.parents)[:4]:
+    for parent in path.parents:
+        if not parent.is_relative_to(root) or parent == root:
+            break
         try:
             parent.rmdir()
         except OSError:  # not empty

@@ -160,7 +160,7 @@ def prune(
     freed = 0
     for path in dict.fromkeys(going):
         typer.echo(str(path))
-        freed += path.lstat().st_size if dry_run else cache.remove(path)
+        freed += path.lstat().st_size if dry_run else cache.remove(path, root)
     say(f"{freed / 1e6:,.1f} MB {'would be' if dry_run else 'are'} freed in {root}")
 
 

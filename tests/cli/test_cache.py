@@ -1,0 +1,218 @@
+"""download, verify, cache, lock and convert, as a person runs them, against a local server."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import EMBEDDED, run_in_terminal
+from hub_server import COMMIT, hub_server
+from typer.testing import CliRunner
+
+from wn21k_zoo import locking, registry
+from wn21k_zoo.checkpoints import URLSource, apply_lock
+from wn21k_zoo.cli.app import app
+from wn21k_zoo.convert import convert_file
+
+NAME = "mobilenetv3_large_100.miil_in21k"
+OTHER = "tresnet_m.miil_in21k"
+BODY = hashlib.shake_256(b"cli").digest(2_000_000)
+SHA256 = hashlib.sha256(BODY).hexdigest()
+FILES = {f"timm/{NAME}/resolve/main/model.safetensors": BODY}
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(*arguments, endpoint="http://127.0.0.1:9", **variables):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "WN21K_CACHE": str(tmp_path / "cache"), **variables}
+        return subprocess.run(
+            [sys.executable, "-m", "wn21k_zoo", *map(str, arguments)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+
+    return run
+
+
+def call(*arguments):
+    """In this process: where neither a server nor a terminal matters."""
+    return CliRunner().invoke(app, arguments)
+
+
+def rows(done):
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_download_verify_list_prune(run, tmp_path):
+    with hub_server(FILES) as (endpoint, _):
+        done = run("download", NAME, EMBEDDED, endpoint=endpoint)
+        assert done.returncode == 0, done.stderr
+        first, second = rows(done)
+        assert (first["status"], first["sha256"], first["checked_against"]) == ("downloaded", SHA256, "the Hub")
+        assert (second["name"], second["status"]) == (EMBEDDED, "was here")
+        assert Path(first["file"]).read_bytes() == BODY
+        assert rows(run("download", NAME, "--offline"))[0]["status"] == "was here"
+
+    assert [row["status"] for row in rows(run("verify"))] == ["ok"]
+    assert [row["status"] for row in rows(run("verify", NAME, EMBEDDED))] == ["ok", "ok"]
+    listed = run("cache", "list")
+    assert rows(listed)[0]["file"] == first["file"]
+    assert "1 files, 2.0 MB" in listed.stderr
+
+    Path(first["file"]).write_bytes(BODY[:-1] + b"!")
+    for arguments in (("verify",), ("verify", NAME)):
+        done = run(*arguments)
+        assert done.returncode == 1
+        assert rows(done)[0]["status"] == "damaged"
+    assert run("verify", OTHER).returncode == 1
+
+    part = Path(first["file"]).with_name("other.part")
+    part.write_bytes(b"x")
+    os.utime(part, (time.time() - 3 * 24 * 3600,) * 2)
+    assert str(part) in run("cache", "prune", "--dry-run").stdout
+    assert part.exists()
+    assert run("cache", "prune").returncode == 0
+    assert not part.exists()
+    assert Path(first["file"]).exists()
+    assert run("cache", "prune", "--older-than", "1").stdout == ""
+    done = run("cache", "prune", NAME)
+    assert done.stdout.strip() == first["file"]
+    assert "2.0 MB are freed" in done.stderr
+    assert not (tmp_path / "cache" / "hub").exists()
+    assert run("verify").returncode == 0
+
+
+def test_one_bad_name_does_not_stop_the_rest(run):
+    with hub_server(FILES) as (endpoint, _):
+        done = run("download", "mobilenetv3_large_100.miil_in21", NAME, endpoint=endpoint)
+    assert done.returncode == 3
+    assert f"Did you mean {NAME}" in done.stderr
+    assert rows(done)[0]["name"] == NAME
+    done = call("download", "nonsense")
+    assert (done.exit_code, done.stdout) == (1, "")
+    done = call("download")
+    assert done.exit_code == 2
+    assert "--all" in done.stderr
+
+
+def test_all_of_them_where_nothing_can_be_reached(run):
+    begin = time.monotonic()
+    done = run("download", "--all", HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    assert done.returncode == 3  # the embedded one is here
+    assert [row["name"] for row in rows(done)] == [EMBEDDED]
+    assert done.stderr.count("\n") == 13
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - begin < 45
+
+
+def test_offline_says_what_to_do(run, tmp_path):
+    done = run("--offline", "download", NAME)
+    assert done.returncode == 1
+    assert f"wn21k download {NAME}" in done.stderr
+    assert str(tmp_path / "cache/hub/timm--mobilenetv3_large_100.miil_in21k/model.safetensors") in done.stderr
+    done = run("lock", "--offline")
+    assert done.returncode == 1
+    assert "switched off" in done.stderr
+
+
+def test_what_is_copied_from_elsewhere_is_found(run, tmp_path):
+    """The advice of the message above, followed."""
+    with hub_server(FILES) as (endpoint, _):
+        assert run("download", NAME, "--cache-dir", tmp_path / "stick", endpoint=endpoint).returncode == 0
+    (tmp_path / "stick").rename(tmp_path / "cache")
+    assert rows(run("download", NAME, "--offline"))[0]["status"] == "was here"
+
+
+def test_a_repository_by_its_name(run):
+    files = {"me/mine/resolve/main/config.json": b"{}", "me/mine/resolve/main/pytorch_model.bin": BODY}
+    with hub_server(files) as (endpoint, _):
+        done = run("download", "hf-hub:me/mine", endpoint=endpoint)
+    assert [Path(row["file"]).name for row in rows(done)] == ["config.json", "pytorch_model.bin"]
+
+
+def test_a_progress_bar_on_a_terminal_only(tmp_path):
+    with hub_server(FILES) as (endpoint, _):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "WN21K_CACHE": str(tmp_path)}
+        done, terminal = run_in_terminal([sys.executable, "-m", "wn21k_zoo", "download", NAME], environment)
+    assert "100%" in terminal
+    assert json.loads(done.stdout)["sha256"] == SHA256
+
+
+def test_interrupted_it_says_so_and_goes_on_later(tmp_path):
+    environment = {**os.environ, "WN21K_CACHE": str(tmp_path)}
+    with hub_server(FILES, bytes_per_second=1_000_000) as (endpoint, seen):
+        command = [sys.executable, "-m", "wn21k_zoo", "download", NAME]
+        environment["HF_ENDPOINT"] = endpoint
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not any(path.stat().st_size > 500_000 for path in tmp_path.rglob("*.part")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert "interrupted" in process.communicate(timeout=20)[1]
+        assert process.returncode == 130
+        before = seen.body_bytes
+        again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout)["sha256"] == SHA256
+    assert seen.body_bytes - before < 0.75 * len(BODY) + 65_536
+
+
+def test_lock_writes_what_the_sources_say_and_keeps_the_rest(run, tmp_path):
+    lock = tmp_path / "lock.json"
+    lock.write_text(json.dumps({"hf-hub:timm/other": {"num_bytes": 1}}))
+    with hub_server(FILES) as (endpoint, _):
+        proxy = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+        done = run("lock", NAME, "--output", lock, endpoint=endpoint, **proxy)
+    assert done.returncode == 3, done.stderr  # the plain servers cannot be reached
+    content = json.loads(lock.read_text())
+    assert content[f"hf-hub:timm/{NAME}"] == {"revision": COMMIT, "num_bytes": len(BODY), "sha256": SHA256}
+    assert content["hf-hub:timm/other"] == {"num_bytes": 1}
+    lock.write_text("[]")
+    assert "no lock file" in run("lock", NAME, "--output", lock).stderr
+
+
+def test_a_plain_server_is_locked_by_hashing_its_file():
+    record = registry.get_checkpoint(NAME)
+    with hub_server({"weights.pth": BODY}, hashes=False) as (endpoint, _):
+        source = URLSource(url=f"{endpoint}/weights.pth")
+        mine = type(record)(**{**vars(record), "sources": (source,)})
+        with pytest.warns(UserWarning, match="Nobody states"):
+            lock, failed = locking.lock_sources([mine], {}, lambda *_: None)
+    assert (lock, failed) == ({source.key: {"num_bytes": len(BODY), "sha256": SHA256}}, 0)
+    (locked,) = apply_lock((mine,), lock)
+    assert (locked.sha256, locked.num_bytes) == (SHA256, len(BODY))
+
+
+def test_convert(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    entries = timm.create_model("mobilenetv3_large_100", num_classes=11_221).state_dict()
+    torch.save({"state_dict": entries}, "in.pth")
+    done = call("convert", "in.pth", "-o", "out.safetensors")
+    assert done.exit_code == 0, done.stderr
+    assert "mobilenetv3_large_100 with 11,221 outputs" in done.stderr
+    found = convert_file("out.safetensors").state_dict
+    assert torch.equal(found["conv_stem.weight"], entries["conv_stem.weight"])
+    for arguments, code, words in (
+        (("in.pth", "-o", "out.safetensors"), 2, "--force"),
+        (("in.pth", "-o", "out.bin"), 2, ".safetensors"),
+        (("none.pth", "-o", "new.safetensors"), 1, "not there"),
+        ((".", "-o", "new.safetensors"), 1, "a folder"),
+        (("in.pth", "-o", "new.safetensors", "--architecture", "resnet5"), 1, "Did you mean resnet50"),
+        (("in.pth", "-o", "new.safetensors", "--architecture", "resnet50"), 1, "missing"),
+        (("in.pth", "-o", "no/such/new.safetensors"), 1, "cannot be written"),
+    ):
+        done = call("convert", *arguments)
+        assert (done.exit_code, done.stdout) == (code, "")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert call("convert", "in.pth", "-o", "out.safetensors", "--force").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.safetensors"]
