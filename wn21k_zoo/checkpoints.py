@@ -338,12 +338,14 @@ _WITHOUT_LOCK: tuple[Checkpoint, ...] = (
         "ofa_flops_595m_s.miil_in21k",
         "ofa_flops_595m_s",
         _bucket("ofa_flops_595m_s_miil_21k.pth"),
+        license="mit",  # the authors' repository; timm's conversions, which these two have not, say Apache-2.0
         metrics=(_semantic_top1(75.0),),
     ),
     _record(
         "resnet50.miil_in21k",
         "resnet50",
         _bucket("resnet50_miil_21k.pth"),
+        license="mit",  # the authors' repository; timm's conversions, which these two have not, say Apache-2.0
         metrics=(_semantic_top1(75.6),),
     ),
     _record(

@@ -1,0 +1,86 @@
+"""``wn21k cards``: print a model card, write all of them and the README's table, check that they are up to date."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wn21k_zoo import registry
+from wn21k_zoo.cli.output import say
+from wn21k_zoo.errors import InvalidArgumentError, RecordError
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Print a model card, write all of them, check that they are up to date.")
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A record; wn21k list shows all.")],
+) -> None:
+    """Print the model card of a checkpoint; its hand-written part is known in a checkout only."""
+    checkpoint = registry.get_checkpoint(name)
+    from wn21k_zoo import cards
+
+    checkout = cards.find_checkout()
+    prose = cards.known_prose(name, checkout / cards.FOLDER) if checkout else ""
+    sys.stdout.write(cards.render_card(checkpoint, prose))
+
+
+@app.command()
+def build(
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write the cards there and leave the README alone. Default: model_cards of the checkout.",
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit code 1 when a file is not as it should be.")
+    ] = False,
+) -> None:
+    """Write all model cards and the README's table from the records; what is written by hand in a card stays."""
+    if output is not None and output.exists() and not output.is_dir():
+        raise InvalidArgumentError(f"{output} is a file; --output wants a folder.")
+    from wn21k_zoo import cards
+
+    files = cards.planned_files(cards.find_checkout(), output)
+    stale = cards.stale_cards(next(iter(files)).parent, files)
+    different = [path for path, text in files.items() if not _holds(path, text)]
+    if not check:
+        for path in different:
+            _write(path, files[path])
+        say(f"{len(different)} of {len(files)} files written, the others were up to date")
+    for path in different if check else ():
+        say(f"{_shown(path)} is out of date")
+    for path in stale:
+        say(f"{_shown(path)} belongs to no record; delete it, or rename it to keep what was written by hand")
+    if check and (different or stale):
+        say("wn21k cards build writes them anew")
+        raise typer.Exit(1)
+    if check:
+        say(f"{len(files)} files, all up to date")
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_bytes().replace(b"\r\n", b"\n") == text.encode()
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        part.write_bytes(text.encode())
+        part.replace(path)
+    except OSError as error:
+        raise RecordError(f"{path} cannot be written ({error.strerror}).") from error
