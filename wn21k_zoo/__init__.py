@@ -19,7 +19,7 @@ _HOME_OF = {
     "Predictor": "predictor",
     "SemanticTree": "tree",
     "Wn21kError": "errors",
-    "create_model": "models",
+    "create_model": "building",
     "create_transform": "models",
     "get_checkpoint": "registry",
     "list_checkpoints": "registry",
@@ -29,12 +29,12 @@ _HOME_OF = {
 __all__ = ["__version__", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
+    from wn21k_zoo.building import create_model as create_model
     from wn21k_zoo.checkpoints import Checkpoint as Checkpoint
     from wn21k_zoo.errors import Wn21kError as Wn21kError
     from wn21k_zoo.images import AnimatedImageWarning as AnimatedImageWarning
     from wn21k_zoo.labels import LabelSpace as LabelSpace
     from wn21k_zoo.models import FallbackModelWarning as FallbackModelWarning
-    from wn21k_zoo.models import create_model as create_model
     from wn21k_zoo.models import create_transform as create_transform
     from wn21k_zoo.prediction import Prediction as Prediction
     from wn21k_zoo.predictor import Predictor as Predictor

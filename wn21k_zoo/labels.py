@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -93,6 +94,13 @@ class LabelSpace:
         """The lemmas of each class, joined by ', '; not unique."""
         names = load_nouns().names
         return tuple(names[position] for position in self.positions)
+
+    @functools.cached_property
+    def unique_names(self) -> tuple[str, ...]:
+        """As :attr:`names`, with the wnid appended where several classes have the same name."""
+        count = Counter(self.names)
+        pairs = zip(self.names, self.wnids, strict=True)
+        return tuple(f"{name} ({wnid})" if count[name] > 1 else name for name, wnid in pairs)
 
     @functools.cached_property
     def definitions(self) -> tuple[str, ...]:

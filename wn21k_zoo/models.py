@@ -5,23 +5,24 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from wn21k_zoo import convert, download, registry
-from wn21k_zoo.architectures import ARCHITECTURES, ofa
-from wn21k_zoo.checkpoints import (
-    CHECKPOINTS,
-    DEFAULT_CHECKPOINT,
-    EMBEDDED_CHECKPOINT,
-    Checkpoint,
-    Head,
-    HubSource,
+from wn21k_zoo import download, registry
+from wn21k_zoo.building import (
+    HUB_PREFIX,
+    LABELS_FILE,
+    as_folder,
+    build_from_folder,
+    fetch_from_hub,
+    load_pretrained,
+    read_config,
+    weights_in,
 )
+from wn21k_zoo.checkpoints import DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT, Checkpoint, Head
 from wn21k_zoo.errors import (
     InvalidArgumentError,
     LabelSpaceError,
@@ -29,10 +30,10 @@ from wn21k_zoo.errors import (
     ModelError,
     UnknownModelError,
     UnresolvedLabelSpaceError,
-    WeightsNotFoundError,
+    Wn21kError,
     first_line,
 )
-from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 
 if TYPE_CHECKING:
     import torch
@@ -41,13 +42,9 @@ if TYPE_CHECKING:
 __all__ = [
     "FallbackModelWarning",
     "LoadedModel",
-    "build_checkpoint",
     "choose_default",
-    "create_model",
     "create_transform",
-    "fetch_from_hub",
     "load_model",
-    "pretrained_config",
     "select_device",
 ]
 
@@ -56,14 +53,6 @@ if TYPE_CHECKING:
 LabelSpaceLike = str | LabelSpace | Sequence[str]
 
 HEADS: tuple[Head, ...] = ("semantic_softmax", "softmax", "sigmoid")
-HUB_PREFIX = "hf-hub:"
-FOLDER_PREFIX = "local-dir:"
-CONFIG_FILE = "config.json"
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-
-# Of a pretrained configuration: where weights come from by hand, and what belongs to the architecture.
-_OWN_WEIGHTS = ("state_dict", "file")
-_OF_ARCHITECTURE = ("first_conv", "classifier", "pool_size", "fixed_input_size", "min_input_size")
 
 
 class FallbackModelWarning(UserWarning):
@@ -123,8 +112,9 @@ def load_model(
     name = os.fspath(model)
     if name.startswith(HUB_PREFIX):
         return _from_hub(name, space, head)
-    if (folder := _as_folder(model)) is not None:
-        return _load_folder(folder, None, space, head)
+    if (folder := as_folder(model)) is not None:
+        labels = folder / LABELS_FILE
+        return _load_folder(folder, None, labels if labels.is_file() else None, space, head)
     checkpoint = registry.resolve_checkpoint(name)
     if space is not None or head is not None:
         raise InvalidArgumentError(
@@ -156,94 +146,6 @@ def choose_default() -> str:
     if download.find_local(default) is not None or _default_is_reachable():
         return DEFAULT_CHECKPOINT
     return _embedded_instead("is neither cached nor reachable")
-
-
-def create_model(
-    name: str | os.PathLike[str],
-    pretrained: bool = True,
-    *,
-    num_classes: int | None = None,
-    features_only: bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """A network to fine-tune, to take features from, or to run; verified weights, on the CPU, in training mode.
-
-    Args:
-        name: A record's name, a timm name with a known label space, a folder, or ``hf-hub:ORG/NAME[@REVISION]``.
-        pretrained: Load its weights.
-        num_classes: Outputs of a new head, not pretrained; 0 for none. By default the published head stays.
-        features_only: Return a list of feature maps [batch, channels, H, W], one per stage, in place of logits.
-        cache_dir: Folder of the cache.
-        **kwargs: As ``timm.create_model`` takes them: ``in_chans``, ``out_indices``, ``drop_rate``, ...
-
-    Raises:
-        UnknownModelError, UnresolvedLabelSpaceError, ModelError, MissingExtraError: As :func:`load_model`.
-        InvalidArgumentError: The architecture does not take one of the arguments.
-    """
-    kwargs.update(num_classes=num_classes, features_only=features_only)
-    folder = _as_folder(name)
-    if folder is not None:
-        return _build_from_folder(folder, _read_config(folder), _weights_in(folder), pretrained, **kwargs)
-    if os.fspath(name).startswith(HUB_PREFIX):
-        config, weights = fetch_from_hub(os.fspath(name), cache_dir)
-        folder = config.path.parent
-        return _build_from_folder(folder, _read_config(folder), weights.path, pretrained, **kwargs)
-    return build_checkpoint(registry.resolve_checkpoint(os.fspath(name)), pretrained, cache_dir=cache_dir, **kwargs)
-
-
-def build_checkpoint(
-    checkpoint: Checkpoint,
-    pretrained: bool,
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-    overlay: Mapping[str, Any] | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """The network of a checkpoint; ``overlay`` changes its pretrained configuration, as in timm.
-
-    Raises:
-        ModelError, MissingExtraError, InvalidArgumentError: As :func:`create_model`.
-    """
-    config = {**pretrained_config(checkpoint), **(overlay or {})}
-    if pretrained and not any(config.get(key) for key in _OWN_WEIGHTS):
-        path = download.fetch(checkpoint, cache_dir=cache_dir).path
-        config.update(_weights(path, checkpoint if checkpoint in CHECKPOINTS else None))
-    return _build(checkpoint.name, checkpoint.architecture, pretrained, config, **kwargs)
-
-
-def pretrained_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What timm calls a pretrained configuration, without a source of weights: we fetch them ourselves."""
-    from timm.models import get_pretrained_cfg
-
-    try:
-        known = get_pretrained_cfg(checkpoint.name)
-    except RuntimeError:  # timm has the architecture, but not these weights
-        known = None
-    if known is not None:
-        config = known.to_dict(remove_source=True)
-    elif checkpoint.architecture in ARCHITECTURES:
-        config = dict(ofa.DEFAULT_CONFIG)
-    else:  # timm's architecture, weights that it does not have: what belongs to the architecture
-        default = get_pretrained_cfg(checkpoint.architecture).to_dict()
-        config = {key: default[key] for key in _OF_ARCHITECTURE if key in default}
-    _, _, tag = checkpoint.name.partition(".")
-    config.update(checkpoint.data_config, architecture=checkpoint.architecture, tag=tag, custom_load=False)
-    config.update(num_classes=len(LabelSpace.load(checkpoint.label_space)), label_offset=None)
-    stated = {"license": checkpoint.license, "origin_url": checkpoint.origin}
-    if checkpoint.paper and "arxiv.org/abs/" in checkpoint.paper:
-        stated["paper_ids"] = f"arXiv:{checkpoint.paper.rpartition('/')[2]}"
-    config.update({key: value for key, value in stated.items() if value is not None})
-    return {key: value for key, value in config.items() if value is not None}
-
-
-def load_pretrained(checkpoint: Checkpoint) -> nn.Module:
-    """The network of a checkpoint with its weights, strictly loaded, on the CPU and in evaluation mode.
-
-    Raises:
-        ModelError, MissingExtraError: As :func:`load_model`.
-    """
-    return build_checkpoint(checkpoint, pretrained=True).eval()
 
 
 def create_transform(name: str, training: bool = False) -> Any:
@@ -314,106 +216,26 @@ def _embedded_instead(why: str) -> str:
     return EMBEDDED_CHECKPOINT
 
 
-def _weights(path: Path, record: Checkpoint | None = None) -> dict[str, Any]:
-    """How timm is told of a weight file: pickles are read by us, published layouts converted."""
-    if record is not None and path.suffix != ".safetensors":
-        return {"state_dict": convert.convert_file(path, record.architecture).state_dict}
-    if path.suffix in (".pth", ".pt", ".bin", ".tar", ".pth.tar"):
-        return {"state_dict": convert.read_state_dict(path)}
-    return {"file": str(path)}
-
-
-def _build(name: str, architecture: str, pretrained: bool, config: Mapping[str, Any], **kwargs: Any) -> nn.Module:
-    try:
-        module = convert.build(architecture, pretrained=pretrained, pretrained_cfg=dict(config), **kwargs)
-    except TypeError as error:
-        raise InvalidArgumentError(f"{name} cannot be built with these arguments: {first_line(error)}") from error
-    except Exception as error:  # torch, safetensors and timm have many ways to say that a file does not fit
-        what = "The weights do not fit, or it" if pretrained else "It"
-        raise ModelError(f"{name} cannot be built. {what} does not do what was asked: {first_line(error)}") from error
-    for key in _OWN_WEIGHTS:  # weights that are loaded need not be held a second time
-        cast(Any, module).pretrained_cfg.pop(key, None)
-        cast(Any, module).default_cfg.pop(key, None)
-    return module
-
-
-def fetch_from_hub(
-    name: str, cache_dir: str | os.PathLike[str] | None = None
-) -> tuple[download.Fetched, download.Fetched]:
-    """Configuration and weights of ``hf-hub:ORG/NAME[@REVISION]``, verified.
-
-    Raises:
-        UnknownModelError: That is no name of a repository.
-        ModelError: They cannot be had; subclasses say why.
-    """
-    repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
-        raise UnknownModelError(f"{name!r} is no Hub repository; write hf-hub:ORG/NAME.")
-    source = HubSource(repo_id=repo_id, revision=revision or None)
-    config = download.fetch_file(source, (CONFIG_FILE,), cache_dir=cache_dir)
-    return config, download.fetch_file(source, WEIGHT_FILES, cache_dir=cache_dir)
-
-
 def _from_hub(name: str, space: LabelSpace | None, head: Head | None) -> LoadedModel:
-    config, weights = fetch_from_hub(name)
-    return replace(_load_folder(config.path.parent, weights.path, space, head), name=name)
+    config, weights, labels = fetch_from_hub(name)
+    loaded = _load_folder(config.path.parent, weights.path, labels.path if labels else None, space, head)
+    return replace(loaded, name=name)
 
 
-def _as_folder(name: str | os.PathLike[str]) -> Path | None:
-    text = os.fspath(name)
-    if text.startswith(HUB_PREFIX):
-        return None
-    if text.startswith(FOLDER_PREFIX) or isinstance(name, os.PathLike) or looks_like_path(text):
-        folder = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
-    elif Path(text).is_dir() and not _is_known(text):  # in the working directory, named without a slash
-        folder = Path(text)
-    else:
-        return None
-    if folder.is_file():
-        raise UnknownModelError(f"{folder} is a file; name the folder that holds {CONFIG_FILE} and the weights.")
-    if not folder.is_dir():
-        raise UnknownModelError(f"There is no folder {folder}. For a repository on the Hub write hf-hub:ORG/NAME.")
-    return folder
-
-
-def _is_known(name: str) -> bool:
-    try:
-        registry.resolve_checkpoint(name)
-    except UnknownModelError:
-        return False
-    except UnresolvedLabelSpaceError:
-        return True
-    return True
-
-
-def _weights_in(folder: Path) -> Path:
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise WeightsNotFoundError(f"{folder} has no weights; one of {', '.join(WEIGHT_FILES)} must be there.")
-
-
-def _build_from_folder(
-    folder: Path, config: Mapping[str, Any], weights: Path, pretrained: bool = True, **kwargs: Any
-) -> nn.Module:
-    from timm.models._hub import load_model_config_from_path
-
-    settings, architecture, arguments = load_model_config_from_path(folder)
-    given = {key: value for key, value in kwargs.items() if value is not None}
-    settings = {key: value for key, value in settings.items() if key not in ("source", "file")}
-    settings.update(_weights(weights) if pretrained else {}, architecture=architecture)
-    return _build(str(folder), architecture, pretrained, settings, **{**arguments, **given})
-
-
-def _load_folder(folder: Path, weights: Path | None, space: LabelSpace | None, head: Head | None) -> LoadedModel:
+def _load_folder(
+    folder: Path, weights: Path | None, labels: Path | None, space: LabelSpace | None, head: Head | None
+) -> LoadedModel:
     import timm
 
-    config = _read_config(folder)
-    weights = weights or _weights_in(folder)
+    config = read_config(folder)
+    weights = weights or weights_in(folder)
     known = _checkpoint_of_config(config)
+    if labels is not None:
+        stated_space, stated_head = _read_labels(labels)
+        space, head = space or stated_space, head or stated_head
     if space is None:
         space = _label_space_of_config(config, known, folder)
-    module = _build_from_folder(folder, config, weights).eval()
+    module = build_from_folder(folder, weights).eval()
     _check_outputs(module, space, str(folder))
     return LoadedModel(
         name=str(folder),
@@ -423,24 +245,6 @@ def _load_folder(folder: Path, weights: Path | None, space: LabelSpace | None, h
         data_config=_published_data_config(known, timm.data.resolve_model_data_config(module)),
         owned=True,
     )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder} has no {CONFIG_FILE}; a folder as timm or the Hub writes it is needed.") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / CONFIG_FILE} cannot be read: {first_line(error)}") from error
-    if not isinstance(config, dict) or "architecture" not in config:
-        raise ModelError(f"{folder / CONFIG_FILE} names no timm architecture.")
-    settings = config.get("pretrained_cfg", {})
-    if not isinstance(settings, dict):
-        raise ModelError(f"{folder / CONFIG_FILE}: pretrained_cfg is not an object.")
-    for names in (config.get("label_names"), settings.get("label_names")):
-        if names is not None and not isinstance(names, list):
-            raise ModelError(f"{folder / CONFIG_FILE}: label_names is not a list.")
-    return config
 
 
 def _published_data_config(known: Checkpoint | None, own: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -461,11 +265,24 @@ def _checkpoint_of_config(config: Mapping[str, Any]) -> Checkpoint | None:
     return checkpoint if num_classes == len(LabelSpace.load(checkpoint.label_space)) else None
 
 
+def _read_labels(path: Path) -> tuple[LabelSpace, Head]:
+    """What an exported folder says about its outputs."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        name, wnids, head = str(content["label_space"]), tuple(content["wnids"]), content["head"]
+        if head not in HEADS:
+            raise ValueError(f"there is no head {head!r}")
+        shipped = LabelSpace.load(name) if name in LABEL_SPACES else None
+        return shipped if shipped is not None and shipped.wnids == wnids else LabelSpace(name, wnids), head
+    except (OSError, ValueError, KeyError, TypeError, Wn21kError) as error:
+        raise ModelError(f"{path} is damaged, export the model again: {first_line(error)}") from error
+
+
 def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, folder: Path) -> LabelSpace:
     names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
     if names:
         known_space = LabelSpace.load(known.label_space) if known else None
-        if known_space is not None and tuple(names) == known_space.wnids:
+        if known_space is not None and tuple(names) in (known_space.wnids, known_space.unique_names):
             return known_space
         try:
             return LabelSpace(folder.name, tuple(names))
@@ -516,8 +333,3 @@ def _as_label_space(label_space: LabelSpaceLike | None) -> LabelSpace | None:
     if label_space is None or isinstance(label_space, LabelSpace):
         return label_space
     return LabelSpace.load(label_space) if isinstance(label_space, str) else LabelSpace("custom", tuple(label_space))
-
-
-def looks_like_path(name: str) -> bool:
-    separators = {"/", os.sep}
-    return any(separator in name for separator in separators) or name in (".", "..") or name.startswith("~")

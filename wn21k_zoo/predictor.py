@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wn21k_zoo import models
+from wn21k_zoo.building import looks_like_path
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import ImageError, ImageTooLargeError, InvalidArgumentError, ModelError, Wn21kError, first_line
 from wn21k_zoo.hierarchy import Decoder, NodeScores
@@ -326,7 +327,7 @@ def predict(
         raise InvalidArgumentError(
             f"predict has no option {', '.join(sorted(unknown))}; help(wn21k_zoo.Predictor) lists them."
         )
-    stays_the_same = isinstance(chosen, str) and not models.looks_like_path(chosen) and not Path(chosen).is_dir()
+    stays_the_same = isinstance(chosen, str) and not looks_like_path(chosen) and not Path(chosen).is_dir()
     if stays_the_same and not options.keys() & {"label_space", "head"}:
         chosen = _load_once(chosen, str(models.select_device(device)))
     return Predictor(chosen, top_k=top_k, threshold=threshold, device=device, **options)(images, errors=errors)

@@ -13,9 +13,9 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 
 from wn21k_zoo import registry
+from wn21k_zoo.building import build_checkpoint, pretrained_config
 from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource
 from wn21k_zoo.convert import build
-from wn21k_zoo.models import build_checkpoint, pretrained_config
 from wn21k_zoo.registry import TIMM_PREFIX
 
 __all__: list[str] = []  # timm's register_model adds to it

@@ -309,7 +309,10 @@ def _sources(checkpoint: Checkpoint) -> str:
     ]
     about = "The sources are tried in this order; a file whose hash is not the known one is not loaded."
     if any(source.sha256 is None for source in checkpoint.sources):
-        about += " `wn21k lock` fills in what is unknown; until then a file is checked against what its server or its name states, if either does."
+        about += (
+            " `wn21k lock` fills in what is unknown; until then a file is checked against what its server or its name "
+            "states, if either does."
+        )
     return markdown_table(("order", "source", "bytes", "sha256"), rows) + f"\n\n{about}"
 
 

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from wn21k_zoo import __version__
-from wn21k_zoo.cli import cache, cards, convert, predict, tree, zoo
+from wn21k_zoo.cli import cache, cards, convert, predict, publish, tree, zoo
 from wn21k_zoo.cli.output import say
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 
@@ -50,6 +50,7 @@ predict.register(app)
 zoo.register(app)
 cache.register(app)
 convert.register(app)
+publish.register(app)
 app.add_typer(tree.app, name="tree")
 app.add_typer(cards.app, name="cards")
 

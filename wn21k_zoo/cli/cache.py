@@ -45,7 +45,7 @@ def download(
 
     Exit code 3 when some could not be had and the rest is there.
     """
-    from wn21k_zoo import models
+    from wn21k_zoo.building import HUB_PREFIX, fetch_from_hub
     from wn21k_zoo.download import fetch
 
     wanted = [checkpoint.name for checkpoint in CHECKPOINTS] if everything else names or []
@@ -55,8 +55,8 @@ def download(
     with warnings_as_messages(quiet=False):
         for name in dict.fromkeys(wanted):
             try:
-                if name.startswith(models.HUB_PREFIX):
-                    found = [*models.fetch_from_hub(name, cache_dir)]
+                if name.startswith(HUB_PREFIX):
+                    found = [one for one in fetch_from_hub(name, cache_dir) if one is not None]
                 else:
                     found = [fetch(registry.resolve_checkpoint(name), cache_dir=cache_dir)]
             except Wn21kError as error:

@@ -1,0 +1,278 @@
+"""Networks with verified weights: from a record, a timm name, a folder, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from wn21k_zoo import convert, download, registry
+from wn21k_zoo.architectures import ARCHITECTURES, ofa
+from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource
+from wn21k_zoo.errors import (
+    InvalidArgumentError,
+    ModelError,
+    OfflineError,
+    RemoteNotFoundError,
+    UnknownModelError,
+    UnresolvedLabelSpaceError,
+    WeightsNotFoundError,
+    Wn21kError,
+    first_line,
+)
+from wn21k_zoo.labels import LabelSpace
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "FOLDER_PREFIX",
+    "HUB_PREFIX",
+    "as_folder",
+    "build_checkpoint",
+    "build_from_folder",
+    "create_model",
+    "fetch_from_hub",
+    "load_pretrained",
+    "looks_like_path",
+    "pretrained_config",
+    "read_config",
+    "weights_in",
+]
+
+HUB_PREFIX = "hf-hub:"
+FOLDER_PREFIX = "local-dir:"
+CONFIG_FILE = "config.json"
+LABELS_FILE = "wn21k_labels.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+# Of a pretrained configuration: where weights come from by hand, and what belongs to the architecture.
+_OWN_WEIGHTS = ("state_dict", "file")
+_OF_ARCHITECTURE = ("first_conv", "classifier", "pool_size", "fixed_input_size", "min_input_size")
+
+
+def create_model(
+    name: str | os.PathLike[str],
+    pretrained: bool = True,
+    *,
+    num_classes: int | None = None,
+    features_only: bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A network to fine-tune, to take features from, or to run; verified weights, on the CPU, in training mode.
+
+    Args:
+        name: A record's name, a timm name with a known label space, a folder, or ``hf-hub:ORG/NAME[@REVISION]``.
+        pretrained: Load its weights.
+        num_classes: Outputs of a new head, not pretrained; 0 for none. By default the published head stays.
+        features_only: Return a list of feature maps [batch, channels, H, W], one per stage, in place of logits.
+        cache_dir: Folder of the cache.
+        **kwargs: As ``timm.create_model`` takes them: ``in_chans``, ``out_indices``, ``drop_rate``, ...
+
+    Raises:
+        UnknownModelError, UnresolvedLabelSpaceError, ModelError, MissingExtraError: As :func:`load_model`.
+        InvalidArgumentError: The architecture does not take one of the arguments.
+    """
+    kwargs.update(num_classes=num_classes, features_only=features_only)
+    folder = as_folder(name)
+    if folder is not None:
+        read_config(folder)
+        return build_from_folder(folder, weights_in(folder), pretrained, **kwargs)
+    if os.fspath(name).startswith(HUB_PREFIX):
+        config, weights, _ = fetch_from_hub(os.fspath(name), cache_dir)
+        read_config(config.path.parent)
+        return build_from_folder(config.path.parent, weights.path, pretrained, **kwargs)
+    return build_checkpoint(registry.resolve_checkpoint(os.fspath(name)), pretrained, cache_dir=cache_dir, **kwargs)
+
+
+def build_checkpoint(
+    checkpoint: Checkpoint,
+    pretrained: bool,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    overlay: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The network of a checkpoint; ``overlay`` changes its pretrained configuration, as in timm.
+
+    Raises:
+        ModelError, MissingExtraError, InvalidArgumentError: As :func:`create_model`.
+    """
+    config = {**pretrained_config(checkpoint), **(overlay or {})}
+    if pretrained and not any(config.get(key) for key in _OWN_WEIGHTS):
+        path = download.fetch(checkpoint, cache_dir=cache_dir).path
+        config.update(_weights(path, checkpoint if checkpoint in CHECKPOINTS else None))
+    return _build(checkpoint.name, checkpoint.architecture, pretrained, config, **kwargs)
+
+
+def pretrained_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What timm calls a pretrained configuration, without a source of weights: we fetch them ourselves."""
+    from timm.models import get_pretrained_cfg
+
+    try:
+        known = get_pretrained_cfg(checkpoint.name)
+    except RuntimeError:  # timm has the architecture, but not these weights
+        known = None
+    if known is not None:
+        config = known.to_dict(remove_source=True)
+    elif checkpoint.architecture in ARCHITECTURES:
+        config = dict(ofa.DEFAULT_CONFIG)
+    else:  # timm's architecture, weights that it does not have: what belongs to the architecture
+        default = get_pretrained_cfg(checkpoint.architecture).to_dict()
+        config = {key: default[key] for key in _OF_ARCHITECTURE if key in default}
+    _, _, tag = checkpoint.name.partition(".")
+    config.update(checkpoint.data_config, architecture=checkpoint.architecture, tag=tag, custom_load=False)
+    config.update(num_classes=len(LabelSpace.load(checkpoint.label_space)), label_offset=None)
+    stated = {"license": checkpoint.license, "origin_url": checkpoint.origin}
+    if checkpoint.paper and "arxiv.org/abs/" in checkpoint.paper:
+        stated["paper_ids"] = f"arXiv:{checkpoint.paper.rpartition('/')[2]}"
+    config.update({key: value for key, value in stated.items() if value is not None})
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def load_pretrained(checkpoint: Checkpoint) -> nn.Module:
+    """The network of a checkpoint with its weights, strictly loaded, on the CPU and in evaluation mode.
+
+    Raises:
+        ModelError, MissingExtraError: As :func:`load_model`.
+    """
+    return build_checkpoint(checkpoint, pretrained=True).eval()
+
+
+def as_folder(name: str | os.PathLike[str]) -> Path | None:
+    """The folder that a name means, None when it is the name of something else.
+
+    Raises:
+        UnknownModelError: It looks like a folder, and there is none.
+    """
+    text = os.fspath(name)
+    if text.startswith(HUB_PREFIX):
+        return None
+    if text.startswith(FOLDER_PREFIX) or isinstance(name, os.PathLike) or looks_like_path(text):
+        folder = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
+    elif Path(text).is_dir() and not _is_known(text):  # in the working directory, named without a slash
+        folder = Path(text)
+    else:
+        return None
+    if folder.is_file():
+        raise UnknownModelError(f"{folder} is a file; name the folder that holds {CONFIG_FILE} and the weights.")
+    if not folder.is_dir():
+        raise UnknownModelError(f"There is no folder {folder}. For a repository on the Hub write hf-hub:ORG/NAME.")
+    return folder
+
+
+def _is_known(name: str) -> bool:
+    try:
+        registry.resolve_checkpoint(name)
+    except UnknownModelError:
+        return False
+    except UnresolvedLabelSpaceError:
+        return True
+    return True
+
+
+def weights_in(folder: Path) -> Path:
+    """The weight file of a folder.
+
+    Raises:
+        WeightsNotFoundError: It has none.
+    """
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsNotFoundError(f"{folder} has no weights; one of {', '.join(WEIGHT_FILES)} must be there.")
+
+
+def build_from_folder(folder: Path, weights: Path, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+    """The network that a folder's configuration describes.
+
+    Raises:
+        ModelError, InvalidArgumentError: It cannot be built, or the weights do not fit.
+    """
+    from timm.models._hub import load_model_config_from_path
+
+    settings, architecture, arguments = load_model_config_from_path(folder)
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    settings = {key: value for key, value in settings.items() if key not in ("source", "file")}
+    settings.update(_weights(weights) if pretrained else {}, architecture=architecture)
+    return _build(str(folder), architecture, pretrained, settings, **{**arguments, **given})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a folder, as timm writes it.
+
+    Raises:
+        ModelError: It has none, or a damaged one.
+    """
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} has no {CONFIG_FILE}; a folder as timm or the Hub writes it is needed.") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / CONFIG_FILE} cannot be read: {first_line(error)}") from error
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise ModelError(f"{folder / CONFIG_FILE} names no timm architecture.")
+    settings = config.get("pretrained_cfg", {})
+    if not isinstance(settings, dict):
+        raise ModelError(f"{folder / CONFIG_FILE}: pretrained_cfg is not an object.")
+    for names in (config.get("label_names"), settings.get("label_names")):
+        if names is not None and not isinstance(names, list):
+            raise ModelError(f"{folder / CONFIG_FILE}: label_names is not a list.")
+    return config
+
+
+def _weights(path: Path, record: Checkpoint | None = None) -> dict[str, Any]:
+    """How timm is told of a weight file: pickles are read by us, published layouts converted."""
+    if record is not None and path.suffix != ".safetensors":
+        return {"state_dict": convert.convert_file(path, record.architecture).state_dict}
+    if path.suffix in (".pth", ".pt", ".bin", ".tar", ".pth.tar"):
+        return {"state_dict": convert.read_state_dict(path)}
+    return {"file": str(path)}
+
+
+def _build(name: str, architecture: str, pretrained: bool, config: Mapping[str, Any], **kwargs: Any) -> nn.Module:
+    try:
+        module = convert.build(architecture, pretrained=pretrained, pretrained_cfg=dict(config), **kwargs)
+    except Wn21kError:
+        raise
+    except TypeError as error:
+        raise InvalidArgumentError(f"{name} cannot be built with these arguments: {first_line(error)}") from error
+    except Exception as error:  # torch, safetensors and timm have many ways to say that a file does not fit
+        what = "The weights do not fit, or it" if pretrained else "It"
+        raise ModelError(f"{name} cannot be built. {what} does not do what was asked: {first_line(error)}") from error
+    for key in _OWN_WEIGHTS:  # weights that are loaded need not be held a second time
+        cast(Any, module).pretrained_cfg.pop(key, None)
+        cast(Any, module).default_cfg.pop(key, None)
+    return module
+
+
+def fetch_from_hub(
+    name: str, cache_dir: str | os.PathLike[str] | None = None
+) -> tuple[download.Fetched, download.Fetched, download.Fetched | None]:
+    """Configuration, weights and, where it was exported by us, labels of ``hf-hub:ORG/NAME[@REVISION]``, verified.
+
+    Raises:
+        UnknownModelError: That is no name of a repository.
+        ModelError: They cannot be had; subclasses say why.
+    """
+    repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
+        raise UnknownModelError(f"{name!r} is no Hub repository; write hf-hub:ORG/NAME.")
+    source = HubSource(repo_id=repo_id, revision=revision or None)
+    config = download.fetch_file(source, (CONFIG_FILE,), cache_dir=cache_dir)
+    weights = download.fetch_file(source, WEIGHT_FILES, cache_dir=cache_dir)
+    try:
+        labels = download.fetch_file(source, (LABELS_FILE,), cache_dir=cache_dir)
+    except (RemoteNotFoundError, OfflineError):
+        labels = None
+    return config, weights, labels
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a text is written like a path: with a slash, ``.``, ``..`` or ``~``."""
+    separators = {"/", os.sep}
+    return any(separator in name for separator in separators) or name in (".", "..") or name.startswith("~")

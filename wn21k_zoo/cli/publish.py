@@ -1,0 +1,62 @@
+"""``wn21k export`` and ``wn21k publish``: a repository folder, and its upload to the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wn21k_zoo.cli.output import Format, print_table, say
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command()(export)
+    app.command()(publish)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A record, a timm model or a published weight file.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    record: Annotated[
+        str | None, typer.Option("--record", help="Of which record a weight file is, where several fit.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16. Default: as the weights are.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is not empty.")] = False,
+) -> None:
+    """Write a folder that timm, transformers and wn21k_zoo load: weights, configuration, labels, tree, model card."""
+    from wn21k_zoo.publish import export_folder, plan_upload
+
+    written = export_folder(model, folder, record=record, dtype=dtype, force=force)
+    for path, num_bytes in plan_upload(written).items():
+        say(f"{path} {num_bytes / 1e6:,.1f} MB")
+
+
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A folder as wn21k export writes it.")],
+    repo: Annotated[str, typer.Option("--repo", help="ORG/NAME on the Hugging Face Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch. Default: main.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go; open no connection.")] = False,
+    format: Annotated[  # noqa: A002
+        Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
+    ] = None,
+) -> None:
+    """Push an exported folder to the Hugging Face Hub."""
+    from wn21k_zoo.publish import check_repo_id, plan_upload, publish_folder
+
+    check_repo_id(repo)
+    if dry_run:
+        planned = plan_upload(folder)
+        rows = [{"file": path.name, "bytes": num_bytes} for path, num_bytes in planned.items()]
+        print_table(rows, ("file", "bytes"), format)
+        total = sum(planned.values()) / 1e6
+        say(f"{total:,.1f} MB would go to {repo}, branch {revision or 'main'}{', private' if private else ''}")
+        return
+    typer.echo(publish_folder(folder, repo, private=private, revision=revision, message=message))

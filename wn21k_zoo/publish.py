@@ -1,0 +1,288 @@
+"""A checkpoint as a repository folder that timm, transformers and this package load, and its upload to the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from wn21k_zoo import cards, convert, hub, registry
+from wn21k_zoo.architectures import ARCHITECTURES
+from wn21k_zoo.building import (
+    CONFIG_FILE,
+    LABELS_FILE,
+    WEIGHT_FILES,
+    build_checkpoint,
+    build_from_folder,
+    pretrained_config,
+    read_config,
+)
+from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint
+from wn21k_zoo.errors import (
+    InvalidArgumentError,
+    OfflineError,
+    PublishError,
+    UnknownModelError,
+    WeightsNotFoundError,
+    first_line,
+)
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.registry import TIMM_PREFIX
+from wn21k_zoo.tree import SemanticTree
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["DTYPES", "export_folder", "plan_upload", "publish_folder"]
+
+CARD_FILE = "README.md"
+DTYPES = ("float32", "float16", "bfloat16")
+# What of a folder is uploaded: what we wrote, and nothing that happens to lie there.
+UPLOADED = (CARD_FILE, CONFIG_FILE, LABELS_FILE, WEIGHT_FILES[0])
+
+
+def export_folder(
+    model: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    record: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Write ``model.safetensors``, ``config.json``, ``wn21k_labels.json`` and a card.
+
+    The configuration has readable label names, the wnid appended where several classes share a name, and states the
+    preprocessing as timm and transformers honour it. ``wn21k_labels.json`` has what they do not ask for: the head's
+    kind, the wnids, and a tree as the index of each node's parent. The folder appears only when it is whole.
+
+    Args:
+        model: A record's name, a timm name with a known label space, or a published weight file.
+        folder: Where to.
+        record: For a file: of which record it is, where several have its architecture and number of classes.
+        dtype: Of the weights, by default as they are: 'float32', 'float16' or 'bfloat16'.
+        force: Replace a folder that is not empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UnknownModelError, UnresolvedLabelSpaceError, ModelError, MissingExtraError: The model cannot be loaded.
+        InvalidArgumentError: The folder exists, the dtype is another, or nobody can say of which record a file is.
+    """
+    target = Path(folder).expanduser()
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidArgumentError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}.")
+    if target.exists() and not target.is_dir():
+        raise InvalidArgumentError(f"{target} is a file; name a folder.")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise InvalidArgumentError(f"{target} is not empty; choose another folder, or replace it with --force.")
+    checkpoint, module = _load(os.fspath(model), record)
+    with _whole_folder(target) as temporary:
+        _write_weights(module, temporary / WEIGHT_FILES[0], dtype)
+        _write_json(_config(checkpoint, module), temporary / CONFIG_FILE)
+        _write_json(_labels(checkpoint), temporary / LABELS_FILE)
+        (temporary / CARD_FILE).write_text(_card(checkpoint), encoding="utf-8")
+        build_from_folder(temporary, temporary / WEIGHT_FILES[0])  # what was written can be read
+    return target
+
+
+def plan_upload(folder: str | os.PathLike[str]) -> dict[Path, int]:
+    """The files of a folder that would go to the Hub, with their sizes in bytes.
+
+    Raises:
+        InvalidArgumentError: There is no such folder.
+        ModelError: It lacks a file, or its weights do not fit its configuration.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise InvalidArgumentError(f"{folder} is no folder; wn21k export writes one.")
+    read_config(folder)
+    if not (folder / WEIGHT_FILES[0]).is_file():
+        raise WeightsNotFoundError(f"{folder} has no {WEIGHT_FILES[0]}; wn21k export writes it.")
+    if not (folder / CARD_FILE).is_file():
+        raise PublishError(f"{folder} has no {CARD_FILE}, and a model without a card is of little use to others.")
+    build_from_folder(folder, folder / WEIGHT_FILES[0])
+    return {folder / name: (folder / name).stat().st_size for name in UPLOADED if (folder / name).is_file()}
+
+
+def publish_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Push a folder to the Hugging Face Hub; the repository and the branch are made if they are not there.
+
+    Args:
+        folder: As :func:`export_folder` writes it.
+        repo_id: ``ORG/NAME``.
+        private: Make a new repository private.
+        revision: Branch, by default main.
+        message: Of the commit.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        InvalidArgumentError: There is no such folder, or the repository cannot have that name.
+        OfflineError: The network is switched off.
+        PublishError: Not logged in, or the Hub refuses.
+        ModelError: The folder cannot be loaded.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    check_repo_id(repo_id)
+    planned = plan_upload(folder)
+    if hub.is_offline():
+        raise OfflineError(f"{repo_id} cannot be published: the network is switched off (HF_HUB_OFFLINE, --offline).")
+    if get_token() is None:
+        raise PublishError("The Hub must know who publishes: hf auth login, or set HF_TOKEN to a token that may write.")
+    client = HfApi(library_name="wn21k_zoo")
+    try:
+        client.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and revision != "main":
+            client.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = client.upload_folder(
+            repo_id=repo_id,
+            folder_path=Path(folder),
+            allow_patterns=[path.name for path in planned],
+            revision=revision,
+            commit_message=message or "Upload with wn21k_zoo",
+        )
+    except Exception as error:  # the Hub's client and its transport have many kinds
+        raise PublishError(f"{repo_id} could not be published: {first_line(error)}") from error
+    return str(commit.commit_url)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what cannot be the name of a repository.
+
+    Raises:
+        InvalidArgumentError: It is none.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w-][\w.-]*", repo_id) or ".." in repo_id or "--" in repo_id:
+        raise InvalidArgumentError(f"{repo_id!r} is no name of a repository; write ORG/NAME.")
+
+
+def _load(model: str, record: str | None) -> tuple[Checkpoint, nn.Module]:
+    path = Path(model).expanduser()
+    if path.is_file():
+        converted = convert.convert_file(path, registry.get_checkpoint(record).architecture if record else None)
+        checkpoint = _record_of(converted, record)
+        module = build_checkpoint(checkpoint, pretrained=False)
+        module.load_state_dict(converted.state_dict, strict=True)
+        return checkpoint, module
+    if record is not None:
+        raise InvalidArgumentError(f"--record is for weight files, and {model} is none.")
+    if path.suffix in (".pth", ".pt", ".bin", ".safetensors") and not path.exists():
+        raise UnknownModelError(f"There is no file {path}.")
+    checkpoint = registry.resolve_checkpoint(model)
+    return checkpoint, build_checkpoint(checkpoint, pretrained=True)
+
+
+def _record_of(converted: convert.Converted, record: str | None) -> Checkpoint:
+    fitting = [
+        checkpoint
+        for checkpoint in CHECKPOINTS
+        if checkpoint.architecture == converted.architecture
+        and len(LabelSpace.load(checkpoint.label_space)) == converted.num_classes
+    ]
+    what = f"{converted.architecture} with {converted.num_classes:,} outputs"
+    if record is not None:
+        checkpoint = registry.get_checkpoint(record)
+        if checkpoint not in fitting:
+            raise InvalidArgumentError(f"The file is {what}, and {record} is not.")
+        return checkpoint
+    if len(fitting) != 1:
+        names = ", ".join(checkpoint.name for checkpoint in fitting) or "none"
+        raise InvalidArgumentError(f"Records of {what}: {names}; say which one by --record.")
+    return fitting[0]
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that takes the target's place at the end, and is removed when something fails."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise PublishError(f"{target} cannot be written ({error.strerror}); choose another place.") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            former = temporary.with_name(f"{temporary.name}.former")
+            target.rename(former)
+            temporary.rename(target)
+            shutil.rmtree(former)
+        else:
+            temporary.rename(target)
+    except OSError as error:
+        raise PublishError(f"{target} cannot be written ({first_line(error)}); choose another place.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(module: nn.Module, path: Path, dtype: str | None) -> None:
+    import safetensors.torch
+    import torch
+
+    kind = getattr(torch, dtype) if dtype else None
+    state = {
+        key: (value.to(kind) if kind is not None and value.is_floating_point() else value).contiguous()
+        for key, value in module.state_dict().items()
+    }
+    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+
+
+def _write_json(content: Any, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _config(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Any]:
+    """As timm writes it; without ``model_args``, which transformers cannot have repeat the number of classes."""
+    space = LabelSpace.load(checkpoint.label_space)
+    own = checkpoint.architecture in ARCHITECTURES
+    settings = {key: value for key, value in pretrained_config(checkpoint).items() if key != "architecture"}
+    return {
+        "architecture": f"{TIMM_PREFIX}{checkpoint.architecture}" if own else checkpoint.architecture,
+        "num_classes": len(space),
+        "num_features": cast(Any, module).num_features,
+        "label_names": list(space.unique_names),
+        "label_descriptions": dict(zip(space.unique_names, space.definitions, strict=True)),
+        "pretrained_cfg": settings,
+    }
+
+
+def _labels(checkpoint: Checkpoint) -> dict[str, Any]:
+    space = LabelSpace.load(checkpoint.label_space)
+    tree = SemanticTree.load(space.name if checkpoint.head == "semantic_softmax" else "fall11")
+    return {
+        "about": (
+            "wnids: WordNet 3.0 noun id of each output. head: how outputs become probabilities; semantic_softmax is a "
+            "softmax over the outputs of each depth. tree: nodes with the index of each one's parent, -1 for a root; a "
+            "node's depth is the number of its ancestors."
+        ),
+        "label_space": space.name,
+        "digest": space.digest,
+        "head": checkpoint.head,
+        "wnids": list(space.wnids),
+        "tree": {"name": tree.name, "wnids": list(tree.wnids), "parents": tree.parents.tolist()},
+    }
+
+
+def _card(checkpoint: Checkpoint) -> str:
+    if checkpoint not in CHECKPOINTS:
+        checkpoint = replace(checkpoint, metrics=())
+    checkout = cards.find_checkout()
+    prose = cards.known_prose(checkpoint.name, checkout / cards.FOLDER if checkout else None)
+    return cards.render_card(checkpoint, prose)
