@@ -20,6 +20,9 @@ for _name in ("WN21K_MODEL", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "WN21
     os.environ.pop(_name, None)
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 from wn21k_zoo import Predictor, SemanticTree  # noqa: E402
 

@@ -1,0 +1,330 @@
+"""An exported folder gives the same predictions in timm, in transformers and here; and goes to a Hub and back."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import published
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import EMBEDDED
+from hub_server import hub_server
+from PIL import Image
+from typer.testing import CliRunner
+
+import wn21k_zoo
+from wn21k_zoo import convert, models, publish, timm_models
+from wn21k_zoo.cli.app import app
+from wn21k_zoo.errors import (
+    ConversionError,
+    InvalidArgumentError,
+    ModelError,
+    OfflineError,
+    PublishError,
+    UnknownModelError,
+    WeightsNotFoundError,
+)
+from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+
+MOBILENET = "mobilenetv3_large_100.miil_in21k"
+FILES = {"README.md", "config.json", "model.safetensors", "wn21k_labels.json"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The embedded model, exported."""
+    return publish.export_folder(EMBEDDED, tmp_path_factory.mktemp("export") / "lite0")
+
+
+def exported_file(name, place):
+    """A published file with rule-made weights, exported."""
+    torch.save({"state_dict": published.state_dict(name)}, place / f"{name}.pth")
+    return publish.export_folder(place / f"{name}.pth", place / name)
+
+
+@pytest.fixture(scope="module")
+def mobilenet(tmp_path_factory):
+    return exported_file("mobilenetv3_large_100", tmp_path_factory.mktemp("mobilenet"))
+
+
+@pytest.mark.parametrize("name", LABEL_SPACES)
+def test_readable_names_are_unique(name):
+    space = LabelSpace.load(name)
+    assert len(set(space.unique_names)) == len(space)
+    pairs = zip(space.names, space.unique_names, space.wnids, strict=True)
+    assert all(unique in (plain, f"{plain} ({wnid})") for plain, unique, wnid in pairs)
+
+
+def test_what_is_written(folder, mobilenet):
+    assert {path.name for path in folder.iterdir()} == FILES
+    config = json.loads((mobilenet / "config.json").read_text())
+    assert config["architecture"] == "mobilenetv3_large_100"
+    assert config["num_classes"] == len(config["label_names"]) == len(set(config["label_names"])) == 11_221
+    assert set(config["label_descriptions"]) == set(config["label_names"])
+    assert "model_args" not in config
+    assert (config["pretrained_cfg"]["crop_mode"], config["pretrained_cfg"]["crop_pct"]) == ("squash", 1.0)
+    assert not {"url", "file", "hf_hub_id", "state_dict"} & set(config["pretrained_cfg"])
+    assert sum(name.endswith(")") and "(n" in name for name in config["label_names"]) == 482
+    labels = json.loads((mobilenet / "wn21k_labels.json").read_text())
+    space = LabelSpace.load("fall11")
+    assert (labels["digest"], labels["head"]) == (space.digest, "semantic_softmax")
+    assert labels["wnids"] == labels["tree"]["wnids"] == list(space.wnids)
+    assert len(labels["tree"]["parents"]) == 11_221
+    assert "library_name: timm" in (mobilenet / "README.md").read_text()
+
+
+def test_a_folder_in_timm(folder, embedded, photographs):
+    module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(module), is_training=False)
+    for path, expected in zip(photographs, embedded(photographs), strict=True):
+        with Image.open(path) as image, torch.inference_mode():
+            found = module(transform(image.convert("RGB"))[None]).argmax().item()
+        assert found == expected.top_k[0].index
+
+
+def test_a_folder_here(folder, embedded, photographs):
+    predictor = wn21k_zoo.Predictor(folder, device="cpu")
+    assert (predictor.label_space.name, predictor.head) == ("imagenet1k", "softmax")
+    for found, expected in zip(predictor(photographs), embedded(photographs), strict=True):
+        assert [label.wnid for label in found.path] == [label.wnid for label in expected.path]
+        assert found.top_k[0].index == expected.top_k[0].index
+    fine_tune = wn21k_zoo.create_model(folder, num_classes=3)
+    assert fine_tune.num_classes == 3
+
+
+@pytest.mark.filterwarnings("default")  # of transformers' own
+@pytest.mark.parametrize("which", ["folder", "mobilenet"])
+def test_a_folder_in_transformers(which, request, photographs):
+    transformers = pytest.importorskip("transformers")
+    place = request.getfixturevalue(which)
+    pipeline = transformers.pipeline("image-classification", str(place), device="cpu")
+    loaded = models.load_model(place)
+    transform = models.build_transform(loaded.data_config)
+    for path in photographs:
+        with Image.open(path) as image, torch.inference_mode():
+            picture = image.convert("RGB")
+            expected = loaded.module(transform(picture)[None])[0].softmax(-1)
+            answer = pipeline(picture)[0]
+        assert answer["label"] == loaded.label_space.unique_names[expected.argmax()]
+        assert answer["score"] == pytest.approx(expected.max().item(), rel=1e-3)
+
+
+def test_a_semantic_head_here(mobilenet, photographs):
+    predictor = wn21k_zoo.Predictor(mobilenet, device="cpu")
+    assert (predictor.label_space.name, predictor.head) == ("imagenet21k_p_fall11", "semantic_softmax")
+    assert len(predictor(photographs[0]).levels) == 11
+
+
+def test_ofa_in_timm_after_our_import_and_here(tmp_path, photographs):
+    place = exported_file("ofa_flops_595m_s", tmp_path)
+    assert json.loads((place / "config.json").read_text())["architecture"] == "wn21k_ofa_flops_595m_s"
+    assert timm_models.__all__
+    module = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
+    with torch.inference_mode():
+        logits = module(published.images())
+    assert logits.argmax(1).tolist() == published.REFERENCE["ofa_flops_595m_s"]["argmax"]
+    assert wn21k_zoo.predict(photographs[0], model=place, device="cpu").head == "semantic_softmax"
+
+
+def test_dtypes(tmp_path):
+    place = publish.export_folder(EMBEDDED, tmp_path / "half", dtype="float16")
+    state = safetensors.torch.load_file(place / "model.safetensors")
+    assert state["conv_stem.weight"].dtype == torch.float16
+    assert state["bn1.num_batches_tracked"].dtype == torch.int64
+    assert wn21k_zoo.predict("sample:cat", model=place).label.wnid == "n02121808"
+
+
+def test_a_name_that_only_timm_has(tmp_path, monkeypatch):
+    """As a checkpoint of timm's: with a card of what is known."""
+    module = timm.create_model("mobilenetv3_small_050")
+    monkeypatch.setattr(publish, "build_checkpoint", lambda checkpoint, pretrained: module)
+    place = publish.export_folder("mobilenetv3_small_050.lamb_in1k", tmp_path / "small")
+    assert models.load_model(place).label_space.name == "imagenet1k"
+    assert "mobilenetv3_small_050.lamb_in1k" in (place / "README.md").read_text()
+
+
+def test_refusals_leave_nothing(folder, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("precious")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "bad.pth").write_bytes(b"")
+    module = timm.create_model("resnet50", num_classes=3)
+    torch.save(module.state_dict(), tmp_path / "three.pth")
+    before = sorted(tmp_path.rglob("*"))
+    for model, place, options, error, words in (
+        (EMBEDDED, "full", {}, InvalidArgumentError, "--force"),
+        (EMBEDDED, "file", {}, InvalidArgumentError, "is a file"),
+        (EMBEDDED, "file/below", {}, PublishError, "cannot be written"),
+        (EMBEDDED, "new", {"dtype": "int8"}, InvalidArgumentError, "float32"),
+        (EMBEDDED, "new", {"record": MOBILENET}, InvalidArgumentError, "weight files"),
+        ("nonsense_model", "new", {}, UnknownModelError, "nonsense_model"),
+        ("none.pth", "new", {}, UnknownModelError, "no file"),
+        (tmp_path / "bad.pth", "new", {}, ConversionError, "state dict"),
+        (tmp_path / "three.pth", "new", {}, InvalidArgumentError, "none; say which"),
+        (tmp_path / "three.pth", "new", {"record": "resnet50.miil_in21k"}, InvalidArgumentError, "is not"),
+    ):
+        with pytest.raises(error, match=words):
+            publish.export_folder(model, tmp_path / place, **options)
+    assert sorted(tmp_path.rglob("*")) == before
+    replaced = publish.export_folder(EMBEDDED, tmp_path / "full", force=True)
+    assert {path.name for path in replaced.iterdir()} == FILES
+    assert sorted(tmp_path.iterdir()) == sorted({path for path in before if path.parent == tmp_path})
+
+
+def damaged_copy(folder, tmp_path, without=(), **contents):
+    place = tmp_path / "copy"
+    place.mkdir()
+    for name in FILES - set(without):
+        (place / name).write_bytes((folder / name).read_bytes())
+    for name, text in contents.items():
+        (place / name.replace("_json", ".json")).write_text(text)
+    return place
+
+
+@pytest.mark.parametrize(
+    "labels",
+    ["{", "{}", '{"label_space": "x", "wnids": ["n1"], "head": "softmax"}', '{"label_space": "x", "wnids": []}'],
+)
+def test_damaged_labels(folder, tmp_path, labels):
+    place = damaged_copy(folder, tmp_path, wn21k_labels_json=labels)
+    with pytest.raises(ModelError, match="is damaged, export"):
+        models.load_model(place)
+
+
+def test_without_the_labels_the_names_are_recognised(mobilenet, tmp_path):
+    loaded = models.load_model(damaged_copy(mobilenet, tmp_path, without=["wn21k_labels.json"]))
+    assert (loaded.label_space.name, loaded.head) == ("imagenet21k_p_fall11", "semantic_softmax")
+
+
+def test_dry_run_lists_what_would_go_and_opens_no_socket(folder, tmp_path, monkeypatch):
+    import socket
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    place = damaged_copy(folder, tmp_path, notes="not ours")
+    done = CliRunner().invoke(app, ["publish", str(place), "--repo", "org/name", "--dry-run", "--private"])
+    assert done.exit_code == 0, done.stderr
+    assert {json.loads(line)["file"] for line in done.stdout.splitlines()} == FILES
+    assert "would go to org/name, branch main, private" in done.stderr
+
+
+def test_what_cannot_be_published(folder, tmp_path, monkeypatch):
+    for repo in ("name", "org/a b", "org/a/b", "-org/name", "org/a--b", "org/a..b"):
+        with pytest.raises(InvalidArgumentError, match="ORG/NAME"):
+            publish.publish_folder(folder, repo)
+    with pytest.raises(InvalidArgumentError, match="no folder"):
+        publish.publish_folder(tmp_path / "none", "org/name")
+    place = damaged_copy(folder, tmp_path)
+    with pytest.raises(PublishError, match="hf auth login"):
+        publish.publish_folder(place, "org/name")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    with pytest.raises(PublishError, match="could not be published"):
+        publish.publish_folder(place, "org/name")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OfflineError):
+        publish.publish_folder(place, "org/name")
+    (place / "README.md").unlink()
+    with pytest.raises(PublishError, match="without a card"):
+        publish.plan_upload(place)
+    safetensors.torch.save_file({"x": torch.zeros(1)}, place / "model.safetensors")
+    (place / "README.md").write_text("")
+    with pytest.raises(ModelError, match="do not fit"):
+        publish.plan_upload(place)
+    (place / "model.safetensors").unlink()
+    with pytest.raises(WeightsNotFoundError):
+        publish.plan_upload(place)
+
+
+@contextmanager
+def write_server():
+    """As much of the Hub as an upload needs; yields its endpoint, what was committed, and the requests."""
+    committed, seen = {}, []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            seen.append((self.path, self.headers.get("authorization"), body[:300]))
+            if self.path.endswith("/api/repos/create"):
+                answer = {"url": f"{endpoint}/org/name"}
+            elif "/preupload/" in self.path:
+                files = json.loads(body)["files"]
+                modes = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in files]
+                answer = {"files": modes}
+            elif "/commit/" in self.path:
+                for line in body.splitlines():
+                    item = json.loads(line)
+                    if item["key"] == "file":
+                        committed[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
+                answer = {"commitUrl": f"{endpoint}/org/name/commit/abc", "commitOid": "abc", "pullRequestUrl": None}
+            else:
+                answer = {"warnings": [], "errors": []}
+            content = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield endpoint, committed, seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_to_a_hub_and_back(folder, tmp_path, embedded):
+    environment = {**os.environ, "HF_TOKEN": "hf_x", "WN21K_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "wn21k_zoo", "publish", str(folder), "--repo", "org/name"]
+    with write_server() as (endpoint, committed, seen):
+        environment["HF_ENDPOINT"] = endpoint
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{endpoint}/org/name/commit/abc\n"
+    assert set(committed) == FILES
+    assert all(authorization == "Bearer hf_x" for _, authorization, _ in seen)
+    assert committed["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+    code = """
+import timm, wn21k_zoo
+module = timm.create_model("hf-hub:org/name", pretrained=True)
+mine = wn21k_zoo.create_model("hf-hub:org/name")
+assert (module.conv_stem.weight == mine.conv_stem.weight).all()
+found = wn21k_zoo.predict("sample:cat", model="hf-hub:org/name")
+print(found.label.wnid, found.label_space, found.top_k[0].index)
+"""
+    with hub_server({f"org/name/resolve/main/{name}": content for name, content in committed.items()}) as (endpoint, _):
+        environment.update(HF_ENDPOINT=endpoint, HF_HUB_DISABLE_XET="1")
+        first = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+    assert first.returncode == 0, first.stderr
+    expected = embedded("sample:cat")
+    assert first.stdout.split() == [expected.label.wnid, "imagenet1k", str(expected.top_k[0].index)]
+    predict = [sys.executable, "-m", "wn21k_zoo", "predict", "sample:cat", "--model", "hf-hub:org/name", "--offline"]
+    offline = subprocess.run(predict, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(offline.stdout)["label"]["wnid"] == expected.label.wnid
+
+
+def test_the_command(tmp_path):
+    done = CliRunner().invoke(app, ["export", EMBEDDED, str(tmp_path / "out")])
+    assert done.exit_code == 0
+    assert "model.safetensors 18.8 MB" in done.stderr
+    done = CliRunner().invoke(app, ["export", EMBEDDED, str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert convert.convert_file(Path(tmp_path / "out" / "model.safetensors")).architecture == "tf_efficientnet_lite0"
