@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import tempfile
 import threading
@@ -48,6 +49,16 @@ def run_in_terminal(command, environment):
     reader.join(10)
     os.close(ours)
     return done, b"".join(shown).decode(errors="replace")
+
+
+def start_interruptible(command, **options):
+    """Start a process that Ctrl-C reaches also where a shell runs the tests in the background, with SIGINT ignored."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, **pipes, **options)
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 @pytest.fixture(scope="session")

@@ -290,13 +290,15 @@ def write_server():
 
 def test_to_a_hub_and_back(folder, tmp_path, embedded):
     environment = {**os.environ, "HF_TOKEN": "hf_x", "WN21K_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "wn21k_zoo", "publish", str(folder), "--repo", "org/name"]
+    command = [sys.executable, "-m", "wn21k_zoo", "publish", str(folder), "--repo", "org/name", "--revision", "dev"]
     with write_server() as (endpoint, committed, seen):
         environment["HF_ENDPOINT"] = endpoint
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{endpoint}/org/name/commit/abc\n"
     assert set(committed) == FILES
+    assert "/api/models/org/name/branch/dev" in [path for path, _, _ in seen]
+    assert any(path.startswith("/api/models/org/name/commit/dev") for path, _, _ in seen)
     assert all(authorization == "Bearer hf_x" for _, authorization, _ in seen)
     assert committed["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 

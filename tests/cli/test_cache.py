@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import EMBEDDED, run_in_terminal
+from conftest import EMBEDDED, run_in_terminal, start_interruptible
 from hub_server import COMMIT, hub_server
 from typer.testing import CliRunner
 
@@ -153,7 +153,7 @@ def test_interrupted_it_says_so_and_goes_on_later(tmp_path):
     with hub_server(FILES, bytes_per_second=1_000_000) as (endpoint, seen):
         command = [sys.executable, "-m", "wn21k_zoo", "download", NAME]
         environment["HF_ENDPOINT"] = endpoint
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = start_interruptible(command, env=environment)
         while not any(path.stat().st_size > 500_000 for path in tmp_path.rglob("*.part")):
             assert process.poll() is None
             time.sleep(0.01)

@@ -8,7 +8,7 @@ import sys
 
 import jsonschema
 import pytest
-from conftest import EMBEDDED, run_in_terminal
+from conftest import EMBEDDED, run_in_terminal, start_interruptible
 from typer.testing import CliRunner
 
 from wn21k_zoo import SemanticTree
@@ -186,9 +186,10 @@ def test_fallback_is_one_line_on_stderr_unless_quiet():
 def test_info(checkpoint):
     details = json.loads(run("info", checkpoint.name).stdout)
     assert details["label_space"] == checkpoint.label_space
-    assert details["sha256"] == checkpoint.sha256
+    assert [source["sha256"] for source in details["sources"]] == [source.sha256 for source in checkpoint.sources]
     table = run("info", checkpoint.name, "--format", "table").stdout
     unknown = [key for key, value in details.items() if value in (None, []) and key != "local_file"]
+    unknown += [key for source in details["sources"] for key, value in source.items() if value is None]
     assert table.count("unknown") == len(unknown)
 
 
@@ -256,10 +257,7 @@ def test_completion_imports_no_torch():
 
 @pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
 def test_interrupt_is_130_without_a_traceback():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "wn21k_zoo", "predict", "-", *MODEL],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_interruptible([sys.executable, "-m", "wn21k_zoo", "predict", "-", *MODEL])
     try:
         process.stdin.write("sample:cat\n" * 16)  # one batch: its results come while stdin is still open
         process.stdin.flush()

@@ -106,10 +106,12 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], chose
         writer.writerows(rows)
     else:
         from rich import box
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        table = Table(*(column.replace("_", " ") for column in columns), box=box.SIMPLE_HEAD)
+        # Nothing is cut off: a path or a URL goes on in the next line.
+        heads = (Column(column.replace("_", " "), overflow="fold") for column in columns)
+        table = Table(*heads, box=box.SIMPLE_HEAD)
         for row in rows:
             table.add_row(*(Text("unknown" if row[column] is None else str(row[column])) for column in columns))
         console().print(table)

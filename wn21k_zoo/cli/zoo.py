@@ -81,9 +81,10 @@ def info(
     local = download.find_local(checkpoint)
     details: dict[str, Any] = {
         **{key: value for key, value in asdict(checkpoint).items() if key not in ("sources", "metrics")},
-        "sources": [str(source) for source in checkpoint.sources],
-        "sha256": checkpoint.sha256,
-        "num_bytes": checkpoint.num_bytes,
+        "sources": [
+            {"source": str(source), "num_bytes": source.num_bytes, "sha256": source.sha256}
+            for source in checkpoint.sources
+        ],
         "metrics": [asdict(metric) for metric in checkpoint.metrics],
         "num_classes": len(space),
         "label_space_digest": space.digest,
@@ -94,7 +95,9 @@ def info(
         print_json(details, indent=2 if chosen is Format.json else None)
         return
     details["local_file"] = details["local_file"] or "not on this machine"
-    details["sources"] = "\n".join(details["sources"])
+    details["sources"] = "\n".join(
+        f"{source} ({_known(source.num_bytes)} bytes, sha256 {_known(source.sha256)})" for source in checkpoint.sources
+    )
     details["metrics"] = (
         "\n".join(
             f"{metric.value} {metric.name}, {metric.dataset} ({metric.protocol}; {metric.measured_by})"
@@ -103,6 +106,10 @@ def info(
         or None
     )
     print_table([{"field": key, "value": value} for key, value in details.items()], ("field", "value"), chosen)
+
+
+def _known(value: int | str | None) -> str:
+    return "unknown" if value is None else f"{value:,}" if isinstance(value, int) else value
 
 
 def schema(
@@ -129,9 +136,9 @@ def doctor(
 
 
 def _diagnosis() -> list[tuple[str, str]]:
-    from huggingface_hub import constants, is_offline_mode
+    from huggingface_hub import constants
 
-    from wn21k_zoo import models
+    from wn21k_zoo import cache, hub, models
 
     found = [("python", f"{platform.python_version()} on {platform.platform()}"), ("executable", sys.executable)]
     found += [(package, _version(package)) for package in PACKAGES]
@@ -139,8 +146,10 @@ def _diagnosis() -> list[tuple[str, str]]:
         installed = importlib.util.find_spec(module) is not None
         found.append((f"extra {extra}", "installed" if installed else f"missing: pip install 'wn21k-zoo[{extra}]'"))
     found.append(("device", str(models.select_device())))
+    found.append(("cache", str(cache.cache_dir())))
+    found.append(("WN21K_MIRROR", os.environ.get("WN21K_MIRROR") or "not set"))
     found.append(("hub cache", constants.HF_HUB_CACHE))
-    found.append(("hub", f"{constants.ENDPOINT}{', offline mode is set' if is_offline_mode() else ''}"))
+    found.append(("hub", f"{constants.ENDPOINT}{', offline mode is set' if hub.is_offline() else ''}"))
     found.append(("WN21K_MODEL", os.environ.get("WN21K_MODEL") or "not set"))
     found += [(checkpoint.name, _availability(checkpoint)) for checkpoint in CHECKPOINTS]
     return found
