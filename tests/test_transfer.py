@@ -497,6 +497,28 @@ def test_a_file_in_the_hubs_own_cache_is_used_in_place(root, serve, monkeypatch,
     assert download.fetch(checkpoint_of("hub", endpoint)).path.is_relative_to(root)
 
 
+def test_of_the_hubs_own_cache_only_what_has_a_hash_is_used(root, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    repository = tmp_path / "hub" / "models--org--name"
+    for folder in ("blobs", "refs", "snapshots/abc"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    blob = repository / "blobs" / "9e26dfeeb6e641a33dae4961196235bdb965b21b"  # a small file, by its Git hash
+    blob.write_bytes(b"{}")
+    (repository / "snapshots/abc/config.json").symlink_to(blob)
+    source = HubSource(repo_id=REPO)
+    assert download.fetch_file(source, ("config.json",)).path.read_bytes() == b"{}"
+    (repository / "snapshots" / "abc" / NAME).write_bytes(BODY)  # no link, so that nobody says what it should be
+    with pytest.raises(OfflineError):
+        download.fetch_file(source, (NAME,))
+    blob.write_bytes(b"[]")
+    with pytest.raises(OfflineError):
+        download.fetch_file(source, ("config.json",))
+
+
 def test_without_any_hash_it_warns_and_holds_on_to_the_first(root, serve):
     source = URLSource(url="")
     endpoint, _ = serve({"files/plain.pth": BODY}, faults=[{"cut": 0.5}], hashes=False)

@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -372,18 +371,18 @@ def _find_verified(source: Remote, filename: str, root: Path, damages: list[str]
     candidates = [(place, Expected(sha256=pinned or (receipt.sha256 if receipt else None)))]
     if isinstance(source, HubSource) and (path := hub.find_in_cache(source, filename)):
         blob = path.resolve().name  # the Hub's cache names a file by its ETag
-        is_sha256 = bool(re.fullmatch("[0-9a-f]{64}", blob))
-        candidates.append((path, Expected(sha256=pinned or (blob if is_sha256 else None))))
+        candidates.append((path, Expected(sha256=pinned) if pinned else hub.expected_of_etag(blob)))
     for path, expected in candidates:
-        if expected.sha256 is None or not path.is_file():
-            continue
+        if not (expected.sha256 or expected.git_sha1) or not path.is_file():
+            continue  # nothing to compare it with: a cache without links does not tell
         try:
             sha256 = sha256_of(path)
+            wrong = difference(path, sha256, expected)
         except OSError as error:
             damages.append(f"{path} cannot be read ({error.strerror})")
             continue
-        if sha256 != expected.sha256:
-            damages.append(f"{path} is damaged: sha256 expected {expected.sha256}, got {sha256}")
+        if wrong is not None:
+            damages.append(f"{path} is damaged: {wrong}")
             _logger.warning("%s; it is not used.", damages[-1])
             continue
         stated = receipt.checked_against if receipt and path == place else "the Hub"

@@ -21,7 +21,16 @@ from wn21k_zoo.transfer import (
     require_success,
 )
 
-__all__ = ["address", "answers", "find_in_cache", "is_offline", "resolve", "retry_seconds", "switched_on"]
+__all__ = [
+    "address",
+    "answers",
+    "expected_of_etag",
+    "find_in_cache",
+    "is_offline",
+    "resolve",
+    "retry_seconds",
+    "switched_on",
+]
 
 METADATA_ATTEMPTS = 5
 BACKOFF_SECONDS = 0.25
@@ -37,6 +46,18 @@ def is_offline() -> bool:
 def switched_on(name: str) -> bool:
     """Whether an environment variable is set to something that means yes."""
     return os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def expected_of_etag(etag: str, num_bytes: int | None = None) -> Expected:
+    """What an ETag says: the sha256 of a large file, the Git hash of a small one, of anything else only a version."""
+    sha256, git_sha1 = (bool(re.fullmatch(f"[0-9a-f]{{{digits}}}", etag)) for digits in (64, 40))
+    return Expected(
+        num_bytes=num_bytes,
+        sha256=etag if sha256 else None,
+        git_sha1=etag if git_sha1 else None,
+        etag=f'"{etag}"' if etag else None,
+        stated_by="the Hub" if sha256 or git_sha1 else None,
+    )
 
 
 def answers(source: HubSource, seconds: float) -> bool:
@@ -69,14 +90,7 @@ def resolve(
         AuthenticationError, AccessDeniedError, RemoteNotFoundError, DownloadError: The Hub does not say.
     """
     metadata = _hub_metadata(source, filename, patience or Patience())
-    etag = metadata.etag or ""
-    expected = Expected(
-        num_bytes=metadata.size,
-        sha256=etag if re.fullmatch("[0-9a-f]{64}", etag) else None,
-        git_sha1=etag if re.fullmatch("[0-9a-f]{40}", etag) else None,
-        stated_by="the Hub" if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag) else None,
-        etag=f'"{etag}"' if etag else None,
-    )
+    expected = expected_of_etag(metadata.etag or "", metadata.size)
     url, headers = address(source, filename, metadata.commit_hash or source.revision)
     return url, expected, metadata.commit_hash, headers
 
