@@ -18,7 +18,17 @@ from urllib.parse import quote, urlsplit
 from wn21k_zoo.checkpoints import HubSource, URLSource
 from wn21k_zoo.errors import CacheError
 
-__all__ = ["Entry", "Receipt", "cache_dir", "entries", "leftovers", "read_receipt", "relative_path", "remove"]
+__all__ = [
+    "Entry",
+    "Receipt",
+    "cache_dir",
+    "entries",
+    "leftovers",
+    "read_receipt",
+    "relative_path",
+    "remove",
+    "write_receipt",
+]
 
 LEFTOVER_SECONDS = 24 * 3600.0
 RECEIPT_SUFFIX = ".json"
@@ -108,6 +118,20 @@ def receipt_from_json(text: str) -> Receipt:
         raise ValueError("not a receipt")
     values: dict[str, Any] = {name: content.get(name) for name in names}
     return Receipt(**values)
+
+
+def write_receipt(path: Path, receipt: Receipt) -> None:
+    """Lay a receipt beside its file; whoever calls holds the file's lock.
+
+    Raises:
+        CacheError: It cannot be written.
+    """
+    temporary = receipt_path(path).with_name(f"{receipt_path(path).name}{PART_SUFFIX}")
+    try:
+        temporary.write_text(receipt.to_json(), encoding="utf-8")
+        temporary.replace(receipt_path(path))
+    except OSError as error:
+        raise CacheError(f"{receipt_path(path)} cannot be written ({error.strerror}); set WN21K_CACHE.") from error
 
 
 def receipt_path(path: Path) -> Path:

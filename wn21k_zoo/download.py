@@ -265,7 +265,7 @@ def _fetch_one(
             sha256=sha256,
             checked_against=expected.stated_by,
         )
-        cache.receipt_path(place).write_text(receipt.to_json(), encoding="utf-8")
+        cache.write_receipt(place, receipt)
     if expected.stated_by is None:
         warnings.warn(
             f"Nobody states a hash of {url}, so it was compared with nothing; from now on its sha256 must be {sha256}.",

@@ -88,7 +88,10 @@ class Patience:
         """
         left = self.seconds - self.spent
         if left < 1:
-            raise DownloadError(f"No data came for {self.spent:.0f} s; check the network and try again.")
+            raise DownloadError(
+                f"No data came for {self.spent:.0f} s in all. Check the network and try again: it goes on where it "
+                "stopped."
+            )
         return min(at_most, left)
 
 
@@ -129,7 +132,10 @@ def transfer(
     if wrong is not None:
         part.unlink(missing_ok=True)
         raise ChecksumError(f"{url} is not the published file, so it was deleted: {wrong}.")
-    part.replace(target)
+    try:
+        part.replace(target)
+    except OSError as error:
+        raise CacheError(f"{target} cannot be written ({error.strerror}); set WN21K_CACHE.") from error
     return sha256
 
 
@@ -317,7 +323,7 @@ def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
 @contextlib.contextmanager
 def _writing(part: Path, mode: str) -> Iterator[IO[Any]]:
     try:
-        with part.open(mode, buffering=0) as file:
+        with part.open(mode) as file:
             yield file
     except OSError as error:
         if type(error).__module__ != "builtins" or isinstance(error, (ConnectionError, TimeoutError)):
