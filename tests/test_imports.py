@@ -14,7 +14,7 @@ PACKAGE = Path(wn21k_zoo.__file__).parent
 ORDER = (
     "errors", "synsets", "labels", "drawing", "tree", "wordnet", "checkpoints", "registry",
     "architectures", "convert", "cache", "transfer", "hub", "download", "locking", "building", "models", "timm_models",
-    "urls", "images", "hierarchy", "prediction", "predictor", "cards", "publish", "cli", "__main__",
+    "urls", "images", "hierarchy", "prediction", "predictor", "cards", "publish", "training", "cli", "__main__",
 )  # fmt: skip
 
 

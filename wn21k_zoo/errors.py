@@ -32,6 +32,11 @@ One line of text that says what is wrong and what to do next; the class says wha
     │   │   ├── AccessDeniedError               403: accept the terms, or ask for access
     │   │   └── RemoteNotFoundError             404: no such repository, revision or file
     │   └── PublishError
+    ├── DataError (RuntimeError)                a data set that cannot be prepared or read
+    │   ├── DataSourceError                     nothing that images are prepared from, or a damaged archive
+    │   ├── DataOutputError                     a folder that holds something else, or was begun otherwise
+    │   ├── DiskSpaceError                      too little space, known beforehand or met on the way
+    │   └── BadImagesError                      more damaged images than allowed
     └── MissingExtraError (ImportError)         names the extra to install
 """
 
@@ -43,9 +48,14 @@ from collections.abc import Iterable
 __all__ = [
     "AccessDeniedError",
     "AuthenticationError",
+    "BadImagesError",
     "CacheError",
     "ChecksumError",
     "ConversionError",
+    "DataError",
+    "DataOutputError",
+    "DataSourceError",
+    "DiskSpaceError",
     "DownloadError",
     "DuplicateSynsetError",
     "EmptyLabelSpaceError",
@@ -195,6 +205,26 @@ class RemoteNotFoundError(DownloadError):
 
 class PublishError(ModelError):
     """A folder that cannot be published, or a Hub that does not take it."""
+
+
+class DataError(Wn21kError, RuntimeError):
+    """A data set that cannot be prepared or read."""
+
+
+class DataSourceError(DataError):
+    """Nothing that images can be prepared from, or an archive that is damaged."""
+
+
+class DataOutputError(DataError):
+    """An output folder that holds something else, or was begun with other options."""
+
+
+class DiskSpaceError(DataError):
+    """Too little space for what is to be written."""
+
+
+class BadImagesError(DataError):
+    """More damaged images than allowed."""
 
 
 class MissingExtraError(Wn21kError, ImportError):

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from wn21k_zoo import __version__
-from wn21k_zoo.cli import cache, cards, convert, predict, publish, tree, zoo
+from wn21k_zoo.cli import cache, cards, convert, data, predict, publish, tree, zoo
 from wn21k_zoo.cli.output import say
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 
@@ -53,6 +53,7 @@ convert.register(app)
 publish.register(app)
 app.add_typer(tree.app, name="tree")
 app.add_typer(cards.app, name="cards")
+app.add_typer(data.app, name="data")
 
 
 def _show_version(value: bool) -> None:

@@ -1,0 +1,441 @@
+import csv
+import gzip
+import hashlib
+import io
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import types
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError, DiskSpaceError, InvalidArgumentError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training import planning
+from wn21k_zoo.training.planning import count
+from wn21k_zoo.training.prepare import PrepareOptions, prepare
+from wn21k_zoo.training.shards import MANIFEST_FILE, index_path, read_index, read_info
+
+from .archives import (
+    LAYOUTS,
+    OUTSIDE,
+    WNIDS,
+    jpeg,
+    make_classes,
+    nested_tar,
+    split_files,
+    tar_bytes,
+    write_folder,
+    write_layout,
+)
+
+OPTIONS = PrepareOptions(min_images=10, val_per_class=3, size=32, shard_size=7)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def manifest(folder):
+    return pq.read_table(folder / MANIFEST_FILE).to_pylist()
+
+
+def prepared(tmp_path, classes, options=OPTIONS, **run):
+    source = tmp_path / "source.tar"
+    source.write_bytes(nested_tar(classes))
+    prepare(source, tmp_path / "out", options, workers=1, **run)
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp("reference"), make_classes())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_bytes(tmp_path, layout, reference):
+    source = write_layout(layout, tmp_path / layout, make_classes())
+    prepare(source, tmp_path / "out", OPTIONS, workers=1)
+    assert contents(tmp_path / "out") == contents(reference)
+
+
+def test_what_is_stored_is_what_was_published(reference):
+    space = LabelSpace.load("fall11")
+    classes = make_classes()
+    rows = {row["name"]: row for row in manifest(reference)}
+    assert len(rows) == sum(map(len, classes.values()))
+    seen = 0
+    for shards in read_info(reference).splits.values():
+        for shard in shards:
+            with tarfile.open(reference / shard.name) as archive:
+                for member in archive:
+                    key, _, kind = member.name.partition(".")
+                    data, row = archive.extractfile(member).read(), rows[f"{key}.JPEG"]
+                    original = classes[row["synset"]][row["name"]]
+                    assert row["shard"] == shard.name
+                    if kind == "jpg":
+                        seen += 1
+                        pixels = cv2.imdecode(np.frombuffer(original, np.uint8), cv2.IMREAD_COLOR)
+                        assert (row["height"], row["width"]) == pixels.shape[:2]
+                        if max(pixels.shape) >= 32:
+                            pixels = cv2.resize(pixels, (32, 32))
+                            expected = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+                        else:
+                            expected = original
+                        assert data == expected
+                        assert row["sha256"] == hashlib.sha256(data).hexdigest()
+                        assert row["action"] == ("copied" if expected is original else "resized")
+                    elif kind == "cls":
+                        assert space.wnids[int(data)] == row["synset"]
+                    else:
+                        assert json.loads(data)["synset"] == row["synset"]
+    assert seen == 24
+
+
+def test_validation_is_the_first_names_in_byte_order_and_the_rest_is_told(reference):
+    rows = manifest(reference)
+    for wnid in WNIDS[:2]:
+        names = sorted(row["name"] for row in rows if row["synset"] == wnid)
+        assert {row["name"] for row in rows if row["synset"] == wnid and row["split"] == "validation"} == set(names[:3])
+        assert names[1].endswith("_1.JPEG")
+        assert names[2].endswith("_10.JPEG")
+    reasons = {row["synset"]: row["reason"] for row in rows}
+    assert reasons == {
+        WNIDS[0]: None,
+        WNIDS[1]: None,
+        WNIDS[2]: "too few images",
+        OUTSIDE: "outside the label space",
+    }
+    with (reference / "classes.csv").open() as file:
+        lines = {line["synset"]: line for line in csv.DictReader(file)}
+    assert lines[WNIDS[0]] == {
+        "synset": WNIDS[0], "decision": "kept", "images": "12", "train": "9", "validation": "3", "bad": "0",
+    }  # fmt: skip
+    summary = (reference / "SUMMARY.md").read_text()
+    assert "| classes | 2 | 11,221 | -11,219 |" in summary
+    assert "outside the label space: 1 classes, 12 images" in summary
+
+
+def test_the_index_points_at_the_images(reference):
+    space = LabelSpace.load("fall11")
+    info = read_info(reference)
+    assert {split: [shard.num_samples for shard in shards] for split, shards in info.splits.items()} == {
+        "train": [7, 7, 4],
+        "validation": [6],
+    }
+    for shard in info.splits["train"]:
+        whole = (reference / shard.name).read_bytes()
+        assert hashlib.sha256(whole).hexdigest() == shard.sha256
+        for entry in read_index(index_path(reference / shard.name), shard.num_samples):
+            image = whole[entry["offset"] : entry["offset"] + entry["size"]]
+            assert Image.open(io.BytesIO(image)).format == "JPEG"
+            assert space.wnids[entry["target"]] in WNIDS
+
+
+def test_classes_are_mixed(tmp_path):
+    classes = {wnid: {f"{wnid}_{index}.JPEG": jpeg(index, 16, 16) for index in range(40)} for wnid in WNIDS}
+    out = prepared(tmp_path, classes, PrepareOptions(min_images=0, val_per_class=0, size=32, shard_size=30))
+    for shard in read_info(out).splits["train"]:
+        counts = np.unique(read_index(index_path(out / shard.name))["target"], return_counts=True)[1]
+        assert len(counts) == 3
+        assert counts.min() >= 3
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_the_number_of_workers_changes_nothing(tmp_path, workers, reference):
+    source = write_layout("nested.tar.gz", tmp_path / "nested.tar.gz", make_classes())
+    prepare(source, tmp_path / "out", OPTIONS, workers=workers)
+    assert contents(tmp_path / "out") == contents(reference)
+
+
+def test_ray_gives_the_same_bytes_and_a_killed_worker_loses_nothing(tmp_path, reference):
+    psutil = pytest.importorskip("psutil")
+    pytest.importorskip("ray")
+    source = write_layout("nested.tar", tmp_path / "nested.tar", make_classes())
+    command = [
+        sys.executable,
+        "-m",
+        "wn21k_zoo",
+        "data",
+        "prepare",
+        str(source),
+        str(tmp_path / "out"),
+        "--engine",
+        "ray",
+    ]
+    options = ["--min-images", "10", "--val-per-class", "3", "--size", "32", "--shard-size", "7", "--workers", "2"]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    killed = False
+    while process.poll() is None and not killed:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                if "ray::prepare_class" in " ".join(child.cmdline()):
+                    child.send_signal(signal.SIGKILL)
+                    killed = True
+                    break
+            except psutil.Error:
+                continue
+        time.sleep(0.002)
+    _, messages = process.communicate(timeout=100)
+    assert process.returncode == 0, messages
+    assert contents(tmp_path / "out") == contents(reference)
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, reference):
+    source = write_layout("nested.tar.gz", tmp_path / "nested.tar.gz", make_classes())
+    command = [
+        sys.executable,
+        "-m",
+        "wn21k_zoo",
+        "data",
+        "prepare",
+        str(source),
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+    ]
+    options = ["--min-images", "10", "--val-per-class", "3", "--size", "32", "--shard-size", "7"]
+    watched = tmp_path / "out" / ".work"
+    for seen in (1, 2, 3):  # killed after so many finished classes, then in the second pass
+        process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(watched.glob("classes/*.parquet"))) < seen:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(reference)
+    again = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert "# Prepared data set" in again.stdout
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", range(14))
+def test_stopped_after_any_task_it_goes_on_where_it_was(tmp_path, stop_at, reference):
+    source = write_layout("nested.tar", tmp_path / "nested.tar", make_classes())
+    seen = []
+
+    def stop(progress):
+        seen.append(progress)
+        if len(seen) > stop_at:
+            raise StoppedError
+
+    try:
+        prepare(source, tmp_path / "out", OPTIONS, workers=1, progress=stop)
+    except StoppedError:
+        assert not (tmp_path / "out" / "_info.json").exists() or seen[-1].stage == "manifest"
+        later = []
+        prepare(source, tmp_path / "out", OPTIONS, workers=1, progress=later.append)
+        done = [progress for progress in seen if progress.stage == "classes"]
+        again = [progress for progress in later if progress.stage == "classes"]
+        if len(done) > 1 and again:
+            assert len(again) <= 6 - len(done)
+    assert contents(tmp_path / "out") == contents(reference)
+
+
+def test_odd_images_are_handled_and_counted(tmp_path):
+    wnid = WNIDS[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    good = jpeg(1, 40, 30)
+    odd = {
+        f"{wnid}_cmyk_small.JPEG": jpeg(2, 20, 20, mode="CMYK"),
+        f"{wnid}_cmyk_large.JPEG": jpeg(3, 60, 50, mode="CMYK"),
+        f"{wnid}_png.JPEG": jpeg(4, 20, 10, format="PNG"),
+        f"{wnid}_rotated.JPEG": jpeg(5, 30, 16, exif=exif),
+        f"{wnid}_grey.JPEG": jpeg(6, 20, 10, mode="L"),
+        f"{wnid}_empty.JPEG": b"",
+        f"{wnid}_text.JPEG": b"this is no image",
+        f"{wnid}_truncated.JPEG": good[:-30],
+        f"{wnid}_good.JPEG": good,
+        "odd name, for a key.jpg": good,
+        "notes.txt": b"not counted",
+        ".hidden.jpg": good,
+    }
+    with pytest.raises(BadImagesError, match=r"3 of 10 images cannot be used \(1 .*--max-bad"):
+        prepared(tmp_path, {wnid: odd}, PrepareOptions(min_images=0, val_per_class=1, size=32))
+    out = prepared(tmp_path, {wnid: odd}, PrepareOptions(min_images=0, val_per_class=1, size=32), max_bad=0.3)
+    rows = {row["name"].removeprefix(f"{wnid}_").partition(".")[0]: row for row in manifest(out)}
+    assert {name: row["reason"] for name, row in rows.items() if row["reason"]} == {
+        "empty": "empty file",
+        "text": "not an image",
+        "truncated": "truncated",
+    }
+    assert rows["cmyk_small"]["action"] == "re-encoded"
+    assert rows["cmyk_large"]["mode"] == "CMYK"
+    assert (rows["png"]["format"], rows["png"]["action"]) == ("PNG", "re-encoded")
+    assert (rows["rotated"]["width"], rows["rotated"]["height"], rows["rotated"]["orientation"]) == (16, 30, 6)
+    assert (rows["grey"]["mode"], rows["grey"]["action"]) == ("L", "copied")
+    assert rows["odd name, for a key"]["key"] == f"{wnid}-000009"
+    for shard in sum(read_info(out).splits.values(), ()):
+        whole = (out / shard.name).read_bytes()
+        for entry in read_index(index_path(out / shard.name)):
+            with Image.open(io.BytesIO(whole[entry["offset"] : entry["offset"] + entry["size"]])) as image:
+                assert image.format == "JPEG"
+                assert image.mode in ("RGB", "L")
+                assert image.getexif().get(0x0112, 1) == 1
+
+
+def test_members_that_leave_their_folder_and_links_are_refused(tmp_path):
+    wnid = WNIDS[0]
+    files = {name: jpeg(index) for index, name in enumerate((f"{wnid}_0.JPEG", "../evil.JPEG", "/etc/evil.JPEG"))}
+    inner = io.BytesIO(tar_bytes(files))
+    with tarfile.open(fileobj=inner, mode="a") as archive:
+        link = tarfile.TarInfo(f"{wnid}_1.JPEG")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    source = tmp_path / "source.tar"
+    source.write_bytes(tar_bytes({f"{wnid}.tar": inner.getvalue()}))
+    before = set(tmp_path.parent.rglob("*"))
+    prepare(source, tmp_path / "out", PrepareOptions(min_images=0, val_per_class=0), workers=1, max_bad=1)
+    assert {row["name"]: row["reason"] for row in manifest(tmp_path / "out")} == {
+        f"{wnid}_0.JPEG": None,
+        "../evil.JPEG": "refused: its path leaves its folder",
+        "/etc/evil.JPEG": "refused: its path leaves its folder",
+        f"{wnid}_1.JPEG": "refused: a link or device, not a file",
+    }
+    assert all("evil" not in path.name for path in set(tmp_path.parent.rglob("*")) - before)
+
+
+def test_a_name_that_stands_twice_means_its_last_occurrence(tmp_path):
+    wnid = WNIDS[0]
+    first, last = jpeg(1, 20, 20), jpeg(2, 20, 20)
+    inner = io.BytesIO(tar_bytes({f"{wnid}_0.JPEG": first}))
+    with tarfile.open(fileobj=inner, mode="a") as archive:
+        member = tarfile.TarInfo(f"{wnid}_0.JPEG")
+        member.size = len(last)
+        archive.addfile(member, io.BytesIO(last))
+    (tmp_path / f"{wnid}.tar").write_bytes(inner.getvalue())
+    prepare(tmp_path, tmp_path / "out", PrepareOptions(min_images=0, val_per_class=0), workers=1)
+    rows = manifest(tmp_path / "out")
+    assert [row["sha256"] for row in rows if row["split"]] == [hashlib.sha256(last).hexdigest()]
+    assert [row["reason"] for row in rows if not row["split"]] == ["a later file has the same name"]
+
+
+@pytest.mark.parametrize("layout", ["nested.tar", "nested.tar.gz", "flat.tar", "flat.tar.gz"])
+def test_a_truncated_archive_keeps_what_is_whole(tmp_path, layout, reference):
+    classes = make_classes()
+    source = write_layout(layout, tmp_path / layout, classes)
+    whole = source.read_bytes()
+    source.write_bytes(whole[: int(len(whole) * 0.85)])
+    with pytest.raises(DataSourceError, match=r"classes are finished and kept: get the whole file.*--allow-truncated"):
+        prepare(source, tmp_path / "out", OPTIONS, workers=1)
+    source.write_bytes(whole)
+    prepare(source, tmp_path / "out", OPTIONS, workers=1)
+    assert contents(tmp_path / "out") == contents(reference)
+    source.write_bytes(whole[: int(len(whole) * 0.85)])
+    info = prepare(source, tmp_path / "cut", OPTIONS, workers=1, allow_truncated=True)
+    assert sum(shard.num_samples for shard in info.splits["train"]) == 18
+
+
+def test_a_damaged_class_archive_counts_as_bad(tmp_path):
+    classes = make_classes()
+    damaged = bytearray(tar_bytes(classes[WNIDS[0]]))
+    damaged[2048 * 8 : 2048 * 8 + 4096] = b"x" * 4096
+    write_folder(
+        tmp_path / "tars", {f"{WNIDS[0]}.tar": bytes(damaged), f"{WNIDS[1]}.tar": tar_bytes(classes[WNIDS[1]])}
+    )
+    with pytest.raises(BadImagesError, match="damaged archive"):
+        prepare(tmp_path / "tars", tmp_path / "out", OPTIONS, workers=1)
+    prepare(tmp_path / "tars", tmp_path / "out", OPTIONS, workers=1, max_bad=1)
+    reasons = {row["synset"]: row["reason"] for row in manifest(tmp_path / "out")}
+    assert reasons == {WNIDS[0]: "damaged archive", WNIDS[1]: None}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_processed_release_is_taken_as_it_comes(tmp_path, packed):
+    classes = {wnid: files for wnid, files in make_classes().items() if wnid != OUTSIDE}
+    files = split_files(classes, validation=4)
+    if packed:
+        source = tmp_path / "imagenet21k_resized.tar.gz"
+        source.write_bytes(gzip.compress(tar_bytes(files)))
+    else:
+        source = write_folder(tmp_path / "source", files) / "imagenet21k_resized"
+    prepare(source, tmp_path / "out", PrepareOptions(label_space="winter21"), workers=1)
+    rows = manifest(tmp_path / "out")
+    assert {row["action"] for row in rows} == {"copied"}
+    for wnid, images in classes.items():
+        names = {row["name"] for row in rows if row["synset"] == wnid and row["split"] == "validation"}
+        assert names == set(sorted(images)[:4])
+    assert len(rows) == sum(map(len, classes.values()))
+
+
+def test_short_edge(tmp_path):
+    out = prepared(tmp_path, {WNIDS[0]: {f"{WNIDS[0]}_0.JPEG": jpeg(0, 80, 60)}},
+                   PrepareOptions(min_images=0, val_per_class=0, size=32, resize="short-edge"))  # fmt: skip
+    assert [(row["stored_width"], row["stored_height"]) for row in manifest(out)] == [(43, 32)]
+
+
+def test_wrong_sources_and_outputs_are_one_line_each(tmp_path):
+    source = write_layout("nested.tar", tmp_path / "nested.tar", make_classes())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "file").write_bytes(b"no archive")
+    (tmp_path / "photos.tar").write_bytes(tar_bytes({"a/b.jpg": jpeg(0)}))
+    (empty / "inner" / WNIDS[0]).mkdir(parents=True)
+    for wrong, message in (
+        (tmp_path / "nothing", "does not exist"),
+        (tmp_path / "file", "no tar archive"),
+        (tmp_path / "photos.tar", "neither a class archive nor in a class folder"),
+        (empty, r"Did you mean .*inner\?"),
+    ):
+        with pytest.raises(DataSourceError, match=message):
+            prepare(wrong, tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataOutputError, match="is a file"):
+        prepare(source, tmp_path / "file", OPTIONS)
+    with pytest.raises(DataOutputError, match="is not empty"):
+        prepare(source, tmp_path, OPTIONS)
+    with pytest.raises(DataSourceError, match="--min-images"):
+        prepare(source, tmp_path / "none", PrepareOptions(), workers=1)
+    prepare(source, tmp_path / "out", OPTIONS, workers=1)
+    with pytest.raises(DataOutputError, match="size 32 then and 224 now"):
+        prepare(source, tmp_path / "out", PrepareOptions(min_images=10, val_per_class=3, shard_size=7))
+    for wrong in ({"quality": 0}, {"resize": "crop"}, {"shard_size": 0}):
+        with pytest.raises(InvalidArgumentError):
+            PrepareOptions(**wrong)
+
+
+def test_disk_space_is_checked_before_anything_is_written(tmp_path, monkeypatch):
+    source = write_layout("nested.tar", tmp_path / "nested.tar", make_classes())
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(DiskSpaceError, match="GB more are needed"):
+        prepare(source, tmp_path / "out", OPTIONS, workers=1)
+    assert not list((tmp_path / "out").glob("*.tar"))
+    assert not list((tmp_path / "out" / ".work" / "classes").iterdir())
+
+
+def test_a_dry_run_counts_what_a_real_run_makes(tmp_path, reference):
+    info = read_info(reference)
+    for layout in LAYOUTS:
+        source = write_layout(layout, tmp_path / layout, make_classes())
+        counts = count(source, OPTIONS, workers=1)
+        assert sum(one.train for one in counts) == sum(shard.num_samples for shard in info.splits["train"])
+        assert sum(one.validation for one in counts) == sum(shard.num_samples for shard in info.splits["validation"])
+        size = sum(shard.num_bytes for shards in info.splits.values() for shard in shards)
+        assert sum(one.stored_bytes for one in counts) == pytest.approx(size, rel=0.25)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_stand_in_archive(tmp_path, test_data):
+    source = test_data / "data" / "tiny_imagenet_whole.tar.gz"
+    info = prepare(source, tmp_path / "out", PrepareOptions(min_images=100, val_per_class=10), workers=2)
+    assert {split: sum(s.num_samples for s in shards) for split, shards in info.splits.items()} == {
+        "train": 27_860,
+        "validation": 1_990,
+    }
+    rows = pq.read_table(tmp_path / "out" / MANIFEST_FILE, columns=["synset", "reason", "action"]).to_pydict()
+    assert len(set(rows["synset"])) == 200
+    assert {s for s, reason in zip(rows["synset"], rows["reason"], strict=True) if reason} == {OUTSIDE}
+    assert set(rows["action"]) == {"copied", None}

@@ -1,0 +1,164 @@
+"""``wn21k data``: from the archives of ImageNet-21K to shards, and a look at them."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wn21k_zoo.cli.output import Format, console, print_table, say
+
+if TYPE_CHECKING:
+    from wn21k_zoo.training.options import PrepareOptions, Progress
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Training data: prepare shards, look at them, verify them.")
+
+FormatOption = Annotated[
+    Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
+]
+WorkersOption = Annotated[int | None, typer.Option("--workers", "-j", min=1, help="Processes. Default: all cores.")]
+
+
+class _Resize(StrEnum):
+    squash = "squash"
+    short_edge = "short-edge"
+
+
+class _Engine(StrEnum):
+    local = "local"
+    ray = "ray"
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="fall11_whole.tar, winter21_whole.tar.gz, a folder of class archives or class folders, the processed "
+            "ImageNet-21K-P of image-net.org (split and resized as it comes)."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder for the shards; on a cluster all nodes see it.")
+    ],
+    label_space: Annotated[str, typer.Option("--label-space", help="Classes, and their indices.")] = "fall11",
+    min_images: Annotated[int, typer.Option("--min-images", help="A class needs more images than this.")] = 500,
+    val_per_class: Annotated[
+        int, typer.Option("--val-per-class", help="So many first names of a class are for validation.")
+    ] = 50,
+    size: Annotated[int, typer.Option("--size", help="Pixels.")] = 224,
+    resize: Annotated[
+        _Resize, typer.Option("--resize", help="To a square, or the shorter edge to the size.")
+    ] = _Resize.squash,
+    quality: Annotated[int, typer.Option("--quality", help="Of JPEG, 1 to 100.")] = 95,
+    shard_size: Annotated[int, typer.Option("--shard-size", help="Images per shard.")] = 10_000,
+    workers: WorkersOption = None,
+    engine: Annotated[_Engine, typer.Option("--engine", help="Processes here, or Ray tasks.")] = _Engine.local,
+    ray_address: Annotated[
+        str | None,
+        typer.Option("--ray-address", help="Of a Ray cluster. Default: RAY_ADDRESS, else one on this machine."),
+    ] = None,
+    max_bad: Annotated[
+        float, typer.Option("--max-bad", min=0, max=1, help="Allowed share of images that cannot be used.")
+    ] = 0.01,
+    allow_truncated: Annotated[
+        bool, typer.Option("--allow-truncated", help="Go on with what is there of an archive that ends too early.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on where an unfinished run with the same options ended.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, and tell how much space is needed.")] = False,
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """Make WebDataset shards with a manifest; interrupted or killed, the same command goes on where it was."""
+    from wn21k_zoo.training.options import PrepareOptions
+
+    options = PrepareOptions(
+        label_space=label_space,
+        min_images=min_images,
+        val_per_class=val_per_class,
+        size=size,
+        resize=resize.value,
+        quality=quality,
+        shard_size=shard_size,
+    )
+    run: dict[str, Any] = {"workers": workers, "engine": engine.value, "ray_address": ray_address}
+    if dry_run:
+        _count(source, output, options, run, format)
+        return
+    from wn21k_zoo.training.prepare import prepare as prepare_shards
+
+    with _progress_bar() as progress:
+        prepare_shards(
+            source,
+            output,
+            options,
+            **run,
+            max_bad=max_bad,
+            allow_truncated=allow_truncated,
+            resume=resume,
+            progress=progress,
+        )
+    typer.echo((output / "SUMMARY.md").read_text(encoding="utf-8"), nl=False)
+    say(f"complete: {output}")
+
+
+def _count(source: Path, output: Path, options: PrepareOptions, run: dict[str, Any], format: Format | None) -> None:  # noqa: A002
+    from wn21k_zoo.training.planning import count
+
+    with _progress_bar() as progress:
+        counts = count(source, options, **run, progress=progress)
+    rows: list[dict[str, Any]] = []
+    for decision, classes in sorted(Counter(one.decision for one in counts).items()):
+        mine = [one for one in counts if one.decision == decision]
+        rows.append(
+            {
+                "decision": decision,
+                "classes": classes,
+                "train": sum(one.train for one in mine),
+                "validation": sum(one.validation for one in mine),
+                "GB": round(sum(one.stored_bytes for one in mine) / 1e9, 3),
+            }
+        )
+    print_table(rows, ("decision", "classes", "train", "validation", "GB"), format)
+    needed = sum(one.stored_bytes for one in counts) / 1e9
+    place = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free / 1e9
+    say(f"about {needed:,.2f} GB for the output and as much again while it is made; {free:,.1f} GB are free at {place}")
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar per stage on stderr, with images/s and the time left."""
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:>8}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    bars = Bars(*columns, console=console(stderr=True), redirect_stdout=False)
+    tasks: dict[str, Any] = {}
+    try:
+
+        def show(progress: Progress) -> None:
+            if progress.stage not in tasks:
+                bars.start()  # not before there is something to show
+                tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, speed="")
+            task = tasks[progress.stage]
+            elapsed = bars.tasks[task].elapsed or 0
+            speed = f"{progress.images:,} images, {progress.images / elapsed:,.0f}/s" if elapsed > 0.1 else ""
+            bars.update(task, completed=progress.done, total=progress.total, speed=speed)
+
+        yield show
+    finally:
+        if tasks:
+            bars.stop()

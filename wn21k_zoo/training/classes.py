@@ -1,0 +1,176 @@
+"""First pass of data preparation: one class of the source to a tar of finished records and a part of the manifest."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wn21k_zoo.errors import DataSourceError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.images import BadImageError, store_image
+from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult
+from wn21k_zoo.training.options import PrepareOptions, disk_full_as_error
+from wn21k_zoo.training.shards import atomic_file, encode_record, sample_hash
+from wn21k_zoo.training.sources import ClassSource, read_members
+
+__all__ = ["decide", "finished_classes", "index_of", "prepare_class", "read_or_bad"]
+
+_PLAIN_STEM = re.compile(r"[A-Za-z0-9_]+")
+_RESULT_KEY = b"wn21k_zoo.result"
+_REPLACED = "a later file has the same name"
+
+
+def prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is_split: bool) -> ClassResult:
+    """One class of the source to a tar of records and a manifest part in ``folder``: a task."""
+    import cv2
+
+    cv2.setNumThreads(1)  # the workers are the parallelism
+    try:
+        with disk_full_as_error(folder):
+            return _prepare_class(source, options, folder, is_split)
+    finally:
+        if source.spooled:
+            source.path.unlink(missing_ok=True)
+
+
+def finished_classes(folder: Path) -> list[ClassResult]:
+    """Results of all classes that are finished in ``folder``."""
+    parts = sorted(folder.glob("*.parquet"))
+    return [ClassResult(**json.loads(pq.read_schema(part).metadata[_RESULT_KEY])) for part in parts]
+
+
+def decide(source: ClassSource, images: int, options: PrepareOptions, is_split: bool) -> str:
+    """Whether a class with so many image names is kept, or why not (:attr:`ClassResult.decision`)."""
+    if source.wnid not in index_of(options.label_space):
+        return "outside the label space"
+    return "kept" if is_split or images > options.min_images else "too few images"
+
+
+@functools.cache
+def index_of(label_space: str) -> dict[str, int]:
+    """Class index of each wnid."""
+    return dict(LabelSpace.load(label_space).index)
+
+
+def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is_split: bool) -> ClassResult:
+    labels = index_of(options.label_space)
+    rows: list[dict[str, Any]] = []
+    last: dict[str, int] = {}  # position of each name's last occurrence
+    decision = "kept"
+    try:
+        for position, member in enumerate(read_members(source)):
+            if member.refused is not None:
+                rows.append({"name": member.name, "reason": member.refused})
+            else:
+                if member.name in last:
+                    rows.append({"name": member.name, "reason": _REPLACED})
+                last[member.name] = position
+    except DataSourceError:
+        decision = "damaged archive"
+    names = sorted(last, key=os.fsencode)
+    if decision == "kept":
+        decision = decide(source, len(names), options, is_split)
+    if decision != "kept":
+        rows += [{"name": name, "reason": decision} for name in names]
+        return _write_part(source, folder, decision, rows)
+    splits = dict.fromkeys(names, source.split or "train")
+    if not is_split:
+        splits.update(dict.fromkeys(names[: options.val_per_class], "validation"))
+    keys = _keys_of(source.wnid, names)
+    with atomic_file(folder / f"{source.name}.tar") as file:
+        for position, member in enumerate(read_members(source)):
+            if member.refused is None and last[member.name] == position:
+                row = {"name": member.name, "key": keys[member.name]}
+                try:
+                    stored = store_image(
+                        read_or_bad(member.read), options.size, "none" if is_split else options.resize, options.quality
+                    )
+                except BadImageError as error:
+                    rows.append({**row, "reason": str(error)})
+                    continue
+                details = {
+                    "filename": member.name,
+                    "synset": source.wnid,
+                    "label": labels[source.wnid],
+                    "width": stored.stored_width,
+                    "height": stored.stored_height,
+                }
+                record, image_offset = encode_record(row["key"], stored.data, labels[source.wnid], details)
+                rows.append(
+                    {
+                        **row,
+                        "split": splits[member.name],
+                        "width": stored.width,
+                        "height": stored.height,
+                        "stored_width": stored.stored_width,
+                        "stored_height": stored.stored_height,
+                        "stored_bytes": len(stored.data),
+                        "sha256": hashlib.sha256(stored.data).hexdigest(),
+                        "action": stored.action,
+                        "format": stored.format,
+                        "mode": stored.mode,
+                        "orientation": stored.orientation,
+                        "start": file.tell(),
+                        "length": len(record),
+                        "image_offset": image_offset,
+                        "order": sample_hash(row["key"]),
+                    }
+                )
+                file.write(record)
+    return _write_part(source, folder, decision, rows)
+
+
+def read_or_bad(read: Callable[[], bytes]) -> bytes:
+    """What ``read`` gives; a file that cannot be read is a bad image."""
+    try:
+        return read()
+    except OSError as error:
+        raise BadImageError(f"cannot be read: {error.strerror or error}") from None
+
+
+def _keys_of(wnid: str, names: list[str]) -> dict[str, str]:
+    """Keys in the shards: names without endings where these are plain and begin with the wnid, as ImageNet's do."""
+    keys: dict[str, str] = {}
+    taken: set[str] = set()
+    for rank, name in enumerate(names):
+        stem = name.rpartition(".")[0]
+        plain = _PLAIN_STEM.fullmatch(stem) and stem.startswith(f"{wnid}_") and stem not in taken
+        keys[name] = stem if plain else f"{wnid}-{rank:06d}"
+        taken.add(keys[name])
+    return keys
+
+
+def _write_part(source: ClassSource, folder: Path, decision: str, rows: list[dict[str, Any]]) -> ClassResult:
+    rows.sort(key=lambda row: (os.fsencode(row["name"]), row.get("reason") or ""))
+    counts = Counter(row.get("split") for row in rows)
+    reasons = Counter(row["reason"] for row in rows if row.get("reason"))
+    replaced = reasons.pop(_REPLACED, 0)
+    result = ClassResult(
+        name=source.name,
+        wnid=source.wnid,
+        decision=decision,
+        images=len(rows) - replaced,
+        train=counts["train"],
+        validation=counts["validation"],
+        stored_bytes=sum(row.get("stored_bytes") or 0 for row in rows),
+        source_bytes=source.num_bytes,
+        reasons=dict(sorted(reasons.items())),
+    )
+    for row in rows:
+        row["synset"] = source.wnid
+    columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in PART_SCHEMA}
+    table = pa.table(columns, schema=PART_SCHEMA.with_metadata({_RESULT_KEY: json.dumps(asdict(result))}))
+    with atomic_file(folder / f"{source.name}.parquet") as file:
+        pq.write_table(table, file)
+    return result

@@ -1,0 +1,130 @@
+"""Running many independent tasks: in processes of this machine, or as Ray tasks on a cluster."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TypeVar
+
+from wn21k_zoo.errors import DataError, MissingExtraError, Wn21kError, first_line
+
+__all__ = ["ENGINES", "Engine", "run_tasks"]
+
+Engine = Literal["local", "ray"]
+ENGINES: tuple[Engine, ...] = ("local", "ray")
+Result = TypeVar("Result")
+
+
+def run_tasks(
+    function: Callable[..., Result],
+    tasks: Iterable[tuple[Any, ...]],
+    *,
+    workers: int,
+    engine: Engine = "local",
+    address: str | None = None,
+) -> Iterator[Result]:
+    """Results of ``function(*task)`` in the order in which they are ready.
+
+    Tasks are drawn from the iterable as workers become free, two for each at most, so that it may be endless. Closing
+    the iterator, or an error in a task, stops all workers.
+
+    Args:
+        function: A function at the top of a module.
+        tasks: The arguments, to be pickled.
+        workers: Processes on this machine, or Ray tasks at a time.
+        engine: ``local`` or ``ray``.
+        address: Of a Ray cluster; default: ``RAY_ADDRESS`` if set, else a cluster on this machine, started for the
+            occasion.
+
+    Raises:
+        DataError: A local worker died.
+        MissingExtraError: Ray is not installed.
+    """
+    if engine == "ray":
+        return _run_on_ray(function, tasks, workers, address)
+    if workers == 1:
+        return (function(*task) for task in tasks)
+    return _run_in_processes(function, tasks, workers)
+
+
+def _run_in_processes(
+    function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int
+) -> Iterator[Result]:
+    context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    running: set[concurrent.futures.Future[Result]] = set()
+    try:
+        for task in tasks:
+            running.add(pool.submit(function, *task))
+            if len(running) >= 2 * workers:
+                done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        yield from (future.result() for future in concurrent.futures.as_completed(running))
+    except concurrent.futures.process.BrokenProcessPool:
+        raise DataError(
+            "A worker process died, perhaps for want of memory. What is finished is kept: run the same command again, "
+            "with fewer --workers."
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+
+def _begin_worker() -> None:
+    """Ctrl-C is the parent's to handle; a worker whose parent is gone goes, too; libjpeg's remarks go nowhere."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    with contextlib.suppress(OSError):
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 2)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _run_on_ray(
+    function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int, address: str | None
+) -> Iterator[Result]:
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtraError("The Ray engine", "ray") from None
+    wanted = address or os.environ.get("RAY_ADDRESS")
+    ours = not ray.is_initialized()
+    if ours:
+        local: dict[str, Any] = {} if wanted else {"num_cpus": workers, "include_dashboard": False}
+        try:
+            ray.init(address=wanted, log_to_driver=False, configure_logging=False, **local)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise DataError(f"No Ray cluster answers at {wanted or 'this machine'}: {first_line(error)}") from None
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=5)(function)  # a task whose worker dies runs again
+        running: list[Any] = []
+        for task in tasks:
+            running.append(remote.remote(*task))
+            if len(running) >= 2 * workers:
+                done, running = ray.wait(running, num_returns=1)
+                yield from ray.get(done)
+        while running:
+            done, running = ray.wait(running, num_returns=1)
+            yield from ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, Wn21kError) else None
+        raise cause or DataError(f"A Ray task failed: {first_line(error.cause or error)}") from None
+    except ray.exceptions.RayError as error:
+        raise DataError(
+            f"Ray failed: {first_line(error)}. What is finished is kept: run the same command again."
+        ) from None
+    finally:
+        if ours:
+            ray.shutdown()

@@ -1,0 +1,171 @@
+"""Second pass of data preparation: finished records of all classes into shards, in an order without pattern."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from wn21k_zoo.training.classes import index_of
+from wn21k_zoo.training.manifest import MANIFEST_SCHEMA, ClassResult
+from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
+from wn21k_zoo.training.shards import (
+    END_OF_TAR,
+    INDEX_DTYPE,
+    MANIFEST_FILE,
+    WORK_FOLDER,
+    Shard,
+    atomic_file,
+    index_path,
+    shard_name,
+    write_index,
+)
+
+__all__ = ["write_manifest", "write_shard", "write_shards"]
+
+_SPLITS = ("train", "validation")
+_ORDER_DTYPE = np.dtype(
+    [
+        ("order", "<u8"), ("start", "<u8"), ("length", "<u4"), ("image_offset", "<u4"), ("stored_bytes", "<u4"),
+        ("part", "<u4"), ("target", "<i4"),
+    ]
+)  # fmt: skip
+
+
+def write_shards(
+    output: Path, results: list[ClassResult], options: PrepareOptions, tasks: Tasks
+) -> dict[str, tuple[Shard, ...]]:
+    """Write all shards that are not finished yet."""
+    work = output / WORK_FOLDER
+    names = [result.name for result in results]
+    planned: list[tuple[str, int, int, int]] = []  # split, number of the shard, its first sample, its length
+    for split in _SPLITS:
+        lengths = _sort(work, results, split, options)
+        ends = np.cumsum(lengths)
+        planned += [
+            (split, number, int(end - length), int(length))
+            for number, (end, length) in enumerate(zip(ends, lengths, strict=True))
+        ]
+    finished = {path.stem for path in (work / "shards").glob("*.json")}
+    open_tasks = [
+        (output, names, split, number, first, length)
+        for split, number, first, length in planned
+        if shard_name(split, number).removesuffix(".tar") not in finished
+    ]
+    done = len(planned) - len(open_tasks)
+    samples = 0
+    tasks.progress(Progress(stage="shards", done=done, total=len(planned), images=0))
+    for written in tasks.run(write_shard, iter(open_tasks)):
+        done += 1
+        samples += written
+        tasks.progress(Progress(stage="shards", done=done, total=len(planned), images=samples))
+    shards: dict[str, tuple[Shard, ...]] = {}
+    for split in _SPLITS:
+        receipts = [
+            work / "shards" / shard_name(split, number).replace(".tar", ".json")
+            for planned_split, number, *_ in planned
+            if planned_split == split
+        ]
+        shards[split] = tuple(Shard(**json.loads(receipt.read_text(encoding="utf-8"))) for receipt in receipts)
+    return {split: found for split, found in shards.items() if found}
+
+
+def _sort(work: Path, results: list[ClassResult], split: str, options: PrepareOptions) -> NDArray[np.int64]:
+    """Distribute the samples of a split over its shards by their hashes; returns the shards' lengths.
+
+    Writes ``SPLIT.order.npy``, the samples shard by shard (unsorted within one), and ``SPLIT.bounds.npy``, the least
+    hash of each shard. Only the hashes are held in memory, 8 bytes per sample.
+    """
+    found = [
+        np.empty(0, np.uint64),
+        *(table["order"].to_numpy() for _, table in _samples(work, results, split, ["order"])),
+    ]
+    hashes = np.sort(np.concatenate(found))
+    bounds = hashes[:: options.shard_size]
+    lengths = np.diff(np.searchsorted(hashes, bounds), append=len(hashes)).astype(np.int64)
+    free = np.cumsum(lengths) - lengths  # the next free place of each shard
+    columns = ["order", "start", "length", "image_offset", "stored_bytes"]
+    _save(work / f"{split}.bounds.npy", bounds)
+    order = np.lib.format.open_memmap(work / f"{split}.order.npy", "w+", _ORDER_DTYPE, (len(hashes),))
+    labels = index_of(options.label_space)
+    for part, table in _samples(work, results, split, columns):
+        shard = np.searchsorted(bounds, table["order"].to_numpy(), side="right") - 1
+        grouped = np.argsort(shard, kind="stable")
+        counts = np.bincount(shard, minlength=len(bounds))
+        within = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)
+        places = free[shard[grouped]] + within
+        free += counts
+        for column in columns:
+            order[column][places] = table[column].to_numpy()[grouped]
+        order["part"][places] = part
+        order["target"][places] = labels[results[part].wnid]
+    order.flush()
+    return lengths
+
+
+def _samples(work: Path, results: list[ClassResult], split: str, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    for part, result in enumerate(results):
+        if getattr(result, split):
+            table = pq.read_table(work / "classes" / f"{result.name}.parquet", columns=["split", *columns])
+            yield part, table.filter(pc.equal(table["split"], split))
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    with atomic_file(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def write_shard(output: Path, names: list[str], split: str, number: int, first: int, length: int) -> int:
+    """Gather one shard from the class tars: a task; returns its number of samples."""
+    work = output / WORK_FOLDER
+    order = np.load(work / f"{split}.order.npy", mmap_mode="r", allow_pickle=False)[first : first + length]
+    order = np.sort(order, order=["order", "part", "start"])
+    index = np.empty(len(order), INDEX_DTYPE)
+    digest = hashlib.sha256()
+    path = output / shard_name(split, number)
+    size = 0
+    with disk_full_as_error(output):
+        with atomic_file(path) as file:
+            for position, entry in enumerate(order):
+                with (work / "classes" / f"{names[entry['part']]}.tar").open("rb", buffering=0) as records:
+                    records.seek(int(entry["start"]))
+                    record = records.read(int(entry["length"]))
+                index[position] = (size + int(entry["image_offset"]), entry["stored_bytes"], entry["target"])
+                digest.update(record)
+                size += file.write(record)
+            digest.update(END_OF_TAR)
+            size += file.write(END_OF_TAR)
+        write_index(index_path(path), index)
+        shard = Shard(name=path.name, num_samples=len(order), num_bytes=size, sha256=digest.hexdigest())
+        with atomic_file(work / "shards" / f"{path.stem}.json") as file:
+            file.write(json.dumps(asdict(shard)).encode())
+    return len(order)
+
+
+def write_manifest(output: Path, results: list[ClassResult]) -> None:
+    """All parts as one file, with the shard that each image went to."""
+    work = output / WORK_FOLDER
+    bounds = {split: np.load(work / f"{split}.bounds.npy", allow_pickle=False) for split in _SPLITS}
+    with (
+        atomic_file(output / MANIFEST_FILE) as file,
+        pq.ParquetWriter(file, MANIFEST_SCHEMA, compression="zstd") as writer,
+    ):
+        for result in results:
+            table = pq.read_table(work / "classes" / f"{result.name}.parquet")
+            shards = [
+                None
+                if split is None
+                else shard_name(split, int(np.searchsorted(bounds[split], order, side="right")) - 1)
+                for split, order in zip(table["split"].to_pylist(), table["order"].to_pylist(), strict=True)
+            ]
+            table = table.append_column("shard", pa.array(shards, pa.string()))
+            writer.write_table(table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA))

@@ -1,0 +1,117 @@
+"""One image of the source to the bytes that are stored.
+
+Published (Ridnik et al. 2021, dataset_preprocessing/resize.py and resize_short_edge.py of the authors' repository):
+OpenCV decodes; if the longer side is at least the size, bilinear resize to a square ("squash") or by the shorter side,
+and JPEG of quality 95; else the file is copied. Left open there and decided here:
+
+- an image without the end-of-image mark is truncated, and counts as bad (OpenCV would paint the rest grey);
+- a small file that is no plain JPEG (PNG or CMYK under a JPEG name, rotated by EXIF) is encoded anew at its own size,
+  upright, so that every decoder sees the same; plain ones are copied bit by bit;
+- more than 179 million pixels (Pillow's limit against decompression bombs) count as bad.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from wn21k_zoo.errors import MissingExtraError
+from wn21k_zoo.training.options import Resize
+
+try:
+    import cv2
+except ImportError:
+    raise MissingExtraError("Reading and resizing training images", "data") from None
+
+__all__ = ["BadImageError", "StoredImage", "store_image"]
+
+_MAX_PIXELS = 178_956_970
+_ORIENTATION = 0x0112
+_END_OF_IMAGE = b"\xff\xd9"
+
+
+class BadImageError(Exception):
+    """Why an image cannot be used; goes into the manifest, never to the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """What becomes of one image: ``data`` is a JPEG file; widths and heights are in pixels, upright."""
+
+    data: bytes
+    action: Literal["resized", "copied", "re-encoded"]
+    format: str
+    mode: str
+    orientation: int
+    width: int
+    height: int
+    stored_width: int
+    stored_height: int
+
+
+def store_image(data: bytes, size: int, resize: Resize, quality: int) -> StoredImage:
+    """Decode, check, and resize or copy one image file.
+
+    Raises:
+        BadImageError: Empty, truncated, not an image, or too large.
+    """
+    if not data:
+        raise BadImageError("empty file")
+    format_, mode, orientation = _inspect(data)
+    pixels = _decode(data)
+    height, width = pixels.shape[:2]
+    if resize == "none" or max(height, width) < size:
+        if format_ == "JPEG" and mode in ("RGB", "L") and orientation == 1:
+            return StoredImage(data, "copied", format_, mode, orientation, width, height, width, height)
+        stored = _encode(pixels, quality)
+        return StoredImage(stored, "re-encoded", format_, mode, orientation, width, height, width, height)
+    if resize == "squash":
+        resized = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)
+    else:
+        scale = size / min(height, width)
+        resized = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+    stored = _encode(resized, quality)
+    new_height, new_width = resized.shape[:2]
+    return StoredImage(stored, "resized", format_, mode, orientation, width, height, new_width, new_height)
+
+
+def _inspect(data: bytes) -> tuple[str, str, int]:
+    """Format, mode and EXIF orientation, from the header alone."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                format_, mode, (width, height) = image.format or "unknown", image.mode, image.size
+                orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+    except Image.DecompressionBombError:
+        raise BadImageError("too many pixels") from None
+    except Exception:  # Pillow's readers raise what they like for a damaged header
+        raise BadImageError("not an image") from None
+    if width * height > _MAX_PIXELS:
+        raise BadImageError("too many pixels")
+    if format_ in ("JPEG", "MPO") and _END_OF_IMAGE not in data[-4096:]:
+        raise BadImageError("truncated")
+    return ("JPEG" if format_ == "MPO" else format_), mode, orientation if isinstance(orientation, int) else 1
+
+
+def _decode(data: bytes) -> NDArray[np.uint8]:
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:
+        pixels = None
+    if pixels is None:
+        raise BadImageError("cannot be decoded")
+    return np.asarray(pixels, np.uint8)
+
+
+def _encode(pixels: NDArray[Any], quality: int) -> bytes:
+    done, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not done:
+        raise BadImageError("cannot be encoded")
+    return encoded.tobytes()

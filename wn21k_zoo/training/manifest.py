@@ -1,0 +1,152 @@
+"""The manifest: a row for every image of the source, and what it all adds up to."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from wn21k_zoo.errors import MissingExtraError
+
+try:
+    import pyarrow as pa
+except ImportError:
+    raise MissingExtraError("The manifest of a prepared data set", "data") from None
+
+__all__ = ["MANIFEST_SCHEMA", "PART_SCHEMA", "PUBLISHED_TOTALS", "ClassResult", "classes_csv", "summary"]
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field("synset", pa.string(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),  # of the file in the source
+        pa.field("split", pa.string()),  # train, validation; null: not used
+        pa.field("reason", pa.string()),  # why it is not used
+        pa.field("shard", pa.string()),
+        pa.field("key", pa.string()),  # in the shard
+        pa.field("width", pa.int32()),  # original, upright
+        pa.field("height", pa.int32()),
+        pa.field("stored_width", pa.int32()),
+        pa.field("stored_height", pa.int32()),
+        pa.field("stored_bytes", pa.int32()),
+        pa.field("sha256", pa.string()),  # of the stored bytes
+        pa.field("action", pa.string()),  # resized, copied, re-encoded
+        pa.field("format", pa.string()),  # of the original, by its content
+        pa.field("mode", pa.string()),  # of the original: RGB, L, CMYK, ...
+        pa.field("orientation", pa.int8()),  # EXIF, 1 is upright
+    ]
+)
+# What a class's own part knows besides: where its records lie in its tar, and the number that they are sorted by.
+PART_SCHEMA = pa.schema(
+    [
+        *(field for field in MANIFEST_SCHEMA if field.name != "shard"),
+        pa.field("start", pa.uint64()),
+        pa.field("length", pa.uint32()),
+        pa.field("image_offset", pa.uint32()),
+        pa.field("order", pa.uint64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PublishedTotals:
+    """Images and classes as published."""
+
+    classes: int
+    train: int
+    validation: int
+    source: str
+
+
+PUBLISHED_TOTALS: Mapping[str, PublishedTotals] = MappingProxyType(
+    {
+        "imagenet21k_p_fall11": PublishedTotals(
+            11_221, 11_797_632, 561_052, "dataset_preprocessing/processing_instructions.md of Alibaba-MIIL/ImageNet21K"
+        ),
+        "imagenet21k_p_winter21": PublishedTotals(
+            10_450, 11_060_223, 522_500, "dataset_preprocessing/processing_instructions.md of Alibaba-MIIL/ImageNet21K"
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassResult:
+    """What became of one class of the source (or of one split of it, where the source is split).
+
+    ``decision`` is 'kept', 'outside the label space', 'too few images' or 'damaged archive'; ``images`` counts file
+    names, ``reasons`` those that are not used, by reason, in kept and damaged classes.
+    """
+
+    name: str
+    wnid: str
+    decision: str
+    images: int
+    train: int = 0
+    validation: int = 0
+    stored_bytes: int = 0
+    source_bytes: int = 0
+    reasons: Mapping[str, int]
+
+    @property
+    def bad(self) -> int:
+        """Images that should have been used and cannot be."""
+        return sum(self.reasons.values()) if self.decision in ("kept", "damaged archive") else 0
+
+
+def classes_csv(results: Iterable[ClassResult]) -> str:
+    """One line per class; the two splits of a source that is split already are added up."""
+    lines: dict[str, list[Any]] = {}
+    for one in results:
+        line = lines.setdefault(one.wnid, [one.wnid, one.decision, 0, 0, 0, 0])
+        for place, count in enumerate((one.images, one.train, one.validation, one.bad), start=2):
+            line[place] += count
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("synset", "decision", "images", "train", "validation", "bad"))
+    writer.writerows(lines.values())
+    return text.getvalue()
+
+
+def summary(results: Sequence[ClassResult], label_space: str, num_labels: int, options: Mapping[str, Any]) -> str:
+    """The readable summary, in Markdown: options, totals beside the published ones, what was left out and why."""
+    kept = [one for one in results if one.decision == "kept"]
+    train, validation = sum(one.train for one in kept), sum(one.validation for one in kept)
+    classes = len({one.wnid for one in kept})
+    lines = ["# Prepared data set", "", f"Label space {label_space}, {num_labels:,} classes.", ""]
+    lines += ["| option | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in options.items()), ""]
+    ours = (("classes", classes), ("train images", train), ("validation images", validation))
+    published = PUBLISHED_TOTALS.get(label_space)
+    if published is None:
+        lines += ["| | here |", "|---|---|", *(f"| {name} | {count:,} |" for name, count in ours), ""]
+    else:
+        theirs = (published.classes, published.train, published.validation)
+        lines += ["| | here | published | difference |", "|---|---|---|---|"]
+        lines += [
+            f"| {name} | {count:,} | {other:,} | {count - other:+,} |"
+            for (name, count), other in zip(ours, theirs, strict=True)
+        ]
+        lines += ["", f"Published: {published.source}."]
+        if label_space == "imagenet21k_p_fall11":
+            lines += ["Its validation count is two more than 50 for each of its classes; why is not known."]
+        lines += [""]
+    lines += ["## Left out", ""]
+    decisions = Counter(decision for _, decision in {(one.wnid, one.decision) for one in results})
+    decisions.pop("kept", None)
+    images = Counter[str]()
+    for one in results:
+        images[one.decision] += one.images
+    lines += [f"- {what}: {count:,} classes, {images[what]:,} images" for what, count in sorted(decisions.items())]
+    reasons = Counter[str]()
+    for one in results:
+        if one.decision in ("kept", "damaged archive"):
+            reasons.update(one.reasons)
+    lines += [f"- {what}: {count:,} images" for what, count in sorted(reasons.items())]
+    missing = num_labels - classes
+    lines += [f"- of the label space's classes, {missing:,} have no images here"] if missing else []
+    lines += ["nothing"] if lines[-1] == "" else []
+    lines += ["", "Every image has its row in manifest.parquet, every class its line in classes.csv.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""What a person asks of data preparation, and what it tells of its progress."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.engines import Engine, run_tasks
+
+__all__ = ["PrepareOptions", "Progress", "Resize", "Tasks", "disk_full_as_error", "make_tasks"]
+
+Resize = Literal["squash", "short-edge", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """What the bytes of the output depend on.
+
+    Args:
+        label_space: A shipped label space; the class indices are positions in it.
+        min_images: A class must have more image names than this (published: 500). Not asked of a source that is split.
+        val_per_class: So many names per class, first in byte order, are the validation split (published: 50).
+        size: In pixels (published: 224).
+        resize: ``squash`` to a square, or ``short-edge``.
+        quality: Of JPEG, 1 to 100 (OpenCV's default, and so the published one: 95).
+        shard_size: Samples per shard.
+
+    Raises:
+        InvalidArgumentError: A number is out of range.
+        UnknownLabelSpaceError: No such label space.
+    """
+
+    label_space: str = "fall11"
+    min_images: int = 500
+    val_per_class: int = 50
+    size: int = 224
+    resize: Resize = "squash"
+    quality: int = 95
+    shard_size: int = 10_000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label_space", LabelSpace.load(self.label_space).name)
+        for name, least, most in (
+            ("min_images", 0, 10**9), ("val_per_class", 0, 10**9), ("size", 1, 8192), ("quality", 1, 100),
+            ("shard_size", 1, 10**6),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise InvalidArgumentError(f"{name} is {value}; it must be from {least} to {most}.")
+        if self.resize not in ("squash", "short-edge"):
+            raise InvalidArgumentError(f"resize is {self.resize!r}; it must be 'squash' or 'short-edge'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far it is: ``done`` of ``total`` bytes of the source, or shards; ``images`` so far in this run."""
+
+    stage: Literal["classes", "shards", "manifest"]
+    done: int
+    total: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """How tasks are run: a number of workers, an engine, and whom to tell."""
+
+    workers: int
+    engine: Engine
+    address: str | None
+    progress: Callable[[Progress], None]
+
+    def run(self, function: Callable[..., Any], tasks: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
+        """Results in the order in which they are ready."""
+        return run_tasks(function, tasks, workers=self.workers, engine=self.engine, address=self.address)
+
+
+def make_tasks(workers: int | None, engine: Engine, address: str | None, progress: Callable[[Progress], None]) -> Tasks:
+    """Tasks on all cores by default.
+
+    Raises:
+        InvalidArgumentError: Fewer than one worker.
+    """
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers < 1:
+        raise InvalidArgumentError(f"workers is {workers}; it must be at least 1.")
+    return Tasks(workers, engine, address, progress)
+
+
+@contextlib.contextmanager
+def disk_full_as_error(place: Path) -> Iterator[None]:
+    """A full disk in the block is a :class:`DiskSpaceError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskSpaceError(
+            f"No space is left on the disk of {place}. What is finished is kept: make room and run the same command "
+            "again."
+        ) from None

@@ -1,0 +1,138 @@
+"""What a preparation would make, and whether there is room for it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from wn21k_zoo.errors import DataSourceError, DiskSpaceError
+from wn21k_zoo.training.classes import decide, index_of, read_or_bad
+from wn21k_zoo.training.engines import Engine
+from wn21k_zoo.training.images import BadImageError, store_image
+from wn21k_zoo.training.manifest import ClassResult
+from wn21k_zoo.training.options import PrepareOptions, Progress, make_tasks
+from wn21k_zoo.training.shards import WORK_FOLDER
+from wn21k_zoo.training.sources import ClassSource, Source, open_source, read_members
+
+__all__ = ["ClassCount", "check_space_before", "check_space_during", "count", "count_class"]
+
+_RECORD_OVERHEAD = 2816  # of three tar members beside the image: headers, .cls, .json, and half a block of padding
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassCount:
+    """What a class would become; the bytes are extrapolated from its first image."""
+
+    wnid: str
+    decision: str
+    train: int = 0
+    validation: int = 0
+    source_bytes: int
+    stored_bytes: int = 0
+
+
+def count(
+    source: Path,
+    options: PrepareOptions,
+    *,
+    workers: int | None = None,
+    engine: Engine = "local",
+    ray_address: str | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> list[ClassCount]:
+    """What a preparation would make of the source, from its names and one image of each class.
+
+    Raises:
+        DataSourceError: As :func:`prepare`.
+    """
+    opened = open_source(source)
+    tasks = make_tasks(workers, engine, ray_address, progress)
+    counts: list[ClassCount] = []
+    done = images = 0
+    positions: list[int] = []
+
+    def waiting(spool: Path) -> Iterator[tuple[ClassSource, PrepareOptions, bool]]:
+        for one in opened.classes(spool, lambda _: True):
+            positions.append(one.position)
+            yield one, options, opened.is_split
+
+    with tempfile.TemporaryDirectory(prefix="wn21k-") as spool:
+        for one in tasks.run(count_class, waiting(Path(spool))):
+            counts.append(one)
+            images += one.train + one.validation
+            done = positions[len(counts) - 1]
+            progress(Progress(stage="classes", done=done, total=opened.num_bytes, images=images))
+    return sorted(counts, key=lambda one: one.wnid)
+
+
+def count_class(source: ClassSource, options: PrepareOptions, is_split: bool) -> ClassCount:
+    """Count one class: a task."""
+    try:
+        names = {member.name for member in read_members(source) if member.refused is None}
+        decision = decide(source, len(names), options, is_split)
+        kept = len(names) if decision == "kept" else 0
+        first = _first_stored_bytes(source, options, is_split) if kept else 0
+    except DataSourceError:
+        return ClassCount(wnid=source.wnid, decision="damaged archive", source_bytes=source.num_bytes)
+    finally:
+        if source.spooled:
+            source.path.unlink(missing_ok=True)
+    validation = min(kept, options.val_per_class) if not is_split else kept * (source.split == "validation")
+    return ClassCount(
+        wnid=source.wnid,
+        decision=decision,
+        train=kept - validation,
+        validation=validation,
+        source_bytes=source.num_bytes,
+        stored_bytes=kept * (first + _RECORD_OVERHEAD),
+    )
+
+
+def _first_stored_bytes(source: ClassSource, options: PrepareOptions, is_split: bool) -> int:
+    resize = "none" if is_split else options.resize
+    for member in read_members(source):
+        if member.refused is None:
+            with contextlib.suppress(BadImageError):
+                return len(store_image(read_or_bad(member.read), options.size, resize, options.quality).data)
+    return 0
+
+
+def check_space_before(source: Source, options: PrepareOptions, output: Path) -> None:
+    """Refuse what will not fit, judged by one image each of up to 32 classes.
+
+    Raises:
+        DiskSpaceError: Too little space.
+    """
+    if source.sequential:
+        return  # nothing of it can be looked at beforehand; check_space_during does
+    work = output / WORK_FOLDER
+    classes: list[ClassSource] = []
+    with contextlib.suppress(DataSourceError):  # an archive that ends too early is told of when its classes are done
+        for one in source.classes(work / "spool", lambda name: name[-9:] in index_of(options.label_space)):
+            classes.append(one)
+    counts = [count_class(one, options, source.is_split) for one in classes[:: max(1, len(classes) // 32)]]
+    read = sum(count.source_bytes for count in counts)
+    stored = sum(count.stored_bytes for count in counts)
+    if read:
+        have = sum(path.stat().st_size for path in (work / "classes").iterdir())
+        _refuse_space(stored / read * sum(one.num_bytes for one in classes), have, output)
+
+
+def check_space_during(results: Iterable[ClassResult], done: int, total: int, output: Path) -> None:
+    """The same for a source that cannot be looked at beforehand, judged by what is done."""
+    stored = sum(result.stored_bytes for result in results)
+    _refuse_space(stored / done * total, stored, output)
+
+
+def _refuse_space(expected: float, have: int, output: Path) -> None:
+    free = shutil.disk_usage(output).free
+    if 2 * expected - have > free:
+        raise DiskSpaceError(
+            f"About {(2 * expected - have) / 1e9:,.1f} GB more are needed at {output} and {free / 1e9:,.1f} GB are "
+            f"free (the output takes about {expected / 1e9:,.1f} GB, and as much again while it is made). What is "
+            "finished is kept: make room, or name another disk."
+        )

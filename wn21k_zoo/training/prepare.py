@@ -1,0 +1,244 @@
+"""From the archives of ImageNet-21K to shards: ``wn21k data prepare``.
+
+Two passes of independent tasks, each of which puts its result in place whole or not at all:
+
+1. a task per class reads its images, checks and resizes them, and writes a tar of finished records and a manifest part;
+2. a task per shard gathers its records from the class tars, in an order that is fixed by a hash of their keys.
+
+So it can be killed at any moment and goes on where it was, and the bytes depend on the source and the options alone,
+not on the number of workers, the engine, or the order in which tasks end. The price is room for the output twice over
+while it runs; of the source nothing is copied, but for a few classes at a time of a compressed archive.
+
+What the paper leaves open is decided here and in :mod:`wn21k_zoo.training.images`: names are files that end in .jpeg,
+.jpg, .png, .webp or .bmp (published: .JPEG); a name that stands in an archive twice means its last occurrence, as
+unpacking would have it; validation images are the first names in byte order, whatever the locale; a class whose own
+archive is damaged is left out, and all its images count as bad.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import filelock
+
+from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.classes import finished_classes, prepare_class
+from wn21k_zoo.training.engines import Engine
+from wn21k_zoo.training.gather import write_manifest, write_shards
+from wn21k_zoo.training.manifest import ClassResult, classes_csv, summary
+from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error, make_tasks
+from wn21k_zoo.training.planning import check_space_before, check_space_during
+from wn21k_zoo.training.shards import INFO_FILE, WORK_FOLDER, DatasetInfo, Shard, atomic_file, read_info
+from wn21k_zoo.training.sources import ClassSource, Source, open_source
+
+__all__ = ["PrepareOptions", "Progress", "prepare"]
+
+
+def prepare(
+    source: Path,
+    output: Path,
+    options: PrepareOptions,
+    *,
+    workers: int | None = None,
+    engine: Engine = "local",
+    ray_address: str | None = None,
+    max_bad: float = 0.01,
+    allow_truncated: bool = False,
+    resume: bool = True,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> DatasetInfo:
+    """Prepare ``source`` into the folder ``output``; goes on where an earlier run with the same options ended.
+
+    Args:
+        source: Any layout of :mod:`wn21k_zoo.training.sources`.
+        output: A new or empty folder, or one that this function began.
+        options: What to make.
+        workers: Processes, or Ray tasks at a time. Default: all cores.
+        engine: ``local`` or ``ray``; the result is the same to the byte. On a cluster all nodes must see both paths.
+        ray_address: Of a running Ray cluster; default: one on this machine.
+        max_bad: Allowed share of images that cannot be used.
+        allow_truncated: Go on with what is there where an archive ends too early; the class it ends in is left out.
+        resume: If false, what an unfinished run left is deleted first.
+        progress: Called after each task.
+
+    Returns:
+        What ``_info.json`` in the output folder says.
+
+    Raises:
+        DataSourceError: The source is missing, of no known layout, damaged or cut off.
+        DataOutputError: The output folder holds something else, or was begun with other options.
+        DiskSpaceError: Too little space; what is finished is kept.
+        BadImagesError: More than ``max_bad`` of the images are bad; what is finished is kept.
+    """
+    if output.exists() and not output.is_dir():
+        raise DataOutputError(f"{output} is a file; name a folder for the output.")
+    tasks = make_tasks(workers, engine, ray_address, progress)
+    opened = open_source(source)
+    recorded = _recorded(options, opened)
+    if (output / INFO_FILE).is_file() and not (output / WORK_FOLDER).exists():
+        info = read_info(output)
+        _check_same(info.preparation, recorded, output)
+        return info
+    with disk_full_as_error(output), _begun(output, recorded, resume):
+        check_space_before(opened, options, output)
+        results = _prepare_classes(opened, options, output, tasks, max_bad, allow_truncated)
+        _refuse_bad(results, max_bad)
+        shards = write_shards(output, results, options, tasks)
+        progress(Progress(stage="manifest", done=0, total=1, images=0))
+        info = _finish(output, results, shards, options, recorded)
+        progress(Progress(stage="manifest", done=1, total=1, images=0))
+    shutil.rmtree(output / WORK_FOLDER)
+    return info
+
+
+def _recorded(options: PrepareOptions, source: Source) -> dict[str, Any]:
+    """The options as ``_info.json`` has them, without those that do not apply to a source that is split already."""
+    recorded = asdict(options)
+    if source.is_split:
+        recorded = {name: value for name, value in recorded.items() if name in ("label_space", "quality", "shard_size")}
+        recorded["resize"] = "none: split and resized by the source"
+    return {**recorded, "opencv": cv2.__version__}
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    if before != now:
+        differing = ", ".join(
+            f"{name} {before.get(name)!r} then and {now.get(name)!r} now"
+            for name in sorted({*before, *now})
+            if before.get(name) != now.get(name)
+        )
+        raise DataOutputError(
+            f"{output} was begun with other options ({differing}); use those, another folder, or delete this one."
+        )
+
+
+@contextlib.contextmanager
+def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[None]:
+    """The output folder, ours alone, with room to work in and without what killed tasks left."""
+    work = output / WORK_FOLDER
+    state = work / "options.json"
+    if output.exists() and not work.is_dir() and any(output.iterdir()):
+        raise DataOutputError(f"{output} is not empty and not an output of `wn21k data prepare`; name a new folder.")
+    folders = (work / "classes", work / "shards", work / "spool")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(work / "lock", timeout=0):
+            if not resume:
+                for folder in folders:
+                    shutil.rmtree(folder, ignore_errors=True)
+                state.unlink(missing_ok=True)
+            if state.is_file():
+                _check_same(json.loads(state.read_text(encoding="utf-8")), recorded, output)
+            for folder in folders:
+                folder.mkdir(exist_ok=True)
+            with atomic_file(state) as file:
+                file.write(json.dumps(recorded, indent=1).encode())
+            for left in (
+                *(work / "spool").iterdir(),
+                *(path for at in (output, *folders) for path in at.glob(".*.tmp")),
+            ):
+                left.unlink(missing_ok=True)
+            yield
+    except filelock.Timeout:
+        raise DataOutputError(f"Another process is preparing {output}; wait for it, or name another folder.") from None
+    except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
+        if error.filename is None or not str(error.filename).startswith(str(output)):
+            raise
+        raise DataOutputError(f"{output} cannot be written ({error.strerror}); name a folder that can.") from None
+
+
+def _prepare_classes(
+    source: Source, options: PrepareOptions, output: Path, tasks: Tasks, max_bad: float, allow_truncated: bool
+) -> list[ClassResult]:
+    """First pass: every class of the source that is not finished yet."""
+    work = output / WORK_FOLDER
+    results = {result.name: result for result in finished_classes(work / "classes")}
+    done = images = 0
+    positions: dict[str, int] = {}
+    cut_off: list[DataSourceError] = []
+
+    def wanted(name: str) -> bool:
+        return not (source.sequential and name in results)
+
+    def waiting() -> Iterator[tuple[ClassSource, PrepareOptions, Path, bool]]:
+        last = 0
+        try:
+            for one in source.classes(work / "spool", wanted):
+                positions[one.name], last = one.position - last, one.position
+                before = results.get(one.name)
+                if before is None or before.source_bytes != one.num_bytes:
+                    yield one, options, work / "classes", source.is_split
+        except DataSourceError as error:
+            cut_off.append(error)
+
+    known = sum(result.source_bytes for result in results.values()) if not source.sequential else 0
+    tasks.progress(Progress(stage="classes", done=known, total=source.num_bytes, images=0))
+    for result in tasks.run(prepare_class, waiting()):
+        results[result.name] = result
+        images += result.images
+        done += positions[result.name]
+        tasks.progress(Progress(stage="classes", done=known + done, total=source.num_bytes, images=images))
+        for receipt in (work / "shards").iterdir():  # the shards are no longer those of these classes
+            receipt.unlink()
+        if source.sequential and len(results) % 50 == 0:
+            check_space_during(results.values(), done, source.num_bytes, output)
+        if images > 10_000:
+            _refuse_bad(list(results.values()), 5 * max_bad)  # no need to wait for the end where it is that bad
+    if cut_off and not allow_truncated:
+        raise DataSourceError(
+            f"{str(cut_off[0]).rstrip('.')}. {len(results):,} classes are finished and kept: get the whole file and "
+            "run the same command again, or go on without the rest by --allow-truncated."
+        )
+    if not any(result.train + result.validation for result in results.values()):
+        fewer = Counter(result.decision for result in results.values())
+        what = "; ".join(f"{count:,} classes {decision}" for decision, count in sorted(fewer.items()))
+        raise DataSourceError(
+            f"No image of the source is to be used: {what or 'no classes in it'}. Look at --label-space and "
+            "--min-images."
+        )
+    return [results[name] for name in sorted(results)]
+
+
+def _refuse_bad(results: list[ClassResult], max_bad: float) -> None:
+    used = [one for one in results if one.decision in ("kept", "damaged archive")]
+    bad, images = sum(one.bad for one in used), sum(one.images for one in used)
+    if bad > max_bad * images:
+        reasons = Counter[str]()
+        for one in used:
+            reasons.update(one.reasons)
+        most = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
+        raise BadImagesError(
+            f"{bad:,} of {images:,} images cannot be used ({most}), more than {max_bad:.1%}. What is finished is kept: "
+            "look at the source, or run again with a higher --max-bad."
+        )
+
+
+def _finish(
+    output: Path,
+    results: list[ClassResult],
+    shards: dict[str, tuple[Shard, ...]],
+    options: PrepareOptions,
+    recorded: dict[str, Any],
+) -> DatasetInfo:
+    """Manifest, summary, and at last ``_info.json``, which says that it is complete."""
+    space = LabelSpace.load(options.label_space)
+    write_manifest(output, results)
+    for name, text in (
+        ("classes.csv", classes_csv(results)),
+        ("SUMMARY.md", summary(results, space.name, len(space), recorded)),
+    ):
+        with atomic_file(output / name) as file:
+            file.write(text.encode())
+    info = DatasetInfo(label_space=space.name, label_digest=space.digest, splits=shards, preparation=recorded)
+    with atomic_file(output / INFO_FILE) as file:
+        file.write(info.to_json().encode())
+    return info

@@ -1,0 +1,218 @@
+"""The format of a prepared data set: WebDataset tar shards, a sidecar index per shard, and one ``_info.json``.
+
+::
+
+    OUT/_info.json                splits, shards with length, size and sha256, label space, how it was prepared
+    OUT/train-00000.tar           per sample KEY.jpg, KEY.cls (class index) and KEY.json (name, synset, size)
+    OUT/train-00000.index.npy     per sample the place of its image in the tar and its class index
+    OUT/validation-00000.tar      and so on
+    OUT/manifest.parquet          a row for every image of the source
+    OUT/classes.csv, SUMMARY.md   the same, to read
+
+The tar files are those that WebDataset, timm and Hugging Face ``datasets`` read; ``_info.json`` has the keys that
+timm's reader asks for (``splits``, ``filenames``, ``shard_lengths``, ``num_samples``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wn21k_zoo.errors import DataError
+
+__all__ = [
+    "END_OF_TAR",
+    "INDEX_DTYPE",
+    "INFO_FILE",
+    "MANIFEST_FILE",
+    "WORK_FOLDER",
+    "DatasetInfo",
+    "Shard",
+    "atomic_file",
+    "encode_record",
+    "index_path",
+    "read_index",
+    "read_info",
+    "sample_hash",
+    "shard_name",
+    "write_index",
+]
+
+INFO_FILE = "_info.json"
+MANIFEST_FILE = "manifest.parquet"
+WORK_FOLDER = ".work"
+BLOCK = tarfile.BLOCKSIZE
+END_OF_TAR = bytes(2 * BLOCK)
+
+INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("target", "<i4")])
+"""One entry per sample: where the image's bytes begin in the tar, how many they are, and its class index."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar file of a split."""
+
+    name: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What ``_info.json`` says.
+
+    ``label_space`` is the name of a shipped label space, ``label_digest`` its digest; the class indices are positions
+    in it. ``preparation`` holds the options that the bytes depend on.
+    """
+
+    label_space: str
+    label_digest: str
+    splits: dict[str, tuple[Shard, ...]]
+    preparation: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of ``_info.json``."""
+        splits = {
+            split: {
+                "name": split,
+                "num_samples": sum(shard.num_samples for shard in shards),
+                "filenames": [shard.name for shard in shards],
+                "shard_lengths": [shard.num_samples for shard in shards],
+                "num_bytes": [shard.num_bytes for shard in shards],
+                "sha256": [shard.sha256 for shard in shards],
+            }
+            for split, shards in self.splits.items()
+        }
+        whole = {
+            "format": "wn21k_zoo shards, version 1",
+            "label_space": self.label_space,
+            "label_digest": self.label_digest,
+            "splits": splits,
+            "preparation": self.preparation,
+        }
+        return json.dumps(whole, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> DatasetInfo:
+        """Read the text of an ``_info.json`` of ours.
+
+        Raises:
+            ValueError, KeyError, TypeError: It is not one of ours.
+        """
+        whole = json.loads(text)
+        splits = {}
+        for split, entry in whole["splits"].items():
+            columns = (entry["filenames"], entry["shard_lengths"], entry["num_bytes"], entry["sha256"])
+            splits[split] = tuple(
+                Shard(name=name, num_samples=length, num_bytes=size, sha256=sha256)
+                for name, length, size, sha256 in zip(*columns, strict=True)
+            )
+        return DatasetInfo(
+            label_space=whole["label_space"],
+            label_digest=whole["label_digest"],
+            splits=splits,
+            preparation=whole["preparation"],
+        )
+
+
+def read_info(folder: Path) -> DatasetInfo:
+    """``_info.json`` of a prepared folder.
+
+    Raises:
+        DataError: There is none, or it is not one that ``wn21k data prepare`` writes.
+    """
+    path = folder / INFO_FILE
+    try:
+        return DatasetInfo.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "is not a folder" if not folder.is_dir() else f"has no {INFO_FILE}"
+        raise DataError(
+            f"{folder} {what}; name a finished output folder of `wn21k data prepare` (an unfinished one is finished by "
+            "the command that began it)."
+        ) from None
+    except NotADirectoryError:
+        raise DataError(f"{folder} is a file; name an output folder of `wn21k data prepare`.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not the one that `wn21k data prepare` writes ({error}); prepare anew.") from None
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of a shard."""
+    return f"{split}-{number:05d}.tar"
+
+
+def index_path(shard: Path) -> Path:
+    """The sidecar index of a shard."""
+    return shard.with_name(shard.name.removesuffix(".tar") + ".index.npy")
+
+
+def read_index(path: Path, num_samples: int | None = None) -> NDArray[np.void]:
+    """A sidecar index, mapped into memory, dtype :data:`INDEX_DTYPE`, shape [samples].
+
+    Raises:
+        DataError: It is missing, damaged or of another length.
+    """
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"The index {path} cannot be read ({error}); `wn21k data verify` tells what is damaged."
+        ) from None
+    if index.dtype != INDEX_DTYPE or index.ndim != 1 or num_samples not in (None, len(index)):
+        raise DataError(f"The index {path} does not fit its shard; `wn21k data verify` tells what is damaged.")
+    found: NDArray[np.void] = index
+    return found
+
+
+def write_index(path: Path, index: NDArray[np.void]) -> None:
+    """Write a sidecar index whole or not at all."""
+    with atomic_file(path) as file:
+        np.save(file, np.ascontiguousarray(index, dtype=INDEX_DTYPE), allow_pickle=False)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is at ``path``, complete and on the disk, after the block; or not there if the block fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def encode_record(key: str, image: bytes, target: int, details: dict[str, Any]) -> tuple[bytes, int]:
+    """The tar members of one sample, to be put one after another, and where in them the image's bytes begin.
+
+    Times and owners are constants, so that the bytes depend on the arguments alone.
+    """
+    text = json.dumps(details, separators=(",", ":")).encode()
+    members = ((f"{key}.jpg", image), (f"{key}.cls", str(target).encode()), (f"{key}.json", text))
+    return b"".join(_member(name, data) for name, data in members), BLOCK
+
+
+def _member(name: str, data: bytes) -> bytes:
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    header.mode = 0o644
+    return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
+
+
+def sample_hash(key: str) -> int:
+    """The 64-bit number by which the samples of a split are sorted: without pattern, a function of the key alone."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8, person=b"wn21k order").digest(), "big")

@@ -1,0 +1,409 @@
+"""What images are prepared from: every layout in which ImageNet-21K is handed out, as a stream of classes.
+
+Nothing is unpacked. An uncompressed archive is read in place, at the offsets of its classes. A compressed one can only
+be read from its beginning, so each class is copied out of the stream, processed, and deleted again.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import lzma
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from wn21k_zoo.errors import DataSourceError
+
+__all__ = ["ClassSource", "Member", "Source", "open_source", "read_members"]
+
+_WNID = re.compile(r"n\d{8}")
+_IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
+_SPLIT_FOLDERS = {
+    "imagenet21k_train": "train",
+    "imagenet21k_val": "validation",
+    "train": "train",
+    "val": "validation",
+    "validation": "validation",
+}
+_LAYOUTS = (
+    "an archive of class archives (fall11_whole.tar, winter21_whole.tar.gz), a folder of class archives "
+    "(n01440764.tar), an archive or a folder of class folders (n01440764/), or the processed ImageNet-21K-P of "
+    "image-net.org (imagenet21k_train/, imagenet21k_val/)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSource:
+    """The images of one class: a folder, or ``num_bytes`` of a tar file from ``offset`` on.
+
+    ``split`` is set where the source is split already. ``position`` says how far into the source it ends, in bytes.
+    ``spooled`` files belong to whoever processes the class, and go when that is done.
+    """
+
+    wnid: str
+    path: Path
+    num_bytes: int
+    position: int
+    offset: int = 0
+    split: str | None = None
+    spooled: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique within the source."""
+        return self.wnid if self.split is None else f"{self.split}-{self.wnid}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a class; ``refused`` says why it must not be read."""
+
+    name: str
+    read: Callable[[], bytes]
+    refused: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A source of classes.
+
+    ``classes(spool, wanted)`` yields them in the order in which they lie there; what a compressed archive holds is
+    copied into the folder ``spool``; those for which ``wanted(name)`` is false are left out. ``num_bytes`` is the size
+    of the whole. ``sequential``: it can only be read from the beginning.
+    """
+
+    classes: Callable[[Path, Callable[[str], bool]], Iterator[ClassSource]]
+    num_bytes: int
+    sequential: bool
+    is_split: bool
+
+
+def open_source(path: Path) -> Source:
+    """Find out what a person's path is.
+
+    Raises:
+        DataSourceError: Nothing is there, or none of the layouts that are known.
+    """
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise DataSourceError(f"{path} does not exist; name {_LAYOUTS}.")
+    try:
+        with _stream(path) as (archive, raw):
+            compressed = archive.fileobj is not raw
+            first = next((member for member in archive if member.isfile()), None)
+    except (DataSourceError, OSError) as error:
+        raise DataSourceError(f"{path} is no tar archive that can be read ({error}); name {_LAYOUTS}.") from None
+    if first is None:
+        raise DataSourceError(f"{path} has no files in it; name {_LAYOUTS}.")
+    nested = first.name.endswith(".tar")
+    if not nested and _place(first.name) is None:
+        raise DataSourceError(
+            f"{path} begins with {first.name!r}, neither a class archive nor in a class folder; name {_LAYOUTS}."
+        )
+    if compressed:
+        classes = _compressed_nested if nested else _compressed_flat
+    else:
+        classes = _plain_nested if nested else _plain_flat
+    return Source(
+        classes=lambda spool, wanted: classes(path, spool, wanted),
+        num_bytes=path.stat().st_size,
+        sequential=compressed,
+        is_split=not nested and (_place(first.name) or ("", None))[1] is not None,
+    )
+
+
+def read_members(source: ClassSource) -> Iterator[Member]:
+    """The files of one class in the order in which they lie there; each is read when its ``read`` is called.
+
+    Raises:
+        DataSourceError: The archive is damaged or ends too early; what stands before that was given.
+    """
+    if source.path.is_dir():
+        yield from _folder_members(source.path)
+        return
+    try:
+        with source.path.open("rb") as file:
+            window = _Window(file, source.offset, source.num_bytes)
+            with tarfile.open(fileobj=window, mode="r:") as archive:  # type: ignore[call-overload]
+                for member in _members(archive):
+                    yield from _tar_member(archive, member)
+    except (tarfile.TarError, EOFError) as error:
+        raise DataSourceError(f"the archive of {source.wnid} is damaged: {error}") from None
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """All headers of an archive without keeping them.
+
+    Raises:
+        tarfile.ReadError: It ends too early, or at something that is no header: tarfile takes that for the end.
+    """
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]
+        yield member
+    file: Any = archive.fileobj
+    if hasattr(file, "seekable"):
+        file.seek(archive.offset)
+        rest = file.read(tarfile.BLOCKSIZE)
+    else:
+        rest = b""  # a stream cannot go back
+        while chunk := file.read(1 << 20):  # to the end, where the checksum of a compressed file stands
+            rest = rest or chunk.strip(b"\0")
+    if rest.strip(b"\0"):
+        raise tarfile.ReadError("there is no header where one should be")
+
+
+def _tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[Member]:
+    if member.isdir():
+        return
+    path = PurePosixPath(member.name)
+
+    def read() -> bytes:
+        file = archive.extractfile(member)
+        data = file.read() if file is not None else b""
+        if len(data) < member.size:
+            raise tarfile.ReadError(f"{member.name} is cut off")
+        return data
+
+    if path.is_absolute() or ".." in path.parts:
+        yield Member(member.name, read, "refused: its path leaves its folder")
+    elif not member.isreg():
+        yield Member(member.name, read, "refused: a link or device, not a file")
+    elif _is_image(path.name):
+        yield Member(path.name, read)
+
+
+def _folder_members(folder: Path) -> Iterator[Member]:
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if _is_image(name):
+                yield Member(name, (Path(parent) / name).read_bytes)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def _open_folder(path: Path) -> Source:
+    classes = list(_folder_classes(path, None))
+    if not classes:
+        for name in sorted(entry.name for entry in path.iterdir() if entry.is_dir()):
+            if name in _SPLIT_FOLDERS:
+                classes += _folder_classes(path / name, _SPLIT_FOLDERS[name])
+    if not classes:
+        inner = [entry for entry in path.iterdir() if entry.is_dir()]
+        hint = f" Did you mean {inner[0]}?" if len(inner) == 1 else ""
+        raise DataSourceError(f"{path} has neither class archives nor class folders in it.{hint} Name {_LAYOUTS}.")
+    _refuse_twice(classes)
+    total = 0
+    placed = []
+    for one in classes:
+        total += one.num_bytes
+        placed.append(replace(one, position=total))
+    return Source(
+        classes=lambda spool, wanted: (one for one in placed if wanted(one.name)),
+        num_bytes=total,
+        sequential=False,
+        is_split=classes[0].split is not None,
+    )
+
+
+def _folder_classes(folder: Path, split: str | None) -> Iterator[ClassSource]:
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        stem = entry.name.removesuffix(".tar")
+        if not _WNID.fullmatch(stem):
+            continue
+        path = Path(entry.path)
+        if entry.is_dir() and stem == entry.name:
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        elif entry.is_file() and stem != entry.name:
+            size = entry.stat().st_size
+        else:
+            continue
+        yield ClassSource(wnid=stem, path=path, num_bytes=size, position=0, split=split)
+
+
+def _refuse_twice(classes: list[ClassSource]) -> None:
+    seen: set[str] = set()
+    for one in classes:
+        if one.name in seen:
+            raise DataSourceError(f"{one.wnid} is there twice, as a folder and as an archive; remove one of them.")
+        seen.add(one.name)
+
+
+def _place(name: str) -> tuple[str, str | None] | None:
+    """Class and split of a member of an archive of class folders; None if it lies in no class folder."""
+    parts = PurePosixPath(name).parts
+    for position in range(len(parts) - 2, -1, -1):
+        if _WNID.fullmatch(parts[position]):
+            split = next((_SPLIT_FOLDERS[part] for part in parts[:position] if part in _SPLIT_FOLDERS), None)
+            return parts[position], split
+    return None
+
+
+def _plain_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
+    """The class archives of an uncompressed archive, by their offsets."""
+    del spool
+    size = path.stat().st_size
+    for member in _headers(path):
+        stem = PurePosixPath(member.name).name.removesuffix(".tar")
+        end = member.offset_data + member.size
+        if end > size:
+            raise DataSourceError(f"{path} ends within {member.name}: it was not fetched whole.")
+        if member.isreg() and member.name.endswith(".tar") and _WNID.fullmatch(stem) and wanted(stem):
+            yield ClassSource(wnid=stem, path=path, num_bytes=member.size, position=end, offset=member.offset_data)
+
+
+def _plain_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
+    """The runs of files of one class each in an uncompressed archive of class folders."""
+    del spool
+    size = path.stat().st_size
+    seen: set[str] = set()
+    place: tuple[str, str | None] | None = None
+    begin = end = 0
+
+    def run() -> Iterator[ClassSource]:
+        if place is not None:
+            one = ClassSource(
+                wnid=place[0], split=place[1], path=path, num_bytes=end - begin, position=end, offset=begin
+            )
+            _refuse_scattered(one, seen, path)
+            if wanted(one.name):
+                yield one
+
+    for member in _headers(path):
+        if not member.isdir():
+            here = _place(member.name)
+            if here != place:
+                yield from run()
+                place, begin = here, member.offset
+        end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if end > size:
+            raise DataSourceError(f"{path} ends within {member.name}: it was not fetched whole.")
+    yield from run()
+
+
+def _refuse_scattered(one: ClassSource, seen: set[str], path: Path) -> None:
+    if one.name in seen:
+        raise DataSourceError(
+            f"{path} has the files of {one.wnid} in several places; unpack it and name the folder instead."
+        )
+    seen.add(one.name)
+
+
+def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
+    try:
+        with tarfile.open(path, mode="r:") as archive:
+            yield from _members(archive)
+    except tarfile.TarError as error:
+        raise DataSourceError(f"{path} is damaged or was not fetched whole: {error}.") from None
+
+
+def _compressed_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
+    """The class archives of a compressed archive, each copied out in turn."""
+    with _stream(path) as (archive, raw):
+        for member in _members(archive):
+            stem = PurePosixPath(member.name).name.removesuffix(".tar")
+            if not (member.isreg() and member.name.endswith(".tar") and _WNID.fullmatch(stem) and wanted(stem)):
+                continue
+            file: Any = archive.extractfile(member)
+            copy = spool / f"{stem}.tar"
+            size = 0
+            with copy.open("wb") as out:
+                while chunk := file.read(1 << 20):
+                    size += out.write(chunk)
+            yield ClassSource(wnid=stem, path=copy, num_bytes=size, position=raw.tell(), spooled=True)
+
+
+def _compressed_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
+    """The runs of files of one class each in a compressed archive of class folders, each copied out in turn."""
+    seen: set[str] = set()
+    with _stream(path) as (archive, raw), contextlib.ExitStack() as copies:
+        place: tuple[str, str | None] | None = None
+        copy: tarfile.TarFile | None = None
+
+        def finish() -> Iterator[ClassSource]:
+            if copy is None or place is None:
+                return
+            copies.close()
+            file = Path(str(copy.name))
+            yield ClassSource(
+                wnid=place[0],
+                split=place[1],
+                path=file,
+                num_bytes=file.stat().st_size,
+                position=raw.tell(),
+                spooled=True,
+            )
+
+        for member in _members(archive):
+            if member.isdir():
+                continue
+            here = _place(member.name)
+            if here != place:
+                yield from finish()
+                place, copy = here, None
+                if here is not None:
+                    one = ClassSource(wnid=here[0], split=here[1], path=path, num_bytes=0, position=0)
+                    _refuse_scattered(one, seen, path)
+                    if wanted(one.name):
+                        copy = copies.enter_context(tarfile.open(spool / f"{one.name}.tar", "w:"))
+            if copy is not None:
+                copy.addfile(member, archive.extractfile(member) if member.isreg() else None)
+        yield from finish()
+
+
+@contextlib.contextmanager
+def _stream(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
+    """An archive read from its beginning, and the file beneath it, whose position tells the progress."""
+    try:
+        with path.open("rb") as raw:
+            magic = raw.read(6)
+            raw.seek(0)
+            file: Any = raw
+            if magic.startswith(b"\x1f\x8b"):
+                file = gzip.open(raw)  # noqa: SIM115
+            elif magic.startswith(b"BZh"):
+                file = bz2.open(raw)  # noqa: SIM115
+            elif magic.startswith(b"\xfd7zXZ"):
+                file = lzma.open(raw)  # noqa: SIM115
+            with tarfile.open(fileobj=file, mode="r|" if file is not raw else "r:") as archive:
+                yield archive, raw
+    except (EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DataSourceError(f"{path} is damaged or was not fetched whole: {error}") from None
+
+
+class _Window:
+    """A part of a file that tarfile takes for a whole one."""
+
+    def __init__(self, file: IO[bytes], offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._position = file, offset, size, 0
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self._size - self._position)
+        self._file.seek(self._offset + self._position)
+        data = self._file.read(left if count is None or count < 0 else min(count, left))
+        self._position += len(data)
+        return data
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = base + position
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
