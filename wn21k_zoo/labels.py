@@ -118,6 +118,9 @@ class LabelSpace:
         """Output index of each wnid."""
         return MappingProxyType({wnid: index for index, wnid in enumerate(self.wnids)})
 
+    def __reduce__(self) -> tuple[type[LabelSpace], tuple[str, tuple[str, ...]]]:
+        return LabelSpace, (self.name, self.wnids)  # what is derived from these is derived anew
+
     def __len__(self) -> int:
         return len(self.wnids)
 

@@ -21,7 +21,7 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import planning
 from wn21k_zoo.training.planning import count
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
-from wn21k_zoo.training.shards import MANIFEST_FILE, index_path, read_index, read_info
+from wn21k_zoo.training.shards import MANIFEST_FILE, encode_record, index_path, read_index, read_info
 
 from .archives import (
     LAYOUTS,
@@ -439,3 +439,21 @@ def test_the_stand_in_archive(tmp_path, test_data):
     assert len(set(rows["synset"])) == 200
     assert {s for s, reason in zip(rows["synset"], rows["reason"], strict=True) if reason} == {OUTSIDE}
     assert set(rows["action"]) == {"copied", None}
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 7_000_000])
+def test_tar_headers_are_those_that_tarfile_writes(size):
+    data = bytes(size)
+    record, offset = encode_record("n02123045_1", data, 7, {"label": 7})
+    expected = io.BytesIO()
+    with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in (
+            ("n02123045_1.jpg", data),
+            ("n02123045_1.cls", b"7"),
+            ("n02123045_1.json", b'{"label":7}'),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    assert expected.getvalue()[: len(record)] == record
+    assert record[offset : offset + size] == data

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wn21k_zoo.cli.output import Format, console, print_table, say
+from wn21k_zoo.cli.output import Format, choose_format, console, print_json, print_table, say
 
 if TYPE_CHECKING:
     from wn21k_zoo.training.options import PrepareOptions, Progress
@@ -111,6 +111,67 @@ def prepare(
     say(f"complete: {output}")
 
 
+@app.command()
+def info(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder of wn21k data prepare.")],
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """Classes, images, sizes, imbalance, and counts per level of the hierarchy."""
+    from wn21k_zoo.training.inspect import describe
+
+    described = describe(folder)
+    if choose_format(format) in (Format.json, Format.jsonl):
+        print_json(described)
+        return
+    rows = [{"split": split, **values} for split, values in described["splits"].items()]
+    print_table(rows, tuple(rows[0]), format)
+    print_table(described["levels"], ("level", "classes", "with_images", "images"), format)
+    say(f"label space {described['label_space']}; {described['preparation']}")
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder of wn21k data prepare.")],
+    synset: Annotated[str | None, typer.Option("--synset", help="A wnid. Default: images of all classes.")] = None,
+    split: Annotated[str, typer.Option("--split", help="train or validation.")] = "train",
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="Images.")] = 48,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="PNG file. Default: SYNSET.png or SPLIT.png here.")
+    ] = None,
+) -> None:
+    """Write a contact sheet as PNG."""
+    from wn21k_zoo.errors import DataOutputError
+    from wn21k_zoo.training.inspect import contact_sheet
+
+    sheet = contact_sheet(folder, synset, split, count)
+    place = output or Path(f"{synset or split}.png")
+    try:
+        sheet.save(place, "PNG")
+    except OSError as error:
+        raise DataOutputError(f"{place} cannot be written: {error.strerror}; name another with --output.") from None
+    typer.echo(str(place))
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder of wn21k data prepare.")],
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """Hash all shards, compare counts, and see that labels are in range. Exit code 1 when something is damaged."""
+    from wn21k_zoo.training.inspect import verify_shards
+    from wn21k_zoo.training.options import Progress
+
+    with _progress_bar() as progress:
+        damages = verify_shards(
+            folder, lambda done, total: progress(Progress(stage="verify", done=done, total=total, images=0))
+        )
+    if damages:
+        rows = [{"file": damage.file, "key": damage.key, "problem": damage.problem} for damage in damages]
+        print_table(rows, ("file", "key", "problem"), format)
+        raise typer.Exit(1)
+    say(f"all as it was written: {folder}")
+
+
 def _count(source: Path, output: Path, options: PrepareOptions, run: dict[str, Any], format: Format | None) -> None:  # noqa: A002
     from wn21k_zoo.training.planning import count
 
@@ -156,6 +217,7 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
             task = tasks[progress.stage]
             elapsed = bars.tasks[task].elapsed or 0
             speed = f"{progress.images:,} images, {progress.images / elapsed:,.0f}/s" if elapsed > 0.1 else ""
+            speed = speed if progress.images else ""
             bars.update(task, completed=progress.done, total=progress.total, speed=speed)
 
         yield show

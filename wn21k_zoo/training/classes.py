@@ -22,11 +22,11 @@ from wn21k_zoo.training.images import BadImageError, store_image
 from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult
 from wn21k_zoo.training.options import PrepareOptions, disk_full_as_error
 from wn21k_zoo.training.shards import atomic_file, encode_record, sample_hash
-from wn21k_zoo.training.sources import ClassSource, read_members
+from wn21k_zoo.training.sources import ClassSource, Member, member_reader, read_members
 
 __all__ = ["decide", "finished_classes", "index_of", "prepare_class", "read_or_bad"]
 
-_PLAIN_STEM = re.compile(r"[A-Za-z0-9_]+")
+_PLAIN_STEM = re.compile(r"[A-Za-z0-9_]{1,90}")  # a tar header has room for 100 characters
 _RESULT_KEY = b"wn21k_zoo.result"
 _REPLACED = "a later file has the same name"
 
@@ -66,16 +66,16 @@ def index_of(label_space: str) -> dict[str, int]:
 def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is_split: bool) -> ClassResult:
     labels = index_of(options.label_space)
     rows: list[dict[str, Any]] = []
-    last: dict[str, int] = {}  # position of each name's last occurrence
+    last: dict[str, Member] = {}  # each name's last occurrence
     decision = "kept"
     try:
-        for position, member in enumerate(read_members(source)):
+        for member in read_members(source):
             if member.refused is not None:
                 rows.append({"name": member.name, "reason": member.refused})
             else:
                 if member.name in last:
                     rows.append({"name": member.name, "reason": _REPLACED})
-                last[member.name] = position
+                last[member.name] = member
     except DataSourceError:
         decision = "damaged archive"
     names = sorted(last, key=os.fsencode)
@@ -88,53 +88,52 @@ def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, i
     if not is_split:
         splits.update(dict.fromkeys(names[: options.val_per_class], "validation"))
     keys = _keys_of(source.wnid, names)
-    with atomic_file(folder / f"{source.name}.tar") as file:
-        for position, member in enumerate(read_members(source)):
-            if member.refused is None and last[member.name] == position:
-                row = {"name": member.name, "key": keys[member.name]}
-                try:
-                    stored = store_image(
-                        read_or_bad(member.read), options.size, "none" if is_split else options.resize, options.quality
-                    )
-                except BadImageError as error:
-                    rows.append({**row, "reason": str(error)})
-                    continue
-                details = {
-                    "filename": member.name,
-                    "synset": source.wnid,
-                    "label": labels[source.wnid],
-                    "width": stored.stored_width,
-                    "height": stored.stored_height,
+    resize = "none" if is_split else options.resize
+    target = labels[source.wnid]
+    with atomic_file(folder / f"{source.name}.tar") as file, member_reader() as read:
+        for name, member in last.items():
+            try:
+                stored = store_image(read_or_bad(read, member), options.size, resize, options.quality)
+            except BadImageError as error:
+                rows.append({"name": name, "key": keys[name], "reason": str(error)})
+                continue
+            details = {
+                "filename": name,
+                "synset": source.wnid,
+                "label": target,
+                "width": stored.stored_width,
+                "height": stored.stored_height,
+            }
+            record, image_offset = encode_record(keys[name], stored.data, target, details)
+            rows.append(
+                {
+                    "name": name,
+                    "key": keys[name],
+                    "split": splits[name],
+                    "width": stored.width,
+                    "height": stored.height,
+                    "stored_width": stored.stored_width,
+                    "stored_height": stored.stored_height,
+                    "stored_bytes": len(stored.data),
+                    "sha256": hashlib.sha256(stored.data).hexdigest(),
+                    "action": stored.action,
+                    "format": stored.format,
+                    "mode": stored.mode,
+                    "orientation": stored.orientation,
+                    "start": file.tell(),
+                    "length": len(record),
+                    "image_offset": image_offset,
+                    "order": sample_hash(keys[name]),
                 }
-                record, image_offset = encode_record(row["key"], stored.data, labels[source.wnid], details)
-                rows.append(
-                    {
-                        **row,
-                        "split": splits[member.name],
-                        "width": stored.width,
-                        "height": stored.height,
-                        "stored_width": stored.stored_width,
-                        "stored_height": stored.stored_height,
-                        "stored_bytes": len(stored.data),
-                        "sha256": hashlib.sha256(stored.data).hexdigest(),
-                        "action": stored.action,
-                        "format": stored.format,
-                        "mode": stored.mode,
-                        "orientation": stored.orientation,
-                        "start": file.tell(),
-                        "length": len(record),
-                        "image_offset": image_offset,
-                        "order": sample_hash(row["key"]),
-                    }
-                )
-                file.write(record)
+            )
+            file.write(record)
     return _write_part(source, folder, decision, rows)
 
 
-def read_or_bad(read: Callable[[], bytes]) -> bytes:
-    """What ``read`` gives; a file that cannot be read is a bad image."""
+def read_or_bad(read: Callable[[Member], bytes], member: Member) -> bytes:
+    """The bytes of a file; one that cannot be read is a bad image."""
     try:
-        return read()
+        return read(member)
     except OSError as error:
         raise BadImageError(f"cannot be read: {error.strerror or error}") from None
 

@@ -56,6 +56,7 @@ def _run_in_processes(
     function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int
 ) -> Iterator[Result]:
     context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
+    others = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     running: set[concurrent.futures.Future[Result]] = set()
     try:
@@ -72,7 +73,7 @@ def _run_in_processes(
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()
 
 

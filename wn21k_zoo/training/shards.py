@@ -4,7 +4,7 @@
 
     OUT/_info.json                splits, shards with length, size and sha256, label space, how it was prepared
     OUT/train-00000.tar           per sample KEY.jpg, KEY.cls (class index) and KEY.json (name, synset, size)
-    OUT/train-00000.index.npy     per sample the place of its image in the tar and its class index
+    OUT/__index__/train-00000.npy per sample the place of its image in the tar and its class index
     OUT/validation-00000.tar      and so on
     OUT/manifest.parquet          a row for every image of the source
     OUT/classes.csv, SUMMARY.md   the same, to read
@@ -33,6 +33,7 @@ from wn21k_zoo.errors import DataError
 __all__ = [
     "END_OF_TAR",
     "INDEX_DTYPE",
+    "INDEX_FOLDER",
     "INFO_FILE",
     "MANIFEST_FILE",
     "WORK_FOLDER",
@@ -51,6 +52,7 @@ __all__ = [
 INFO_FILE = "_info.json"
 MANIFEST_FILE = "manifest.parquet"
 WORK_FOLDER = ".work"
+INDEX_FOLDER = "__index__"  # Hugging Face datasets takes no folder of such a name for data
 BLOCK = tarfile.BLOCKSIZE
 END_OF_TAR = bytes(2 * BLOCK)
 
@@ -154,7 +156,7 @@ def shard_name(split: str, number: int) -> str:
 
 def index_path(shard: Path) -> Path:
     """The sidecar index of a shard."""
-    return shard.with_name(shard.name.removesuffix(".tar") + ".index.npy")
+    return shard.parent / INDEX_FOLDER / f"{shard.name.removesuffix('.tar')}.npy"
 
 
 def read_index(path: Path, num_samples: int | None = None) -> NDArray[np.void]:
@@ -177,6 +179,7 @@ def read_index(path: Path, num_samples: int | None = None) -> NDArray[np.void]:
 
 def write_index(path: Path, index: NDArray[np.void]) -> None:
     """Write a sidecar index whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         np.save(file, np.ascontiguousarray(index, dtype=INDEX_DTYPE), allow_pickle=False)
 
@@ -207,10 +210,26 @@ def encode_record(key: str, image: bytes, target: int, details: dict[str, Any]) 
 
 
 def _member(name: str, data: bytes) -> bytes:
-    header = tarfile.TarInfo(name)
-    header.size = len(data)
-    header.mode = 0o644
-    return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
+    """A file of a tar; only name, size and checksum differ from header to header, and tarfile takes its time."""
+    before, after, total = _HEADER
+    start = name.encode("ascii").ljust(100, b"\0")
+    size = b"%011o" % len(data)
+    checksum = total + sum(start) + sum(size)
+    header = b"".join((start, before, size, after[:13], b"%06o" % checksum, after[19:]))
+    return b"".join((header, data, bytes(-len(data) % BLOCK)))
+
+
+def _header_template() -> tuple[bytes, bytes, int]:
+    """What stands in all headers between name and size, and after the size; and the sum that a checksum begins with."""
+    member = tarfile.TarInfo("")
+    member.mode = 0o644
+    header = member.tobuf(tarfile.USTAR_FORMAT)
+    before, after = header[100:124], header[135:]
+    # POSIX: the checksum counts its own eight bytes (148 to 155) as blanks.
+    return before, after, sum(before) + sum(after) - sum(after[13:21]) + 8 * ord(" ")
+
+
+_HEADER = _header_template()
 
 
 def sample_hash(key: str) -> int:

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from wn21k_zoo.errors import DataSourceError
 
-__all__ = ["ClassSource", "Member", "Source", "open_source", "read_members"]
+__all__ = ["ClassSource", "Member", "Source", "member_reader", "open_source", "read_members"]
 
 _WNID = re.compile(r"n\d{8}")
 _IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
@@ -61,12 +61,14 @@ class ClassSource:
         return self.wnid if self.split is None else f"{self.split}-{self.wnid}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
-    """One file of a class; ``refused`` says why it must not be read."""
+    """One file of a class: ``size`` bytes of ``path`` from ``offset`` on; ``refused`` says why it must not be read."""
 
     name: str
-    read: Callable[[], bytes]
+    path: Path
+    offset: int
+    size: int
     refused: str | None = None
 
 
@@ -121,7 +123,7 @@ def open_source(path: Path) -> Source:
 
 
 def read_members(source: ClassSource) -> Iterator[Member]:
-    """The files of one class in the order in which they lie there; each is read when its ``read`` is called.
+    """The files of one class in the order in which they lie there; :func:`member_reader` reads them.
 
     Raises:
         DataSourceError: The archive is damaged or ends too early; what stands before that was given.
@@ -134,7 +136,7 @@ def read_members(source: ClassSource) -> Iterator[Member]:
             window = _Window(file, source.offset, source.num_bytes)
             with tarfile.open(fileobj=window, mode="r:") as archive:  # type: ignore[call-overload]
                 for member in _members(archive):
-                    yield from _tar_member(archive, member)
+                    yield from _tar_member(source, member)
     except (tarfile.TarError, EOFError) as error:
         raise DataSourceError(f"the archive of {source.wnid} is damaged: {error}") from None
 
@@ -160,24 +162,17 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError("there is no header where one should be")
 
 
-def _tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[Member]:
+def _tar_member(source: ClassSource, member: tarfile.TarInfo) -> Iterator[Member]:
     if member.isdir():
         return
-    path = PurePosixPath(member.name)
-
-    def read() -> bytes:
-        file = archive.extractfile(member)
-        data = file.read() if file is not None else b""
-        if len(data) < member.size:
-            raise tarfile.ReadError(f"{member.name} is cut off")
-        return data
-
-    if path.is_absolute() or ".." in path.parts:
-        yield Member(member.name, read, "refused: its path leaves its folder")
+    name = member.name.rpartition("/")[2]
+    offset = source.offset + member.offset_data
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        yield Member(member.name, source.path, offset, member.size, "refused: its path leaves its folder")
     elif not member.isreg():
-        yield Member(member.name, read, "refused: a link or device, not a file")
-    elif _is_image(path.name):
-        yield Member(path.name, read)
+        yield Member(member.name, source.path, offset, member.size, "refused: a link or device, not a file")
+    elif _is_image(name):
+        yield Member(name, source.path, offset, member.size)
 
 
 def _folder_members(folder: Path) -> Iterator[Member]:
@@ -185,7 +180,32 @@ def _folder_members(folder: Path) -> Iterator[Member]:
         folders.sort()
         for name in sorted(names):
             if _is_image(name):
-                yield Member(name, (Path(parent) / name).read_bytes)
+                path = Path(parent) / name
+                yield Member(name, path, 0, path.stat().st_size if path.is_file() else 0)
+
+
+@contextlib.contextmanager
+def member_reader() -> Iterator[Callable[[Member], bytes]]:
+    """A function that gives a file's bytes; it keeps open what it read from last.
+
+    It raises OSError where a file cannot be read or is cut off.
+    """
+    with contextlib.ExitStack() as stack:
+        last: tuple[Path, IO[bytes]] | None = None
+
+        def read(member: Member) -> bytes:
+            nonlocal last
+            if last is None or last[0] != member.path:
+                stack.close()
+                last = None
+                last = member.path, stack.enter_context(member.path.open("rb"))
+            last[1].seek(member.offset)
+            data = last[1].read(member.size)
+            if len(data) < member.size:
+                raise OSError(f"{member.name} is cut off")
+            return data
+
+        yield read
 
 
 def _is_image(name: str) -> bool:

@@ -1,0 +1,431 @@
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.data import Loader, Squash, Stage, open_dataset
+from wn21k_zoo.training.prepare import PrepareOptions, prepare
+from wn21k_zoo.training.shards import index_path, read_index, read_info
+
+from .archives import OUTSIDE, WNIDS, jpeg, make_classes, tar_bytes
+
+SIZE = 32
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """An augmentation that shows which random numbers it got."""
+
+    size: int = SIZE
+
+    def __call__(self, image, random):
+        noisy = Squash(self.size)(image, random).copy()
+        noisy[0, 0] = [int(random.random() * 256) for _ in range(3)]
+        return noisy
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("WN21K_DATA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """67 training samples in 7 shards, 8 for validation."""
+    folder = tmp_path_factory.mktemp("shards")
+    source = folder / "source"
+    for number, wnid in enumerate(WNIDS[:2]):
+        (source / wnid).mkdir(parents=True)
+        for index in range(38 - number):
+            (source / wnid / f"{wnid}_{index}.JPEG").write_bytes(jpeg(100 * number + index, 24 + index % 9, 20))
+    prepare(source, folder / "out", PrepareOptions(min_images=0, val_per_class=4, size=SIZE, shard_size=10), workers=1)
+    return folder / "out"
+
+
+def loader(shards, split="train", **options):
+    defaults = {"batch_size": 8, "augmentation": Noisy(), "window": 3, "training": split == "train"}
+    return Loader(open_dataset(shards, split), **{**defaults, **options})
+
+
+def batches(one):
+    return [(batch.samples.tolist(), batch.targets.tolist(), batch.images.clone()) for batch in one]
+
+
+def same(some, others):
+    assert [one[:2] for one in some] == [other[:2] for other in others]
+    assert all(torch.equal(one[2], other[2]) for one, other in zip(some, others, strict=True))
+
+
+def test_a_batch_is_what_was_stored(shards):
+    dataset = open_dataset(shards, "validation")
+    space = LabelSpace.load("fall11")
+    assert dataset.label_space.digest == space.digest
+    found = batches(Loader(dataset, batch_size=3, training=False, augmentation=Squash(SIZE)))
+    assert [len(one[0]) for one in found] == [3, 3, 2]
+    path, index = dataset.local(0)
+    whole = path.read_bytes()
+    for samples, targets, images in found:
+        assert images.dtype == torch.float32
+        assert images.shape[1:] == (3, SIZE, SIZE)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        for sample, target, image in zip(samples, targets, images, strict=True):
+            entry = index[sample]
+            assert space.wnids[target] in WNIDS
+            data = whole[entry["offset"] : entry["offset"] + entry["size"]]
+            expected = Image.open(io.BytesIO(data)).convert("RGB")
+            if expected.size == (SIZE, SIZE):
+                assert np.abs(np.asarray(expected) / 255 - image.permute(1, 2, 0).numpy()).max() < 1e-6
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(shards, workers):
+    here, there = loader(shards, seed=7), loader(shards, seed=7, workers=workers)
+    for _ in range(2):  # the second epoch with the same processes
+        same(batches(here), batches(there))
+    assert here.state_dict() == there.state_dict() == {"epoch": 2, "samples_seen": 0}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_out_the_same_samples(shards, world):
+    whole = [one for batch in batches(loader(shards, batch_size=2 * world)) for one in batch[0]]
+    ranks = [batches(loader(shards, batch_size=2, rank=rank, world_size=world)) for rank in range(world)]
+    assert len({len(rank) for rank in ranks}) == 1
+    assert [one for step in zip(*ranks, strict=True) for batch in step for one in batch[0]] == whole
+    assert len(ranks[0]) == len(loader(shards, batch_size=2, rank=0, world_size=world))
+
+
+@pytest.mark.parametrize(("before", "after", "workers"), [(1, 1, 0), (1, 1, 2), (4, 1, 0), (1, 3, 0), (2, 3, 2)])
+def test_it_goes_on_where_it_was_also_with_other_ranks(shards, before, after, workers):
+    first = [loader(shards, batch_size=3, rank=rank, world_size=before, workers=workers) for rank in range(before)]
+    seen, states = [], []
+    for one in first:
+        batches(one)  # epoch 0
+        for step, batch in enumerate(one):
+            seen += zip(batch.samples.tolist(), batch.images[:, :, 0, 0].tolist(), strict=True)
+            if step == 2:
+                break
+        states.append(one.state_dict())
+    assert all(state == states[0] for state in states)
+    assert states[0] == {"epoch": 1, "samples_seen": 9 * before}
+    rest = []
+    for rank in range(after):
+        one = loader(shards, batch_size=3, rank=rank, world_size=after, workers=workers)
+        one.load_state_dict(json.loads(json.dumps(states[0])))
+        for batch in one:
+            rest += zip(batch.samples.tolist(), batch.images[:, :, 0, 0].tolist(), strict=True)
+        assert one.state_dict() == {"epoch": 2, "samples_seen": 0}
+    whole = loader(shards, batch_size=1)
+    whole.load_state_dict({"epoch": 1, "samples_seen": 0})
+    expected = [(batch.samples.item(), batch.images[0, :, 0, 0].tolist()) for batch in whole]
+    left = len(expected) - len(seen)
+    assert sorted(seen) == sorted(expected[: len(seen)])
+    assert sorted(rest) == sorted(expected[len(seen) : len(seen) + left // (3 * after) * 3 * after])
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_sample(shards):
+    def drawn(one):
+        return {
+            s: tuple(i[:, 0, 0].tolist())
+            for batch in one
+            for s, i in zip(batch.samples.tolist(), batch.images, strict=True)
+        }
+
+    again = loader(shards, batch_size=1, seed=1)
+    first, second = drawn(again), drawn(again)
+    assert first == drawn(loader(shards, batch_size=1, seed=1, window=1, workers=2))
+    assert sum(first[sample] == second[sample] for sample in first) < 3
+    assert sum(first[sample] == other for sample, other in drawn(loader(shards, batch_size=1, seed=2)).items()) < 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_evaluation_has_each_sample_once_over_all_ranks(shards, world, batch_size):
+    ranks = [
+        batches(loader(shards, "validation", batch_size=batch_size, rank=r, world_size=world)) for r in range(world)
+    ]
+    assert sorted(one for rank in ranks for batch in rank for one in batch[0]) == list(range(8))
+    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+
+
+@pytest.fixture
+def damaged(shards, tmp_path):
+    """Sample 5 of each shard's first half zeroed."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(shards, folder)
+    names = []
+    for shard in read_info(folder).splits["train"][:2]:
+        entry = read_index(index_path(folder / shard.name))[5]
+        with (folder / shard.name).open("r+b") as file:
+            file.seek(int(entry["offset"]) + 2)
+            file.write(bytes(int(entry["size"]) - 2))
+        with tarfile.open(folder / shard.name) as archive:
+            names.append((shard.name, archive.getmembers()[15].name))
+    return folder, names
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_sample_is_counted_logged_and_left_out_without_another_rank_waiting(damaged, workers, caplog):
+    folder, names = damaged
+    ranks = [loader(folder, batch_size=2, rank=rank, world_size=2, workers=workers, seed=1) for rank in range(2)]
+    found = [batches(one) for one in ranks]
+    assert len(found[0]) == len(found[1])
+    good = sum(len(batch[0]) for rank in found for batch in rank)
+    bad = sum(one.bad_samples for one in ranks)
+    assert bad == 2
+    assert good + bad == len(found[0]) * 4
+    messages = [record.getMessage() for record in caplog.records]
+    for shard, name in names:
+        assert any(shard in message and name in message for message in messages)
+
+
+def test_too_many_damaged_samples_end_it(damaged):
+    folder, _ = damaged
+    with pytest.raises(BadImagesError, match=r"wn21k data verify"):
+        batches(loader(folder, batch_size=4, max_bad=0.001, seed=1))
+
+
+def test_what_cannot_be_is_refused(shards, tmp_path):
+    dataset = open_dataset(shards)
+    for wrong in ({"batch_size": 0}, {"batch_size": 1, "rank": 1}, {"batch_size": 100}, {"batch_size": 1, "seed": -1}):
+        with pytest.raises(InvalidArgumentError):
+            Loader(dataset, **wrong)
+    with pytest.raises(InvalidArgumentError, match="no state"):
+        loader(shards).load_state_dict({"epoch": 0, "samples_seen": 10**6})
+    for place, split, message in (
+        (tmp_path / "nothing", "train", "does not exist"),
+        (shards / "_info.json", "train", "is a file"),
+        (shards, "validaton", "Did you mean validation"),
+        (tmp_path, "train", "no shards"),
+        ("nosuch://bucket/folder", "train", "cannot be reached"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_dataset(place, split)
+    (tmp_path / "missing").mkdir()
+    shutil.copy(shards / "_info.json", tmp_path / "missing")
+    with pytest.raises(DataError, match="cannot be read"):
+        batches(loader(tmp_path / "missing"))
+
+
+def test_a_data_set_can_be_pickled(shards):
+    dataset = open_dataset(shards)
+    assert pickle.loads(pickle.dumps(dataset)) == dataset  # noqa: S301
+    assert "67 samples in 7 shards" in repr(dataset)
+
+
+def test_classes_are_mapped_by_synset(shards):
+    classes = LabelSpace("mine", (WNIDS[1], "n02121808"))
+    dataset = open_dataset(shards, label_space=classes)
+    assert len(dataset) == 33
+    assert {
+        one for batch in Loader(dataset, batch_size=11, augmentation=Noisy()) for one in batch.targets.tolist()
+    } == {0}
+    with pytest.raises(DataError, match="no sample has a class"):
+        open_dataset(shards, label_space=LabelSpace("others", ("n02121808",)))
+
+
+# --- data sets of others ----------------------------------------------------------------------------------------------
+
+
+def timm_wds(folder, classes, keyed=True):
+    """As timm's WebDataset repositories are: several kinds per key, a json, numbers of another list of classes."""
+    samples = [(name, data) for files in classes.values() for name, data in files.items()]
+    random.Random(0).shuffle(samples)  # noqa: S311
+    for number in range(3):
+        files = {}
+        for place, (name, data) in enumerate(samples[number::3]):
+            key = name.removesuffix(".JPEG") if keyed else f"{number:03d}{place:05d}"
+            files |= {f"{key}.cls": b"7", f"{key}.jpg": data, f"{key}.json": json.dumps({"filename": name}).encode()}
+        (folder / f"imagenet22k-train-{number:04d}.tar").write_bytes(tar_bytes(files))
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_webdataset_tars_of_others(tmp_path, keyed):
+    folder = tmp_path / "wds"
+    folder.mkdir()
+    classes = make_classes()
+    timm_wds(folder, classes, keyed)
+    dataset = open_dataset(folder, label_space="winter21")
+    assert len(dataset) == sum(len(files) for wnid, files in classes.items() if wnid != OUTSIDE)
+    found = batches(Loader(dataset, batch_size=5, training=False, augmentation=Squash(SIZE)))
+    counts = np.unique([one for batch in found for one in batch[1]], return_counts=True)
+    space = LabelSpace.load("winter21")
+    expected = {space.index[wnid]: len(classes[wnid]) for wnid in WNIDS}
+    assert dict(zip(counts[0].tolist(), counts[1].tolist(), strict=True)) == expected
+    made = sorted((tmp_path / "cache" / "index").iterdir())
+    assert len(made) == 3
+    times = [path.stat().st_mtime_ns for path in made]
+    open_dataset(folder, label_space="winter21")
+    assert [path.stat().st_mtime_ns for path in made] == times
+
+
+def hugging_face_parquet(folder, classes):
+    """As Hugging Face stores timm/imagenet-w21-p: an image struct, a ClassLabel whose names are synsets, row groups."""
+    (folder / "data").mkdir(parents=True)
+    names = sorted(classes)
+    rows = [(name, data, names.index(wnid)) for wnid, files in classes.items() for name, data in files.items()]
+    random.Random(0).shuffle(rows)  # noqa: S311
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    for number in range(2):
+        mine = rows[number::2]
+        image = [{"bytes": webp(data), "path": name.replace("JPEG", "webp")} for name, data, _ in mine]
+        table = pa.table({"image": image, "label": pa.array([label for *_, label in mine], pa.int64())})
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        pq.write_table(table, folder / "data" / f"train-{number:05d}-of-00002.parquet", row_group_size=5)
+    return rows
+
+
+def webp(data):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").save(file, "WEBP", lossless=True)
+    return file.getvalue()
+
+
+def test_parquet_files_of_others(tmp_path):
+    classes = make_classes()
+    hugging_face_parquet(tmp_path / "hf", classes)
+    dataset = open_dataset(tmp_path / "hf", stage=Stage(tmp_path / "stage"))
+    assert len(dataset) == 30
+    space = LabelSpace.load("fall11")
+    originals = {}
+    for wnid in WNIDS:
+        for data in classes[wnid].values():
+            pixels = Squash(SIZE)(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), None)
+            originals[pixels.tobytes()] = space.index[wnid]
+    for workers in (0, 2):
+        one = Loader(dataset, batch_size=4, training=False, augmentation=Squash(SIZE), workers=workers)
+        seen = 0
+        for batch in one:
+            for image, target in zip(batch.images, batch.targets.tolist(), strict=True):
+                pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).contiguous().numpy()
+                assert originals[pixels.tobytes()] == target
+                seen += 1
+        assert seen == 30
+
+
+def test_a_table_without_synsets_is_refused(tmp_path):
+    pq.write_table(pa.table({"image": [b""], "label": [3]}), tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match="no column that names synsets"):
+        open_dataset(tmp_path)
+    (tmp_path / "validation-0.tar").write_bytes(tar_bytes({"0001.jpg": jpeg(0), "0001.cls": b"3"}))
+    with pytest.raises(DataError, match="neither the key '0001' nor its json names a synset"):
+        open_dataset(tmp_path, "validation")
+    (tmp_path / "test-0.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(DataError, match="no WebDataset tar"):
+        open_dataset(tmp_path, "test")
+
+
+# --- remote -----------------------------------------------------------------------------------------------------------
+
+
+def test_remote_shards_are_staged_once_verified_and_kept_below_the_limit(shards, tmp_path):
+    place = f"file://{shards}"  # fsspec's own path to local files: nothing is read in place
+    dataset = open_dataset(place, stage=Stage(tmp_path / "stage", limit=60_000))
+    same(batches(loader(shards)), batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=3, workers=2)))
+    staged = list((tmp_path / "stage").rglob("*.tar"))
+    assert 0 < sum(path.stat().st_size for path in staged) <= 60_000
+    assert len(staged) < 7
+
+
+def test_a_shard_that_is_damaged_where_it_lies_is_not_used(damaged, tmp_path):
+    folder, _ = damaged
+    dataset = open_dataset(f"file://{folder}", stage=Stage(tmp_path / "stage"))
+    with pytest.raises(DataError, match=r"has sha256 .* expected"):
+        batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=7))
+    assert not list((tmp_path / "stage").rglob("*.tmp"))
+
+
+def stage_all(place, stage, results):
+    dataset = open_dataset(place, stage=Stage(stage))
+    results.put([dataset.local(number)[0].stat().st_ino for number in range(len(dataset.shards))])
+
+
+def test_several_processes_stage_each_shard_once(shards, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=stage_all, args=(f"file://{shards}", tmp_path / "stage", results)) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found[0] == found[1] == found[2]
+
+
+TIMM = """
+import sys
+from timm.data import create_dataset
+dataset = create_dataset("wds/", root=sys.argv[1], split=sys.argv[2], is_training=False, batch_size=4)
+found = sorted((target, image.size) for image, target in dataset)
+print(len(found) == len(dataset), found)
+"""
+WEBDATASET = """
+import glob, sys, webdataset
+urls = sorted(glob.glob(f"{sys.argv[1]}/{sys.argv[2]}-*.tar"))
+read = webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg", "cls", "json")
+print(True, sorted((target, image.size) for image, target, details in read if details["label"] == target))
+"""
+DATASETS = """
+import sys, datasets
+datasets.disable_progress_bars()
+rows = datasets.load_dataset(sys.argv[1], split=sys.argv[2])
+print(True, sorted((row["cls"], row["jpg"].size) for row in rows))
+"""
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("reader", [TIMM, WEBDATASET, DATASETS], ids=["timm", "webdataset", "datasets"])
+def test_the_readers_of_others_read_the_shards(shards, tmp_path, reader, split):
+    expected = []
+    for shard in read_info(shards).splits[split]:
+        with tarfile.open(shards / shard.name) as archive:
+            files = {member.name: archive.extractfile(member).read() for member in archive}
+        for name in files:
+            if name.endswith(".jpg"):
+                with Image.open(io.BytesIO(files[name])) as image:
+                    expected.append((int(files[name.replace("jpg", "cls")]), image.size))
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", reader, str(shards), split], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"True {sorted(expected)}"
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_shards_on_a_web_server(shards, tmp_path):
+    pytest.importorskip("aiohttp")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(shards)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        dataset = open_dataset(f"http://127.0.0.1:{server.server_port}", stage=Stage(tmp_path / "stage"))
+        same(batches(loader(shards)), batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=3)))
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,158 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wn21k_zoo.errors import DataError, UnknownSynsetError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.inspect import contact_sheet, describe, verify_shards
+from wn21k_zoo.training.prepare import PrepareOptions, prepare
+from wn21k_zoo.training.shards import MANIFEST_FILE, index_path, read_index, read_info, write_index
+
+from .archives import WNIDS, make_classes, nested_tar
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "source.tar").write_bytes(nested_tar(make_classes()))
+    options = PrepareOptions(min_images=5, val_per_class=2, size=32, shard_size=7)
+    prepare(folder / "source.tar", folder / "out", options, workers=1)
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    return shutil.copytree(prepared, tmp_path / "copy")
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "wn21k_zoo", "data", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_info_counts(prepared):
+    described = describe(prepared)
+    assert described["splits"]["train"] == {
+        "images": 24, "classes": 3, "bytes": described["splits"]["train"]["bytes"], "shards": 4,
+        "fewest": 4, "median": 10.0, "most": 10, "imbalance": 2.5,
+    }  # fmt: skip
+    assert described["splits"]["validation"]["images"] == 6
+    levels = described["levels"]
+    assert [level["classes"] for level in levels] == [302, 1378, 2100, 2605, 2204, 1371, 716, 290, 146, 82, 26, 1]
+    assert sum(level["with_images"] for level in levels) == 3
+    assert sum(level["images"] for level in levels) == 24
+    shown = run("info", prepared, "-f", "json")
+    assert json.loads(shown.stdout) == json.loads(json.dumps(described))
+    assert "imbalance" in run("info", prepared, "-f", "table").stdout
+
+
+def test_a_contact_sheet_shows_the_images_of_a_class(prepared, tmp_path):
+    sheet = contact_sheet(prepared, WNIDS[0], count=8, columns=4)
+    assert sheet.size == (4 * 116 + 4, 2 * 130 + 24)
+    assert np.asarray(sheet)[30:130, 10:110].std() > 5  # a picture, not paper
+    assert contact_sheet(prepared, WNIDS[2], count=8, columns=4).size == (4 * 116 + 4, 130 + 24)  # it has but four
+    assert contact_sheet(prepared, None, "validation").size == (8 * 116 + 4, 130 + 24)
+    with pytest.raises(UnknownSynsetError, match="Did you mean n02123045"):
+        contact_sheet(prepared, "n02123046")
+    with pytest.raises(UnknownSynsetError, match="has no image of n02121808"):
+        contact_sheet(prepared, "n02121808")
+    with pytest.raises(DataError, match="no split 'test'"):
+        contact_sheet(prepared, None, "test")
+    done = run("show", prepared, "--synset", WNIDS[0], "-o", tmp_path / "sheet.png")
+    assert done.stdout.strip() == str(tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.format == "PNG"
+    assert "cannot be written" in run("show", prepared, "-o", tmp_path / "no" / "sheet.png").stderr
+
+
+def test_verify_finds_nothing_where_nothing_is_wrong(prepared):
+    steps = []
+    assert verify_shards(prepared, lambda *step: steps.append(step)) == []
+    assert steps[-1][0] == steps[-1][1]
+    done = run("verify", prepared)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_verify_names_the_damaged_image(copy):
+    shard = read_info(copy).splits["train"][1]
+    entry = read_index(index_path(copy / shard.name))[3]
+    with (copy / shard.name).open("r+b") as file:
+        file.seek(int(entry["offset"]) + 50)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    first, second = verify_shards(copy)
+    assert first.problem.startswith("has sha256 ")
+    assert second.problem == "the image is damaged"
+    assert second.key.startswith("n0")
+    done = run("verify", copy, "-f", "csv")
+    assert done.returncode == 1
+    assert f"{shard.name},{second.key},the image is damaged" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda folder: (folder / "train-00000.tar").unlink(), "cannot be read"),
+        (lambda folder: index_path(folder / "train-00000.tar").unlink(), "cannot be read"),
+        (lambda folder: index_path(folder / "train-00000.tar").write_bytes(b"no array"), "cannot be read"),
+        (lambda folder: (folder / MANIFEST_FILE).write_bytes(b"no table"), "cannot be read"),
+        (lambda folder: (folder / "train-00000.tar").write_bytes(b""), "has sha256"),
+        (lambda folder: shutil.copy(folder / "train-00000.tar", folder / "train-00099.tar"), "is in no split"),
+    ],
+)
+def test_verify_tells_what_is_missing(copy, damage, problem):
+    damage(copy)
+    assert any(problem in one.problem for one in verify_shards(copy))
+
+
+def test_verify_sees_labels_that_are_out_of_range_or_wrong(copy):
+    path = index_path(copy / "train-00000.tar")
+    index = read_index(path).copy()
+    original = index["target"][0]
+    index["target"][0] = len(LabelSpace.load("fall11"))
+    write_index(path, index)
+    assert any("1 class indices are outside" in one.problem for one in verify_shards(copy))
+    index["target"][0] = original + 1
+    write_index(path, index)
+    assert any("its classes are not those" in one.problem for one in verify_shards(copy))
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "show"])
+def test_what_is_no_prepared_folder_is_one_line(tmp_path, command):
+    for place, message in (
+        (tmp_path, "has no _info.json"),
+        (tmp_path / "no", "is not a folder"),
+        (__file__, "is a file"),
+    ):
+        done = run(command, place)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    (tmp_path / "_info.json").write_text('{"splits": {}}')
+    assert "is not the one that" in run(command, tmp_path).stderr
+
+
+def test_prepare_on_the_command_line(tmp_path, prepared):
+    source = prepared.parent / "source.tar"
+    options = ["--min-images", "5", "--val-per-class", "2", "--size", "32", "--shard-size", "7", "--workers", "1"]
+    done = run("prepare", source, tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (prepared / "SUMMARY.md").read_text()
+    files = [path.relative_to(prepared) for path in prepared.rglob("*") if path.is_file()]
+    assert all((tmp_path / "out" / path).read_bytes() == (prepared / path).read_bytes() for path in files)
+    dry = run("prepare", source, tmp_path / "dry", *options, "--dry-run", "-f", "json")
+    assert {row["decision"]: row["train"] for row in json.loads(dry.stdout)} == {
+        "kept": 24,
+        "outside the label space": 0,
+    }
+    assert "are free at" in dry.stderr
+    assert not (tmp_path / "dry").exists()
+    wrong = run("prepare", source, tmp_path / "out", "--label-space", "fal11")
+    assert (wrong.returncode, "Did you mean fall11" in wrong.stderr) == (1, True)
+    assert run("prepare", source, tmp_path / "out", "--quality", "101").returncode == 2

@@ -1,0 +1,48 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wn21k_zoo.training.order import SampleOrder, permutation
+
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8).map(tuple)
+
+
+def whole(order, epoch):
+    shard, number, _ = order.samples(epoch, 0, len(order))
+    return list(zip(shard.tolist(), number.tolist(), strict=True))
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.integers(0, 4), st.integers(0, 3), st.integers(0, 3), st.data())
+def test_each_epoch_has_each_sample_once_however_it_is_cut(lengths, window, seed, epoch, data):
+    order = SampleOrder(lengths, window, seed)
+    samples = whole(order, epoch)
+    assert sorted(samples) == [(shard, number) for shard, length in enumerate(lengths) for number in range(length)]
+    begin = data.draw(st.integers(0, len(samples) - 1))
+    end = data.draw(st.integers(begin + 1, len(samples)))
+    shard, number, last = order.samples(epoch, begin, end)
+    assert list(zip(shard.tolist(), number.tolist(), strict=True)) == samples[begin:end]
+    assert shard[-1] in order.windows(epoch)[last]
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    lengths = (50, 60, 70)
+    assert whole(SampleOrder(lengths, 2, 0), 0) == whole(SampleOrder(lengths, 2, 0), 0)
+    assert whole(SampleOrder(lengths, 2, 0), 0) != whole(SampleOrder(lengths, 2, 0), 1)
+    assert whole(SampleOrder(lengths, 2, 0), 0) != whole(SampleOrder(lengths, 2, 1), 0)
+    assert (
+        whole(SampleOrder(lengths, 0, 0), 0)
+        == whole(SampleOrder(lengths, 0, 1), 3)
+        == sorted(whole(SampleOrder(lengths, 0, 0), 0))
+    )
+
+
+def test_a_window_mixes_its_shards_only():
+    order = SampleOrder((100,) * 9, 3, 5)
+    shard, _, _ = order.samples(1, 0, 300)
+    assert set(shard.tolist()) == set(order.windows(1)[0].tolist())
+    assert np.abs(np.diff(np.flatnonzero(shard == shard[0]))).max() < 30
+
+
+def test_the_permutation_is_the_one_it_has_always_been():
+    assert permutation(10, 1, 2, 3).tolist() == [1, 9, 0, 5, 6, 8, 3, 7, 2, 4]

@@ -1,0 +1,373 @@
+"""The loader: batches of a data set in an order that nothing but the seed and the epoch decides.
+
+The order of samples does not depend on the number of ranks or workers, nor on interruptions: the state is an epoch and
+the number of its samples that were seen, and who resumes, also with another number of ranks, goes on with exactly those
+that were not. The randomness of augmentation is a function of (seed, epoch, sample). Workers hand over whole batches of
+bytes; the conversion to numbers in [0, 1] happens on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import tarfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import IO, Any, TypedDict
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError, Wn21kError
+from wn21k_zoo.training.augment import PublishedAugmentation, Squash
+from wn21k_zoo.training.dataset import ShardedDataset, open_dataset
+from wn21k_zoo.training.decode import UndecodableError, decode
+from wn21k_zoo.training.order import SampleOrder
+from wn21k_zoo.training.storage import Stage
+
+__all__ = [
+    "Batch",
+    "Loader",
+    "LoaderState",
+    "PublishedAugmentation",
+    "ShardedDataset",
+    "Squash",
+    "Stage",
+    "open_dataset",
+]
+
+_LOG = logging.getLogger(__name__)
+Augmentation = Callable[[NDArray[np.uint8], random.Random], NDArray[np.uint8]]
+_Task = tuple[int, int, int, int]  # epoch, first position, end, samples seen after the whole batch
+
+
+class LoaderState(TypedDict):
+    """Where a loader is: ``samples_seen`` counts all ranks together."""
+
+    epoch: int
+    samples_seen: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank gets of one batch.
+
+    ``images``: [n, 3, size, size] on the device, channels_last, floating point in [0, 1]. ``targets``: class indices,
+    [n] int64. ``samples``: numbers of the samples in the data set, [n] int64, on the CPU. ``n`` is smaller than the
+    batch size where samples were damaged, and in the last batch of an evaluation.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    samples: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class Loader:
+    """Batches of a data set for one rank.
+
+    Iterating gives the rest of the current epoch and then stands at the beginning of the next. In training all ranks
+    get equally many full batches, and what is left of an epoch at its end, less than a batch, is left out. In
+    evaluation the samples come in their own order, each exactly once over all ranks; a rank's last batch may be
+    smaller, or missing.
+
+    A damaged sample is logged with shard and key, counted in ``bad_samples`` and left out; its batch is smaller by one,
+    so that no other rank waits.
+
+    Args:
+        dataset: From :func:`open_dataset`.
+        batch_size: Of one rank.
+        training: Shuffle and leave out the last partial batch, or not.
+        augmentation: Called with the pixels [height, width, 3] uint8 RGB and a ``random.Random``; must be picklable.
+            Default: the published one in training, else resizing alone.
+        seed: Of order and augmentation.
+        rank: Of this process.
+        world_size: Number of ranks.
+        workers: Processes that decode and augment; 0: this one.
+        device: Batches come as tensors there, the next one on its way while one is worked on.
+        dtype: Of the images.
+        window: So many shards are mixed with each other.
+        max_bad: Share of damaged samples that is endured.
+
+    Raises:
+        InvalidArgumentError: A number is out of range, or the data set is smaller than one batch of all ranks.
+
+    Example:
+        >>> loader = Loader(open_dataset("shards"), batch_size=64, workers=8, device="cuda")
+        >>> for epoch in range(80):
+        ...     for batch in loader:
+        ...         loss = criterion(model(batch.images), batch.targets)
+    """
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        *,
+        batch_size: int,
+        training: bool = True,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        window: int = 16,
+        max_bad: float = 0.01,
+    ) -> None:
+        if batch_size < 1 or not 0 <= rank < world_size or workers < 0 or window < 1 or seed < 0:
+            raise InvalidArgumentError(
+                f"batch_size {batch_size}, rank {rank} of {world_size}, workers {workers}, window {window} or seed "
+                f"{seed} is out of range: batch_size and window must be at least 1, workers and seed at least 0, rank "
+                "below world_size."
+            )
+        if training and len(dataset) < batch_size * world_size:
+            raise InvalidArgumentError(
+                f"The data set has {len(dataset):,} samples, fewer than one batch of all ranks "
+                f"({batch_size} x {world_size}); take a smaller batch."
+            )
+        self.dataset, self.batch_size, self.training = dataset, batch_size, training
+        self.rank, self.world_size = rank, world_size
+        self.device, self.dtype, self.max_bad = torch.device(device), dtype, max_bad
+        self.bad_samples = self.good_samples = 0
+        self._order = SampleOrder(dataset.lengths, window if training else 0, seed)
+        self._plan = _Plan(len(dataset), batch_size, training, rank, world_size)
+        reader = _Reader(dataset, self._order, augmentation or (PublishedAugmentation() if training else Squash()))
+        self._batches: DataLoader[dict[str, Any]] = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=self._plan,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_begin_worker,
+        )
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch for this rank."""
+        return sum(1 for _ in self._plan.tasks(0, 0))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for seen, batch in self._on_device(iter(self._batches)):
+            self._plan.samples_seen = seen
+            yield batch
+        self._plan.epoch, self._plan.samples_seen = self._plan.epoch + 1, 0
+
+    def state_dict(self) -> LoaderState:
+        """The state after the batch that was given last; the same on all ranks."""
+        return {"epoch": self._plan.epoch, "samples_seen": self._plan.samples_seen}
+
+    def load_state_dict(self, state: LoaderState) -> None:
+        """Go on where another loader of the same data set and seed was, also one with another number of ranks.
+
+        Raises:
+            InvalidArgumentError: It cannot be a state of this data set.
+        """
+        if state["epoch"] < 0 or not 0 <= state["samples_seen"] <= len(self.dataset):
+            raise InvalidArgumentError(f"{state} is no state of a data set of {len(self.dataset):,} samples.")
+        self._plan.epoch, self._plan.samples_seen = state["epoch"], state["samples_seen"]
+
+    def _on_device(self, loaded: Iterator[dict[str, Any]]) -> Iterator[tuple[int, Batch]]:
+        """Convert each batch, the next one while the one before is worked on where the device has streams."""
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        before: tuple[int, Batch] | None = None
+        for raw in loaded:
+            if "error" in raw:
+                raise raw["error"]
+            self._count(raw)
+            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+                images = raw["images"].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+                images = images.div(255).to(self.dtype)
+                targets = raw["targets"].to(self.device, non_blocking=True)
+            now = raw["seen"], Batch(images, targets, raw["samples"])
+            if stream is None:
+                yield now
+                continue
+            if before is not None:
+                yield before
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            images.record_stream(torch.cuda.current_stream(self.device))
+            targets.record_stream(torch.cuda.current_stream(self.device))
+            before = now
+        if before is not None:
+            yield before
+
+    def _count(self, raw: dict[str, Any]) -> None:
+        for shard, key, reason in raw["bad"]:
+            _LOG.warning("sample left out: %s, %s: %s", shard, key, reason)
+        self.bad_samples += len(raw["bad"])
+        self.good_samples += len(raw["targets"])
+        if self.bad_samples > self.max_bad * max(1000, self.bad_samples + self.good_samples):
+            shard, key, reason = raw["bad"][-1] if raw["bad"] else ("", "", "")
+            raise BadImagesError(
+                f"{self.bad_samples:,} of {self.bad_samples + self.good_samples:,} samples are damaged, more than "
+                f"{self.max_bad:.1%} (the last: {shard}, {key}: {reason}); `wn21k data verify` tells which shards are."
+            )
+        if self.training and not len(raw["targets"]):
+            raise BadImagesError("All samples of a batch are damaged; `wn21k data verify` tells which shards are.")
+
+
+class _Plan(Sampler[_Task]):
+    """The batches of the rest of the epoch for one rank.
+
+    It knows nothing of the loader: a cycle of references would leave the end of the worker processes to the garbage
+    collector, which ends their queues first and then waits for them.
+    """
+
+    def __init__(self, count: int, batch_size: int, training: bool, rank: int, world_size: int) -> None:
+        self._count, self._batch_size, self._training = count, batch_size, training
+        self._rank, self._world_size = rank, world_size
+        self.epoch = self.samples_seen = 0
+
+    def __iter__(self) -> Iterator[_Task]:
+        return self.tasks(self.epoch, self.samples_seen)
+
+    def tasks(self, epoch: int, begin: int) -> Iterator[_Task]:
+        """From the position ``begin`` on."""
+        whole = self._batch_size * self._world_size
+        while begin + whole <= self._count:
+            first = begin + self._rank * self._batch_size
+            yield epoch, first, first + self._batch_size, begin + whole
+            begin += whole
+        left = self._count - begin
+        first, end = (begin + left * rank // self._world_size for rank in (self._rank, self._rank + 1))
+        if not self._training and first < end:
+            yield epoch, first, end, self._count
+
+
+def _begin_worker(worker: int) -> None:
+    del worker
+    cv2.setNumThreads(0)  # the workers are the parallelism; and OpenCV's threads do not survive a fork
+    torch.set_num_threads(1)
+
+
+class _Reader(Dataset[dict[str, Any]]):
+    """From a range of positions to a batch of bytes; runs in the workers."""
+
+    def __init__(self, dataset: ShardedDataset, order: SampleOrder, augmentation: Augmentation) -> None:
+        self.dataset, self.order, self.augmentation = dataset, order, augmentation
+        self._open: OrderedDict[int, tuple[IO[bytes], NDArray[np.void]]] = OrderedDict()
+        self._ahead: threading.Thread | None = None
+        self._staged: tuple[int, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict(), "_ahead": None, "_staged": None}
+
+    def __del__(self) -> None:
+        for file, _ in self._open.values():
+            file.close()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, task: _Task) -> dict[str, Any]:
+        try:
+            return self._read(*task)
+        except Wn21kError as error:  # DataLoader would put a traceback into its message
+            return {"error": error}
+
+    def _read(self, epoch: int, begin: int, end: int, seen: int) -> dict[str, Any]:
+        shards, numbers, window = self.order.samples(epoch, begin, end)
+        self._stage_ahead(epoch, window + 1)
+        images: torch.Tensor | None = None
+        pixels = np.empty(0)
+        targets: list[int] = []
+        samples: list[int] = []
+        bad: list[tuple[str, str, str]] = []
+        for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
+            file, index = self._shard(shard)
+            entry = index[number]
+            sample = int(self.order.starts[shard]) + number
+            try:
+                file.seek(int(entry["offset"]))
+                augmented = self.augmentation(
+                    decode(file.read(int(entry["size"]))), _random(self.order.seed, epoch, sample)
+                )
+            except (UndecodableError, OSError, cv2.error) as error:
+                bad.append((self.dataset.shards[shard].name, _key(file, int(entry["offset"])), str(error)))
+                continue
+            if images is None:
+                images = _empty((end - begin, *augmented.shape))
+                pixels = images.numpy()
+            pixels[len(targets)] = augmented
+            targets.append(int(entry["target"]))
+            samples.append(sample)
+        if images is None:
+            images = torch.empty((0, 1, 1, 3), dtype=torch.uint8)
+        return {
+            "images": images[: len(targets)],
+            "targets": torch.tensor(targets, dtype=torch.int64),
+            "samples": torch.tensor(samples, dtype=torch.int64),
+            "bad": bad,
+            "seen": seen,
+        }
+
+    def _shard(self, number: int) -> tuple[IO[bytes], NDArray[np.void]]:
+        found = self._open.get(number)
+        for _ in range(5):
+            if found is not None:
+                break
+            path, index = self.dataset.local(number)
+            with contextlib.suppress(FileNotFoundError):  # another process needed its room on the stage
+                found = path.open("rb", buffering=0), index
+        if found is None:
+            raise DataError(
+                f"The shard {self.dataset.shards[number].name} is missing, or the stage is too small for one window."
+            )
+        if number not in self._open:
+            self._open[number] = found
+            while len(self._open) > 2 * (self.order.window or 2):
+                self._open.popitem(last=False)[1][0].close()
+        return found
+
+    def _stage_ahead(self, epoch: int, window: int) -> None:
+        """Copy the shards of the next window to this machine while this one is read; each worker begins elsewhere."""
+        if self.dataset.storage.local is not None and self.dataset.shards[0].kind == "tar":
+            return
+        if self._staged == (epoch, window) or (self._ahead is not None and self._ahead.is_alive()):
+            return
+        windows = self.order.windows(epoch)
+        if window >= len(windows):
+            windows, epoch, window = self.order.windows(epoch + 1), epoch + 1, 0
+        self._staged = (epoch, window)
+        worker = get_worker_info()
+        shards = np.roll(windows[window], -(worker.id if worker is not None else 0)).tolist()
+
+        def run() -> None:
+            for shard in shards:
+                with contextlib.suppress(DataError):  # who needs it is told
+                    self.dataset.local(shard)
+
+        self._ahead = threading.Thread(target=run, daemon=True)
+        self._ahead.start()
+
+
+def _random(seed: int, epoch: int, sample: int) -> random.Random:
+    """Python's generator takes all bits of the number that it is given."""
+    return random.Random((seed << 96) ^ (epoch << 64) ^ sample)  # noqa: S311
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """Bytes; in a worker in the memory that it shares with the main process, which saves a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    count = int(np.prod(shape))
+    storage = torch.UntypedStorage._new_shared(count)  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
+
+
+def _key(file: IO[bytes], offset: int) -> str:
+    """The name in the tar header before an image."""
+    with contextlib.suppress(OSError, tarfile.TarError):
+        file.seek(offset - tarfile.BLOCKSIZE)
+        return tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
+    return f"at byte {offset}"

@@ -1,0 +1,251 @@
+"""A split of a data set as shards on this machine, whoever prepared it and wherever it lies."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import io
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, did_you_mean
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
+from wn21k_zoo.training.shards import INFO_FILE, DatasetInfo, index_path, read_index, write_index
+from wn21k_zoo.training.storage import Stage, Storage, data_cache_dir, open_storage
+
+__all__ = ["ShardedDataset", "open_dataset"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShardRef:
+    """A shard: its file in the storage, its length, and its index where that does not lie beside it."""
+
+    name: str
+    kind: Literal["tar", "parquet"]
+    num_samples: int
+    sha256: str | None = None
+    index: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ShardedDataset:
+    """A split of a data set; can be pickled. Made by :func:`open_dataset`."""
+
+    storage: Storage
+    split: str
+    label_space: LabelSpace
+    stage: Stage
+    shards: tuple[_ShardRef, ...]
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def __repr__(self) -> str:
+        return (
+            f"ShardedDataset({self.storage.url!r}, {self.split!r}, {len(self):,} samples in {len(self.shards):,} "
+            f"shards, {self.label_space!r})"
+        )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        return tuple(shard.num_samples for shard in self.shards)
+
+    def local(self, number: int) -> tuple[Path, NDArray[np.void]]:
+        """The tar file of a shard on this machine, staged if need be, and its index.
+
+        Raises:
+            DataError: It is missing or damaged.
+        """
+        shard = self.shards[number]
+        staged = Path(hashlib.sha256(self.storage.url.encode()).hexdigest()[:16]) / shard.name
+        if shard.kind == "parquet":
+            return self._converted(shard, staged)
+        if self.storage.local is not None:
+            path = self.storage.local / shard.name
+            return path, read_index(shard.index or index_path(path), shard.num_samples)
+        path = self.stage.get(str(staged), lambda to: self.storage.fetch(shard.name, to), shard.sha256)
+        index = shard.index
+        if index is None:
+            beside = index_path(Path(shard.name)).as_posix()
+            index = self.stage.get(str(index_path(staged)), lambda to: self.storage.fetch(beside, to))
+        return path, read_index(index, shard.num_samples)
+
+    def _converted(self, shard: _ShardRef, staged: Path) -> tuple[Path, NDArray[np.void]]:
+        assert shard.index is not None  # noqa: S101
+        rows = read_index(shard.index)
+        # Another label space keeps other rows: the name says which.
+        path = staged.with_name(f"{staged.stem}.{shard.index.stem[:16]}.tar")
+
+        def make(target: Path) -> None:
+            with self.storage.open(shard.name) as file:
+                write_index(index_path(self.stage.folder / path), convert_parquet(file, rows, target))
+
+        tar = self.stage.get(str(path), make)
+        return tar, read_index(index_path(tar), shard.num_samples)
+
+
+def open_dataset(
+    place: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    label_space: str | LabelSpace | None = None,
+    stage: Stage | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ShardedDataset:
+    """A split of a prepared data set, of ours or of others.
+
+    Args:
+        place: An output folder of ``wn21k data prepare``; a folder of WebDataset tars or Parquet files of others, such
+            as a download of ``timm/imagenet-22k-wds`` or ``timm/imagenet-w21-p``; or a URL of such a folder that fsspec
+            understands (``s3://bucket/folder``, ``hf://datasets/timm/imagenet-w21-p``).
+        split: ``train``, ``validation`` or another that is there.
+        label_space: Classes are mapped to it by synset, and samples of other classes left out. Default: that of the
+            data set if it is one of ours, else ``fall11``.
+        stage: Where remote shards are copied to. Default: :func:`~wn21k_zoo.training.storage.data_cache_dir`, 100 GB.
+        progress: Told of files done and to do while the files of others are looked through, once.
+
+    Raises:
+        DataError: Nothing is there, no such split, or its classes cannot be told.
+    """
+    storage = open_storage(place)
+    stage = stage or Stage(data_cache_dir() / "stage")
+    try:
+        text = storage.read_text(INFO_FILE)
+        info = _ours(text)
+        if info is not None:
+            return _open_ours(storage, info, split, label_space, stage, progress)
+        names = [name for name in storage.names() if name.endswith((".tar", ".parquet"))]
+    except OSError as error:
+        raise DataError(f"{storage.url} cannot be read: {error}") from None
+    mine = [name for name in names if split_of(name) == split]
+    if not mine:
+        there = sorted({found for name in names if (found := split_of(name))})
+        what = f"its splits are {', '.join(there)}" if there else "it holds no shards (SPLIT-*.tar or SPLIT-*.parquet)"
+        raise DataError(f"{storage.url} has no split {split!r}: {what}.{did_you_mean(split, there)}")
+    space = _space(label_space or "fall11")
+    classes = space.index
+
+    def build(name: str) -> NDArray[np.void]:
+        with storage.open(name) as file:
+            return index_parquet(file, name, classes) if name.endswith(".parquet") else index_tar(file, name, classes)
+
+    indexes = _indexes(storage, mine, space.digest, build, progress)
+    return _dataset(storage, split, space, stage, mine, indexes, {})
+
+
+def _ours(text: str | None) -> DatasetInfo | None:
+    if text is None:
+        return None
+    try:
+        return DatasetInfo.from_json(text)
+    except (ValueError, KeyError, TypeError):
+        return None  # timm's _info.json, say
+
+
+def _space(label_space: str | LabelSpace) -> LabelSpace:
+    return label_space if isinstance(label_space, LabelSpace) else LabelSpace.load(label_space)
+
+
+def _open_ours(
+    storage: Storage,
+    info: DatasetInfo,
+    split: str,
+    label_space: str | LabelSpace | None,
+    stage: Stage,
+    progress: Callable[[int, int], None],
+) -> ShardedDataset:
+    if split not in info.splits:
+        raise DataError(
+            f"{storage.url} has no split {split!r}; its splits are {', '.join(info.splits)}."
+            f"{did_you_mean(split, info.splits)}"
+        )
+    shards = info.splits[split]
+    try:
+        own = LabelSpace.load(info.label_space)
+    except UnknownLabelSpaceError as error:
+        raise DataError(f"{storage.url}: {error}") from None
+    if own.digest != info.label_digest:
+        raise DataError(f"{storage.url} was prepared with other classes called {info.label_space}; prepare it anew.")
+    space = own if label_space is None else _space(label_space)
+    hashes = {shard.name: shard.sha256 for shard in shards}
+    if space.digest == own.digest:
+        refs = tuple(
+            _ShardRef(name=shard.name, kind="tar", num_samples=shard.num_samples, sha256=shard.sha256)
+            for shard in shards
+        )
+        return ShardedDataset(storage=storage, split=split, label_space=space, stage=stage, shards=refs)
+    mapped = np.array([space.index.get(wnid, -1) for wnid in own.wnids], np.int32)
+
+    def build(name: str) -> NDArray[np.void]:
+        with storage.open(index_path(Path(name)).as_posix()) as file:
+            index: NDArray[np.void] = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        index["target"] = mapped[index["target"]]
+        return index[index["target"] >= 0]
+
+    names = [shard.name for shard in shards]
+    indexes = _indexes(storage, names, space.digest, build, progress)
+    return _dataset(storage, split, space, stage, names, indexes, hashes)
+
+
+def _dataset(
+    storage: Storage,
+    split: str,
+    space: LabelSpace,
+    stage: Stage,
+    names: list[str],
+    indexes: list[Path],
+    hashes: Mapping[str, str],
+) -> ShardedDataset:
+    refs = tuple(
+        _ShardRef(
+            name=name,
+            kind="parquet" if name.endswith(".parquet") else "tar",
+            num_samples=length,
+            sha256=hashes.get(name),
+            index=index,
+        )
+        for name, index in zip(names, indexes, strict=True)
+        if (length := len(read_index(index)))
+    )
+    if not refs:
+        raise DataError(f"{storage.url}, split {split!r}: no sample has a class of {space.name}.")
+    return ShardedDataset(storage=storage, split=split, label_space=space, stage=stage, shards=refs)
+
+
+def _indexes(
+    storage: Storage,
+    names: list[str],
+    digest: str,
+    build: Callable[[str], NDArray[np.void]],
+    progress: Callable[[int, int], None],
+) -> list[Path]:
+    """An index of each file in the cache, made if it is not there or the file has changed since."""
+    folder = data_cache_dir() / "index"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def indexed(name: str) -> Path:
+        identity = "\n".join((storage.url, name, storage.signature(name), digest))
+        path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy"
+        if not path.is_file():
+            write_index(path, build(name))
+        return path
+
+    paths: list[Path] = []
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # waiting for the storage, not computing
+        futures = [pool.submit(indexed, name) for name in names]
+        try:
+            for done, future in enumerate(futures, start=1):
+                paths.append(future.result())
+                progress(done, len(names))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return paths

@@ -1,0 +1,183 @@
+"""Data sets that others prepared, read without preparing them again; classes are matched by synset.
+
+- WebDataset tar files of other makers (``timm/imagenet-w21-wds``, ``timm/imagenet-22k-wds``): their headers are read
+  once, and an index like that of our own shards is kept in the cache;
+- Parquet files with an image column (``timm/imagenet-w21-p`` on the Hub): of each file the label column is read once;
+  its images are copied into a tar shard of ours on the stage when it is their turn.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from wn21k_zoo.errors import DataError, first_line
+from wn21k_zoo.training.shards import END_OF_TAR, INDEX_DTYPE, encode_record
+
+__all__ = ["convert_parquet", "index_parquet", "index_tar", "split_of"]
+
+_WNID = re.compile(r"n\d{8}(?![0-9])")
+_IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file's name says: ``imagenet22k-train-0000.tar``, ``data/validation-00000-of-00013.parquet``."""
+    for part in reversed(re.split(r"[/._-]", name.lower())):
+        if part in _SPLITS:
+            return _SPLITS[part]
+    return None
+
+
+def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray[np.void]:
+    """An index of the samples of a WebDataset tar whose synset is in ``classes``, dtype :data:`INDEX_DTYPE`.
+
+    The synset is that in the sample's key (``n01440764_10026.jpg``), else the one that its json names.
+
+    Raises:
+        DataError: The file is no tar, or a sample names no synset.
+    """
+    entries: list[tuple[int, int, int]] = []
+    image: tuple[int, int] | None = None
+    key, wnid = "", ""
+
+    def finish() -> None:
+        if image is None:
+            return
+        if not wnid:
+            raise DataError(
+                f"{name}: neither the key {key!r} nor its json names a synset; such a data set cannot be mapped."
+            )
+        if wnid in classes:
+            entries.append((*image, classes[wnid]))
+
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]
+                if not member.isreg():
+                    continue
+                path = PurePosixPath(member.name)
+                stem, _, kind = path.name.partition(".")
+                if str(path.parent / stem) != key:
+                    finish()
+                    key, image = str(path.parent / stem), None
+                    found = _WNID.search(stem) or _WNID.search(str(path.parent))
+                    wnid = found.group() if found else ""
+                if kind.lower() in _IMAGE_KINDS:
+                    image = (member.offset_data, member.size)
+                elif kind == "json" and not wnid:
+                    extracted: Any = archive.extractfile(member)
+                    wnid = _synset_in(json.loads(extracted.read()))
+            finish()
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        raise DataError(f"{name} is no WebDataset tar that can be read: {first_line(error)}") from None
+    return np.array(entries, INDEX_DTYPE)
+
+
+def _synset_in(details: Any) -> str:
+    if isinstance(details, dict):
+        for field in ("synset", "wnid", "class_name", "class", "filename", "image_id"):
+            found = _WNID.search(str(details.get(field, "")))
+            if found:
+                return found.group()
+    return ""
+
+
+def index_parquet(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray[np.void]:
+    """Which rows of a Parquet file have a class in ``classes``.
+
+    In the index, ``offset`` is the number of the row, ``size`` 0 and ``target`` the class.
+
+    Raises:
+        DataError: It has no label column whose values or names are synsets.
+    """
+    try:
+        parquet = pq.ParquetFile(file)
+        column, names = _label_column(parquet.schema_arrow, name)
+        values = parquet.read(columns=[column])[column]
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{name} is no Parquet file that can be read: {first_line(error)}") from None
+    if names is not None:
+        table = np.array([classes.get(_synset(one), -1) for one in names], np.int32)
+        targets = table[values.to_numpy()]
+    else:
+        targets = np.array([classes.get(_synset(one), -1) for one in values.to_pylist()], np.int32)
+    rows = np.flatnonzero(targets >= 0)
+    index = np.zeros(len(rows), INDEX_DTYPE)
+    index["offset"], index["target"] = rows, targets[rows]
+    return index
+
+
+def _synset(text: object) -> str:
+    found = _WNID.search(str(text))
+    return found.group() if found else ""
+
+
+def _label_column(schema: pa.Schema, name: str) -> tuple[str, list[str] | None]:
+    """The column with the class, and the names of its values where these are numbers (Hugging Face's ClassLabel)."""
+    features: dict[str, Any] = {}
+    if schema.metadata and b"huggingface" in schema.metadata:
+        features = json.loads(schema.metadata[b"huggingface"]).get("info", {}).get("features", {})
+    for field in schema:
+        names = features.get(field.name, {}).get("names") if isinstance(features.get(field.name), dict) else None
+        if pa.types.is_integer(field.type) and names and all(_synset(one) for one in names):
+            return field.name, names
+    for column in ("synset", "wnid", "label", "class_name", "image_id", "filename"):
+        if column in schema.names and pa.types.is_string(schema.field(column).type):
+            return column, None
+    raise DataError(
+        f"{name} has no column that names synsets (a ClassLabel whose names are WordNet ids, or a text column such as "
+        f"'synset'); its columns are {', '.join(schema.names)}."
+    )
+
+
+def convert_parquet(file: IO[bytes], rows: NDArray[np.void], target: Path) -> NDArray[np.void]:
+    """Copy the images of some rows of a Parquet file into a tar shard; memory holds one row group.
+
+    Args:
+        file: The Parquet file.
+        rows: As :func:`index_parquet` gives them.
+        target: The tar to write.
+
+    Returns:
+        The index of the tar.
+    """
+    parquet = pq.ParquetFile(file)
+    column = next(
+        (
+            field.name
+            for field in parquet.schema_arrow
+            if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+        ),
+        "image",
+    )
+    wanted = dict(zip(rows["offset"].tolist(), range(len(rows)), strict=True))
+    index = rows.copy()
+    with target.open("wb") as out:
+        for row, data in _images(parquet, column):
+            if row in wanted:
+                place = wanted[row]
+                record, offset = encode_record(f"row-{row:09d}", data, int(rows["target"][place]), {"row": row})
+                index[place] = (out.tell() + offset, len(data), rows["target"][place])
+                out.write(record)
+        out.write(END_OF_TAR)
+    return index
+
+
+def _images(parquet: pq.ParquetFile, column: str) -> Iterator[tuple[int, bytes]]:
+    row = 0
+    for batch in parquet.iter_batches(batch_size=256, columns=[column]):
+        for value in batch.column(0):
+            found = value.as_py()
+            yield row, (found.get("bytes") or b"") if isinstance(found, dict) else found or b""
+            row += 1

@@ -1,0 +1,249 @@
+"""A look at prepared shards: what is in them, how it looks, and whether it is still what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from wn21k_zoo.errors import DataError, UnknownSynsetError, did_you_mean
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.shards import MANIFEST_FILE, DatasetInfo, Shard, index_path, read_index, read_info
+from wn21k_zoo.tree import SemanticTree
+
+__all__ = ["Damage", "contact_sheet", "describe", "verify_shards"]
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Counts, sizes, imbalance and classes per level of a prepared folder.
+
+    Returns:
+        ``label_space``, ``preparation``; ``splits``: per split images, classes, bytes, shards, and the fewest, median
+        and most images of a class and ``imbalance``, the most over the fewest; ``levels``: per depth of the semantic
+        tree of the label space its classes, those with training images, and these images.
+
+    Raises:
+        DataError: It is no prepared folder, or damaged.
+    """
+    info = read_info(folder)
+    space = LabelSpace.load(info.label_space)
+    described: dict[str, Any] = {"label_space": info.label_space, "preparation": info.preparation, "splits": {}}
+    counts = {split: _class_counts(folder, shards, len(space)) for split, shards in info.splits.items()}
+    for split, shards in info.splits.items():
+        there = counts[split][counts[split] > 0]
+        described["splits"][split] = {
+            "images": int(there.sum()),
+            "classes": len(there),
+            "bytes": sum(shard.num_bytes for shard in shards),
+            "shards": len(shards),
+            "fewest": int(there.min()),
+            "median": float(np.median(there)),
+            "most": int(there.max()),
+            "imbalance": round(float(there.max() / there.min()), 1),
+        }
+    train = counts.get("train", np.zeros(len(space), np.int64))
+    tree = SemanticTree.from_wnids(space.wnids)
+    described["levels"] = [
+        {
+            "level": level,
+            "classes": len(nodes),
+            "with_images": int((train[nodes] > 0).sum()),
+            "images": int(train[nodes].sum()),
+        }
+        for level in range(int(tree.depths.max()) + 1)
+        for nodes in [np.flatnonzero(tree.depths == level)]
+    ]
+    return described
+
+
+def _class_counts(folder: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[np.int64]:
+    counts = np.zeros(classes, np.int64)
+    for shard in shards:
+        target = read_index(index_path(folder / shard.name), shard.num_samples)["target"]
+        if len(target) and not 0 <= int(target.min()) <= int(target.max()) < classes:
+            raise DataError(f"{shard.name} has class indices outside the label space; run `wn21k data verify`.")
+        counts += np.bincount(target, minlength=classes)
+    return counts
+
+
+def contact_sheet(
+    folder: Path, synset: str | None, split: str = "train", count: int = 48, columns: int = 8
+) -> Image.Image:
+    """The first images of a class, or of all, as one picture.
+
+    Args:
+        folder: A prepared folder.
+        synset: A wnid; None: of all classes, as they stand in the shards.
+        split: Of which split.
+        count: At most so many.
+        columns: In a row.
+
+    Raises:
+        UnknownSynsetError: No image of that class is there.
+        DataError: No such split, or no prepared folder.
+    """
+    info = read_info(folder)
+    space = LabelSpace.load(info.label_space)
+    if split not in info.splits:
+        raise DataError(f"{folder} has no split {split!r}; its splits are {', '.join(info.splits)}.")
+    target = _target(space, synset)
+    found = []
+    for name, data, here in _images(folder, info.splits[split], target):
+        found.append((name, data, here))
+        if len(found) >= count:
+            break
+    if not found:
+        raise UnknownSynsetError(f"{folder}, split {split}, has no image of {synset}.")
+    side, line = 112, 14
+    rows = -(-len(found) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + line + 4) + 4 + 20), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    title = f"{split}: all classes" if target is None else f"{split}: {synset} {space.names[target]}"
+    draw.text((4, 4), title, "black", font=ImageFont.load_default(12))
+    for place, (name, data, here) in enumerate(found):
+        x, y = 4 + place % columns * (side + 4), 24 + place // columns * (side + line + 4)
+        with Image.open(io.BytesIO(data)) as image:
+            image.draft("RGB", (side, side))
+            sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
+        caption = name.removesuffix(".jpg") if target is not None else space.names[here]
+        draw.text((x, y + side), _shortened(caption, font, side), "black", font=font)
+    return sheet
+
+
+def _shortened(text: str, font: Any, width: int) -> str:
+    while text and font.getlength(text) > width:
+        text = text[:-1]
+    return text
+
+
+def _target(space: LabelSpace, synset: str | None) -> int | None:
+    if synset is None:
+        return None
+    if synset not in space:
+        raise UnknownSynsetError(f"{synset} is no class of {space.name}.{did_you_mean(synset, space.wnids)}")
+    return space.index[synset]
+
+
+def _images(folder: Path, shards: tuple[Shard, ...], target: int | None) -> Iterator[tuple[str, bytes, int]]:
+    for shard in shards:
+        index = read_index(index_path(folder / shard.name), shard.num_samples)
+        chosen = index if target is None else index[index["target"] == target]
+        try:
+            with (folder / shard.name).open("rb") as file:
+                for entry in chosen:
+                    file.seek(int(entry["offset"]) - tarfile.BLOCKSIZE)
+                    name = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
+                    yield name, file.read(int(entry["size"])), int(entry["target"])
+        except (OSError, tarfile.TarError) as error:
+            raise DataError(f"{shard.name} cannot be read ({error}); run `wn21k data verify`.") from None
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with a file of a prepared folder; ``key``: the image, where one can be named."""
+
+    file: str
+    key: str | None
+    problem: str
+
+
+def verify_shards(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Damage]:
+    """Compare every shard with its sha256, every index with shard and manifest, every class with the label space.
+
+    Where a shard's hash is wrong, its images are compared one by one with the manifest, so that those are named.
+
+    Args:
+        folder: A prepared folder.
+        progress: Told of bytes read and to read.
+
+    Raises:
+        DataError: It is no prepared folder.
+    """
+    info = read_info(folder)
+    found: list[Damage] = []
+    space = LabelSpace.load(info.label_space)
+    if space.digest != info.label_digest:
+        found.append(Damage("_info.json", None, f"its digest is not that of the classes of {space.name}"))
+    try:
+        manifest = pq.read_table(
+            folder / MANIFEST_FILE,
+            columns=["synset", "split", "shard", "key", "sha256"],
+            filters=pc.field("shard").is_valid(),
+        )
+    except (OSError, ValueError) as error:
+        return [*found, Damage(MANIFEST_FILE, None, f"cannot be read: {error}")]
+    shards = [(split, shard) for split, shards in info.splits.items() for shard in shards]
+    total, done = sum(shard.num_bytes for _, shard in shards), 0
+    for split, shard in shards:
+        rows = manifest.filter(pc.equal(manifest["shard"], shard.name))
+        found += _verify_shard(folder, shard, split, rows, space)
+        done += shard.num_bytes
+        progress(done, total)
+    known = {shard.name for _, shard in shards}
+    found += [
+        Damage(path.name, None, "is in no split of _info.json")
+        for path in sorted(folder.glob("*.tar"))
+        if path.name not in known
+    ]
+    _compare_counts(info, manifest, found)
+    return found
+
+
+def _compare_counts(info: DatasetInfo, manifest: Any, found: list[Damage]) -> None:
+    for split, shards in info.splits.items():
+        stated = sum(shard.num_samples for shard in shards)
+        listed = pc.sum(pc.equal(manifest["split"], split)).as_py() or 0
+        if stated != listed:
+            found.append(Damage(MANIFEST_FILE, None, f"lists {listed:,} images of {split}, _info.json says {stated:,}"))
+
+
+def _verify_shard(folder: Path, shard: Shard, split: str, rows: Any, space: LabelSpace) -> Iterator[Damage]:
+    path = folder / shard.name
+    try:
+        index = read_index(index_path(path), shard.num_samples)
+    except DataError as error:
+        yield Damage(index_path(path).relative_to(folder).as_posix(), None, str(error))
+        return
+    if len(rows) != shard.num_samples:
+        yield Damage(shard.name, None, f"holds {shard.num_samples:,} images, the manifest lists {len(rows):,} in it")
+    outside = int(((index["target"] < 0) | (index["target"] >= len(space))).sum())
+    if outside:
+        yield Damage(shard.name, None, f"{outside:,} class indices are outside the label space")
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        yield Damage(shard.name, None, f"cannot be read: {error.strerror}")
+        return
+    if digest == shard.sha256 and not outside:
+        yield from _compare_targets(shard, index, rows, space, split)
+        return
+    if digest != shard.sha256:
+        yield Damage(shard.name, None, f"has sha256 {digest}, expected {shard.sha256}")
+    hashes = dict(zip(rows["sha256"].to_pylist(), rows["key"].to_pylist(), strict=True))
+    with path.open("rb") as file:
+        for entry in index:
+            file.seek(int(entry["offset"]))
+            hashes.pop(hashlib.sha256(file.read(int(entry["size"]))).hexdigest(), None)
+    for key in sorted(hashes.values()):
+        yield Damage(shard.name, key, "the image is damaged")
+
+
+def _compare_targets(
+    shard: Shard, index: NDArray[np.void], rows: Any, space: LabelSpace, split: str
+) -> Iterator[Damage]:
+    if any(other != split for other in rows["split"].to_pylist()):
+        yield Damage(shard.name, None, f"has images that the manifest does not count as {split}")
+    listed = np.bincount([space.index.get(wnid, 0) for wnid in rows["synset"].to_pylist()], minlength=len(space))
+    if not np.array_equal(np.bincount(index["target"], minlength=len(space)), listed):
+        yield Damage(shard.name, None, "its classes are not those that the manifest lists")

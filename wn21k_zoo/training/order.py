@@ -1,0 +1,99 @@
+"""The order of samples: a function of seed and epoch, whatever the number of ranks, workers and restarts.
+
+Shards are shuffled, then the samples within a window of shards. So a machine needs only the shards of one window at a
+time (and the next ones on their way), which is what network file systems and object storage are good at; the shards
+themselves are mixed already. Random numbers are the raw output of NumPy's Philox generator, which NumPy promises not to
+change (NEP 19), sorted stably.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["SampleOrder", "permutation"]
+
+
+def permutation(count: int, *key: int) -> NDArray[np.int64]:
+    """A permutation of ``range(count)`` that depends on the integers of ``key`` alone, shape [count]."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    numbers = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
+    return np.argsort(numbers, kind="stable")
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """The order of the samples of shards of given lengths.
+
+    Args:
+        lengths: Samples of each shard.
+        window: So many shards are mixed with each other; 0: no shuffling at all.
+        seed: The same seed gives the same order.
+    """
+
+    lengths: tuple[int, ...]
+    window: int
+    seed: int
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    @functools.cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Number of the first sample of each shard when they are counted through."""
+        return np.cumsum([0, *self.lengths[:-1]], dtype=np.int64)
+
+    def shards(self, epoch: int) -> NDArray[np.int64]:
+        """The shards in the order in which an epoch needs them."""
+        return _shards(self, epoch)
+
+    def windows(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The shards of each window of an epoch."""
+        shards, width = self.shards(epoch), self.window or 1
+        return [shards[first : first + width] for first in range(0, len(shards), width)]
+
+    def samples(self, epoch: int, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        """Which samples stand at the positions ``begin`` to ``end`` of an epoch.
+
+        Returns:
+            Shard and number within it, shape [end - begin] each, and the window that the last one lies in.
+        """
+        bounds = _window_bounds(self, epoch)
+        pieces = []
+        window = int(np.searchsorted(bounds, begin, side="right")) - 1
+        while True:
+            first, last = int(bounds[window]), int(bounds[window + 1])
+            pieces.append(_window_samples(self, epoch, window)[max(begin, first) - first : min(end, last) - first])
+            if end <= last:
+                break
+            window += 1
+        samples = np.concatenate(pieces)
+        shard = np.searchsorted(self.starts, samples, side="right") - 1
+        return shard, samples - self.starts[shard], window
+
+
+@functools.lru_cache(maxsize=8)
+def _shards(order: SampleOrder, epoch: int) -> NDArray[np.int64]:
+    count = len(order.lengths)
+    return permutation(count, order.seed, epoch) if order.window else np.arange(count)
+
+
+@functools.lru_cache(maxsize=8)
+def _window_bounds(order: SampleOrder, epoch: int) -> NDArray[np.int64]:
+    lengths = np.asarray(order.lengths, np.int64)
+    return np.cumsum([0, *(int(lengths[window].sum()) for window in order.windows(epoch))])
+
+
+@functools.lru_cache(maxsize=4)
+def _window_samples(order: SampleOrder, epoch: int, window: int) -> NDArray[np.int64]:
+    """All samples of a window, counted through over all shards, in their order."""
+    shards: Sequence[int] = order.windows(epoch)[window].tolist()
+    samples = np.concatenate([order.starts[shard] + np.arange(order.lengths[shard]) for shard in shards])
+    if not order.window:
+        return samples
+    return samples[permutation(len(samples), order.seed, epoch, window)]

@@ -1,0 +1,176 @@
+"""Where shards lie: on a local or network disk, where they are read in place, or anywhere fsspec reaches, with a stage.
+
+What is not on a disk (``s3://``, ``gs://``, ``hf://``, ``https://``) is copied, a shard at a time, into a folder on
+this machine, once for all processes, and verified where its sha256 is known. The folder is kept below a limit: what
+was not used for longest goes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+import platformdirs
+
+from wn21k_zoo.errors import DataError, DiskSpaceError, InvalidArgumentError, first_line
+
+__all__ = ["Stage", "Storage", "data_cache_dir", "open_storage"]
+
+_GB = 10**9
+
+
+def data_cache_dir() -> Path:
+    """Folder for staged shards and indexes: ``WN21K_DATA_CACHE``, else the user's cache folder."""
+    named = os.environ.get("WN21K_DATA_CACHE")
+    return Path(named) if named else platformdirs.user_cache_path("wn21k_zoo") / "data"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder of files, by path or URL."""
+
+    url: str
+    local: Path | None
+
+    def names(self) -> list[str]:
+        """Paths of all files below it, relative to it, sorted."""
+        if self.local is not None:
+            return sorted(path.relative_to(self.local).as_posix() for path in self.local.rglob("*") if path.is_file())
+        fs, root = self._filesystem()
+        return sorted(str(path)[len(root) :].lstrip("/") for path in fs.find(root))
+
+    def read_text(self, name: str) -> str | None:
+        """A small file, or None if there is none."""
+        try:
+            with self.open(name) as file:
+                return file.read().decode()
+        except FileNotFoundError:
+            return None
+
+    def open(self, name: str) -> IO[bytes]:
+        """For reading at any place."""
+        if self.local is not None:
+            return (self.local / name).open("rb")
+        fs, root = self._filesystem()
+        file: IO[bytes] = fs.open(f"{root}/{name}", "rb")
+        return file
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy a file to a local path."""
+        fs, root = self._filesystem()
+        fs.get_file(f"{root}/{name}", str(target))
+
+    def signature(self, name: str) -> str:
+        """Something that changes when the file does: its size, and the time or tag that the storage gives it."""
+        if self.local is not None:
+            status = (self.local / name).stat()
+            return f"{status.st_size}-{status.st_mtime_ns}"
+        fs, root = self._filesystem()
+        known: dict[str, Any] = fs.info(f"{root}/{name}")
+        tag = next(
+            (known[key] for key in ("ETag", "etag", "sha256", "blob_id", "mtime", "LastModified") if key in known), ""
+        )
+        return f"{known.get('size')}-{tag}"
+
+    def _filesystem(self) -> tuple[Any, str]:
+        import fsspec
+
+        fs, root = fsspec.core.url_to_fs(self.url)  # fsspec keeps one per process, and a new one after a fork
+        return fs, str(root).rstrip("/")
+
+
+def open_storage(place: str | os.PathLike[str]) -> Storage:
+    """A folder, or the URL of one.
+
+    Raises:
+        DataError: There is no such folder, or the library for such URLs is missing.
+    """
+    text = os.fspath(place)
+    if not re.match(r"[a-z0-9+.-]{2,}://|[a-z0-9+.-]{2,}::", text):
+        local = Path(text)
+        if not local.is_dir():
+            what = "is a file" if local.exists() else "does not exist"
+            raise DataError(f"{local} {what}; name a folder of shards, or a URL such as s3://bucket/folder.")
+        return Storage(str(local), local)
+    storage = Storage(text, None)
+    try:
+        storage._filesystem()
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{text} cannot be reached: {first_line(error)}") from None
+    return storage
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A local folder with copies of remote shards.
+
+    Args:
+        folder: Shared by all processes of this machine.
+        limit: In bytes; the least recently used go when more than this is there.
+    """
+
+    folder: Path
+    limit: int = 100 * _GB
+
+    def __post_init__(self) -> None:
+        if self.limit <= 0:
+            raise InvalidArgumentError(f"The limit of the stage is {self.limit} bytes; it must be more than 0.")
+
+    def get(self, name: str, make: Callable[[Path], None], sha256: str | None = None) -> Path:
+        """The staged file of that name; if it is not there, ``make`` writes it, in one process.
+
+        Raises:
+            DataError: It cannot be made, or has another sha256.
+            DiskSpaceError: No space is left.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(f"{path}.lock"):
+                if not path.is_file():
+                    self._make(path, make, sha256)
+                    self._trim(path)
+        with contextlib.suppress(OSError):
+            os.utime(path)  # used now
+        return path
+
+    def _make(self, path: Path, make: Callable[[Path], None], sha256: str | None) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            make(temporary)
+            if sha256 is not None:
+                with temporary.open("rb") as file:
+                    got = hashlib.file_digest(file, "sha256").hexdigest()
+                if got != sha256:
+                    raise DataError(f"{path.name} has sha256 {got}, expected {sha256}: it is damaged where it lies.")
+            temporary.replace(path)
+        except OSError as error:
+            if shutil.disk_usage(path.parent).free < 10**8:
+                raise DiskSpaceError(
+                    f"No space is left in the stage {self.folder}; name another, or a lower limit."
+                ) from None
+            raise DataError(f"{path.name} cannot be staged: {first_line(error)}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _trim(self, keep: Path) -> None:
+        files = []
+        for path in self.folder.rglob("*.tar"):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                files.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self.limit:
+                break
+            if path != keep:
+                path.unlink(missing_ok=True)
+                total -= size
