@@ -27,6 +27,7 @@ from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import index_path, read_index, read_info
 
 from .archives import OUTSIDE, WNIDS, jpeg, make_classes, tar_bytes
+from .staging import stage_all
 
 SIZE = 32
 
@@ -346,16 +347,12 @@ def test_remote_shards_are_staged_once_verified_and_kept_below_the_limit(shards,
 
 
 def test_a_shard_that_is_damaged_where_it_lies_is_not_used(damaged, tmp_path):
-    folder, _ = damaged
+    folder, names = damaged
     dataset = open_dataset(f"file://{folder}", stage=Stage(tmp_path / "stage"))
     with pytest.raises(DataError, match=r"has sha256 .* expected"):
         batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=7))
-    assert not list((tmp_path / "stage").rglob("*.tmp"))
-
-
-def stage_all(place, stage, results):
-    dataset = open_dataset(place, stage=Stage(stage))
-    results.put([dataset.local(number)[0].stat().st_ino for number in range(len(dataset.shards))])
+    staged = {path.name for path in (tmp_path / "stage").rglob("*.tar")}
+    assert not staged & {shard for shard, _ in names}
 
 
 def test_several_processes_stage_each_shard_once(shards, tmp_path):
@@ -375,41 +372,46 @@ def test_several_processes_stage_each_shard_once(shards, tmp_path):
 TIMM = """
 import sys
 from timm.data import create_dataset
-dataset = create_dataset("wds/", root=sys.argv[1], split=sys.argv[2], is_training=False, batch_size=4)
-found = sorted((target, image.size) for image, target in dataset)
-print(len(found) == len(dataset), found)
+for split in ("train", "validation"):
+    dataset = create_dataset("wds/", root=sys.argv[1], split=split, is_training=False, batch_size=4)
+    found = sorted((target, image.size) for image, target in dataset)
+    print(len(found) == len(dataset), found)
 """
 WEBDATASET = """
 import glob, sys, webdataset
-urls = sorted(glob.glob(f"{sys.argv[1]}/{sys.argv[2]}-*.tar"))
-read = webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg", "cls", "json")
-print(True, sorted((target, image.size) for image, target, details in read if details["label"] == target))
+for split in ("train", "validation"):
+    urls = sorted(glob.glob(f"{sys.argv[1]}/{split}-*.tar"))
+    read = webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg", "cls", "json")
+    print(True, sorted((target, image.size) for image, target, details in read if details["label"] == target))
 """
 DATASETS = """
 import sys, datasets
 datasets.disable_progress_bars()
-rows = datasets.load_dataset(sys.argv[1], split=sys.argv[2])
-print(True, sorted((row["cls"], row["jpg"].size) for row in rows))
+for split in ("train", "validation"):
+    rows = datasets.load_dataset(sys.argv[1], split=split)
+    print(True, sorted((row["cls"], row["jpg"].size) for row in rows))
 """
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize("reader", [TIMM, WEBDATASET, DATASETS], ids=["timm", "webdataset", "datasets"])
-def test_the_readers_of_others_read_the_shards(shards, tmp_path, reader, split):
-    expected = []
-    for shard in read_info(shards).splits[split]:
-        with tarfile.open(shards / shard.name) as archive:
-            files = {member.name: archive.extractfile(member).read() for member in archive}
-        for name in files:
-            if name.endswith(".jpg"):
-                with Image.open(io.BytesIO(files[name])) as image:
-                    expected.append((int(files[name.replace("jpg", "cls")]), image.size))
+def test_the_readers_of_others_read_the_shards(shards, tmp_path, reader):
+    lines = []
+    for split in ("train", "validation"):
+        expected = []
+        for shard in read_info(shards).splits[split]:
+            with tarfile.open(shards / shard.name) as archive:
+                files = {member.name: archive.extractfile(member).read() for member in archive}
+            for name in files:
+                if name.endswith(".jpg"):
+                    with Image.open(io.BytesIO(files[name])) as image:
+                        expected.append((int(files[name.replace("jpg", "cls")]), image.size))
+        lines.append(f"True {sorted(expected)}")
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", reader, str(shards), split], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-c", reader, str(shards)], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"True {sorted(expected)}"
+    assert done.stdout.splitlines() == lines
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -418,7 +420,6 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 def test_shards_on_a_web_server(shards, tmp_path):
-    pytest.importorskip("aiohttp")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(shards)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
