@@ -27,6 +27,7 @@ from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import index_path, read_index, read_info
 
 from .archives import OUTSIDE, WNIDS, jpeg, make_classes, tar_bytes
+from .hub_folder import serve_repository
 from .staging import stage_all
 
 SIZE = 32
@@ -430,3 +431,40 @@ def test_shards_on_a_web_server(shards, tmp_path):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+HUB = """
+import sys
+from wn21k_zoo.errors import Wn21kError
+from wn21k_zoo.training.data import Loader, Squash, open_dataset
+try:
+    dataset = open_dataset("hf://datasets/" + sys.argv[1], label_space="winter21")
+except Wn21kError as error:
+    sys.exit(str(error))
+loader = Loader(dataset, batch_size=5, training=False, augmentation=Squash(32))
+print(len(dataset), sorted(target for batch in loader for target in batch.targets.tolist()))
+"""
+
+
+@pytest.mark.parametrize("kind", ["parquet", "wds"])
+def test_gated_repositories_on_the_hub(tmp_path, kind):
+    classes = make_classes()
+    repo = "timm/imagenet-w21-p" if kind == "parquet" else "timm/imagenet-22k-wds"
+    (tmp_path / "hub").mkdir()
+    (hugging_face_parquet if kind == "parquet" else timm_wds)(tmp_path / "hub", classes)
+    space = LabelSpace.load("winter21")
+    expected = sorted(space.index[wnid] for wnid in WNIDS for _ in classes[wnid])
+    with serve_repository(tmp_path / "hub", repo, "hf_right") as endpoint:
+        for token, right in (("hf_wrong", False), ("hf_right", True)):
+            environment = {
+                **os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "hf"),
+                "WN21K_DATA_CACHE": str(tmp_path / "cache"),
+            }  # fmt: skip
+            command = [sys.executable, "-c", HUB, repo]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            assert (done.returncode == 0) == right, done.stderr
+            if right:
+                assert done.stdout.strip() == f"{len(expected)} {expected}"
+            else:
+                assert "cannot be read" in done.stderr
+                assert "Traceback" not in done.stderr

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, did_you_mean
+from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, did_you_mean, first_line
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
 from wn21k_zoo.training.shards import INFO_FILE, DatasetInfo, index_path, read_index, write_index
@@ -124,7 +124,7 @@ def open_dataset(
             return _open_ours(storage, info, split, label_space, stage, progress)
         names = [name for name in storage.names() if name.endswith((".tar", ".parquet"))]
     except OSError as error:
-        raise DataError(f"{storage.url} cannot be read: {error}") from None
+        raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from None
     mine = [name for name in names if split_of(name) == split]
     if not mine:
         there = sorted({found for name in names if (found := split_of(name))})
