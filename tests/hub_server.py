@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CHUNK = 64 * 1024
@@ -40,7 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
         with server.mutex:
             server.seen.append(f"{self.command} {self.path}")
             server.seen.headers.append(dict(self.headers.items()))
-        path = re.sub(r"/resolve/[^/]+/", "/resolve/main/", self.path.lstrip("/"))
+        path = re.sub(r"/resolve/[^/]+/", "/resolve/main/", unquote(self.path.lstrip("/")))
         content = server.files.get(path.removeprefix("cdn/"))
         fault = self.next_fault()
         status = fault.get("status") or server.status or (None if content is not None else 404)
@@ -64,9 +65,13 @@ class _Handler(BaseHTTPRequestHandler):
                     return fault if fault.get("always") else faults.pop(index)
         return {}
 
+    def etag(self, content):
+        sha256 = hashlib.sha256(content).hexdigest()
+        return f'"cdn-{sha256[:8]}"' if self.path.startswith("/cdn/") else f'"{sha256}"'
+
     def describe(self, content, prefix=""):
         if self.server.hashes:
-            self.send_header(f"{prefix}etag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header(f"{prefix}etag", self.etag(content))
             self.send_header("x-repo-commit", COMMIT)
 
     def redirect(self, path, content):
@@ -80,10 +85,12 @@ class _Handler(BaseHTTPRequestHandler):
     def send_body(self, content, fault):
         start = 0
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if wanted and self.server.ranges:
+        same = self.server.hashes and self.headers.get("If-Range") == self.etag(content)
+        if wanted and self.server.ranges and ("If-Range" not in self.headers or same):
             start = int(wanted[1])
             if start >= len(content):
                 self.send_response(416)
+                self.send_header("content-range", f"bytes */{len(content)}")
                 self.send_header("content-length", "0")
                 self.end_headers()
                 return
@@ -141,7 +148,7 @@ def hub_server(
         files: What there is; any other revision has the same files.
         status: Answer every request with it.
         faults: See above.
-        cdn: Redirect to another host, as the Hub does for large files.
+        cdn: Redirect to another host, which has ETags of its own, as the Hub does for large files.
         hashes: Send ETags and commits.
         ranges: Understand Range requests.
         bytes_per_second: Throttle.

@@ -1,19 +1,28 @@
 """Every card says what its record says, no more and no less, and the files in the checkout are up to date."""
 
 import functools
+import os
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import published
 import pytest
+import skimage
 import timm
+import torch
 import yaml
+from hub_server import hub_server
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from typer.testing import CliRunner
 
 import wn21k_zoo.timm_models
-from wn21k_zoo import cards
+from wn21k_zoo import cards, publish
+from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.checkpoints import CHECKPOINTS, HubSource, Metric, PackageSource, URLSource
 from wn21k_zoo.cli.cards import app
 from wn21k_zoo.errors import InvalidArgumentError, RecordError, UnknownModelError
@@ -114,12 +123,57 @@ def test_card_shows_all_sources_and_what_is_unknown(checkpoint):
 def test_card_names_every_door(checkpoint):
     text = read(checkpoint).text
     assert wn21k_zoo.timm_models  # registers
-    for name in re.findall(r'timm\.create_model\("(.*?)"', text):
+    for name in re.findall(r'timm\.create_model\("([^:]*?)"', text):
         assert timm.is_model_pretrained(name)
     assert f'predict("photo.jpg", model="{checkpoint.name}")' in text
     assert f'"{checkpoint.name.replace(".", "_")}", source="local")' in text
     assert f"wn21k predict photo.jpg --model {checkpoint.name}\n" in text
-    assert f"wn21k export {checkpoint.name} DIR\n" in text
+    assert f"wn21k export {checkpoint.name} DIR\nwn21k publish DIR --repo ORG/NAME\n" in text
+    for place in ("local-dir:DIR", "hf-hub:ORG/NAME"):
+        assert f'timm.create_model("{place}", pretrained=True)' in text
+    own = checkpoint.architecture in ARCHITECTURES
+    assert ('pipeline("image-classification", "DIR")' in text) != own
+    assert ("transformers cannot load" in text) == own == ("timm lacks the architecture\n" in text)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "which"),
+    [
+        ("mobilenetv3_large_100", "mobilenetv3_large_100.miil_in21k", ""),
+        ("ofa_flops_595m_s", "ofa_flops_595m_s.miil_in21k", "DIR"),  # by itself: another door might register it
+    ],
+)
+def test_usage_is_as_the_card_says(file, name, which, tmp_path):
+    """Word for word, with rule-made weights on a Hub that is here; for OFA, whose weights are on no Hub, a folder's."""
+    pytest.importorskip("transformers")
+    torch.save(published.state_dict(file), tmp_path / "file.pth")
+    place = publish.export_folder(tmp_path / "file.pth", tmp_path / "DIR")
+    shutil.copy(Path(skimage.__file__).parent / "data" / "rocket.jpg", tmp_path / "photo.jpg")
+    files = {f"ORG/NAME/resolve/main/{path.name}": path.read_bytes() for path in place.iterdir()}
+    files[f"timm/{name}/resolve/main/model.safetensors"] = (place / "model.safetensors").read_bytes()
+    usage = (ROOT / cards.FOLDER / f"{name}.md").read_text(encoding="utf-8").split("## Usage")[1].split("\n## ")[0]
+    usage = usage.replace("PATH/TO/CHECKOUT", str(ROOT)).replace("ORG/NAME\n", "ORG/NAME --dry-run\n")
+    python = "\n".join(code for code in re.findall(r"```python\n(.*?)```", usage, re.DOTALL) if which in code)
+    shell = "".join(re.findall(r"```sh\n(.*?)```", usage, re.DOTALL))
+    assert "hf-hub:" in python
+    assert "export" in shell
+    with hub_server(files) as (endpoint, _):
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "home"),
+            "WN21K_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        }
+        options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": False}
+        done = subprocess.run([sys.executable, "-c", python], **options)
+        assert done.returncode == 0, done.stderr
+        if not which:
+            shutil.rmtree(place)  # the command makes it
+            done = subprocess.run(["sh", "-e", "-c", shell], **options)
+            assert done.returncode == 0, done.stderr
+            assert (place / "model.safetensors").is_file()
 
 
 @every_record

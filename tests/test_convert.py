@@ -74,6 +74,13 @@ def test_missing_and_unknown_keys_are_named():
         convert.convert_state_dict(entries, architecture="resnet5")
 
 
+@pytest.mark.parametrize("bias", [torch.zeros(7), torch.zeros(())])
+def test_a_head_whose_bias_does_not_fit_its_weight(bias):
+    entries = published.state_dict("mobilenetv3_large_100")
+    with pytest.raises(ConversionError, match=r"mobilenetv3_large_100: of another shape classifier\.bias\.$"):
+        convert.convert_state_dict({**entries, "classifier.bias": bias})
+
+
 def test_where_two_share_a_layout_the_person_decides(monkeypatch):
     twin = type(CHECKPOINTS[0])(**{**vars(get_checkpoint("resnet50.miil_in21k")), "architecture": "resnet50_gn"})
     monkeypatch.setattr(convert, "CHECKPOINTS", (*CHECKPOINTS, twin))

@@ -158,9 +158,12 @@ def test_refusals_leave_nothing(folder, tmp_path):
     (tmp_path / "bad.pth").write_bytes(b"")
     module = timm.create_model("resnet50", num_classes=3)
     torch.save(module.state_dict(), tmp_path / "three.pth")
+    (tmp_path / "odd" / "config.json").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     for model, place, options, error, words in (
         (EMBEDDED, "full", {}, InvalidArgumentError, "--force"),
+        (EMBEDDED, "full", {"force": True}, InvalidArgumentError, r"full holds mine\.txt"),
+        (EMBEDDED, "odd", {"force": True}, InvalidArgumentError, r"odd holds config\.json"),
         (EMBEDDED, "file", {}, InvalidArgumentError, "is a file"),
         (EMBEDDED, "file/below", {}, PublishError, "cannot be written"),
         (EMBEDDED, "new", {"dtype": "int8"}, InvalidArgumentError, "float32"),
@@ -174,9 +177,40 @@ def test_refusals_leave_nothing(folder, tmp_path):
         with pytest.raises(error, match=words):
             publish.export_folder(model, tmp_path / place, **options)
     assert sorted(tmp_path.rglob("*")) == before
-    replaced = publish.export_folder(EMBEDDED, tmp_path / "full", force=True)
-    assert {path.name for path in replaced.iterdir()} == FILES
-    assert sorted(tmp_path.iterdir()) == sorted({path for path in before if path.parent == tmp_path})
+
+
+def test_a_former_export_is_replaced_or_stays(folder, tmp_path, monkeypatch):
+    place = damaged_copy(folder, tmp_path, config_json="former")
+    rename = Path.rename
+
+    def fail_once(self, target):
+        if target == place / "config.json":
+            monkeypatch.setattr(Path, "rename", rename)
+            raise OSError(39, "Directory not empty")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(PublishError, match="not empty"):
+        publish.export_folder(EMBEDDED, place, force=True)
+    assert (place / "config.json").read_text() == "former"
+    assert {path.name for path in place.iterdir()} == FILES
+    publish.export_folder(EMBEDDED, place, force=True)
+    assert {path.name for path in place.iterdir()} == FILES
+    assert (place / "config.json").read_text() != "former"
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_into_the_current_folder_through_a_link_and_after_a_kill(tmp_path, monkeypatch):
+    (tmp_path / "real" / ".wn21k-export-left").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    publish.export_folder(EMBEDDED, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name for path in (tmp_path / "real").iterdir()} == FILES
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    publish.export_folder(EMBEDDED, ".")
+    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
 
 
 def damaged_copy(folder, tmp_path, without=(), **contents):
@@ -330,3 +364,23 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(app, ["export", EMBEDDED, str(tmp_path / "out")])
     assert done.exit_code == 2
     assert convert.convert_file(Path(tmp_path / "out" / "model.safetensors")).architecture == "tf_efficientnet_lite0"
+
+
+def test_a_folder_is_nothing_to_export(folder, tmp_path, monkeypatch):
+    (tmp_path / "fold").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for model in ("fold", "./fold", folder):
+        with pytest.raises(
+            InvalidArgumentError, match="is a folder; export takes a record's name, a timm model or a w"
+        ):
+            publish.export_folder(model, tmp_path / "out")
+    (tmp_path / EMBEDDED).mkdir()  # a record's name goes before a folder that happens to be there
+    assert {path.name for path in publish.export_folder(EMBEDDED, tmp_path / "out").iterdir()} == FILES
+
+
+def test_a_file_that_does_not_fit_its_record_is_a_typed_error(tmp_path, monkeypatch):
+    (tmp_path / "odd.pth").write_bytes(b"")
+    odd = convert.Converted(architecture="resnet50", num_classes=11_221, state_dict={"x": torch.zeros(1)})
+    monkeypatch.setattr(convert, "convert_file", lambda path, architecture: odd)
+    with pytest.raises(ConversionError, match=r"odd\.pth does not fit resnet50\.miil_in21k"):
+        publish.export_folder(tmp_path / "odd.pth", tmp_path / "out")

@@ -15,7 +15,7 @@ from hub_server import hub_server
 import wn21k_zoo
 from wn21k_zoo import timm_models  # registers
 from wn21k_zoo.checkpoints import CHECKPOINTS, URLSource
-from wn21k_zoo.errors import InvalidArgumentError, UnknownModelError
+from wn21k_zoo.errors import DownloadError, InvalidArgumentError, ModelError, UnknownModelError, WeightsNotFoundError
 from wn21k_zoo.labels import LabelSpace
 
 every_record = pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
@@ -158,3 +158,104 @@ print(wn21k_zoo.create_model("mobilenetv3_small_050.lamb_in1k", num_classes=2).n
         )
     assert done.stdout == "2\n", done.stderr
     assert sum(request.startswith("GET") for request in seen) == 1
+
+
+OFA = "ofa_flops_595m_s.miil_in21k"
+
+
+@pytest.mark.parametrize("name", [OFA, "mobilenetv3_large_100.miil_in21k"])
+def test_a_file_of_ones_own_in_place_of_the_published_weights(name, tmp_path):
+    """Nothing is fetched, which here would fail; and ours takes the arguments that timm's function keeps to itself."""
+    with pytest.raises(DownloadError):
+        wn21k_zoo.create_model(name)
+    first = wn21k_zoo.create_model(name, pretrained=False, num_classes=3)
+    torch.save(first.state_dict(), tmp_path / "own.pth")
+    for create, theirs in ((wn21k_zoo.create_model, name), (timm.create_model, f"wn21k_{name}")):
+        module = create(
+            theirs,
+            num_classes=3,
+            checkpoint_path=tmp_path / "own.pth",
+            scriptable=True,
+            exportable=True,
+            no_jit=True,
+            pretrained_cfg_overlay={"mean": (0.25, 0.5, 0.75)},
+        )
+        assert torch.equal(module.classifier.weight, first.classifier.weight)
+        assert timm.data.resolve_model_data_config(module)["mean"] == (0.25, 0.5, 0.75)
+        assert not timm.layers.is_scriptable()
+    with pytest.raises(ModelError, match="weights do not fit"):
+        wn21k_zoo.create_model(name, num_classes=4, checkpoint_path=tmp_path / "own.pth")
+    with pytest.raises(WeightsNotFoundError, match=r"none\.pth"):
+        wn21k_zoo.create_model(name, checkpoint_path=tmp_path / "none.pth")
+
+
+def test_an_overlay_that_names_weights_is_followed(tmp_path):
+    first = wn21k_zoo.create_model(OFA, pretrained=False)
+    safetensors.torch.save_file(first.state_dict(), tmp_path / "own.safetensors")
+    overlay = {"file": str(tmp_path / "own.safetensors")}
+    module = wn21k_zoo.create_model(OFA, pretrained_cfg_overlay=overlay, num_classes=2)
+    assert torch.equal(module.conv_stem.weight, first.conv_stem.weight)
+
+
+@pytest.fixture
+def configuration(tmp_path):
+    """A folder with a configuration and no weights."""
+    place = tmp_path / "configuration"
+    place.mkdir()
+    settings = {"num_classes": 5, "first_conv": "conv_stem", "classifier": "classifier"}
+    config = {"architecture": "mobilenetv3_small_050", "num_classes": 5, "pretrained_cfg": settings}
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+def test_a_folder_without_weights(configuration, tmp_path):
+    with pytest.raises(WeightsNotFoundError):
+        wn21k_zoo.create_model(configuration)
+    first = wn21k_zoo.create_model(configuration, pretrained=False)
+    assert first.num_classes == 5
+    torch.save(first.state_dict(), tmp_path / "own.pth")
+    safetensors.torch.save_file(first.state_dict(), tmp_path / "own.safetensors")
+    for arguments in (
+        {"checkpoint_path": tmp_path / "own.pth"},
+        {"pretrained_cfg_overlay": {"file": str(tmp_path / "own.safetensors")}},
+    ):
+        module = wn21k_zoo.create_model(configuration, **arguments)
+        assert torch.equal(module.classifier.weight, first.classifier.weight)
+
+
+def test_a_repository_is_asked_for_no_weights_that_nobody_wants(configuration, tmp_path):
+    code = """
+import wn21k_zoo
+print(wn21k_zoo.create_model("hf-hub:org/name", pretrained=False).num_classes)
+"""
+    files = {"org/name/resolve/main/config.json": (configuration / "config.json").read_bytes()}
+    with hub_server(files) as (endpoint, seen):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "WN21K_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        )
+    assert done.stdout == "5\n", done.stderr
+    assert not [request for request in seen if "config.json" not in request]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"pretrained_cfg": {"mean": (0.5, 0.5, 0.5)}},
+        {"pretrained_cfg": "miil_in21k"},
+        {"pretrained_cfg_overlay": "miil_in21k"},
+        {"overlay": {}},
+    ],
+)
+def test_a_configuration_is_changed_in_one_way(arguments, configuration):
+    for name in (OFA, configuration):
+        with pytest.raises(InvalidArgumentError, match="pretrained_cfg_overlay=dict"):
+            wn21k_zoo.create_model(name, pretrained=False, **arguments)
+        assert wn21k_zoo.create_model(name, pretrained=False, pretrained_cfg=None)
+
+
+@pytest.mark.parametrize("argument", ["architecture", "config", "checkpoint", "model_name", "folder", "weights"])
+def test_the_names_of_our_own_parameters_are_no_arguments(argument, configuration):
+    for name in (OFA, EMBEDDED, configuration):
+        with pytest.raises(InvalidArgumentError, match=argument):
+            wn21k_zoo.create_model(name, pretrained=False, **{argument: "x"})

@@ -2,16 +2,23 @@
 
 import hashlib
 import itertools
+import json
 import os
+import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
+import urllib3
+from filelock import FileLock
 from hub_server import hub_server
 
 from wn21k_zoo import cache, download, hub, transfer
@@ -46,6 +53,12 @@ def checkpoint_of(kind, endpoint, **changes):
         input_size=(3, 224, 224), mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", crop_pct=1.0,
         sources=(source,),
     )  # fmt: skip
+
+
+def plain_checkpoint(url):
+    """Of a file that nobody states a hash of."""
+    checkpoint = checkpoint_of("plain", "")
+    return type(checkpoint)(**{**vars(checkpoint), "sources": (URLSource(url=url),)})
 
 
 @pytest.fixture
@@ -103,10 +116,11 @@ def test_a_download_a_hit_and_what_is_written_about_it(kind, root, serve):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_that_is_cut_goes_on(kind, share, root, serve):
+@pytest.mark.parametrize(("kind", "cdn"), [("hub", False), ("hub", True), ("plain", False)])
+def test_a_stream_that_is_cut_goes_on(kind, cdn, share, root, serve):
     for _ in range(20):
-        endpoint, seen = serve(files_of(kind), faults=[{"cut": share}])
+        faults = [{}, {"cut": share}] if cdn else [{"cut": share}]  # the first one is used up by the redirect
+        endpoint, seen = serve(files_of(kind), faults=faults, cdn=cdn)
         fetched = download.fetch(checkpoint_of(kind, endpoint))
         assert fetched.sha256 == SHA256
         assert seen.body_bytes == len(BODY)  # nothing was sent twice
@@ -120,6 +134,41 @@ def test_a_stream_that_is_always_cut_at_once_is_given_up(kind, root, serve):
     with pytest.raises(DownloadError):
         download.fetch(checkpoint_of(kind, endpoint))
     assert list(cache.entries(root)) == []
+
+
+def test_where_no_hash_is_known_it_goes_on_with_the_same_version_only(root, serve):
+    files = {"files/plain.pth": BODY}
+    endpoint, seen = serve(files, faults=[{"cut": 0.5}])
+    with pytest.warns(download.UnverifiedWeightsWarning):
+        assert download.fetch(plain_checkpoint(f"{endpoint}/files/plain.pth")).sha256 == SHA256
+    assert seen.body_bytes == len(BODY)
+    assert seen.headers[-1]["If-Range"] == f'"{SHA256}"'
+
+    part = root / "part"
+    part.write_bytes(bytes(1000))  # of a former version
+    expected = transfer.Expected(num_bytes=len(BODY), etag='"former"')
+    part.rename(root / f"new.{expected.version}.part")
+    assert transfer.transfer(f"{endpoint}/files/plain.pth", root / "new", expected) == SHA256
+
+
+@pytest.mark.parametrize("fault", [{}, {"status": 416}])  # with the size in Content-Range, and without
+def test_a_part_that_is_whole_is_not_fetched_again(fault, root, serve):
+    endpoint, seen = serve(files_of("plain"), faults=[fault])
+    checkpoint = checkpoint_of("plain", endpoint)
+    (source,) = checkpoint.sources
+    place = root / cache.relative_path(source, source.filename)
+    version = transfer.Expected(sha256_prefix=source.sha256_prefix).version
+    place.parent.mkdir(parents=True)
+    part = place.with_name(f"{place.name}.{version}.part")
+    part.write_bytes(BODY)
+    assert download.fetch(checkpoint).path.read_bytes() == BODY
+    assert (seen.body_bytes, len(seen)) == (0, 1)
+    cache.remove(place, root)
+
+    place.parent.mkdir(parents=True)
+    part.write_bytes(BODY + b"too much")
+    assert download.fetch(checkpoint).sha256 == SHA256
+    assert seen.body_bytes == len(BODY)
 
 
 def test_a_server_without_ranges_starts_again(root, serve):
@@ -200,6 +249,13 @@ def test_retry_after_has_a_bound():
     assert hub.retry_seconds("7", 1) == 7
 
 
+@pytest.mark.parametrize(("method", "kind"), [("GET", "plain"), ("GET", "hub"), ("HEAD", "hub")])
+def test_a_retry_after_that_is_no_number_of_seconds_is_passed_over(method, kind, root, serve):
+    fault = {"status": 429, "on": method, "headers": {"retry-after": "1.5"}}
+    endpoint, _ = serve(files_of(kind), faults=[fault] * 4)
+    assert download.fetch(checkpoint_of(kind, endpoint)).sha256 == SHA256
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("status", "error", "words"),
@@ -265,6 +321,36 @@ def test_a_dead_port_is_known_at_once(root):
     assert time.monotonic() - begin < 3
 
 
+def test_a_tls_connection_that_breaks_is_tried_again(root):
+    accepted = []
+
+    def accept():
+        while len(accepted) < 2:
+            connection, _ = listener.accept()
+            accepted.append(connection)
+            connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        with pytest.raises(DownloadError, match="check the network"):
+            download.fetch(checkpoint_of("plain", f"https://127.0.0.1:{listener.getsockname()[1]}"))
+        thread.join(5)
+    assert len(accepted) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "interrupted"),
+    [(ssl.SSLError(1, "bad record mac"), True), (ssl.SSLCertVerificationError(1, "self-signed"), False)],
+)
+@pytest.mark.parametrize("wrap", [requests.exceptions.SSLError, urllib3.exceptions.SSLError])
+def test_only_a_certificate_is_called_a_certificate(fault, interrupted, wrap):
+    with pytest.raises(DownloadError) as caught, transfer._typed_errors("https://host/file", transfer.Patience()):
+        raise wrap(fault)
+    assert isinstance(caught.value, transfer._InterruptedError) == interrupted
+    assert ("certificate" in str(caught.value)) != interrupted
+
+
 FETCH = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -313,7 +399,9 @@ def test_killed_at_60_percent_over_https_it_goes_on(kind, root, tmp_path):
         assert second.communicate(timeout=30)[0] == f"fetched {SHA256}\n"
         assert seen.body_bytes - sent <= 0.45 * len(BODY)
         untrusted = start(kind, endpoint, tmp_path / "other")
-        assert untrusted.communicate(timeout=30)[0].startswith("DownloadError")
+        said = untrusted.communicate(timeout=30)[0]
+        assert said.startswith("DownloadError")
+        assert kind == "hub" or "certificate" in said
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -347,14 +435,86 @@ def test_the_others_go_on_when_the_lock_holder_is_killed(root):
 
 def test_leftovers_older_than_a_day_are_removed(root, serve):
     endpoint, _ = serve(files_of("plain"))
-    old, young = root / "hub" / "a" / "old.part", root / "hub" / "a" / "young.part"
+    old, young, busy = (root / "hub" / "a" / f"{name}.{'0' * 16}.part" for name in ("old", "young", "busy"))
     old.parent.mkdir(parents=True)
-    old.write_bytes(b"x")
-    young.write_bytes(b"x")
-    os.utime(old, (time.time() - 25 * 3600,) * 2)
-    download.fetch(checkpoint_of("plain", endpoint))
+    foreign = root / "mine.part", root / "hub" / "a" / "mine.part", root / "notes" / old.name
+    foreign[-1].parent.mkdir()
+    for path in (old, young, busy, *foreign):
+        path.write_bytes(b"x")
+        if path != young:
+            os.utime(path, (time.time() - 25 * 3600,) * 2)
+    with FileLock(busy.with_name("busy.lock")), ThreadPoolExecutor(1) as pool:
+        pool.submit(download.fetch, checkpoint_of("plain", endpoint)).result()
     assert not old.exists()
-    assert young.exists()
+    assert all(path.exists() for path in (young, busy, *foreign))
+
+
+def test_a_leftover_that_cannot_be_removed_stops_nothing(root, serve, monkeypatch):
+    endpoint, _ = serve(files_of("plain"))
+    theirs = root / "hub" / "a" / f"theirs.{'0' * 16}.part"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"x")
+    os.utime(theirs, (time.time() - 25 * 3600,) * 2)
+    unlink = Path.unlink
+
+    def refuse(self, *args, **kwargs):
+        if self == theirs:
+            raise PermissionError(1, "Operation not permitted")
+        unlink(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert download.fetch(checkpoint_of("plain", endpoint)).sha256 == SHA256
+    with pytest.raises(CacheError, match="cannot be removed"):
+        cache.remove(theirs, root)
+
+
+def test_only_what_we_wrote_is_listed(root, serve):
+    endpoint, _ = serve(files_of("hub"))
+    path = download.fetch(checkpoint_of("hub", endpoint)).path
+    for name in (
+        "thesis.txt",
+        "url/thesis.txt",
+        "hub/models--org--name/blobs/0",
+        "hub/data/a.csv",
+        "hub/data/a.csv.json",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("{}")
+    shutil.copytree(path.parent, root / "backup" / "hub")
+    (path.parent / f"folder.{'0' * 16}.part").mkdir()
+    (path.parent / f"link.{'0' * 16}.part").symlink_to(root / "thesis.txt")
+    assert [entry.path for entry in cache.entries(root)] == [path]
+    assert list(cache.leftovers(root, older_than=-1)) == []
+
+
+def test_what_is_being_fetched_is_not_removed(root, serve):
+    endpoint, _ = serve(files_of("hub"))
+    path = download.fetch(checkpoint_of("hub", endpoint)).path
+    part = path.with_name(f"{path.name}.{'0' * 16}.part")
+    part.write_bytes(b"x")
+    with FileLock(cache.lock_path(path)), ThreadPoolExecutor(1) as pool:
+        assert list(pool.map(cache.remove, (path, part), (root, root))) == [None, None]
+        assert cache.lock_path(path).exists()
+    assert (cache.remove(part, root), cache.remove(path, root)) == (1, len(BODY))
+    assert cache.remove(path, root) == 0
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["sha256_of", "difference"])
+def test_a_part_that_somebody_removes_is_a_typed_error(what, root, serve, monkeypatch):
+    def vanish(*_):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    endpoint, _ = serve(files_of("plain"))
+    monkeypatch.setattr(transfer, what, vanish)
+    with pytest.raises(CacheError, match="No such file"):
+        download.fetch(checkpoint_of("plain", endpoint))
+
+
+def test_the_home_folder_of_nobody(monkeypatch):
+    monkeypatch.setenv("WN21K_CACHE", "~nosuch/x")
+    with pytest.raises(CacheError, match="WN21K_CACHE"):
+        cache.cache_dir()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -454,6 +614,84 @@ def test_a_copy_of_the_cache_is_a_mirror_where_the_hub_is_out_of_reach(root, ser
     assert (fetched.sha256, fetched.checked_against) == (SHA256, "the mirror")
 
 
+@pytest.mark.parametrize("status", [500, None])  # a server error; a dead port
+def test_a_mirror_stands_in_for_a_plain_server_that_is_out_of_reach(status, root, serve, monkeypatch, tmp_path):
+    endpoint, _ = serve({}, status=status) if status else ("http://127.0.0.1:9", None)
+    checkpoint = plain_checkpoint(f"{endpoint}/files/plain.pth")
+    place = cache.relative_path(checkpoint.sources[0], "plain.pth").as_posix()
+    receipt = {
+        "source": "x", "filename": "plain.pth", "revision": None, "num_bytes": len(BODY), "sha256": SHA256,
+        "checked_against": None,
+    }  # fmt: skip
+    with hub_server({place: BODY, f"{place}.json": json.dumps(receipt).encode()}, hashes=False) as (mirror, _):
+        monkeypatch.setenv("WN21K_MIRROR", mirror)
+        fetched = download.fetch(checkpoint)
+    assert (fetched.sha256, fetched.checked_against) == (SHA256, "the mirror")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("status", [401, 403, 404, 400])
+def test_no_mirror_stands_in_for_an_origin_that_refuses(kind, status, root, serve, monkeypatch):
+    endpoint, _ = serve({}, status=status)
+    checkpoint = checkpoint_of("hub", "") if kind == "hub" else plain_checkpoint(f"{endpoint}/files/plain.pth")
+    with hub_server({}) as (mirror, seen):
+        monkeypatch.setenv("WN21K_MIRROR", mirror)
+        with pytest.raises(DownloadError, match=f"HTTP {status}"):
+            download.fetch(checkpoint)
+    assert seen == []
+
+
+def test_a_mirror_is_not_asked_for_what_cannot_be_checked(root, serve, monkeypatch):
+    endpoint, _ = serve({"files/plain.pth": BODY}, hashes=False)
+    checkpoint = plain_checkpoint(f"{endpoint}/files/plain.pth")
+    place = cache.relative_path(checkpoint.sources[0], "plain.pth").as_posix()
+    with hub_server({place: BODY[::-1]}) as (mirror, seen):
+        monkeypatch.setenv("WN21K_MIRROR", mirror)
+        with pytest.warns(download.UnverifiedWeightsWarning):
+            assert download.fetch(checkpoint).sha256 == SHA256
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_bytes": "7"}, {"num_bytes": -1}, {"sha256": "x"}, {"sha256": None}, {"source": 1}, {"revision": 1}]
+)
+def test_a_receipt_of_the_wrong_types_is_none(change):
+    right = {
+        "source": "x",
+        "filename": "f",
+        "revision": None,
+        "num_bytes": 7,
+        "sha256": SHA256,
+        "checked_against": None,
+    }
+    assert cache.receipt_from_json(json.dumps(right)).num_bytes == 7
+    for text in (json.dumps({**right, **change}), "[" * 100_000):
+        with pytest.raises(ValueError, match="not a receipt"):
+            cache.receipt_from_json(text)
+
+
+@pytest.mark.parametrize("cdn", [False, True])
+def test_netrc_is_not_consulted(cdn, root, serve, monkeypatch, tmp_path):
+    hosts = ("127.0.0.1", "localhost")
+    (tmp_path / "netrc").write_text("".join(f"machine {host} login me password secret\n" for host in hosts))
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    endpoint, seen = serve(files_of("hub"), cdn=cdn)
+    checkpoint = checkpoint_of("hub", endpoint)
+    assert hub.answers(checkpoint.sources[0], 5)
+    assert download.fetch(checkpoint).sha256 == SHA256
+    for request, headers in zip(seen, seen.headers, strict=True):
+        sent = {name.lower(): value for name, value in headers.items()}.get("authorization")
+        assert sent == (None if request.startswith("GET /cdn/") else "Bearer hf_secret"), request
+
+
+def test_a_password_in_an_address_is_sent():
+    session = transfer.new_session()
+    asked = session.prepare_request(requests.Request("GET", "https://me:secret@mirror.invalid/file"))
+    assert asked.headers["Authorization"] == "Basic bWU6c2VjcmV0"
+
+
 def test_the_token_goes_to_the_hub_and_not_to_where_it_redirects(root, serve, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     endpoint, seen = serve(files_of("hub"), cdn=True)
@@ -530,6 +768,32 @@ def test_without_any_hash_it_warns_and_holds_on_to_the_first(root, serve):
         fetched = download.fetch(checkpoint)
     assert fetched.checked_against is None
     assert not download.fetch(checkpoint).downloaded  # and no second warning
+
+
+def test_what_nobody_states_a_hash_of_must_not_change(root, serve):
+    files = {"files/plain.pth": BODY}
+    endpoint, _ = serve(files)
+    checkpoint = plain_checkpoint(f"{endpoint}/files/plain.pth")
+    with pytest.warns(download.UnverifiedWeightsWarning):
+        path = download.fetch(checkpoint).path
+    for content in (b"something else", BODY[::-1]):
+        path.write_bytes(b"damaged")
+        files["files/plain.pth"] = content
+        with pytest.raises(ChecksumError, match=r"expected.*wn21k cache prune tiny\.weights$"):
+            download.fetch(checkpoint)
+        assert not leftovers(root)
+    files["files/plain.pth"] = BODY
+    fetched = download.fetch(checkpoint)  # and no second warning
+    assert (fetched.sha256, fetched.checked_against) == (SHA256, "the first download")
+
+    path.unlink()
+    files["files/plain.pth"] = b"a new version"
+    with pytest.raises(ChecksumError, match="first download"):
+        download.fetch(checkpoint)
+    for place in download.cached_files(checkpoint.sources):  # what wn21k cache prune does
+        cache.remove(place, root)
+    with pytest.warns(download.UnverifiedWeightsWarning):
+        assert download.fetch(checkpoint).path.read_bytes() == b"a new version"
 
 
 def test_small_files_of_the_hub_are_checked_by_their_git_hash(tmp_path):

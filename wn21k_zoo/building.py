@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -36,6 +35,7 @@ __all__ = [
     "build_from_folder",
     "create_model",
     "fetch_from_hub",
+    "hub_source",
     "load_pretrained",
     "looks_like_path",
     "pretrained_config",
@@ -61,36 +61,53 @@ def create_model(
     num_classes: int | None = None,
     features_only: bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """A network to fine-tune, to take features from, or to run; verified weights, on the CPU, in training mode.
 
     Args:
         name: A record's name, a timm name with a known label space, a folder, or ``hf-hub:ORG/NAME[@REVISION]``.
-        pretrained: Load its weights.
+        pretrained: Load its weights. Without them no more than a folder's or a repository's configuration is needed.
         num_classes: Outputs of a new head, not pretrained; 0 for none. By default the published head stays.
         features_only: Return a list of feature maps [batch, channels, H, W], one per stage, in place of logits.
         cache_dir: Folder of the cache.
-        **kwargs: As ``timm.create_model`` takes them: ``in_chans``, ``out_indices``, ``drop_rate``, ...
+        pretrained_cfg_overlay: What is to differ from its own pretrained configuration. Weights that it names, as
+            ``file`` or ``state_dict``, take the place of the published ones, which are then not fetched.
+        **kwargs: As ``timm.create_model`` takes them: ``in_chans``, ``out_indices``, ``drop_rate``, ... With
+            ``checkpoint_path``, a file in timm's layout that must fit as it is, no published weights are fetched.
 
     Raises:
         UnknownModelError, UnresolvedLabelSpaceError, ModelError, MissingExtraError: As :func:`load_model`.
         InvalidArgumentError: The architecture does not take one of the arguments.
     """
     kwargs.update(num_classes=num_classes, features_only=features_only)
-    folder = as_folder(name)
-    if folder is not None:
-        read_config(folder)
-        return build_from_folder(folder, weights_in(folder), pretrained, **kwargs)
-    if os.fspath(name).startswith(HUB_PREFIX):
-        config, weights, _ = fetch_from_hub(os.fspath(name), cache_dir)
-        read_config(config.path.parent)
-        return build_from_folder(config.path.parent, weights.path, pretrained, **kwargs)
-    return build_checkpoint(registry.resolve_checkpoint(os.fspath(name)), pretrained, cache_dir=cache_dir, **kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    overlay = pretrained_cfg_overlay or {}
+    if {"pretrained_cfg", "overlay"} & set(kwargs) or not isinstance(overlay, Mapping):
+        raise InvalidArgumentError(
+            "The name says which pretrained configuration; give what is to differ as pretrained_cfg_overlay=dict(...)."
+        )
+    if own := kwargs.get("checkpoint_path"):
+        pretrained = False
+        if not Path(own).is_file():
+            raise WeightsNotFoundError(f"There is no file {own}, which checkpoint_path names.")
+    text = os.fspath(name)
+    source = hub_source(text) if text.startswith(HUB_PREFIX) else None
+    folder = download.fetch_file(source, (CONFIG_FILE,), cache_dir=cache_dir).path.parent if source else as_folder(name)
+    if folder is None:
+        checkpoint = registry.resolve_checkpoint(text)
+        return build_checkpoint(checkpoint, pretrained, cache_dir=cache_dir, overlay=overlay, **kwargs)
+    read_config(folder)
+    weights = None
+    if pretrained and not _names_weights(overlay):
+        weights = download.fetch_file(source, WEIGHT_FILES, cache_dir=cache_dir).path if source else weights_in(folder)
+    return build_from_folder(folder, weights, pretrained, overlay=overlay, **kwargs)
 
 
 def build_checkpoint(
     checkpoint: Checkpoint,
+    /,
     pretrained: bool,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -103,7 +120,7 @@ def build_checkpoint(
         ModelError, MissingExtraError, InvalidArgumentError: As :func:`create_model`.
     """
     config = {**pretrained_config(checkpoint), **(overlay or {})}
-    if pretrained and not any(config.get(key) for key in _OWN_WEIGHTS):
+    if pretrained and not _names_weights(config):
         path = download.fetch(checkpoint, cache_dir=cache_dir).path
         config.update(_weights(path, checkpoint if checkpoint in CHECKPOINTS else None))
     return _build(checkpoint.name, checkpoint.architecture, pretrained, config, **kwargs)
@@ -187,8 +204,16 @@ def weights_in(folder: Path) -> Path:
     raise WeightsNotFoundError(f"{folder} has no weights; one of {', '.join(WEIGHT_FILES)} must be there.")
 
 
-def build_from_folder(folder: Path, weights: Path, pretrained: bool = True, **kwargs: Any) -> nn.Module:
-    """The network that a folder's configuration describes.
+def build_from_folder(
+    folder: Path,
+    weights: Path | None,
+    /,
+    pretrained: bool = True,
+    *,
+    overlay: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The network that a folder's configuration describes; ``overlay`` changes its pretrained configuration.
 
     Raises:
         ModelError, InvalidArgumentError: It cannot be built, or the weights do not fit.
@@ -196,10 +221,10 @@ def build_from_folder(folder: Path, weights: Path, pretrained: bool = True, **kw
     from timm.models._hub import load_model_config_from_path
 
     settings, architecture, arguments = load_model_config_from_path(folder)
-    given = {key: value for key, value in kwargs.items() if value is not None}
     settings = {key: value for key, value in settings.items() if key not in ("source", "file")}
-    settings.update(_weights(weights) if pretrained else {}, architecture=architecture)
-    return _build(str(folder), architecture, pretrained, settings, **{**arguments, **given})
+    settings.update(_weights(weights) if weights is not None else {}, architecture=architecture)
+    settings.update(overlay or {})
+    return _build(str(folder), architecture, pretrained, settings, **{**arguments, **kwargs})
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -225,6 +250,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _names_weights(config: Mapping[str, Any]) -> bool:
+    return any(config.get(key) for key in _OWN_WEIGHTS)
+
+
 def _weights(path: Path, record: Checkpoint | None = None) -> dict[str, Any]:
     """How timm is told of a weight file: pickles are read by us, published layouts converted."""
     if record is not None and path.suffix != ".safetensors":
@@ -234,7 +263,7 @@ def _weights(path: Path, record: Checkpoint | None = None) -> dict[str, Any]:
     return {"file": str(path)}
 
 
-def _build(name: str, architecture: str, pretrained: bool, config: Mapping[str, Any], **kwargs: Any) -> nn.Module:
+def _build(name: str, architecture: str, pretrained: bool, config: Mapping[str, Any], /, **kwargs: Any) -> nn.Module:
     try:
         module = convert.build(architecture, pretrained=pretrained, pretrained_cfg=dict(config), **kwargs)
     except Wn21kError:
@@ -242,7 +271,7 @@ def _build(name: str, architecture: str, pretrained: bool, config: Mapping[str, 
     except TypeError as error:
         raise InvalidArgumentError(f"{name} cannot be built with these arguments: {first_line(error)}") from error
     except Exception as error:  # torch, safetensors and timm have many ways to say that a file does not fit
-        what = "The weights do not fit, or it" if pretrained else "It"
+        what = "The weights do not fit, or it" if pretrained or kwargs.get("checkpoint_path") else "It"
         raise ModelError(f"{name} cannot be built. {what} does not do what was asked: {first_line(error)}") from error
     for key in _OWN_WEIGHTS:  # weights that are loaded need not be held a second time
         cast(Any, module).pretrained_cfg.pop(key, None)
@@ -259,10 +288,7 @@ def fetch_from_hub(
         UnknownModelError: That is no name of a repository.
         ModelError: They cannot be had; subclasses say why.
     """
-    repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
-        raise UnknownModelError(f"{name!r} is no Hub repository; write hf-hub:ORG/NAME.")
-    source = HubSource(repo_id=repo_id, revision=revision or None)
+    source = hub_source(name)
     config = download.fetch_file(source, (CONFIG_FILE,), cache_dir=cache_dir)
     weights = download.fetch_file(source, WEIGHT_FILES, cache_dir=cache_dir)
     try:
@@ -270,6 +296,25 @@ def fetch_from_hub(
     except (RemoteNotFoundError, OfflineError):
         labels = None
     return config, weights, labels
+
+
+def hub_source(name: str) -> HubSource:
+    """The repository and the files that ``hf-hub:ORG/NAME[@REVISION]`` means.
+
+    Raises:
+        UnknownModelError: That is no name of a repository.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+    try:
+        if "/" not in repo_id:
+            raise HFValidationError("No organisation.")
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UnknownModelError(f"{name!r} is no Hub repository; write hf-hub:ORG/NAME.") from error
+    return HubSource(repo_id=repo_id, filenames=(CONFIG_FILE, *WEIGHT_FILES, LABELS_FILE), revision=revision or None)
 
 
 def looks_like_path(name: str) -> bool:

@@ -6,11 +6,14 @@ on a web server is a mirror (``WN21K_MIRROR``). Reading it writes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import stat
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -24,6 +27,7 @@ __all__ = [
     "cache_dir",
     "entries",
     "leftovers",
+    "lock_path",
     "read_receipt",
     "relative_path",
     "remove",
@@ -31,9 +35,11 @@ __all__ = [
 ]
 
 LEFTOVER_SECONDS = 24 * 3600.0
+FOLDERS = ("hub", "url")  # whatever else lies in the cache's folder is not ours
 RECEIPT_SUFFIX = ".json"
 PART_SUFFIX = ".part"
 LOCK_SUFFIX = ".lock"
+_PART_NAME = re.compile(rf"(.+)\.(?:[0-9a-f]{{16}}|unknown|json){re.escape(PART_SUFFIX)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,19 +73,28 @@ class Entry:
 
     Attributes:
         path: The file.
-        receipt: What is known about it, None when its receipt is gone or damaged.
+        receipt: What is known about it.
     """
 
     path: Path
-    receipt: Receipt | None
+    receipt: Receipt
 
 
 def cache_dir(folder: str | os.PathLike[str] | None = None) -> Path:
-    """The cache's folder: the argument, ``WN21K_CACHE``, or the user's cache folder of this system."""
+    """The cache's folder: the argument, ``WN21K_CACHE``, or the user's cache folder of this system.
+
+    Raises:
+        CacheError: It is in the home folder of somebody who has none.
+    """
     import platformdirs
 
     chosen = folder or os.environ.get("WN21K_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("wn21k_zoo")
+    if not chosen:
+        return platformdirs.user_cache_path("wn21k_zoo")
+    try:
+        return Path(chosen).expanduser().absolute()
+    except RuntimeError as error:
+        raise CacheError(f"The cache folder {chosen} has no home folder; set WN21K_CACHE to another one.") from error
 
 
 def relative_path(source: HubSource | URLSource, filename: str, named_revision: str | None = None) -> PurePosixPath:
@@ -112,11 +127,23 @@ def receipt_from_json(text: str) -> Receipt:
     Raises:
         ValueError: It holds none.
     """
-    content = json.loads(text)
-    names = [field.name for field in fields(Receipt)]
-    if not isinstance(content, dict) or not isinstance(content.get("sha256"), str):
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("not a receipt") from error
+    kinds = {
+        "source": str,
+        "filename": str,
+        "revision": str | None,
+        "num_bytes": int,
+        "sha256": str,
+        "checked_against": str | None,
+    }
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
         raise ValueError("not a receipt")
-    values: dict[str, Any] = {name: content.get(name) for name in names}
+    if content["num_bytes"] < 0 or not re.fullmatch("[0-9a-f]{64}", content["sha256"]):
+        raise ValueError("not a receipt")
+    values: dict[str, Any] = {name: content.get(name) for name in kinds}
     return Receipt(**values)
 
 
@@ -139,38 +166,54 @@ def receipt_path(path: Path) -> Path:
     return path.with_name(path.name + RECEIPT_SUFFIX)
 
 
+def lock_path(path: Path) -> Path:
+    """Where the lock of a file, or of a part of it, lies."""
+    part = _PART_NAME.fullmatch(path.name)
+    return path.with_name((part[1] if part else path.name) + LOCK_SUFFIX)
+
+
 def entries(folder: Path) -> Iterator[Entry]:
-    """All fetched files, in order of their paths."""
-    for path in sorted(folder.rglob("*")):
-        is_ours = not path.name.endswith((PART_SUFFIX, LOCK_SUFFIX)) and not _is_receipt(path)
-        if is_ours and path.is_file():
-            yield Entry(path=path, receipt=read_receipt(path))
+    """All fetched files, in order of their paths; a file without a receipt is not known to be ours."""
+    for path in _files(folder):
+        receipt = read_receipt(path)
+        if receipt is not None:
+            yield Entry(path=path, receipt=receipt)
 
 
 def leftovers(folder: Path, older_than: float = LEFTOVER_SECONDS) -> Iterator[Path]:
     """Unfinished downloads that nobody has written to for ``older_than`` seconds."""
-    for path in folder.rglob(f"*{PART_SUFFIX}"):
-        try:
-            if time.time() - path.lstat().st_mtime > older_than:
-                yield path
-        except OSError:  # another process was faster
-            continue
+    for path in _files(folder):
+        if _PART_NAME.fullmatch(path.name):
+            with contextlib.suppress(OSError):  # another process was faster
+                state = path.lstat()
+                if stat.S_ISREG(state.st_mode) and time.time() - state.st_mtime > older_than:
+                    yield path
 
 
-def remove(path: Path, root: Path) -> int:
-    """Remove a file, its receipt and lock, and folders below ``root`` that it leaves empty; returns the bytes freed.
+def remove(path: Path, root: Path) -> int | None:
+    """Remove a file, its receipt and lock, and folders below ``root`` that it leaves empty.
+
+    Returns:
+        The bytes freed; None when another process holds its lock, so that it stays.
 
     Raises:
         CacheError: It cannot be removed.
     """
-    try:
-        freed = path.stat().st_size
-        for name in (path, receipt_path(path), path.with_name(path.name + LOCK_SUFFIX)):
-            name.unlink(missing_ok=True)
-    except FileNotFoundError:
+    from filelock import FileLock, Timeout
+
+    if not path.parent.is_dir():
         return 0
+    try:
+        with FileLock(lock_path(path)).acquire(timeout=0):
+            freed = path.lstat().st_size if path.is_file() else 0
+            path.unlink(missing_ok=True)
+            receipt_path(path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows lets nobody remove what is open
+                lock_path(path).unlink()  # while it is ours: after that it may be another's
+    except Timeout:
+        return None
     except OSError as error:
-        raise CacheError(f"{path} cannot be removed ({error.strerror}).") from error
+        raise CacheError(f"{path} cannot be removed ({error.strerror}); ask its owner to.") from error
     for parent in path.parents:
         if not parent.is_relative_to(root) or parent == root:
             break
@@ -181,5 +224,8 @@ def remove(path: Path, root: Path) -> int:
     return freed
 
 
-def _is_receipt(path: Path) -> bool:
-    return path.name.endswith(RECEIPT_SUFFIX) and path.with_name(path.name.removesuffix(RECEIPT_SUFFIX)).is_file()
+def _files(folder: Path) -> Iterator[Path]:
+    for name in FOLDERS:
+        for path in sorted((folder / name).rglob("*")):
+            if path.is_file():
+                yield path

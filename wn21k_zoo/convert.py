@@ -52,14 +52,22 @@ class Converted:
     state_dict: StateDict
 
 
-def build(architecture: str, **kwargs: Any) -> nn.Module:
+def build(architecture: str, /, **kwargs: Any) -> nn.Module:
     """A network of one of our architectures or one of timm's; arguments as ``timm.create_model`` takes them."""
     import timm
 
     own = ARCHITECTURES.get(architecture.removeprefix(TIMM_PREFIX))
-    if own is not None:
-        return cast("nn.Module", own(**{name: value for name, value in kwargs.items() if value is not None}))
-    return cast("nn.Module", timm.create_model(architecture, **kwargs))
+    if own is None:
+        return cast("nn.Module", timm.create_model(architecture, **kwargs))
+    # What timm.create_model does not hand on to the architecture.
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    checkpoint_path = given.pop("checkpoint_path", None)
+    layers = {name: given.pop(name) for name in ("scriptable", "exportable", "no_jit") if name in given}
+    with timm.layers.set_layer_config(**layers):
+        module = own(**given)
+    if checkpoint_path:
+        timm.models.load_checkpoint(module, checkpoint_path)
+    return cast("nn.Module", module)
 
 
 def convert_file(path: str | os.PathLike[str], architecture: str | None = None) -> Converted:
@@ -162,17 +170,13 @@ def _fit(found: StateDict, architecture: str) -> tuple[StateDict | None, tuple[i
     import torch
 
     expected = _entries(architecture)
-    head = _classifier(architecture)
+    head = [key for key in expected if key.startswith(_classifier(architecture))]  # of any number of classes, but one
+    outputs = next((tuple(found[key].shape[:1]) for key in head if key in found), ())
+    expected.update({key: (*outputs, *expected[key][1:]) for key in head})
     counters = {key for key in expected if key.endswith("num_batches_tracked")}
     missing = [key for key in expected if key not in found and key not in counters]
     unknown = [key for key in found if key not in expected]
-    wrong = [
-        key
-        for key, value in found.items()
-        if key in expected
-        and (value.shape[1:] if key.startswith(head) else value.shape)
-        != (expected[key][1:] if key.startswith(head) else expected[key])
-    ]
+    wrong = [key for key, value in found.items() if key in expected and tuple(value.shape) != expected[key]]
     if not (missing or unknown or wrong):
         zero = torch.zeros((), dtype=torch.int64)
         return {key: found.get(key, zero).contiguous().clone() for key in expected}, (0, "")

@@ -13,15 +13,18 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from wn21k_zoo import cache, hub
 from wn21k_zoo.cache import Receipt
 from wn21k_zoo.checkpoints import Checkpoint, HubSource, PackageSource, Source, URLSource
 from wn21k_zoo.errors import (
+    AccessDeniedError,
+    AuthenticationError,
     CacheError,
     ChecksumError,
     DownloadError,
@@ -31,12 +34,12 @@ from wn21k_zoo.errors import (
     WeightsNotFoundError,
 )
 from wn21k_zoo.transfer import (
-    STALL_SECONDS,
     Expected,
     Patience,
+    RefusedError,
     difference,
     head,
-    require_success,
+    read_text,
     sha256_of,
     transfer,
 )
@@ -58,6 +61,7 @@ __all__ = [
 
 PROBE_SECONDS = 0.5
 LOCK_POLL_SECONDS = 0.1
+FIRST_DOWNLOAD = "the first download"
 
 Remote = HubSource | URLSource
 
@@ -124,7 +128,7 @@ def fetch(
     for source in remote:
         for filename in _filenames(source):
             try:
-                return _fetch_one(source, filename, root, patience, progress, checkpoint.name)
+                return _fetch_one(source, filename, root, patience, progress, checkpoint.name, mirror=_mirror())
             except RemoteNotFoundError as error:
                 errors.append(error)
             except DownloadError as error:
@@ -135,12 +139,13 @@ def fetch(
 
 
 def fetch_source(source: URLSource, *, cache_dir: str | os.PathLike[str], progress: bool | None = None) -> Fetched:
-    """A file of one plain server, whatever else has it.
+    """A file of one plain server, and from nowhere else: no mirror is asked.
 
     Raises:
         ChecksumError, DownloadError, CacheError: As :func:`fetch`.
     """
-    return _fetch_one(source, source.filename, cache.cache_dir(cache_dir), Patience(), progress, source.filename)
+    root = cache.cache_dir(cache_dir)
+    return _fetch_one(source, source.filename, root, Patience(), progress, source.filename, mirror=None)
 
 
 def find_verified(
@@ -166,16 +171,16 @@ def find_verified(
     return None, damages
 
 
-def cached_files(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Files of a checkpoint in our cache, from whichever source."""
+def cached_files(sources: Iterable[Source], cache_dir: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Files of some sources that are in our cache, or of which at least a receipt is."""
     root = cache.cache_dir(cache_dir)
     places = [
         root / cache.relative_path(source, filename, _named_revision(source))
-        for source in checkpoint.sources
+        for source in sources
         if not isinstance(source, PackageSource)
         for filename in _filenames(source)
     ]
-    return [place for place in places if place.is_file()]
+    return [place for place in places if place.is_file() or cache.receipt_path(place).is_file()]
 
 
 def fetch_file(
@@ -194,6 +199,7 @@ def fetch_file(
     root = cache.cache_dir(cache_dir)
     missing: list[RemoteNotFoundError] = []
     patience = Patience()
+    name = f"hf-hub:{source.repo_id}" + (f"@{source.revision}" if source.revision else "")
     for filename in filenames:
         found = _find_verified(source, filename, root, [])
         if hub.is_offline():
@@ -201,7 +207,7 @@ def fetch_file(
                 return found
             continue
         try:
-            return _fetch_one(source, filename, root, patience, progress, source.repo_id, found)
+            return _fetch_one(source, filename, root, patience, progress, name, found, mirror=_mirror())
         except RemoteNotFoundError as error:
             missing.append(error)
         except DownloadError:
@@ -210,8 +216,7 @@ def fetch_file(
             raise
     if missing:
         raise missing[0]
-    command = f"wn21k download hf-hub:{source.repo_id}" + (f"@{source.revision}" if source.revision else "")
-    raise _offline(source, filenames[0], root, command, [])
+    raise _offline(source, filenames[0], root, f"wn21k download {name}", [])
 
 
 def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
@@ -243,20 +248,25 @@ def _fetch_one(
     progress: bool | None,
     name: str,
     current: Fetched | None = None,
+    *,
+    mirror: str | None,
 ) -> Fetched:
-    place = root / cache.relative_path(source, filename, _named_revision(source))
-    url, expected, revision, headers = _resolve(source, filename, place, root, patience)
+    relative = cache.relative_path(source, filename, _named_revision(source))
+    place = root / relative
+    copy = None if mirror is None else f"{mirror.rstrip('/')}/{quote(relative.as_posix())}"
+    url, expected, revision, headers = _resolve(source, filename, place, copy, patience)
     if current is not None and difference(current.path, current.sha256, expected) is None:
         return current
+    for leftover in cache.leftovers(root):
+        with contextlib.suppress(CacheError):  # another user's, in a shared cache
+            cache.remove(leftover, leftover.parent)  # which stays: another process may be about to write there
     _make_folder(place.parent)
     with _lock(place, name, progress):
         # Another process may have been faster.
         found = _find_verified(source, filename, root, [])
         if found is not None and difference(found.path, found.sha256, expected) is None:
             return found
-        for leftover in cache.leftovers(root):
-            leftover.unlink(missing_ok=True)
-        sha256 = _transfer_from_any(url, place, root, expected, headers, patience, progress, name)
+        sha256 = _transfer_from_any(url, place, copy, expected, headers, patience, progress, name)
         receipt = Receipt(
             source=source.key,
             filename=filename,
@@ -285,23 +295,26 @@ def _fetch_one(
 def _transfer_from_any(
     url: str,
     place: Path,
-    root: Path,
+    copy: str | None,
     expected: Expected,
     headers: Mapping[str, str],
     patience: Patience,
     progress: bool | None,
     name: str,
 ) -> str:
-    """From the mirror if one is set, else from the origin; after a wrong body one more download, then no more."""
+    """From the mirror if one is set and can be checked, else from the origin; after a wrong body one more download."""
     candidates: list[tuple[str, Mapping[str, str]]] = [(url, headers), (url, headers)]
-    if mirror := _mirror_url(place.relative_to(root).as_posix()):
-        candidates = [(mirror, {}), (url, headers)]
+    if copy is not None and expected.hash:
+        candidates = [(copy, {}), (url, headers)]
     for index, (address, sent) in enumerate(candidates):
         is_last = index == len(candidates) - 1
         try:
             with _progress_bar(name, progress) as report:
                 return transfer(address, place, expected, headers=sent, patience=patience, report=report)
         except ChecksumError as error:
+            if is_last and expected.stated_by == FIRST_DOWNLOAD:
+                hint = f"It was another at the first download; to accept a new version: wn21k cache prune {name}"
+                raise ChecksumError(f"{error} {hint}") from error
             if is_last:
                 raise
             _logger.warning("%s", error)
@@ -313,54 +326,69 @@ def _transfer_from_any(
 
 
 def _resolve(
-    source: Remote, filename: str, place: Path, root: Path, patience: Patience
+    source: Remote, filename: str, place: Path, copy: str | None, patience: Patience
 ) -> tuple[str, Expected, str | None, Mapping[str, str]]:
     """Address, what is known of the file, its commit, and headers for its host."""
-    if isinstance(source, URLSource):
-        if source.sha256:
-            expected = Expected(num_bytes=source.num_bytes, sha256=source.sha256, stated_by="our lock file")
-        elif source.sha256_prefix:
-            expected = Expected(sha256_prefix=source.sha256_prefix, stated_by="the file's name")
-        else:
-            answer = head(source.url, patience=patience)
-            size = answer.get("Content-Length", "")
-            expected = Expected(num_bytes=int(size) if size.isdigit() else None, etag=answer.get("ETag"))
-        return source.url, expected, None, {}
-
-    if source.sha256 and filename == source.filenames[0]:
-        expected = Expected(num_bytes=source.num_bytes, sha256=source.sha256, stated_by="our lock file")
-    else:
+    expected = _known(source, filename, place)
+    if expected is None:
         try:
-            return hub.resolve(source, filename, patience)
+            return _asked(source, filename, place, patience)
+        except (AuthenticationError, AccessDeniedError, RemoteNotFoundError, RefusedError):
+            raise  # the origin has spoken
         except DownloadError:
-            stated = _stated_by_mirror(place, root, patience)
-            if stated is None:
+            expected = _stated_by_mirror(copy, patience)
+            if expected is None:
                 raise
-            expected = stated
+    if isinstance(source, URLSource):
+        return source.url, expected, None, {}
     url, headers = hub.address(source, filename, source.revision)
     return url, expected, source.revision, headers
 
 
-def _stated_by_mirror(place: Path, root: Path, patience: Patience) -> Expected | None:
-    """What a mirror's receipt says, for where the Hub itself is out of reach."""
-    import requests
+def _known(source: Remote, filename: str, place: Path) -> Expected | None:
+    """What is known of a file without asking anybody."""
+    if source.sha256 and filename == _filenames(source)[0]:
+        return Expected(num_bytes=source.num_bytes, sha256=source.sha256, stated_by="our lock file")
+    if isinstance(source, HubSource):
+        return None
+    if source.sha256_prefix:
+        return Expected(sha256_prefix=source.sha256_prefix, stated_by="the file's name")
+    return _first_download(place)
 
-    url = _mirror_url(cache.receipt_path(place).relative_to(root).as_posix())
-    if url is None:
+
+def _asked(
+    source: Remote, filename: str, place: Path, patience: Patience
+) -> tuple[str, Expected, str | None, Mapping[str, str]]:
+    if isinstance(source, URLSource):
+        answer = head(source.url, patience=patience)
+        size = answer.get("Content-Length", "")
+        return source.url, Expected(num_bytes=int(size) if size.isdigit() else None, etag=answer.get("ETag")), None, {}
+    url, expected, commit, headers = hub.resolve(source, filename, patience)
+    return url, expected if expected.hash else _first_download(place) or expected, commit, headers
+
+
+def _first_download(place: Path) -> Expected | None:
+    """What a file must be that nobody states a hash of, once it was here."""
+    receipt = cache.read_receipt(place)
+    if receipt is None:
+        return None
+    return Expected(num_bytes=receipt.num_bytes, sha256=receipt.sha256, stated_by=FIRST_DOWNLOAD)
+
+
+def _stated_by_mirror(copy: str | None, patience: Patience) -> Expected | None:
+    """What a mirror's receipt says, for where the origin itself is out of reach."""
+    if copy is None:
         return None
     try:
-        answer = requests.get(url, timeout=patience.timeout(STALL_SECONDS))
-        require_success(answer.status_code, url)
-        receipt = cache.receipt_from_json(answer.text)
-    except (requests.RequestException, DownloadError, ValueError) as error:
-        _logger.info("%s: %s", url, error)
+        receipt = cache.receipt_from_json(read_text(copy + cache.RECEIPT_SUFFIX, patience))
+    except (DownloadError, ValueError) as error:
+        _logger.info("%s: %s", copy, error)
         return None
     return Expected(num_bytes=receipt.num_bytes, sha256=receipt.sha256, stated_by="the mirror")
 
 
-def _mirror_url(path: str) -> str | None:
-    mirror = os.environ.get("WN21K_MIRROR")
-    return f"{mirror.rstrip('/')}/{path}" if mirror else None
+def _mirror() -> str | None:
+    return os.environ.get("WN21K_MIRROR") or None
 
 
 def _find_verified(source: Remote, filename: str, root: Path, damages: list[str]) -> Fetched | None:
@@ -459,7 +487,7 @@ def _lock(place: Path, name: str, progress: bool | None) -> Iterator[FileLock]:
     """Only one process fetches a file; the system frees the lock of one that was killed."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(place.with_name(place.name + cache.LOCK_SUFFIX))
+    lock = FileLock(cache.lock_path(place))
     try:
         try:
             lock.acquire(timeout=1, poll_interval=LOCK_POLL_SECONDS)

@@ -18,6 +18,7 @@ from wn21k_zoo.transfer import (
     STALL_SECONDS,
     Expected,
     Patience,
+    auth_of_address,
     require_success,
 )
 
@@ -111,7 +112,8 @@ def _probe(source: HubSource, seconds: float, statuses: list[int]) -> None:
 
     url = hf_hub_url(source.repo_id, source.filenames[0], revision=source.revision)
     with contextlib.suppress(requests.RequestException), requests.Session() as session:
-        answer = session.head(url, timeout=seconds, allow_redirects=False, headers=build_hf_headers())
+        headers = build_hf_headers()
+        answer = session.head(url, timeout=seconds, allow_redirects=False, headers=headers, auth=auth_of_address)
         statuses.append(answer.status_code)
 
 
@@ -149,9 +151,13 @@ def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
 
 def retry_seconds(retry_after: str | None, attempt: int) -> float:
     """How long to wait before the next try: what the server asks for, up to 60 s, else ever longer."""
+    from urllib3.exceptions import InvalidHeader
     from urllib3.util import Retry
 
-    seconds = Retry().parse_retry_after(retry_after) if retry_after else BACKOFF_SECONDS * 2**attempt
+    seconds = BACKOFF_SECONDS * 2**attempt
+    if retry_after:
+        with contextlib.suppress(InvalidHeader):
+            seconds = Retry().parse_retry_after(retry_after)
     return min(float(seconds), RETRY_AFTER_MAX_SECONDS)
 
 

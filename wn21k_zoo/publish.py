@@ -26,6 +26,7 @@ from wn21k_zoo.building import (
 )
 from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint
 from wn21k_zoo.errors import (
+    ConversionError,
     InvalidArgumentError,
     OfflineError,
     PublishError,
@@ -44,6 +45,7 @@ __all__ = ["DTYPES", "export_folder", "plan_upload", "publish_folder"]
 
 CARD_FILE = "README.md"
 DTYPES = ("float32", "float16", "bfloat16")
+_TEMPORARY = ".wn21k-export-"
 # What of a folder is uploaded: what we wrote, and nothing that happens to lie there.
 UPLOADED = (CARD_FILE, CONFIG_FILE, LABELS_FILE, WEIGHT_FILES[0])
 
@@ -67,7 +69,7 @@ def export_folder(
         folder: Where to.
         record: For a file: of which record it is, where several have its architecture and number of classes.
         dtype: Of the weights, by default as they are: 'float32', 'float16' or 'bfloat16'.
-        force: Replace a folder that is not empty.
+        force: Replace a folder of a former export.
 
     Returns:
         The folder.
@@ -76,13 +78,18 @@ def export_folder(
         UnknownModelError, UnresolvedLabelSpaceError, ModelError, MissingExtraError: The model cannot be loaded.
         InvalidArgumentError: The folder exists, the dtype is another, or nobody can say of which record a file is.
     """
-    target = Path(folder).expanduser()
+    target = Path(folder).expanduser().resolve()
     if dtype is not None and dtype not in DTYPES:
         raise InvalidArgumentError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}.")
     if target.exists() and not target.is_dir():
         raise InvalidArgumentError(f"{target} is a file; name a folder.")
-    if target.is_dir() and any(target.iterdir()) and not force:
+    if target.is_dir() and any(not path.name.startswith(_TEMPORARY) for path in target.iterdir()) and not force:
         raise InvalidArgumentError(f"{target} is not empty; choose another folder, or replace it with --force.")
+    for left in target.glob(f"{_TEMPORARY}*"):  # of an export that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    foreign = [path.name for path in target.glob("*") if path.name not in UPLOADED or not path.is_file()]
+    if foreign:
+        raise InvalidArgumentError(f"{target} holds {min(foreign)}, which no export writes; choose another folder.")
     checkpoint, module = _load(os.fspath(model), record)
     with _whole_folder(target) as temporary:
         _write_weights(module, temporary / WEIGHT_FILES[0], dtype)
@@ -179,13 +186,23 @@ def _load(model: str, record: str | None) -> tuple[Checkpoint, nn.Module]:
         converted = convert.convert_file(path, registry.get_checkpoint(record).architecture if record else None)
         checkpoint = _record_of(converted, record)
         module = build_checkpoint(checkpoint, pretrained=False)
-        module.load_state_dict(converted.state_dict, strict=True)
+        try:
+            module.load_state_dict(converted.state_dict, strict=True)
+        except RuntimeError as error:
+            raise ConversionError(f"{path} does not fit {checkpoint.name}: {first_line(error)}") from error
         return checkpoint, module
     if record is not None:
         raise InvalidArgumentError(f"--record is for weight files, and {model} is none.")
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors") and not path.exists():
         raise UnknownModelError(f"There is no file {path}.")
-    checkpoint = registry.resolve_checkpoint(model)
+    try:
+        checkpoint = registry.resolve_checkpoint(model)
+    except UnknownModelError as error:
+        if not path.is_dir():
+            raise
+        raise InvalidArgumentError(
+            f"{model} is a folder; export takes a record's name, a timm model or a weight file."
+        ) from error
     return checkpoint, build_checkpoint(checkpoint, pretrained=True)
 
 
@@ -210,26 +227,45 @@ def _record_of(converted: convert.Converted, record: str | None) -> Checkpoint:
 
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the target's place at the end, and is removed when something fails."""
+    """A temporary folder whose files are the target's at the end, and which is removed when something fails.
+
+    It lies beside a target that is new, and takes its place; and within one that is there, which may be a mount point
+    or the current folder.
+    """
+    exists = target.is_dir()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=target if exists else target.parent))
     except OSError as error:
         raise PublishError(f"{target} cannot be written ({error.strerror}); choose another place.") from error
     try:
         yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            former = temporary.with_name(f"{temporary.name}.former")
-            target.rename(former)
-            temporary.rename(target)
-            shutil.rmtree(former)
+        if exists:
+            _replace_files(target, temporary)
         else:
+            temporary.chmod(0o755)
             temporary.rename(target)
     except OSError as error:
         raise PublishError(f"{target} cannot be written ({first_line(error)}); choose another place.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_files(target: Path, temporary: Path) -> None:
+    """The configuration goes first and comes last: without it a mixture of old and new loads nowhere."""
+    new = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_FILE)
+    former = temporary / "former"
+    former.mkdir()
+    try:
+        for name in (CONFIG_FILE, *(name for name in UPLOADED if name != CONFIG_FILE)):
+            if (target / name).is_file():
+                (target / name).rename(former / name)
+        for path in new:
+            path.rename(target / path.name)
+    except OSError:
+        for path in former.iterdir():
+            path.replace(target / path.name)
+        raise
 
 
 def _write_weights(module: nn.Module, path: Path, dtype: str | None) -> None:

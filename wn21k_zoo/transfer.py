@@ -11,11 +11,12 @@ import errno
 import hashlib
 import re
 import shutil
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from wn21k_zoo.cache import PART_SUFFIX
 from wn21k_zoo.errors import (
@@ -30,7 +31,19 @@ from wn21k_zoo.errors import (
 if TYPE_CHECKING:
     import requests
 
-__all__ = ["Expected", "Patience", "difference", "head", "new_session", "require_success", "sha256_of", "transfer"]
+__all__ = [
+    "Expected",
+    "Patience",
+    "RefusedError",
+    "auth_of_address",
+    "difference",
+    "head",
+    "new_session",
+    "read_text",
+    "require_success",
+    "sha256_of",
+    "transfer",
+]
 
 CONNECT_SECONDS = 5.0
 STALL_SECONDS = 8.0
@@ -44,6 +57,10 @@ CHUNK = 256 * 1024
 SPARE_BYTES = 1024 * 1024
 
 Report = Callable[[int, int | None], None]
+
+
+class RefusedError(DownloadError):
+    """A server that answers, and does not want to: a 4xx status that has no class of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +84,14 @@ class Expected:
     stated_by: str | None = None
 
     @property
+    def hash(self) -> str | None:
+        """What its content can be compared with."""
+        return self.sha256 or self.git_sha1 or self.sha256_prefix
+
+    @property
     def version(self) -> str | None:
         """A name for this version of the file; without one, a part of it cannot be gone on with."""
-        name = self.sha256 or self.git_sha1 or self.sha256_prefix or self.etag
+        name = self.hash or self.etag
         return hashlib.sha256(name.encode()).hexdigest()[:16] if name else None
 
 
@@ -123,19 +145,18 @@ def transfer(
         CacheError: The file cannot be written, or the disk has too little space.
     """
     part = target.with_name(f"{target.name}.{expected.version or 'unknown'}{PART_SUFFIX}")
-    if expected.version is None:
-        part.unlink(missing_ok=True)  # nobody can say whether it is a part of the same file
-    _require_space(part, expected.num_bytes)
+    with _in_cache(target):
+        if expected.version is None:
+            part.unlink(missing_ok=True)  # nobody can say whether it is a part of the same file
+        _require_space(part, expected.num_bytes)
     _fetch_body(url, part, expected, headers or {}, patience or Patience(), report or (lambda done, total: None))
-    sha256 = sha256_of(part)
-    wrong = difference(part, sha256, expected)
-    if wrong is not None:
-        part.unlink(missing_ok=True)
-        raise ChecksumError(f"{url} is not the published file, so it was deleted: {wrong}.")
-    try:
+    with _in_cache(target):
+        sha256 = sha256_of(part)
+        wrong = difference(part, sha256, expected)
+        if wrong is not None:
+            part.unlink()
+            raise ChecksumError(f"{url} is not the published file, so it was deleted: {wrong}.")
         part.replace(target)
-    except OSError as error:
-        raise CacheError(f"{target} cannot be written ({error.strerror}); set WN21K_CACHE.") from error
     return sha256
 
 
@@ -183,6 +204,19 @@ def head(url: str, headers: Mapping[str, str] | None = None, patience: Patience 
         return found
 
 
+def read_text(url: str, patience: Patience) -> str:
+    """A small text, in one try.
+
+    Raises:
+        DownloadError: As :func:`transfer`.
+    """
+    timeout = (patience.timeout(CONNECT_SECONDS), patience.timeout(STALL_SECONDS))
+    with new_session() as session, _typed_errors(url, patience):
+        response = session.get(url, timeout=timeout)
+        require_success(response.status_code, url)
+        return response.text
+
+
 def require_success(status: int, url: str, hint: str = "") -> None:
     """Raise what an HTTP status means.
 
@@ -197,7 +231,8 @@ def require_success(status: int, url: str, hint: str = "") -> None:
         raise AccessDeniedError(f"{url} refuses (HTTP 403){hint or '; accept its terms or ask for access.'}")
     if status in (404, 410):
         raise RemoteNotFoundError(f"{url} does not exist (HTTP {status}){hint or '; check the name and revision.'}")
-    raise DownloadError(f"{url} answers HTTP {status}; try again later.")
+    kind = RefusedError if status < 500 else DownloadError
+    raise kind(f"{url} answers HTTP {status}; try again later.")
 
 
 def _fetch_body(
@@ -243,12 +278,16 @@ def _attempt(
     sent = {"Accept-Encoding": "identity", **headers}
     if start:
         sent["Range"] = f"bytes={start}-"
-        if expected.etag and not expected.etag.startswith("W/"):
+        # A hash tells at the end. And the ETag that the Hub states is not that of the server it redirects to.
+        if not expected.hash and expected.etag and not expected.etag.startswith("W/"):
             sent["If-Range"] = expected.etag
     timeout = (patience.timeout(CONNECT_SECONDS), patience.timeout(STALL_SECONDS))
     with session.get(url, headers=sent, stream=True, timeout=timeout) as response:
         if response.status_code == 416 and start:
-            part.unlink()  # not a part of that file
+            with _in_cache(part):
+                if _is_whole(response, part, start, expected):
+                    return
+                part.unlink()  # not a part of that file
             raise _InterruptedError(f"{url} refuses to go on from byte {start:,}.")
         require_success(response.status_code, url)
         going_on = bool(start) and _goes_on(response, start)
@@ -284,6 +323,14 @@ def _chunks(response: requests.Response, url: str, patience: Patience) -> Iterat
             window_start, in_window = now, 0
 
 
+def _is_whole(response: requests.Response, part: Path, start: int, expected: Expected) -> bool:
+    """Whether a server has nothing to send after ``start`` because that is the end."""
+    found = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", ""))
+    if found:
+        return int(found[1]) == start
+    return expected.hash is not None and difference(part, sha256_of(part), expected) is None
+
+
 def _goes_on(response: requests.Response, start: int) -> bool:
     if response.status_code != 206:
         return False
@@ -301,8 +348,6 @@ def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
     begin = time.monotonic()
     try:
         yield
-    except (requests.exceptions.SSLError, urllib3.exceptions.SSLError) as error:
-        raise DownloadError(f"{url}: its certificate cannot be verified ({type(error).__name__}).") from error
     except (requests.exceptions.ProxyError, urllib3.exceptions.ProxyError) as error:
         raise DownloadError(f"{url}: the proxy does not answer; check HTTPS_PROXY and NO_PROXY.") from error
     except (
@@ -312,12 +357,31 @@ def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
     ) as e:
         raise DownloadError(f"{url} is no URL; check HF_ENDPOINT and WN21K_MIRROR.") from e
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        if fault := _certificate_fault(error):
+            why = f"its certificate cannot be verified ({fault})"
+            raise DownloadError(f"{url}: {why}; check the clock and REQUESTS_CA_BUNDLE.") from error
         if "timed out" in str(error).lower():
             patience.spent += min(time.monotonic() - begin, STALL_SECONDS)
             raise _InterruptedError(f"{url} stalls: no answer or no data for {STALL_SECONDS:.0f} s.") from error
         if isinstance(error, requests.ConnectionError):
             raise _InterruptedError(f"{url} cannot be reached; check the network.", no_connection=True) from error
         raise _InterruptedError(f"{url} breaks off ({type(error).__name__}).") from error
+
+
+def _certificate_fault(error: BaseException) -> ssl.SSLCertVerificationError | None:
+    """The certificate's fault that an error comes from; any other of TLS is a connection that broke."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error
+    causes = [cause for cause in (*error.args, error.__cause__) if isinstance(cause, BaseException)]
+    return next((fault for cause in causes if (fault := _certificate_fault(cause))), None)
+
+
+@contextlib.contextmanager
+def _in_cache(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(f"{target} cannot be written ({error.strerror}); set WN21K_CACHE.") from error
 
 
 @contextlib.contextmanager
@@ -346,16 +410,35 @@ def _require_space(part: Path, num_bytes: int | None) -> None:
         )
 
 
+def auth_of_address(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """For requests' ``auth``: a name and password in the address, and none from ~/.netrc in place of our token."""
+    from requests.auth import HTTPBasicAuth
+    from requests.utils import get_auth_from_url
+
+    name, password = get_auth_from_url(request.url or "")
+    return HTTPBasicAuth(name, password)(request) if name or password else request
+
+
 def new_session() -> requests.Session:
     """A session that asks again after 408, 429 and 5xx, waiting as long as the server says, up to 60 s."""
     import requests
     from requests.adapters import HTTPAdapter
+    from urllib3.exceptions import InvalidHeader
     from urllib3.util import Retry
 
     class BoundedRetry(Retry):
         def get_retry_after(self, response: Any) -> float | None:
-            seconds = super().get_retry_after(response)
+            try:
+                seconds = super().get_retry_after(response)
+            except InvalidHeader:
+                return None
             return None if seconds is None else min(seconds, RETRY_AFTER_MAX_SECONDS)
+
+    class Session(requests.Session):
+        def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
+            """As requests does for a redirect, without ~/.netrc."""
+            if cast(Any, self).should_strip_auth(response.request.url, prepared_request.url):
+                prepared_request.headers.pop("Authorization", None)
 
     retry = BoundedRetry(
         total=None,
@@ -368,7 +451,8 @@ def new_session() -> requests.Session:
         status_forcelist=RETRIED,
         raise_on_status=False,
     )
-    session = requests.Session()
+    session = Session()
+    session.auth = auth_of_address
     for scheme in ("https://", "http://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry))
     return session

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from conftest import EMBEDDED, run_in_terminal, start_interruptible
+from filelock import FileLock
 from hub_server import COMMIT, hub_server
 from typer.testing import CliRunner
 
@@ -76,9 +77,13 @@ def test_download_verify_list_prune(run, tmp_path):
         assert rows(done)[0]["status"] == "damaged"
     assert run("verify", OTHER).returncode == 1
 
-    part = Path(first["file"]).with_name("other.part")
+    part = Path(first["file"]).with_name(f"model.safetensors.{'0' * 16}.part")
     part.write_bytes(b"x")
     os.utime(part, (time.time() - 3 * 24 * 3600,) * 2)
+    with FileLock(part.with_name("model.safetensors.lock")):
+        done = run("cache", "prune", "--all")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.count("stays: another process is fetching it") == 2
     assert str(part) in run("cache", "prune", "--dry-run").stdout
     assert part.exists()
     assert run("cache", "prune").returncode == 0
@@ -90,6 +95,28 @@ def test_download_verify_list_prune(run, tmp_path):
     assert "2.0 MB are freed" in done.stderr
     assert not (tmp_path / "cache" / "hub").exists()
     assert run("verify").returncode == 0
+
+
+def test_prune_removes_nothing_that_is_not_ours(tmp_path):
+    old = time.time() - 3 * 24 * 3600
+    for name in ("thesis.txt", "thesis.part", "hub/models--a--b/blobs/0", "hub/x.part", "hub/a.csv", "hub/a.csv.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        os.utime(tmp_path / name, (old, old))
+    before = sorted(tmp_path.rglob("*"))
+    done = call("cache", "prune", "--all", "--cache-dir", str(tmp_path))
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_names_that_no_repository_can_have(run):
+    bad = [f"hf-hub:{name}" for name in ("a/b--c", "a/b.", "-a/b", "a", "a/b/c", "a/b.git")]
+    with hub_server(FILES) as (endpoint, _):
+        done = run("download", *bad, NAME, endpoint=endpoint)
+    assert done.returncode == 3
+    assert [row["name"] for row in rows(done)] == [NAME]
+    assert done.stderr.count("write hf-hub:ORG/NAME") == len(bad)
+    assert f"{len(bad)} could not be fetched" in done.stderr
 
 
 def test_one_bad_name_does_not_stop_the_rest(run):
@@ -138,6 +165,10 @@ def test_a_repository_by_its_name(run):
     with hub_server(files) as (endpoint, _):
         done = run("download", "hf-hub:me/mine", endpoint=endpoint)
     assert [Path(row["file"]).name for row in rows(done)] == ["config.json", "pytorch_model.bin"]
+    done = run("cache", "prune", "hf-hub:me/mine")
+    assert [Path(path).name for path in done.stdout.splitlines()] == ["config.json", "pytorch_model.bin"]
+    assert done.returncode == 0
+    assert "no Hub repository" in run("cache", "prune", "hf-hub:mine").stderr
 
 
 def test_a_progress_bar_on_a_terminal_only(tmp_path):
@@ -180,8 +211,15 @@ def test_lock_writes_what_the_sources_say_and_keeps_the_rest(run, tmp_path):
     assert "no lock file" in run("lock", NAME, "--output", lock).stderr
 
 
-def test_a_plain_server_is_locked_by_hashing_its_file():
+def test_a_plain_server_is_locked_by_hashing_its_file(monkeypatch):
     record = registry.get_checkpoint(NAME)
+    name = f"weights-{SHA256[:8]}.pth"  # with its hash in the name a mirror may have it, for whoever downloads
+    with hub_server({name: BODY}, hashes=False) as (endpoint, _), hub_server({}) as (mirror, asked):
+        monkeypatch.setenv("WN21K_MIRROR", mirror)
+        source = URLSource(url=f"{endpoint}/{name}")
+        mine = type(record)(**{**vars(record), "sources": (source,)})
+        lock, failed = locking.lock_sources([mine], {}, lambda *_: None)
+        assert (lock[source.key]["sha256"], failed, asked) == (SHA256, 0, [])
     with hub_server({"weights.pth": BODY}, hashes=False) as (endpoint, _):
         source = URLSource(url=f"{endpoint}/weights.pth")
         mine = type(record)(**{**vars(record), "sources": (source,)})

@@ -228,6 +228,19 @@ def _usage(checkpoint: Checkpoint) -> str:
     timm = f'model = timm.create_model("{TIMM_PREFIX}{name}", pretrained=True)'
     if _in_timm(checkpoint):
         timm += f'\nmodel = timm.create_model("{name}", pretrained=True)  # timm itself, without our checks of the file'
+    own = checkpoint.architecture in ARCHITECTURES
+    timm_needs = "import wn21k_zoo.timm_models  # timm lacks the architecture\n" if own else ""
+    caution = (
+        "  # with one softmax over all outputs, which this head is not made for"
+        if checkpoint.head == "semantic_softmax"
+        else ""
+    )
+    transformers = (
+        "In transformers, which takes the folder or `ORG/NAME`:",
+        "python",
+        "from transformers import pipeline\n\n"
+        f'classify = pipeline("image-classification", "DIR")\nfound = classify("photo.jpg"){caution}',
+    )
     doors = (
         (
             "In Python:",
@@ -251,10 +264,27 @@ def _usage(checkpoint: Checkpoint) -> str:
         (
             "On the command line:",
             "sh",
-            f"wn21k predict photo.jpg --model {name}\nwn21k export {name} DIR",
+            f"wn21k predict photo.jpg --model {name}",
         ),
+        (
+            "As a folder, and from there to the Hugging Face Hub:",
+            "sh",
+            f"wn21k export {name} DIR\nwn21k publish DIR --repo ORG/NAME",
+        ),
+        (
+            "From that folder or that repository:",
+            "python",
+            f"import timm\nimport wn21k_zoo\n{timm_needs}\n"
+            'model = timm.create_model("local-dir:DIR", pretrained=True)\n'
+            'model = wn21k_zoo.create_model("DIR")\n\n'
+            'model = timm.create_model("hf-hub:ORG/NAME", pretrained=True)\n'
+            'model = wn21k_zoo.create_model("hf-hub:ORG/NAME")\n'
+            'prediction = wn21k_zoo.predict("photo.jpg", model="hf-hub:ORG/NAME")',
+        ),
+        *(() if own else (transformers,)),
     )
-    return needs + "\n\n".join(f"{title}\n\n```{language}\n{code}\n```" for title, language, code in doors)
+    usage = needs + "\n\n".join(f"{title}\n\n```{language}\n{code}\n```" for title, language, code in doors)
+    return f"{usage}\n\ntransformers cannot load this architecture." if own else usage
 
 
 def _limits(checkpoint: Checkpoint) -> str:

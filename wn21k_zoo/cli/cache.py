@@ -100,12 +100,8 @@ def verify(
                 rows.append({"file": name, "status": "not on this machine", "checked_against": None})
     else:
         for entry in cache.entries(cache.cache_dir(cache_dir)):
-            if entry.receipt is None:
-                status = "no receipt: wn21k download fetches it anew"
-            else:
-                status = "ok" if sha256_of(entry.path) == entry.receipt.sha256 else "damaged"
-            against = entry.receipt.checked_against if entry.receipt else None
-            rows.append({"file": str(entry.path), "status": status, "checked_against": against})
+            status = "ok" if sha256_of(entry.path) == entry.receipt.sha256 else "damaged"
+            rows.append({"file": str(entry.path), "status": status, "checked_against": entry.receipt.checked_against})
         if not rows:
             say(f"nothing in the cache {cache.cache_dir(cache_dir)}")
     print_table(rows, ("file", "status", "checked_against"), format)
@@ -121,9 +117,9 @@ def list_cache(cache_dir: CacheDirOption = None, format: FormatOption = None) ->
     root = cache.cache_dir(cache_dir)
     rows: list[dict[str, Any]] = [
         {
-            "source": entry.receipt.source if entry.receipt else None,
+            "source": entry.receipt.source,
             "bytes": entry.path.stat().st_size,
-            "sha256": entry.receipt.sha256 if entry.receipt else None,
+            "sha256": entry.receipt.sha256,
             "file": str(entry.path),
         }
         for entry in cache.entries(root)
@@ -135,7 +131,8 @@ def list_cache(cache_dir: CacheDirOption = None, format: FormatOption = None) ->
 @app.command()
 def prune(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Records or timm models to remove. Default: unfinished downloads only.")
+        list[str] | None,
+        typer.Argument(help="Records, timm models or hf-hub:ORG/NAME. Default: unfinished downloads only."),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All files.")] = False,
     older_than: Annotated[
@@ -146,12 +143,14 @@ def prune(
 ) -> None:
     """Remove files from the cache; without arguments only what unfinished downloads left more than a day ago."""
     from wn21k_zoo import cache
+    from wn21k_zoo.building import HUB_PREFIX, hub_source
     from wn21k_zoo.download import cached_files
 
     root = cache.cache_dir(cache_dir)
     going = list(cache.leftovers(root))
     for name in names or []:
-        going += cached_files(registry.resolve_checkpoint(name), cache_dir)
+        is_on_hub = name.startswith(HUB_PREFIX)
+        going += cached_files([hub_source(name)] if is_on_hub else registry.resolve_checkpoint(name).sources, root)
     if everything or older_than is not None:
         oldest = time.time() - (older_than or 0) * 24 * 3600
         going += [entry.path for entry in cache.entries(root) if everything or entry.path.stat().st_mtime < oldest]
@@ -159,8 +158,12 @@ def prune(
         going += list(cache.leftovers(root, older_than=0))
     freed = 0
     for path in dict.fromkeys(going):
+        num_bytes = (path.lstat().st_size if path.is_file() else 0) if dry_run else cache.remove(path, root)
+        if num_bytes is None:
+            say(f"{path} stays: another process is fetching it")
+            continue
         typer.echo(str(path))
-        freed += path.lstat().st_size if dry_run else cache.remove(path, root)
+        freed += num_bytes
     say(f"{freed / 1e6:,.1f} MB {'would be' if dry_run else 'are'} freed in {root}")
 
 

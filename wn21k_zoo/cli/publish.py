@@ -27,7 +27,7 @@ def export(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, float16 or bfloat16. Default: as the weights are.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is not empty.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that an earlier export wrote.")] = False,
 ) -> None:
     """Write a folder that timm, transformers and wn21k_zoo load: weights, configuration, labels, tree, model card."""
     from wn21k_zoo.publish import export_folder, plan_upload

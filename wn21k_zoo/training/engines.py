@@ -7,13 +7,14 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 from wn21k_zoo.errors import DataError, MissingExtraError, Wn21kError, first_line
 
-__all__ = ["ENGINES", "Engine", "run_tasks"]
+__all__ = ["ENGINES", "Engine", "count_cores", "run_tasks"]
 
 Engine = Literal["local", "ray"]
 ENGINES: tuple[Engine, ...] = ("local", "ray")
@@ -24,7 +25,7 @@ def run_tasks(
     function: Callable[..., Result],
     tasks: Iterable[tuple[Any, ...]],
     *,
-    workers: int,
+    workers: int | None,
     engine: Engine = "local",
     address: str | None = None,
 ) -> Iterator[Result]:
@@ -36,7 +37,7 @@ def run_tasks(
     Args:
         function: A function at the top of a module.
         tasks: The arguments, to be pickled.
-        workers: Processes on this machine, or Ray tasks at a time.
+        workers: Processes on this machine, or Ray tasks at a time; None: as many as there are cores.
         engine: ``local`` or ``ray``.
         address: Of a Ray cluster; default: ``RAY_ADDRESS`` if set, else a cluster on this machine, started for the
             occasion.
@@ -47,9 +48,15 @@ def run_tasks(
     """
     if engine == "ray":
         return _run_on_ray(function, tasks, workers, address)
+    workers = workers or count_cores()
     if workers == 1:
         return (function(*task) for task in tasks)
     return _run_in_processes(function, tasks, workers)
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_in_processes(
@@ -94,7 +101,7 @@ def _end_with(parent: Any) -> None:
 
 
 def _run_on_ray(
-    function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int, address: str | None
+    function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int | None, address: str | None
 ) -> Iterator[Result]:
     try:
         import ray
@@ -103,12 +110,17 @@ def _run_on_ray(
     wanted = address or os.environ.get("RAY_ADDRESS")
     ours = not ray.is_initialized()
     if ours:
-        local: dict[str, Any] = {} if wanted else {"num_cpus": workers, "include_dashboard": False}
+        local: dict[str, Any] = {} if wanted else {"num_cpus": workers or count_cores(), "include_dashboard": False}
+        _refuse_deaf(wanted)
         try:
             ray.init(address=wanted, log_to_driver=False, configure_logging=False, **local)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise DataError(f"No Ray cluster answers at {wanted or 'this machine'}: {first_line(error)}") from None
+            raise DataError(
+                f"No Ray cluster can be used at {wanted or 'this machine'}: {first_line(error)}. If it asks for a token, "
+                "this machine needs the same one (RAY_AUTH_MODE, RAY_AUTH_TOKEN)."
+            ) from None
     try:
+        workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         remote = ray.remote(num_cpus=1, max_retries=5)(function)  # a task whose worker dies runs again
         running: list[Any] = []
         for task in tasks:
@@ -129,3 +141,16 @@ def _run_on_ray(
     finally:
         if ours:
             ray.shutdown()
+
+
+def _refuse_deaf(address: str | None) -> None:
+    """Ray itself ends the process, after minutes, where nobody answers at an address."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local" and the like
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise DataError(
+            f"No Ray cluster answers at {address} ({error}); look at --ray-address and RAY_ADDRESS."
+        ) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +71,7 @@ class Progress:
 class Tasks:
     """How tasks are run: a number of workers, an engine, and whom to tell."""
 
-    workers: int
+    workers: int | None
     engine: Engine
     address: str | None
     progress: Callable[[Progress], None]
@@ -83,14 +82,12 @@ class Tasks:
 
 
 def make_tasks(workers: int | None, engine: Engine, address: str | None, progress: Callable[[Progress], None]) -> Tasks:
-    """Tasks on all cores by default.
+    """Tasks on all cores by default, of this machine or of the cluster.
 
     Raises:
         InvalidArgumentError: Fewer than one worker.
     """
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise InvalidArgumentError(f"workers is {workers}; it must be at least 1.")
     return Tasks(workers, engine, address, progress)
 

@@ -62,7 +62,7 @@ def prepare(
         source: Any layout of :mod:`wn21k_zoo.training.sources`.
         output: A new or empty folder, or one that this function began.
         options: What to make.
-        workers: Processes, or Ray tasks at a time. Default: all cores.
+        workers: Processes, or Ray tasks at a time. Default: all cores, of this machine or of the cluster.
         engine: ``local`` or ``ray``; the result is the same to the byte. On a cluster all nodes must see both paths.
         ray_address: Of a running Ray cluster; default: one on this machine.
         max_bad: Allowed share of images that cannot be used.
