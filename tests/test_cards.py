@@ -139,7 +139,7 @@ def test_card_names_every_door(checkpoint):
 @pytest.mark.parametrize(
     ("file", "name", "which"),
     [
-        ("mobilenetv3_large_100", "mobilenetv3_large_100.miil_in21k", ""),
+        pytest.param("mobilenetv3_large_100", "mobilenetv3_large_100.miil_in21k", "", marks=pytest.mark.slow),
         ("ofa_flops_595m_s", "ofa_flops_595m_s.miil_in21k", "DIR"),  # by itself: another door might register it
     ],
 )

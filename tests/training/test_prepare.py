@@ -155,6 +155,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path, workers, reference):
     assert contents(tmp_path / "out") == contents(reference)
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_bytes_and_a_killed_worker_loses_nothing(tmp_path, reference):
     psutil = pytest.importorskip("psutil")
     pytest.importorskip("ray")

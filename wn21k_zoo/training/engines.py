@@ -116,11 +116,11 @@ def _run_on_ray(
             ray.init(address=wanted, log_to_driver=False, configure_logging=False, **local)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"No Ray cluster can be used at {wanted or 'this machine'}: {first_line(error)}. If it asks for a token, "
-                "this machine needs the same one (RAY_AUTH_MODE, RAY_AUTH_TOKEN)."
+                f"No Ray cluster can be used at {wanted or 'this machine'}: {first_line(error)}. If it asks for a "
+                "token, this machine needs the same one (RAY_AUTH_MODE, RAY_AUTH_TOKEN)."
             ) from None
     try:
-        workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
         remote = ray.remote(num_cpus=1, max_retries=5)(function)  # a task whose worker dies runs again
         running: list[Any] = []
         for task in tasks:
