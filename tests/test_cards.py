@@ -136,10 +136,11 @@ def test_card_names_every_door(checkpoint):
     assert ("transformers cannot load" in text) == own == ("timm lacks the architecture\n" in text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "name", "which"),
     [
-        pytest.param("mobilenetv3_large_100", "mobilenetv3_large_100.miil_in21k", "", marks=pytest.mark.slow),
+        ("mobilenetv3_large_100", "mobilenetv3_large_100.miil_in21k", ""),
         ("ofa_flops_595m_s", "ofa_flops_595m_s.miil_in21k", "DIR"),  # by itself: another door might register it
     ],
 )

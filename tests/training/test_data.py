@@ -28,6 +28,7 @@ from wn21k_zoo.training.shards import index_path, read_index, read_info
 
 from .archives import OUTSIDE, WNIDS, jpeg, make_classes, tar_bytes
 from .hub_folder import serve_repository
+from .ranks import run_rank
 from .staging import stage_all
 
 SIZE = 32
@@ -197,6 +198,21 @@ def test_a_damaged_sample_is_counted_logged_and_left_out_without_another_rank_wa
     messages = [record.getMessage() for record in caplog.records]
     for shard, name in names:
         assert any(shard in message and name in message for message in messages)
+
+
+@pytest.mark.slow
+def test_ranks_that_wait_for_each_other_get_to_the_end(damaged, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    arguments = (damaged[0], tmp_path / "store")
+    ranks = [context.Process(target=run_rank, args=(*arguments, rank, 2, results)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    found = [results.get(timeout=100) for _ in ranks]
+    for rank in ranks:
+        rank.join()
+    assert {total for _, total, _ in found} == {62.0}  # of 64 in whole batches
+    assert sum(bad for *_, bad in found) == 2
 
 
 def test_too_many_damaged_samples_end_it(damaged):

@@ -279,6 +279,14 @@ def test_odd_images_are_handled_and_counted(tmp_path):
     assert (rows["rotated"]["width"], rows["rotated"]["height"], rows["rotated"]["orientation"]) == (16, 30, 6)
     assert (rows["grey"]["mode"], rows["grey"]["action"]) == ("L", "copied")
     assert rows["odd name, for a key"]["key"] == f"{wnid}-000009"
+    told = (out / "SUMMARY.md").read_text()
+    for line in (
+        "truncated: 1 images",
+        "colours CMYK: 2 images",
+        "PNG by its content: 1 images",
+        "rotated by EXIF: 1 images",
+    ):
+        assert f"- {line}\n" in told
     for shard in sum(read_info(out).splits.values(), ()):
         whole = (out / shard.name).read_bytes()
         for entry in read_index(index_path(out / shard.name)):

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,15 @@ def decide(source: ClassSource, images: int, options: PrepareOptions, is_split: 
     if source.wnid not in index_of(options.label_space):
         return "outside the label space"
     return "kept" if is_split or images > options.min_images else "too few images"
+
+
+def _odd(row: dict[str, Any]) -> Iterator[str]:
+    if row["format"] != "JPEG":
+        yield f"{row['format']} by its content"
+    if row["mode"] not in ("RGB", "L"):
+        yield f"colours {row['mode']}"
+    if row["orientation"] != 1:
+        yield "rotated by EXIF"
 
 
 @functools.cache
@@ -165,6 +174,7 @@ def _write_part(source: ClassSource, folder: Path, decision: str, rows: list[dic
         stored_bytes=sum(row.get("stored_bytes") or 0 for row in rows),
         source_bytes=source.num_bytes,
         reasons=dict(sorted(reasons.items())),
+        odd=dict(sorted(Counter(what for row in rows if row.get("split") for what in _odd(row)).items())),
     )
     for row in rows:
         row["synset"] = source.wnid

@@ -78,7 +78,7 @@ class ClassResult:
     """What became of one class of the source (or of one split of it, where the source is split).
 
     ``decision`` is 'kept', 'outside the label space', 'too few images' or 'damaged archive'; ``images`` counts file
-    names, ``reasons`` those that are not used, by reason, in kept and damaged classes.
+    names, ``reasons`` those that are not used, by reason; ``odd`` used ones that are no plain upright JPEG, by kind.
     """
 
     name: str
@@ -90,6 +90,7 @@ class ClassResult:
     stored_bytes: int = 0
     source_bytes: int = 0
     reasons: Mapping[str, int]
+    odd: Mapping[str, int]
 
     @property
     def bad(self) -> int:
@@ -148,5 +149,11 @@ def summary(results: Sequence[ClassResult], label_space: str, num_labels: int, o
     missing = num_labels - classes
     lines += [f"- of the label space's classes, {missing:,} have no images here"] if missing else []
     lines += ["nothing"] if lines[-1] == "" else []
+    odd = Counter[str]()
+    for one in results:
+        odd.update(one.odd)
+    if odd:
+        lines += ["", "## Odd, and used all the same", ""]
+        lines += [f"- {what}: {count:,} images" for what, count in sorted(odd.items())]
     lines += ["", "Every image has its row in manifest.parquet, every class its line in classes.csv.", ""]
     return "\n".join(lines)
