@@ -185,8 +185,7 @@ class Loader:
                 raise raw["error"]
             self._count(raw)
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
-                images = raw["images"].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-                images = images.div(255).to(self.dtype)
+                images = _to_unit(raw["images"], self.device).permute(0, 3, 1, 2).to(self.dtype)
                 targets = raw["targets"].to(self.device, non_blocking=True)
             now = raw["seen"], Batch(images, targets, raw["samples"])
             if stream is None:
@@ -356,10 +355,25 @@ def _random(seed: int, epoch: int, sample: int) -> random.Random:
     return random.Random((seed << 96) ^ (epoch << 64) ^ sample)  # noqa: S311
 
 
+def _to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Bytes to numbers in [0, 1] on the device, as torchvision's ToTensor has them."""
+    if device.type != "cpu" or not len(images):
+        return images.to(device, non_blocking=True).div(255)
+    rows = images.numpy().reshape(-1, *images.shape[2:])
+    return torch.from_numpy(cv2.LUT(rows, _UNIT).reshape(images.shape))  # twice as fast as torch's arithmetic
+
+
+_UNIT = np.arange(256, dtype=np.float32) / np.float32(255)
+
+
 def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """Bytes; in a worker in the memory that it shares with the main process, which saves a copy."""
+    """Bytes; in a worker in the memory that it shares with the main process, which saves a copy.
+
+    Elsewhere NumPy's, which asks the system for large pages; touching small ones for the first time takes longer than
+    writing to them.
+    """
     if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
+        return torch.from_numpy(np.empty(shape, np.uint8))
     count = int(np.prod(shape))
     storage = torch.UntypedStorage._new_shared(count)  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
