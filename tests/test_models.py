@@ -206,6 +206,7 @@ def test_default_without_the_extra(monkeypatch):
 RUN = [sys.executable, "-m", "wn21k_zoo", "predict", CAT, "--format", "jsonl"]
 
 
+@pytest.mark.slow
 def test_default_is_downloaded_with_a_progress_bar_and_then_cached(tmp_path):
     checkpoint = registry.get_checkpoint(DEFAULT_CHECKPOINT)
     torch.manual_seed(0)

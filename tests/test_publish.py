@@ -322,6 +322,7 @@ def write_server():
         server.server_close()
 
 
+@pytest.mark.slow
 def test_to_a_hub_and_back(folder, tmp_path, embedded):
     environment = {**os.environ, "HF_TOKEN": "hf_x", "WN21K_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "wn21k_zoo", "publish", str(folder), "--repo", "org/name", "--revision", "dev"]

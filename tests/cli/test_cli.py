@@ -114,6 +114,7 @@ def test_what_holds_nothing_does_not_stop_the_rest(folder, tmp_path):
     assert (done.exit_code, "holds no images" in done.stderr) == (1, True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux")
 def test_file_names_that_are_no_text(tmp_path, photographs):
     name = os.fsencode(tmp_path) + b"/\xff.png"

@@ -462,7 +462,7 @@ print(len(dataset), sorted(target for batch in loader for target in batch.target
 """
 
 
-@pytest.mark.parametrize("kind", ["parquet", "wds"])
+@pytest.mark.parametrize("kind", ["parquet", pytest.param("wds", marks=pytest.mark.slow)])
 def test_gated_repositories_on_the_hub(tmp_path, kind):
     classes = make_classes()
     repo = "timm/imagenet-w21-p" if kind == "parquet" else "timm/imagenet-22k-wds"
