@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -245,6 +246,23 @@ def test_stopped_after_any_task_it_goes_on_where_it_was(tmp_path, stop_at, refer
     assert contents(tmp_path / "out") == contents(reference)
 
 
+def test_without_resume_nothing_of_the_former_run_is_left(tmp_path, reference):
+    source = write_layout("nested.tar", tmp_path / "nested.tar", make_classes())
+
+    def stop(progress):
+        if progress.stage == "manifest":
+            raise StoppedError
+
+    smaller = dataclasses.replace(OPTIONS, shard_size=2)
+    with pytest.raises(StoppedError):
+        prepare(source, tmp_path / "out", smaller, workers=1, progress=stop)
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 12
+    with pytest.raises(DataOutputError, match="shard_size 2 then and 7 now"):
+        prepare(source, tmp_path / "out", OPTIONS, workers=1)
+    prepare(source, tmp_path / "out", OPTIONS, workers=1, resume=False)
+    assert contents(tmp_path / "out") == contents(reference)
+
+
 def test_odd_images_are_handled_and_counted(tmp_path):
     wnid = WNIDS[0]
     exif = Image.Exif()
@@ -261,10 +279,11 @@ def test_odd_images_are_handled_and_counted(tmp_path):
         f"{wnid}_truncated.JPEG": good[:-30],
         f"{wnid}_good.JPEG": good,
         "odd name, for a key.jpg": good,
+        "na\udcffme.jpg": good,
         "notes.txt": b"not counted",
         ".hidden.jpg": good,
     }
-    with pytest.raises(BadImagesError, match=r"3 of 10 images cannot be used \(1 .*--max-bad"):
+    with pytest.raises(BadImagesError, match=r"3 of 11 images cannot be used \(1 .*--max-bad"):
         prepared(tmp_path, {wnid: odd}, PrepareOptions(min_images=0, val_per_class=1, size=32))
     out = prepared(tmp_path, {wnid: odd}, PrepareOptions(min_images=0, val_per_class=1, size=32), max_bad=0.3)
     rows = {row["name"].removeprefix(f"{wnid}_").partition(".")[0]: row for row in manifest(out)}
@@ -278,7 +297,8 @@ def test_odd_images_are_handled_and_counted(tmp_path):
     assert (rows["png"]["format"], rows["png"]["action"]) == ("PNG", "re-encoded")
     assert (rows["rotated"]["width"], rows["rotated"]["height"], rows["rotated"]["orientation"]) == (16, 30, 6)
     assert (rows["grey"]["mode"], rows["grey"]["action"]) == ("L", "copied")
-    assert rows["odd name, for a key"]["key"] == f"{wnid}-000009"
+    assert rows["odd name, for a key"]["key"] == f"{wnid}-000010"
+    assert rows[r"na\xffme"]["key"] == f"{wnid}-000009"
     told = (out / "SUMMARY.md").read_text()
     for line in (
         "truncated: 1 images",
@@ -411,6 +431,9 @@ def test_wrong_sources_and_outputs_are_one_line_each(tmp_path):
     prepare(source, tmp_path / "out", OPTIONS, workers=1)
     with pytest.raises(DataOutputError, match="size 32 then and 224 now"):
         prepare(source, tmp_path / "out", PrepareOptions(min_images=10, val_per_class=3, shard_size=7))
+    (tmp_path / "other.tar").write_bytes(source.read_bytes())
+    with pytest.raises(DataOutputError, match=r"source 'nested.tar' then and 'other.tar' now"):
+        prepare(tmp_path / "other.tar", tmp_path / "none", PrepareOptions(), workers=1)
     for wrong in ({"quality": 0}, {"resize": "crop"}, {"shard_size": 0}):
         with pytest.raises(InvalidArgumentError):
             PrepareOptions(**wrong)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -66,6 +65,11 @@ def _odd(row: dict[str, Any]) -> Iterator[str]:
         yield "rotated by EXIF"
 
 
+def _shown(name: str) -> str:
+    """A name that is no UTF-8 as text."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 @functools.cache
 def index_of(label_space: str) -> dict[str, int]:
     """Class index of each wnid."""
@@ -87,7 +91,7 @@ def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, i
                 last[member.name] = member
     except DataSourceError:
         decision = "damaged archive"
-    names = sorted(last, key=os.fsencode)
+    names = sorted(last, key=lambda name: name.encode("utf-8", "surrogateescape"))
     if decision == "kept":
         decision = decide(source, len(names), options, is_split)
     if decision != "kept":
@@ -107,7 +111,7 @@ def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, i
                 rows.append({"name": name, "key": keys[name], "reason": str(error)})
                 continue
             details = {
-                "filename": name,
+                "filename": _shown(name),
                 "synset": source.wnid,
                 "label": target,
                 "width": stored.stored_width,
@@ -160,7 +164,7 @@ def _keys_of(wnid: str, names: list[str]) -> dict[str, str]:
 
 
 def _write_part(source: ClassSource, folder: Path, decision: str, rows: list[dict[str, Any]]) -> ClassResult:
-    rows.sort(key=lambda row: (os.fsencode(row["name"]), row.get("reason") or ""))
+    rows.sort(key=lambda row: (row["name"].encode("utf-8", "surrogateescape"), row.get("reason") or ""))
     counts = Counter(row.get("split") for row in rows)
     reasons = Counter(row["reason"] for row in rows if row.get("reason"))
     replaced = reasons.pop(_REPLACED, 0)
@@ -177,7 +181,7 @@ def _write_part(source: ClassSource, folder: Path, decision: str, rows: list[dic
         odd=dict(sorted(Counter(what for row in rows if row.get("split") for what in _odd(row)).items())),
     )
     for row in rows:
-        row["synset"] = source.wnid
+        row["synset"], row["name"] = source.wnid, _shown(row["name"])
     columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in PART_SCHEMA}
     table = pa.table(columns, schema=PART_SCHEMA.with_metadata({_RESULT_KEY: json.dumps(asdict(result))}))
     with atomic_file(folder / f"{source.name}.parquet") as file:

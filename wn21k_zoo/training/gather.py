@@ -56,6 +56,10 @@ def write_shards(
             for number, (end, length) in enumerate(zip(ends, lengths, strict=True))
         ]
     finished = {path.stem for path in (work / "shards").glob("*.json")}
+    for path in output.glob("*.tar"):  # of an unfinished run that came to other shards
+        if path.stem not in finished:
+            path.unlink()
+            index_path(path).unlink(missing_ok=True)
     open_tasks = [
         (output, names, split, number, first, length)
         for split, number, first, length in planned

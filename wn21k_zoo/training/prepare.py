@@ -88,7 +88,7 @@ def prepare(
         info = read_info(output)
         _check_same(info.preparation, recorded, output)
         return info
-    with disk_full_as_error(output), _begun(output, recorded, resume):
+    with disk_full_as_error(output), _begun(output, {**recorded, "source": source.resolve().name}, resume):
         check_space_before(opened, options, output)
         results = _prepare_classes(opened, options, output, tasks, max_bad, allow_truncated)
         _refuse_bad(results, max_bad)
@@ -117,7 +117,7 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], output: Path) -> No
             if before.get(name) != now.get(name)
         )
         raise DataOutputError(
-            f"{output} was begun with other options ({differing}); use those, another folder, or delete this one."
+            f"{output} was begun otherwise ({differing}); do it as then, name another folder, or delete this one."
         )
 
 

@@ -94,7 +94,10 @@ def open_source(path: Path) -> Source:
         DataSourceError: Nothing is there, or none of the layouts that are known.
     """
     if path.is_dir():
-        return _open_folder(path)
+        try:
+            return _open_folder(path)
+        except OSError as error:
+            raise DataSourceError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
     if not path.exists():
         raise DataSourceError(f"{path} does not exist; name {_LAYOUTS}.")
     try:
