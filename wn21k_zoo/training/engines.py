@@ -113,7 +113,8 @@ def _run_on_ray(
         local: dict[str, Any] = {} if wanted else {"num_cpus": workers or count_cores(), "include_dashboard": False}
         _refuse_deaf(wanted)
         try:
-            ray.init(address=wanted, log_to_driver=False, configure_logging=False, **local)
+            with _children_deaf_to_interrupts():
+                ray.init(address=wanted, log_to_driver=False, configure_logging=False, **local)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"No Ray cluster can be used at {wanted or 'this machine'}: {first_line(error)}. If it asks for a "
@@ -141,6 +142,19 @@ def _run_on_ray(
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _children_deaf_to_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches all processes of a terminal; Ray's would end, and take this one with them before it can say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def _refuse_deaf(address: str | None) -> None:
