@@ -24,12 +24,8 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import InvalidArgumentError, MissingExtraError
-
-try:
-    import cv2
-except ImportError as error:
-    raise MissingExtraError("Augmentation", "data") from error
+from wn21k_zoo.errors import InvalidArgumentError
+from wn21k_zoo.training.extra import cv2
 
 __all__ = ["OPERATIONS", "Operation", "PublishedAugmentation", "Squash", "cutout", "squash"]
 

@@ -12,11 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from wn21k_zoo.errors import DataSourceError
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.extra import cv2, pa, pq
 from wn21k_zoo.training.images import BadImageError, store_image
 from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult
 from wn21k_zoo.training.options import PrepareOptions, disk_full_as_error
@@ -32,8 +30,6 @@ _REPLACED = "a later file has the same name"
 
 def prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is_split: bool) -> ClassResult:
     """One class of the source to a tar of records and a manifest part in ``folder``: a task."""
-    import cv2
-
     cv2.setNumThreads(1)  # the workers are the parallelism
     try:
         with disk_full_as_error(folder):

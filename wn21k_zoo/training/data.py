@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, TypedDict
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,6 +27,7 @@ from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError, Wn
 from wn21k_zoo.training.augment import PublishedAugmentation, Squash
 from wn21k_zoo.training.dataset import ShardedDataset, open_dataset
 from wn21k_zoo.training.decode import UndecodableError, decode
+from wn21k_zoo.training.extra import cv2
 from wn21k_zoo.training.order import SampleOrder
 from wn21k_zoo.training.storage import Stage
 

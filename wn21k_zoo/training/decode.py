@@ -5,13 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import MissingExtraError
-
-try:
-    import cv2
-    import simplejpeg
-except ImportError:
-    raise MissingExtraError("Reading training images", "data") from None
+from wn21k_zoo.training.extra import cv2, simplejpeg
 
 __all__ = ["UndecodableError", "decode"]
 

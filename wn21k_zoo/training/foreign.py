@@ -16,11 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, first_line
+from wn21k_zoo.training.extra import pa, pq
 from wn21k_zoo.training.shards import END_OF_TAR, INDEX_DTYPE, encode_record
 
 __all__ = ["convert_parquet", "index_parquet", "index_tar", "split_of"]

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from wn21k_zoo.training.classes import index_of
+from wn21k_zoo.training.extra import pa, pc, pq
 from wn21k_zoo.training.manifest import MANIFEST_SCHEMA, ClassResult
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
 from wn21k_zoo.training.shards import (

@@ -21,14 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wn21k_zoo.errors import MissingExtraError
+from wn21k_zoo.training.extra import cv2, simplejpeg
 from wn21k_zoo.training.options import Resize
-
-try:
-    import cv2
-    import simplejpeg
-except ImportError:
-    raise MissingExtraError("Reading and resizing training images", "data") from None
 
 __all__ = ["BadImageError", "StoredImage", "store_image"]
 

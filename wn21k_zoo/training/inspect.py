@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from wn21k_zoo.errors import DataError, UnknownSynsetError, did_you_mean
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.extra import pc, pq
 from wn21k_zoo.training.shards import MANIFEST_FILE, DatasetInfo, Shard, index_path, read_index, read_info
 from wn21k_zoo.tree import SemanticTree
 

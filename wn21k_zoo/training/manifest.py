@@ -10,12 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from wn21k_zoo.errors import MissingExtraError
-
-try:
-    import pyarrow as pa
-except ImportError:
-    raise MissingExtraError("The manifest of a prepared data set", "data") from None
+from wn21k_zoo.training.extra import pa
 
 __all__ = ["MANIFEST_SCHEMA", "PART_SCHEMA", "PUBLISHED_TOTALS", "ClassResult", "classes_csv", "summary"]
 

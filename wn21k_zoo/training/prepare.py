@@ -26,13 +26,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import cv2
 import filelock
 
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.engines import Engine
+from wn21k_zoo.training.extra import cv2
 from wn21k_zoo.training.gather import write_manifest, write_shards
 from wn21k_zoo.training.manifest import ClassResult, classes_csv, summary
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error, make_tasks
