@@ -4,8 +4,6 @@
 
 import pickle
 import random
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -280,14 +278,3 @@ def test_size_is_checked_when_made(kind):
             kind(size)
     assert pickle.loads(pickle.dumps(kind(96))) == kind(96)  # noqa: S301
     assert kind().size == 224
-
-
-def test_without_opencv_the_extra_is_named():
-    code = (
-        "import sys; sys.modules['cv2'] = None\n"
-        "from wn21k_zoo.errors import MissingExtraError\n"
-        "try:\n    import wn21k_zoo.training.augment\n"
-        "except MissingExtraError as error:\n    print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "Augmentation needs an extra: pip install 'wn21k-zoo[data]'"
