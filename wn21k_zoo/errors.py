@@ -37,6 +37,10 @@ One line of text that says what is wrong and what to do next; the class says wha
     │   ├── DataOutputError                     a folder that holds something else, or was begun otherwise
     │   ├── DiskSpaceError                      too little space, known beforehand or met on the way
     │   └── BadImagesError                      more damaged images than allowed
+    ├── TrainingError (RuntimeError)            a run that cannot begin or go on
+    │   ├── RecipeError (ValueError)            an unknown field, a wrong value, an impossible combination
+    │   ├── RunError                            an output folder without, or with another, or a damaged run
+    │   └── NonFiniteError                      NaN or infinite numbers where a loss should be
     └── MissingExtraError (ImportError)         names the extra to install
 """
 
@@ -68,10 +72,14 @@ __all__ = [
     "LabelSpaceError",
     "MissingExtraError",
     "ModelError",
+    "NonFiniteError",
     "OfflineError",
     "PublishError",
+    "RecipeError",
     "RecordError",
     "RemoteNotFoundError",
+    "RunError",
+    "TrainingError",
     "TreeError",
     "UnknownLabelSpaceError",
     "UnknownModelError",
@@ -225,6 +233,22 @@ class DiskSpaceError(DataError):
 
 class BadImagesError(DataError):
     """More damaged images than allowed."""
+
+
+class TrainingError(Wn21kError, RuntimeError):
+    """A run that cannot begin or go on."""
+
+
+class RecipeError(TrainingError, ValueError):
+    """A recipe with an unknown field, a wrong value, or values that do not go together."""
+
+
+class RunError(TrainingError):
+    """An output folder that holds no run where one is needed, another one, or a damaged one."""
+
+
+class NonFiniteError(TrainingError):
+    """NaN or infinite numbers where a loss should be."""
 
 
 class MissingExtraError(Wn21kError, ImportError):

@@ -1,0 +1,77 @@
+"""Semantic softmax beside torch's cross_entropy, forward and backward, on the same logits in the same run.
+
+    python benchmarks/losses.py
+
+Interleaved rounds, medians, several runs: the first to see one's machine settle, the spread to see how noisy it is. On
+a GPU it also says how far the loss is from reading and writing the logits once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch.nn import functional as F
+
+from wn21k_zoo.training.losses import SemanticDistillationLoss, SemanticSoftmaxLoss
+from wn21k_zoo.tree import SemanticTree
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    tree = SemanticTree.load("fall11")
+    logits = torch.randn(arguments.batch, len(tree), device=arguments.device, requires_grad=True)
+    teacher = torch.randn(arguments.batch, len(tree), device=arguments.device)
+    targets = torch.randint(0, len(tree), (arguments.batch,), device=arguments.device)
+    cases = {"cross_entropy": lambda: F.cross_entropy(logits, targets)}
+    for order in ("published", "level"):
+        semantic = SemanticSoftmaxLoss(tree, order=order).to(arguments.device)
+        distillation = SemanticDistillationLoss(tree, order=order).to(arguments.device)
+        cases[f"semantic softmax, {order} order"] = lambda loss=semantic: loss(logits, targets)
+        cases[f"  in plain operations, {order} order"] = lambda loss=semantic: loss._plain(logits, targets)
+        cases[f"distillation, {order} order"] = lambda loss=distillation: loss(logits, teacher)
+
+    def step(case) -> float:
+        logits.grad = None
+        _wait(arguments.device)
+        begin = time.perf_counter()
+        cases[case]().backward()
+        _wait(arguments.device)
+        return time.perf_counter() - begin
+
+    print(f"logits {list(logits.shape)} float32 on {arguments.device}, {arguments.threads} threads")
+    for run in range(arguments.runs):
+        rounds = [{case: step(case) for case in cases} for _ in range(arguments.rounds)][5:]
+        medians = {case: statistics.median(times[case] for times in rounds) for case in cases}
+        print(f"run {run + 1}")
+        for case, median in medians.items():
+            print(f"  {case:44} {median * 1e3:8.2f} ms {median / medians['cross_entropy']:6.2f} times")
+    if arguments.device != "cpu":
+        source, target = torch.empty_like(logits), torch.empty_like(logits)
+        times = []
+        for _ in range(arguments.rounds):
+            _wait(arguments.device)
+            begin = time.perf_counter()
+            target.copy_(source)
+            _wait(arguments.device)
+            times.append(time.perf_counter() - begin)
+        print(f"reading and writing the logits once: {statistics.median(times) * 1e3:.3f} ms")
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from tests.published import loss_inputs
+from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
+from wn21k_zoo.training.levels import Levels
+from wn21k_zoo.training.losses import (
+    MultiLabelLoss,
+    SemanticDistillationLoss,
+    SemanticSoftmaxLoss,
+    SingleLabelLoss,
+    explain,
+)
+from wn21k_zoo.training.metrics import SemanticAccuracy
+from wn21k_zoo.tree import SemanticTree
+
+PUBLISHED = json.loads((Path(__file__).parent.parent / "data" / "published_losses.json").read_text())["cases"]
+ORDERS = ("published", "level")
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+# Three depths, of which the last has one class; three roots, two of them without children.
+SMALL = SemanticTree.from_wnids(
+    ["n02121808", "n02084071", "n01861778", "n02123045", "n00017222", "n00007846"], name="small"
+)
+
+
+@pytest.fixture(params=sorted(PUBLISHED))
+def case(request):
+    expected = PUBLISHED[request.param]
+    tree = SemanticTree.load(request.param)
+    student, targets, teacher = loss_inputs(11, len(tree), expected["B"])
+    return tree, expected, torch.from_numpy(student), torch.from_numpy(targets), torch.from_numpy(teacher)
+
+
+def in_order(levels, logits):
+    return logits if levels.order == "published" else logits[:, levels.columns]
+
+
+def published(levels, logits):
+    return logits if levels.order == "published" else logits[:, levels.positions]
+
+
+def test_levels_are_the_published_ones(case):
+    tree, expected, _, targets, _ = case
+    levels = Levels(tree)
+    assert list(levels.sizes) == expected["level_sizes"]
+    assert len(levels.depths) == expected["num_levels"]
+    np.testing.assert_allclose(levels.weights, expected["normalization"][: len(levels.depths)])
+    assert targets.tolist() == expected["targets"]
+    # The published positions count the classes of a level in the order of the class list, which is sorted by wnid.
+    assert levels.ancestors[targets].tolist() == expected["semantic_targets"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("path", ["forward", "_plain"])
+def test_semantic_softmax_is_the_published_one(case, order, path):
+    tree, expected, logits, targets, _ = case
+    loss_of = SemanticSoftmaxLoss(tree, 0.2, order)
+    logits = in_order(loss_of.levels, logits).requires_grad_()
+    loss = getattr(loss_of, path)(logits, targets)
+    loss.backward()
+    gradient = published(loss_of.levels, logits.grad)
+    torch.testing.assert_close(loss.item(), expected["loss"], **CLOSE)
+    torch.testing.assert_close(gradient.abs().sum().item(), expected["grad_abs_sum"], **CLOSE)
+    torch.testing.assert_close(gradient[0, :8], torch.tensor(expected["grad_first8"]), **CLOSE)
+    at_target = gradient[torch.arange(len(targets)), targets]
+    torch.testing.assert_close(at_target, torch.tensor(expected["grad_at_target"]), **CLOSE)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_distillation_is_the_published_one(case, order):
+    tree, expected, student, _, teacher = case
+    loss_of = SemanticDistillationLoss(tree, order)
+    loss = loss_of(in_order(loss_of.levels, student), in_order(loss_of.levels, teacher))
+    torch.testing.assert_close(loss.item(), expected["kd_loss"], **CLOSE)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_semantic_accuracy_is_the_published_one(case, order):
+    tree, expected, logits, targets, _ = case
+    metric = SemanticAccuracy(tree, order)
+    logits = in_order(metric.levels, logits)
+    for rows in (slice(0, 5), slice(5, 5), slice(5, None)):
+        metric.update(logits[rows], targets[rows])
+    torch.testing.assert_close(metric.compute()["semantic_top1"], expected["semantic_accuracy"], **CLOSE)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_with_one_level_it_is_plain_cross_entropy(smoothing):
+    tree = SemanticTree.load("imagenet1k")
+    logits, targets = torch.randn(9, len(tree)).requires_grad_(), torch.randint(0, len(tree), (9,))
+    loss = SemanticSoftmaxLoss(tree, smoothing)(logits, targets)
+    expected = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(each, logits)[0] for each in (loss, expected)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    targets=st.lists(st.integers(0, len(SMALL) - 1), min_size=1, max_size=9),
+    smoothing=st.sampled_from([0.0, 0.1, 0.5]),
+    seed=st.integers(0, 2**16),
+    scale=st.sampled_from([0.1, 1.0, 30.0, 500.0]),
+    order=st.sampled_from(ORDERS),
+)
+def test_both_ways_to_compute_it_agree_with_the_definition(targets, smoothing, seed, scale, order):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(len(targets), len(SMALL), generator=generator) * scale).requires_grad_()
+    loss_of = SemanticSoftmaxLoss(SMALL, smoothing, order)
+    levels = loss_of.levels
+    expected = torch.zeros(())
+    for row, target in zip(published(levels, logits), targets, strict=True):
+        for depth in {SMALL.depths[index] for index in SMALL.class_tree_list[target]}:
+            members = np.flatnonzero(SMALL.depths == depth)
+            if len(members) < 2:
+                continue
+            (ancestor,) = (index for index in SMALL.class_tree_list[target] if SMALL.depths[index] == depth)
+            wanted = torch.full((len(members),), smoothing / len(members))
+            wanted[int(np.flatnonzero(members == ancestor)[0])] += 1 - smoothing
+            weight = min(20, len(SMALL) / int((SMALL.depths >= depth).sum()))
+            expected = expected - weight * (wanted * row[members].log_softmax(0)).sum() / len(targets)
+    (wanted_gradient,) = torch.autograd.grad(expected, logits)
+    for path in (loss_of, loss_of._plain):
+        loss = path(logits, torch.tensor(targets))
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], wanted_gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("order", ORDERS)
+def test_half_precision_is_reduced_in_float32(dtype, order):
+    tree = SemanticTree.load("winter21")
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(16, len(tree), generator=generator) * 8).to(dtype)
+    targets, teacher = torch.arange(16) * 600, torch.randn(16, len(tree), generator=generator)
+    semantic, distillation = SemanticSoftmaxLoss(tree, 0.2, order), SemanticDistillationLoss(tree, order)
+    half, single = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    for loss_of, other in ((semantic, targets), (distillation, teacher), (SingleLabelLoss(tree), targets)):
+        loss, expected = loss_of(half, other), loss_of(single, other)
+        assert loss.dtype is torch.float32
+        torch.testing.assert_close(loss, expected)
+        (gradient,) = torch.autograd.grad(loss, half)
+        assert gradient.dtype is dtype
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, single)[0].to(dtype))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_multi_label_is_the_asymmetric_loss_over_a_class_and_its_ancestors(order):
+    loss_of = MultiLabelLoss(SMALL, gamma_negative=3, gamma_positive=1, clip=0.1, order=order)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(len(SMALL), len(SMALL), generator=generator) * 3
+    expected = 0.0
+    for target, row in enumerate(logits.sigmoid().tolist()):
+        for index, p in enumerate(row):
+            if index in SMALL.class_tree_list[target]:
+                expected -= (1 - p) * math.log(p)
+            elif p > 0.1:
+                expected -= (p - 0.1) ** 3 * math.log(1 - p + 0.1)
+    loss = loss_of(in_order(loss_of.levels, logits), torch.arange(len(SMALL)))
+    torch.testing.assert_close(loss.item(), expected / len(SMALL), rtol=1e-5, atol=1e-5)
+
+
+def test_multi_label_without_exponents_is_binary_cross_entropy():
+    tree = SemanticTree.load("winter21")
+    logits, targets = torch.randn(4, len(tree)), torch.tensor([0, 500, 5000, len(tree) - 1])
+    truth = torch.zeros(4, len(tree))
+    for row, target in zip(truth, targets.tolist(), strict=True):
+        row[tree.class_tree_list[target]] = 1
+    loss = MultiLabelLoss(tree, gamma_negative=0, gamma_positive=0, clip=0)(logits, targets)
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / 4)
+
+
+@pytest.mark.parametrize("loss_class", [SemanticSoftmaxLoss, SingleLabelLoss, MultiLabelLoss])
+def test_input_that_does_not_fit_is_a_typed_error(loss_class):
+    loss_of = loss_class(SMALL)
+    logits, targets = torch.zeros(3, len(SMALL)), torch.tensor([0, 1, 2])
+    for bad_logits in (torch.zeros(3, len(SMALL) + 1), torch.zeros(len(SMALL)), torch.zeros(0, len(SMALL))):
+        with pytest.raises(InvalidArgumentError, match=r"logits must have the shape \[batch, 6\]"):
+            loss_of(bad_logits, targets)
+    for bad_targets in (targets[:2], targets.int(), targets.float(), targets[:, None]):
+        with pytest.raises(InvalidArgumentError, match="targets must be class indices"):
+            loss_of(logits, bad_targets)
+    for value in (-1, len(SMALL)):
+        with pytest.raises(InvalidArgumentError, match=f"A target is {value}, but small has the classes 0 to 5"):
+            loss_of(logits, torch.tensor([0, value, 1]))
+    for value in (math.nan, math.inf)[: 1 if loss_class is MultiLabelLoss else 2]:  # a sigmoid is finite
+        broken = logits.clone()
+        broken[1, 0] = value
+        with pytest.raises(NonFiniteError, match="1 logits in 1 of 3 rows are NaN or infinite"):
+            loss_of(broken, targets)
+
+
+def test_distillation_of_what_does_not_fit_is_a_typed_error():
+    loss_of = SemanticDistillationLoss(SMALL)
+    with pytest.raises(InvalidArgumentError, match="the teacher's logits must have the shape"):
+        loss_of(torch.zeros(3, 6), torch.zeros(3, 7))
+    with pytest.raises(InvalidArgumentError, match="3 rows of the student and 2 of the teacher"):
+        loss_of(torch.zeros(3, 6), torch.zeros(2, 6))
+    with pytest.raises(NonFiniteError):
+        loss_of(torch.zeros(3, 6), torch.full((3, 6), math.nan))
+
+
+def test_where_looking_would_wait_for_the_device_the_loss_is_nan_and_can_be_explained():
+    loss_of = SemanticSoftmaxLoss(SMALL)
+    targets = torch.tensor([0, 6])
+    assert loss_of._plain(torch.zeros(2, 6), targets).isnan()
+    with pytest.raises(InvalidArgumentError, match="A target is 6"):
+        explain(loss_of.levels, torch.zeros(2, 6), targets)
+    with pytest.raises(NonFiniteError, match="6 logits in 1 of 2 rows"):
+        explain(loss_of.levels, torch.tensor([[math.inf] * 6, [0.0] * 6]), targets.clamp_max(5))
+
+
+@pytest.mark.parametrize(("make", "value"), [(SemanticSoftmaxLoss, 1.0), (SingleLabelLoss, -0.1)])
+def test_smoothing_out_of_range(make, value):
+    with pytest.raises(InvalidArgumentError, match="label_smoothing"):
+        make(SMALL, value)
+
+
+def test_an_order_that_does_not_exist():
+    with pytest.raises(InvalidArgumentError, match="order must be 'published' or 'level'"):
+        SemanticSoftmaxLoss(SMALL, order="alphabetical")
+
+
+def test_without_a_gradient_none_is_computed():
+    loss_of = SemanticSoftmaxLoss(SMALL)
+    with torch.no_grad():
+        loss = loss_of(torch.zeros(2, 6, requires_grad=True), torch.tensor([0, 1]))
+    assert not loss.requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("path", ["forward", "_plain"])
+def test_torch_compile_takes_it_whole(order, path):
+    loss_of = SemanticSoftmaxLoss(SMALL, order=order)
+    logits, targets = torch.randn(4, 6, requires_grad=True), torch.tensor([0, 1, 2, 5])
+    compiled = torch.compile(getattr(loss_of, path), fullgraph=True, backend="aot_eager")
+    loss, expected = compiled(logits, targets), loss_of(logits, targets)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(each, logits)[0] for each in (loss, expected)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ORDERS)
+def test_on_a_gpu(case, order):
+    tree, expected, logits, targets, _ = case
+    loss_of = SemanticSoftmaxLoss(tree, order=order).cuda()
+    logits = in_order(loss_of.levels, logits.cuda()).requires_grad_()
+    loss = loss_of(logits, targets.cuda())
+    torch.testing.assert_close(loss.item(), expected["loss"], **CLOSE)

@@ -1,0 +1,123 @@
+"""The levels of a tree as tensors: where each level's outputs stand, and each class's ancestor on each level.
+
+Shape suffixes: B batch, N classes, K levels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wn21k_zoo.errors import InvalidArgumentError
+from wn21k_zoo.hierarchy import Hierarchy
+from wn21k_zoo.tree import SemanticTree
+
+__all__ = ["Levels", "Order"]
+
+Order = Literal["published", "level"]
+_MAX_WEIGHT = 20.0  # arXiv 2104.10972 has no bound; the published code has this one
+
+
+class Levels(nn.Module):
+    """The levels that get a softmax of their own: the depths with more than one class (arXiv 2104.10972, section 3.3).
+
+    Args:
+        tree: The classes and their hierarchy.
+        order: In which order logits come: ``published`` is that of the tree's label space; in ``level`` order the
+            classes of one level are adjacent, sorted by wnid.
+
+    Attributes:
+        depths: Depth of each level, K numbers.
+        slices: Where each level stands in level order.
+        weights: W_k of each level, K numbers: N over the number of classes that are as deep or deeper, at most 20.
+        ancestors: Position within level k of the ancestor (or itself) of a class, -1 where it has none, [N, K] int64;
+            rows are in the order of the label space, whatever ``order`` is.
+        columns: Index in the label space of what stands at each position of the level order, [N] int64.
+        positions: Its inverse, [N] int64.
+    """
+
+    ancestors: Tensor
+    columns: Tensor
+    positions: Tensor
+
+    def __init__(self, tree: SemanticTree, order: Order = "published") -> None:
+        super().__init__()
+        if order not in ("published", "level"):
+            raise InvalidArgumentError(f"order must be 'published' or 'level', not {order!r}.")
+        hierarchy = Hierarchy(tree)
+        self.tree, self.order, self.num_classes = tree, order, len(tree)
+        levels = [(depth, where) for depth, where in enumerate(hierarchy.depth_slices) if where.stop - where.start > 1]
+        self.depths = tuple(depth for depth, _ in levels)
+        self.slices = tuple(where for _, where in levels)
+        self.weights = tuple(min(_MAX_WEIGHT, len(tree) / (len(tree) - where.start)) for where in self.slices)
+        self.register_buffer("ancestors", torch.from_numpy(_ancestors(tree, hierarchy, self.depths)), persistent=False)
+        self.register_buffer("columns", torch.from_numpy(hierarchy.order.copy()), persistent=False)
+        self.register_buffer("positions", torch.from_numpy(hierarchy.position.copy()), persistent=False)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Classes of each level, K numbers."""
+        return tuple(where.stop - where.start for where in self.slices)
+
+    def split(self, logits_bn: Tensor) -> list[Tensor]:
+        """Logits of each level in float32, [B, N] -> K tensors [B, size of the level]."""
+        self.check_width(logits_bn)
+        if self.order == "published":
+            logits_bn = logits_bn.index_select(1, self.columns)
+        return [logits_bn[:, where].float() for where in self.slices]
+
+    def check_width(self, logits: Tensor, name: str = "logits") -> None:
+        """See that there is an output for each class.
+
+        Raises:
+            InvalidArgumentError: There is not.
+        """
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes or not len(logits):
+            raise InvalidArgumentError(
+                f"{name} must have the shape [batch, {self.num_classes}], one output per class of {self.tree.name}, "
+                f"and at least one row; they have {list(logits.shape)}."
+            )
+
+    def check(self, logits_bn: Tensor, targets_b: Tensor) -> None:
+        """See that shapes fit, at no cost; on the CPU also that targets are in range.
+
+        Elsewhere that would wait for the device; see :meth:`in_range`.
+
+        Raises:
+            InvalidArgumentError: They do not, or are not.
+        """
+        self.check_width(logits_bn)
+        if targets_b.shape != logits_bn.shape[:1] or targets_b.dtype != torch.int64:
+            raise InvalidArgumentError(
+                f"targets must be class indices, int64 of the shape [{len(logits_bn)}]; they are {targets_b.dtype} of "
+                f"{list(targets_b.shape)}."
+            )
+        if targets_b.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.check_range(targets_b)
+
+    def check_range(self, targets_b: Tensor) -> None:
+        """Raise :class:`InvalidArgumentError` for targets that are no class; waits for the device."""
+        low, high = (int(bound) for bound in torch.aminmax(targets_b))
+        if low < 0 or high >= self.num_classes:
+            raise InvalidArgumentError(
+                f"A target is {low if low < 0 else high}, but {self.tree.name} has the classes 0 to "
+                f"{self.num_classes - 1}; do the data and the tree speak the same label space?"
+            )
+
+    def in_range(self, targets_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets that can be looked up without harm, [B], and whether all were in range, []; waits for nothing."""
+        valid = (targets_b >= 0) & (targets_b < self.num_classes)
+        return targets_b.where(valid, 0), valid.all()
+
+
+def _ancestors(tree: SemanticTree, hierarchy: Hierarchy, depths: tuple[int, ...]) -> np.ndarray[tuple[int, int]]:
+    everywhere = np.full((len(tree), len(hierarchy.starts) - 1), -1, np.int64)
+    for node, parent in zip(hierarchy.order, hierarchy.parents, strict=True):  # parents stand before their children
+        if parent >= 0:
+            everywhere[node] = everywhere[hierarchy.order[parent]]
+        depth = tree.depths[node]
+        everywhere[node, depth] = hierarchy.position[node] - hierarchy.starts[depth]
+    return everywhere[:, list(depths)]

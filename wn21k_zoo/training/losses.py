@@ -1,0 +1,333 @@
+"""The losses of arXiv 2104.10972: semantic softmax, its distillation, and the paper's baselines.
+
+All take logits of any floating type and reduce in float32; none loops over samples or waits for a device. On the CPU
+targets out of range and numbers that are not finite are errors at once. On other devices, where looking would mean
+waiting, they make the loss NaN, and :func:`explain` says why.
+
+Shape suffixes: B batch, N classes, K levels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
+from wn21k_zoo.training.levels import Levels, Order
+from wn21k_zoo.tree import SemanticTree
+
+__all__ = [
+    "MultiLabelLoss",
+    "SemanticDistillationLoss",
+    "SemanticSoftmaxLoss",
+    "SingleLabelLoss",
+    "explain",
+]
+
+
+class SemanticSoftmaxLoss(nn.Module):
+    """Cross-entropy with label smoothing inside each level, summed over levels (arXiv 2104.10972, section 3.3).
+
+    Level k counts for the samples whose chain of ancestors reaches it, is divided by the whole batch, and weighs
+    W_k = min(20, N / number of classes at depth k or deeper).
+
+    Args:
+        tree: The classes and their hierarchy.
+        label_smoothing: Share of the target that is spread over the level's classes.
+        order: In which order logits come, see :class:`Levels`; ``level`` is faster.
+
+    Raises:
+        InvalidArgumentError: label_smoothing is not in [0, 1); from the call: shapes or targets that do not fit.
+        NonFiniteError: From the call, on the CPU: the logits are not finite.
+    """
+
+    def __init__(self, tree: SemanticTree, label_smoothing: float = 0.2, order: Order = "published") -> None:
+        super().__init__()
+        self.levels, self.label_smoothing = Levels(tree, order), _smoothing(label_smoothing)
+
+    def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
+        """Mean loss of a batch.
+
+        Args:
+            logits_bn: [B, N].
+            targets_b: Indices in the tree's label space, whatever the order of the logits, [B] int64.
+
+        Returns:
+            A number, float32.
+        """
+        levels = self.levels
+        levels.check(logits_bn, targets_b)
+        if logits_bn.device.type != "cpu":
+            return self._plain(logits_bn, targets_b)
+        wants_gradient = torch.is_grad_enabled() and logits_bn.requires_grad
+        loss: Tensor = _semantic_softmax(
+            logits_bn,
+            levels.ancestors.index_select(0, levels.in_range(targets_b)[0]),
+            levels.columns if levels.order == "published" else None,
+            levels.positions if levels.order == "published" else None,
+            [where.start for where in levels.slices],
+            [where.stop for where in levels.slices],
+            list(levels.weights),
+            self.label_smoothing,
+            wants_gradient,
+        )[0]
+        return loss
+
+    def _plain(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
+        """The same in plain operations on fixed shapes, for devices and compilers."""
+        targets_b, all_in_range = self.levels.in_range(targets_b)
+        ancestors = self.levels.ancestors[targets_b]
+        loss = logits_bn.new_zeros(len(logits_bn), dtype=torch.float32)
+        for level, (scores, weight) in enumerate(zip(self.levels.split(logits_bn), self.levels.weights, strict=True)):
+            at = ancestors[:, level]
+            target = scores.gather(1, at.clamp_min(0)[:, None])[:, 0]
+            smoothed = (1 - self.label_smoothing) * target + self.label_smoothing * scores.mean(1)
+            loss = loss + ((scores.logsumexp(1) - smoothed) * weight).where(at >= 0, 0)
+        return loss.mean().where(all_in_range, math.nan)
+
+
+@torch.library.custom_op("wn21k_zoo::semantic_softmax", mutates_args=())
+def _semantic_softmax(
+    logits: Tensor,
+    ancestors: Tensor,
+    columns: Tensor | None,
+    positions: Tensor | None,
+    starts: list[int],
+    stops: list[int],
+    weights: list[float],
+    smoothing: float,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss, and its gradient by the logits, which is computed on the way while a level's numbers are in the cache.
+
+    Samples are sorted by depth, so that those that reach a level are adjacent and the others cost nothing.
+    """
+    rows = (ancestors >= 0).sum(1).argsort(descending=True, stable=True)
+    counts = (ancestors >= 0).sum(0).tolist()
+    ancestors, sorted_logits = ancestors.index_select(0, rows), logits.index_select(0, rows)
+    gradient = torch.zeros(logits.shape if wants_gradient else 0, dtype=torch.float32)
+    loss = torch.zeros((), dtype=torch.float64)
+    for level, (start, stop, weight) in enumerate(zip(starts, stops, weights, strict=True)):
+        if not (count := counts[level]):
+            continue
+        if columns is None:
+            scores = sorted_logits[:count, start:stop].float().contiguous()
+        else:
+            scores = sorted_logits.gather(1, columns[start:stop].expand(count, -1)).float()
+        at = ancestors[:count, level, None]
+        p = scores.softmax(1)
+        # The largest p is at least 1 / n, so that its logarithm is exact where that of the target's p is -inf.
+        log_sum = scores.amax(1) - p.amax(1).log_()
+        smoothed = (1 - smoothing) * scores.gather(1, at)[:, 0] + smoothing * scores.mean(1)
+        share = weight / len(logits)
+        loss += share * (log_sum - smoothed).sum(dtype=torch.float64)
+        if wants_gradient:
+            if smoothing:
+                p.sub_(smoothing / (stop - start))
+            p.scatter_add_(1, at, p.new_full((count, 1), smoothing - 1))
+            torch.mul(p, share, out=gradient[:count, start:stop])
+    if not math.isfinite(float(loss)):
+        raise NonFiniteError(_describe(logits))
+    if wants_gradient:
+        back = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows)))
+        gradient = gradient.to(logits.dtype).index_select(0, back)
+        if positions is not None:
+            gradient = gradient.gather(1, positions.expand(len(gradient), -1))
+    return loss.float(), gradient
+
+
+@_semantic_softmax.register_fake
+def _(
+    logits: Tensor,
+    ancestors: Tensor,
+    columns: Tensor | None,
+    positions: Tensor | None,
+    starts: list[int],
+    stops: list[int],
+    weights: list[float],
+    smoothing: float,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    return logits.new_empty((), dtype=torch.float32), torch.empty_like(logits) if wants_gradient else logits.new_empty(
+        0
+    )
+
+
+def _keep_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    del inputs
+    ctx.save_for_backward(output[1])
+
+
+def _scale_gradient(ctx, loss_gradient: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
+    (gradient,) = ctx.saved_tensors
+    return gradient * loss_gradient, None, None, None, None, None, None, None, None
+
+
+_semantic_softmax.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+
+
+class SemanticDistillationLoss(nn.Module):
+    """How far a student's softmax of each level is from the teacher's (arXiv 2104.10972, section 3.4).
+
+    Per level the squared difference, weighted per sample by the teacher's probability in its top 5 % (rounded up) of
+    the level's classes, summed over classes, levels and, as in the published code, the batch. Its weight beside the
+    other loss is not published.
+
+    Args:
+        tree: The classes and their hierarchy.
+        order: In which order the logits of both come, see :class:`Levels`.
+
+    Raises:
+        InvalidArgumentError: From the call: shapes that do not fit.
+        NonFiniteError: From the call, on the CPU: logits are not finite.
+    """
+
+    def __init__(self, tree: SemanticTree, order: Order = "published") -> None:
+        super().__init__()
+        self.levels = Levels(tree, order)
+
+    def forward(self, student_bn: Tensor, teacher_bn: Tensor) -> Tensor:
+        """Sum over a batch.
+
+        Args:
+            student_bn: Logits, [B, N].
+            teacher_bn: Logits, [B, N]; no gradient goes there.
+
+        Returns:
+            A number, float32.
+        """
+        self.levels.check_width(student_bn, "the student's logits")
+        self.levels.check_width(teacher_bn, "the teacher's logits")
+        if len(student_bn) != len(teacher_bn):
+            raise InvalidArgumentError(f"{len(student_bn)} rows of the student and {len(teacher_bn)} of the teacher.")
+        loss = student_bn.new_zeros((), dtype=torch.float32)
+        for ours, theirs in zip(self.levels.split(student_bn), self.levels.split(teacher_bn.detach()), strict=True):
+            teacher = theirs.softmax(1)
+            certainty = teacher.topk(-(-teacher.shape[1] // 20), sorted=False).values.sum(1)
+            loss = loss + ((ours.softmax(1) - teacher).square().sum(1) * certainty).sum()
+        _check_finite(loss, student_bn, teacher_bn)
+        return loss
+
+
+class SingleLabelLoss(nn.Module):
+    """The paper's first baseline: one softmax over all classes, cross-entropy with label smoothing.
+
+    Args:
+        tree: The classes.
+        label_smoothing: Share of the target that is spread over all classes.
+        order: In which order logits come, see :class:`Levels`.
+
+    Raises:
+        InvalidArgumentError: As :class:`SemanticSoftmaxLoss`.
+        NonFiniteError: As :class:`SemanticSoftmaxLoss`.
+    """
+
+    def __init__(self, tree: SemanticTree, label_smoothing: float = 0.2, order: Order = "published") -> None:
+        super().__init__()
+        self.levels, self.label_smoothing = Levels(tree, order), _smoothing(label_smoothing)
+
+    def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
+        """Mean loss of a batch: logits [B, N] and indices in the label space [B] int64 to a number, float32."""
+        self.levels.check(logits_bn, targets_b)
+        targets_b, all_in_range = self.levels.in_range(targets_b)
+        if self.levels.order == "level":
+            targets_b = self.levels.positions[targets_b]
+        loss = F.cross_entropy(logits_bn.float(), targets_b, label_smoothing=self.label_smoothing)
+        _check_finite(loss, logits_bn)
+        return loss.where(all_in_range, math.nan)
+
+
+class MultiLabelLoss(nn.Module):
+    """The paper's second baseline: a sigmoid per class, true for a class and its ancestors, with the asymmetric loss.
+
+    The asymmetric loss is that of arXiv 2009.14119, equation 7: negatives with p below ``clip`` count nothing, and the
+    exponents weaken easy ones. Summed over classes, mean over the batch.
+
+    Args:
+        tree: The classes and their hierarchy.
+        gamma_negative: Exponent for classes that are false; 4 in that paper.
+        gamma_positive: Exponent for classes that are true; 0 in that paper.
+        clip: Probability margin of negatives; 0.05 in that paper.
+        order: In which order logits come, see :class:`Levels`.
+
+    Raises:
+        InvalidArgumentError: As :class:`SemanticSoftmaxLoss`.
+        NonFiniteError: As :class:`SemanticSoftmaxLoss`.
+    """
+
+    def __init__(
+        self,
+        tree: SemanticTree,
+        gamma_negative: float = 4.0,
+        gamma_positive: float = 0.0,
+        clip: float = 0.05,
+        order: Order = "published",
+    ) -> None:
+        super().__init__()
+        if gamma_negative < 0 or gamma_positive < 0 or not 0 <= clip < 1:
+            raise InvalidArgumentError("The exponents of MultiLabelLoss must be at least 0, its clip in [0, 1).")
+        self.levels = Levels(tree, order)
+        self.gamma_negative, self.gamma_positive, self.clip = gamma_negative, gamma_positive, clip
+
+    def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
+        """Mean loss of a batch: logits [B, N] and indices in the label space [B] int64 to a number, float32."""
+        self.levels.check(logits_bn, targets_b)
+        targets_b, all_in_range = self.levels.in_range(targets_b)
+        truth = self._truth(targets_b)
+        logits_bn = logits_bn.float()
+        p = logits_bn.sigmoid()
+        false = (1 - p + self.clip).clamp(max=1)
+        log_true, log_false = F.logsigmoid(logits_bn), false.clamp(min=1e-8).log()
+        positive = log_true * (1 - p).pow(self.gamma_positive)
+        negative = log_false * (1 - false).pow(self.gamma_negative)
+        loss = -torch.where(truth, positive, negative).sum(1).mean()
+        _check_finite(loss, logits_bn)
+        return loss.where(all_in_range, math.nan)
+
+    def _truth(self, targets_b: Tensor) -> Tensor:
+        """For each sample and output whether it is the class or one of its ancestors, [B, N] bool."""
+        levels = self.levels
+        truth = torch.zeros(len(targets_b), levels.num_classes + 1, dtype=torch.bool, device=targets_b.device)
+        starts = torch.tensor([where.start for where in levels.slices], device=targets_b.device)
+        ancestors = levels.ancestors[targets_b]
+        positions = torch.where(ancestors >= 0, ancestors + starts, levels.num_classes)
+        own = levels.positions[targets_b][:, None]  # a class that is alone on its depth has no level
+        truth.scatter_(1, torch.cat([positions, own], 1), True)
+        truth = truth[:, :-1]
+        return truth if levels.order == "level" else truth.index_select(1, levels.positions)
+
+
+def explain(levels: Levels, logits_bn: Tensor, targets_b: Tensor) -> None:
+    """Say why a loss is not finite; for devices on which the loss itself does not look. Waits for the device.
+
+    Raises:
+        InvalidArgumentError: A target is out of range.
+        NonFiniteError: Whatever else it is.
+    """
+    levels.check_range(targets_b)
+    raise NonFiniteError(_describe(logits_bn))
+
+
+def _smoothing(value: float) -> float:
+    if not 0 <= value < 1:
+        raise InvalidArgumentError(f"label_smoothing must be in [0, 1), not {value}.")
+    return float(value)
+
+
+def _check_finite(loss: Tensor, *logits: Tensor) -> None:
+    if loss.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(float(loss.detach())):
+        raise NonFiniteError(_describe(*logits))
+
+
+def _describe(*logits: Tensor) -> str:
+    bad = [~torch.isfinite(each) for each in logits]
+    rows = sum(int(each.any(1).sum()) for each in bad)
+    if not rows:
+        return "The loss is not finite although all logits are; they are too large for float32."
+    return (
+        f"{sum(int(each.sum()) for each in bad):,} logits in {rows} of {len(bad[0])} rows are NaN or infinite; a lower "
+        "learning rate, clipping or bf16 in place of fp16 may help."
+    )

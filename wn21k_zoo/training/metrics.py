@@ -1,0 +1,169 @@
+"""How good predictions are: per level of the hierarchy, on the imaged classes, and how far off mistakes are.
+
+Each metric counts on the device of what it is given and waits for it only in ``compute``. Counts are whole numbers, or
+sums of them, and are added up over ranks exactly.
+
+Shape suffixes: B batch, N classes, K levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wn21k_zoo.errors import InvalidArgumentError
+from wn21k_zoo.training.levels import Levels, Order
+from wn21k_zoo.tree import SemanticTree
+
+__all__ = ["HierarchicalDistances", "LeafAccuracy", "SemanticAccuracy"]
+
+
+class _Counts(nn.Module):
+    """Whole numbers that are added up over batches and ranks."""
+
+    counts: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(shape, dtype=torch.int64), persistent=False)
+
+    def reset(self) -> None:
+        """Forget all."""
+        self.counts.zero_()
+
+    def _total(self) -> list[int]:
+        total = self.counts
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            total = total.clone()
+            torch.distributed.all_reduce(total)
+        return [int(value) for value in total.flatten().tolist()]
+
+
+class SemanticAccuracy(_Counts):
+    """Semantic top-1 as published: the share of valid (image, level) pairs that are right (arXiv 2104.10972).
+
+    A level is valid for an image whose chain of ancestors reaches it; the prediction is the level's largest logit.
+
+    Args:
+        tree: The classes and their hierarchy.
+        order: In which order logits come, see :class:`Levels`.
+
+    Raises:
+        InvalidArgumentError: From ``update``: shapes or targets that do not fit.
+    """
+
+    def __init__(self, tree: SemanticTree, order: Order = "published") -> None:
+        levels = Levels(tree, order)
+        super().__init__(len(levels.depths), 2)
+        self.levels = levels
+
+    @torch.no_grad()
+    def update(self, logits_bn: Tensor, targets_b: Tensor) -> None:
+        """Count a batch: logits [B, N] and indices in the label space [B] int64; an empty batch is none."""
+        if not len(targets_b):
+            return
+        self.levels.check(logits_bn, targets_b)
+        ancestors = self.levels.ancestors[targets_b]
+        predicted = torch.stack([scores.argmax(1) for scores in self.levels.split(logits_bn)], 1)
+        self.counts += torch.stack([(predicted == ancestors).sum(0), (ancestors >= 0).sum(0)], 1)
+
+    def compute(self) -> dict[str, float | dict[int, float]]:
+        """Percentages over all ranks: ``semantic_top1``, and ``levels``: depth -> percent where something was valid."""
+        total = self._total()
+        right, valid = total[::2], total[1::2]
+        per_level = {
+            depth: 100 * hits / count
+            for depth, hits, count in zip(self.levels.depths, right, valid, strict=True)
+            if count
+        }
+        return {"semantic_top1": 100 * sum(right) / max(1, sum(valid)), "levels": per_level}
+
+
+class LeafAccuracy(_Counts):
+    """Top-1 and top-5 among a choice of classes, such as those that have images.
+
+    Args:
+        classes: Indices in the label space.
+
+    Raises:
+        InvalidArgumentError: No classes.
+    """
+
+    classes: Tensor
+
+    def __init__(self, classes: Sequence[int]) -> None:
+        super().__init__(3)
+        if not len(classes):
+            raise InvalidArgumentError("LeafAccuracy needs at least one class.")
+        self.register_buffer("classes", torch.tensor(sorted(classes)), persistent=False)
+
+    @torch.no_grad()
+    def update(self, scores_bn: Tensor, targets_b: Tensor) -> Tensor:
+        """Count a batch: scores [B, N] and targets [B] int64, both of the label space; gives predictions, [B] int64."""
+        chosen = scores_bn.index_select(1, self.classes)
+        best = self.classes[chosen.topk(min(5, len(self.classes)), 1).indices]
+        hits = best == targets_b[:, None]
+        self.counts += torch.stack([hits[:, :1].sum(), hits.sum(), hits.new_tensor(len(hits), dtype=torch.int64)])
+        return best[:, 0]
+
+    def compute(self) -> dict[str, float]:
+        """Percentages over all ranks: ``top1``, ``top5``; and ``images``."""
+        first, any_of_five, count = self._total()
+        return {"top1": 100 * first / max(1, count), "top5": 100 * any_of_five / max(1, count), "images": count}
+
+
+class HierarchicalDistances(_Counts):
+    """How far predicted classes are from true ones in the tree.
+
+    - ``mean_lca_error``: by how many levels the lowest common ancestor of prediction and truth lies above the truth; a
+      right one counts 0, one in another tree of the forest counts as if there were a root above all (the hierarchical
+      distance of arXiv 1912.09393, as depth).
+    - ``mean_lca_error_of_mistakes``: the same over the wrong ones.
+    - ``hierarchical_precision``, ``hierarchical_recall``: common ancestors, each class among its own, as a share of the
+      prediction's and of the truth's, micro-averaged (Kiritchenko et al. 2006).
+
+    Args:
+        tree: The classes and their hierarchy.
+    """
+
+    chains: Tensor
+    depths: Tensor
+
+    def __init__(self, tree: SemanticTree) -> None:
+        super().__init__(6)
+        chains = np.full((len(tree), int(tree.depths.max()) + 1), -1, np.int64)
+        for index, chain in enumerate(tree.class_tree_list):
+            chains[index, : len(chain)] = chain[::-1]
+        self.register_buffer("chains", torch.from_numpy(chains), persistent=False)
+        self.register_buffer("depths", torch.from_numpy(tree.depths.astype(np.int64)), persistent=False)
+
+    @torch.no_grad()
+    def update(self, predictions_b: Tensor, targets_b: Tensor) -> None:
+        """Count a batch of class indices, [B] int64 each."""
+        ours, truth = self.chains[predictions_b], self.chains[targets_b]
+        common = ((ours == truth) & (ours >= 0)).sum(1)
+        lengths = self.depths[targets_b] + 1
+        errors = (lengths - common) * (predictions_b != targets_b)  # a descendant of the truth is 0 levels above it
+        self.counts += torch.stack(
+            [
+                torch.ones_like(targets_b).sum(),
+                (predictions_b != targets_b).sum(),
+                errors.sum(),
+                common.sum(),
+                (self.depths[predictions_b] + 1).sum(),
+                lengths.sum(),
+            ]
+        )
+
+    def compute(self) -> dict[str, float]:
+        """Errors in levels, the rest in percent, over all ranks."""
+        images, mistakes, errors, common, predicted, truth = self._total()
+        return {
+            "mean_lca_error": errors / max(1, images),
+            "mean_lca_error_of_mistakes": errors / max(1, mistakes),
+            "hierarchical_precision": 100 * common / max(1, predicted),
+            "hierarchical_recall": 100 * common / max(1, truth),
+        }
