@@ -11,12 +11,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -25,21 +24,25 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError, Wn21kError
 from wn21k_zoo.training.augment import PublishedAugmentation, Squash
-from wn21k_zoo.training.dataset import ShardedDataset, open_dataset
+from wn21k_zoo.training.dataset import Images, ShardedDataset, open_dataset
 from wn21k_zoo.training.decode import UndecodableError, decode
 from wn21k_zoo.training.extra import cv2
+from wn21k_zoo.training.folder import FolderDataset, is_class_folder, open_folder
 from wn21k_zoo.training.order import SampleOrder
 from wn21k_zoo.training.storage import Stage
 
 __all__ = [
     "Batch",
+    "FolderDataset",
     "Loader",
     "LoaderState",
     "PublishedAugmentation",
     "ShardedDataset",
     "Squash",
     "Stage",
+    "is_class_folder",
     "open_dataset",
+    "open_folder",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -83,7 +86,7 @@ class Loader:
     so that no other rank waits.
 
     Args:
-        dataset: From :func:`open_dataset`.
+        dataset: From :func:`open_dataset` or :func:`open_folder`.
         batch_size: Of one rank.
         training: Shuffle and leave out the last partial batch, or not.
         augmentation: Called with the pixels [height, width, 3] uint8 RGB and a ``random.Random``; must be picklable.
@@ -96,6 +99,8 @@ class Loader:
         dtype: Of the images.
         window: So many shards are mixed with each other.
         max_bad: Share of damaged samples that is endured.
+        group: In training, so many batches of each rank make a step; what is left of an epoch and less than a step is
+            left out.
 
     Raises:
         InvalidArgumentError: A number is out of range, or the data set is smaller than one batch of all ranks.
@@ -109,7 +114,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ShardedDataset,
+        dataset: ShardedDataset | FolderDataset,
         *,
         batch_size: int,
         training: bool = True,
@@ -122,24 +127,25 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         window: int = 16,
         max_bad: float = 0.01,
+        group: int = 1,
     ) -> None:
-        if batch_size < 1 or not 0 <= rank < world_size or workers < 0 or window < 1 or seed < 0:
+        if min(batch_size, window, group) < 1 or not 0 <= rank < world_size or workers < 0 or seed < 0:
             raise InvalidArgumentError(
-                f"batch_size {batch_size}, rank {rank} of {world_size}, workers {workers}, window {window} or seed "
-                f"{seed} is out of range: batch_size and window must be at least 1, workers and seed at least 0, rank "
-                "below world_size."
+                f"batch_size {batch_size}, rank {rank} of {world_size}, workers {workers}, window {window}, group "
+                f"{group} or seed {seed} is out of range: batch_size, window and group must be at least 1, workers and "
+                "seed at least 0, rank below world_size."
             )
-        if training and len(dataset) < batch_size * world_size:
+        if training and len(dataset) < batch_size * world_size * group:
             raise InvalidArgumentError(
                 f"The data set has {len(dataset):,} samples, fewer than one batch of all ranks "
-                f"({batch_size} x {world_size}); take a smaller batch."
+                f"({batch_size} x {world_size}{f' x {group}' if group > 1 else ''}); take a smaller batch."
             )
         self.dataset, self.batch_size, self.training = dataset, batch_size, training
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype, self.max_bad = torch.device(device), dtype, max_bad
         self.bad_samples = self.good_samples = 0
         self._order = SampleOrder(dataset.lengths, window if training else 0, seed)
-        self._plan = _Plan(len(dataset), batch_size, training, rank, world_size)
+        self._plan = _Plan(len(dataset), batch_size, training, rank, world_size, group)
         reader = _Reader(dataset, self._order, augmentation or (PublishedAugmentation() if training else Squash()))
         self._batches: DataLoader[dict[str, Any]] = DataLoader(
             reader,
@@ -222,8 +228,8 @@ class _Plan(Sampler[_Task]):
     collector, which ends their queues first and then waits for them.
     """
 
-    def __init__(self, count: int, batch_size: int, training: bool, rank: int, world_size: int) -> None:
-        self._count, self._batch_size, self._training = count, batch_size, training
+    def __init__(self, count: int, batch_size: int, training: bool, rank: int, world_size: int, group: int) -> None:
+        self._count, self._batch_size, self._training, self._group = count, batch_size, training, group
         self._rank, self._world_size = rank, world_size
         self.epoch = self.samples_seen = 0
 
@@ -233,7 +239,10 @@ class _Plan(Sampler[_Task]):
     def tasks(self, epoch: int, begin: int) -> Iterator[_Task]:
         """From the position ``begin`` on."""
         whole = self._batch_size * self._world_size
-        while begin + whole <= self._count:
+        end = self._count
+        if self._training:
+            end -= (end - begin) % (whole * self._group)
+        while begin + whole <= end:
             first = begin + self._rank * self._batch_size
             yield epoch, first, first + self._batch_size, begin + whole
             begin += whole
@@ -252,9 +261,9 @@ def _begin_worker(worker: int) -> None:
 class _Reader(Dataset[dict[str, Any]]):
     """From a range of positions to a batch of bytes; runs in the workers."""
 
-    def __init__(self, dataset: ShardedDataset, order: SampleOrder, augmentation: Augmentation) -> None:
+    def __init__(self, dataset: ShardedDataset | FolderDataset, order: SampleOrder, augmentation: Augmentation) -> None:
         self.dataset, self.order, self.augmentation = dataset, order, augmentation
-        self._open: OrderedDict[int, tuple[IO[bytes], NDArray[np.void]]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[Images, NDArray[np.void]]] = OrderedDict()
         self._ahead: threading.Thread | None = None
         self._staged: tuple[int, int] | None = None
 
@@ -287,12 +296,12 @@ class _Reader(Dataset[dict[str, Any]]):
             entry = index[number]
             sample = int(self.order.starts[shard]) + number
             try:
-                file.seek(int(entry["offset"]))
                 augmented = self.augmentation(
-                    decode(file.read(int(entry["size"]))), _random(self.order.seed, epoch, sample)
+                    decode(file.read(int(entry["offset"]), int(entry["size"]))),
+                    _random(self.order.seed, epoch, sample),
                 )
             except (UndecodableError, OSError, cv2.error) as error:
-                bad.append((self.dataset.shards[shard].name, _key(file, int(entry["offset"])), str(error)))
+                bad.append((self.dataset.shards[shard].name, file.key(int(entry["offset"])), str(error)))
                 continue
             if images is None:
                 images = _empty((end - begin, *augmented.shape))
@@ -310,14 +319,13 @@ class _Reader(Dataset[dict[str, Any]]):
             "seen": seen,
         }
 
-    def _shard(self, number: int) -> tuple[IO[bytes], NDArray[np.void]]:
+    def _shard(self, number: int) -> tuple[Images, NDArray[np.void]]:
         found = self._open.get(number)
         for _ in range(5):
             if found is not None:
                 break
-            path, index = self.dataset.local(number)
             with contextlib.suppress(FileNotFoundError):  # another process needed its room on the stage
-                found = path.open("rb", buffering=0), index
+                found = self.dataset.open(number)
         if found is None:
             raise DataError(
                 f"The shard {self.dataset.shards[number].name} is missing, or the stage is too small for one window."
@@ -330,8 +338,9 @@ class _Reader(Dataset[dict[str, Any]]):
 
     def _stage_ahead(self, epoch: int, window: int) -> None:
         """Copy the shards of the next window to this machine while this one is read; each worker begins elsewhere."""
-        if self.dataset.storage.local is not None and self.dataset.shards[0].kind == "tar":
+        if isinstance(self.dataset, FolderDataset) or self.dataset.is_here:
             return
+        dataset = self.dataset
         if self._staged == (epoch, window) or (self._ahead is not None and self._ahead.is_alive()):
             return
         windows = self.order.windows(epoch)
@@ -344,7 +353,7 @@ class _Reader(Dataset[dict[str, Any]]):
         def run() -> None:
             for shard in shards:
                 with contextlib.suppress(DataError):  # who needs it is told
-                    self.dataset.local(shard)
+                    dataset.local(shard)
 
         self._ahead = threading.Thread(target=run, daemon=True)
         self._ahead.start()
@@ -377,11 +386,3 @@ def _empty(shape: tuple[int, ...]) -> torch.Tensor:
     count = int(np.prod(shape))
     storage = torch.UntypedStorage._new_shared(count)  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
-
-
-def _key(file: IO[bytes], offset: int) -> str:
-    """The name in the tar header before an image."""
-    with contextlib.suppress(OSError, tarfile.TarError):
-        file.seek(offset - tarfile.BLOCKSIZE)
-        return tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
-    return f"at byte {offset}"

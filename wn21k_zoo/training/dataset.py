@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import io
 import os
+import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar
 from wn21k_zoo.training.shards import INFO_FILE, DatasetInfo, index_path, read_index, write_index
 from wn21k_zoo.training.storage import Stage, Storage, data_cache_dir, open_storage
 
-__all__ = ["ShardedDataset", "open_dataset"]
+__all__ = ["Images", "ShardedDataset", "open_dataset"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,26 @@ class ShardedDataset:
         """Samples of each shard."""
         return tuple(shard.num_samples for shard in self.shards)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The wnid of each class."""
+        return self.label_space.wnids
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the shards are read where they lie, without a stage."""
+        return self.storage.local is not None and self.shards[0].kind == "tar"
+
+    def open(self, number: int) -> tuple[Images, NDArray[np.void]]:
+        """What reads the images of a shard, and its index.
+
+        Raises:
+            DataError: It is missing or damaged.
+            FileNotFoundError: It has been removed since.
+        """
+        path, index = self.local(number)
+        return _TarImages(path), index
+
     def local(self, number: int) -> tuple[Path, NDArray[np.void]]:
         """The tar file of a shard on this machine, staged if need be, and its index.
 
@@ -90,6 +112,39 @@ class ShardedDataset:
 
         tar = self.stage.get(str(path), make)
         return tar, read_index(index_path(tar), shard.num_samples)
+
+
+class Images(Protocol):
+    """Images of a shard, by what its index says of each."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The file's bytes."""
+
+    def key(self, offset: int) -> str:
+        """The file's name, for messages."""
+
+    def close(self) -> None:
+        """Free what is open."""
+
+
+class _TarImages:
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+
+    def read(self, offset: int, size: int) -> bytes:
+        self._file.seek(offset)
+        return self._file.read(size)
+
+    def key(self, offset: int) -> str:
+        """The name in the tar header before an image."""
+        with contextlib.suppress(OSError, tarfile.TarError):
+            return tarfile.TarInfo.frombuf(
+                self.read(offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE), "utf-8", "replace"
+            ).name
+        return f"at byte {offset}"
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def open_dataset(

@@ -18,7 +18,7 @@ from wn21k_zoo.errors import InvalidArgumentError
 from wn21k_zoo.training.levels import Levels, Order
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["HierarchicalDistances", "LeafAccuracy", "SemanticAccuracy"]
+__all__ = ["Calibration", "HierarchicalDistances", "LeafAccuracy", "SemanticAccuracy"]
 
 
 class _Counts(nn.Module):
@@ -167,3 +167,37 @@ class HierarchicalDistances(_Counts):
             "hierarchical_precision": 100 * common / max(1, predicted),
             "hierarchical_recall": 100 * common / max(1, truth),
         }
+
+
+class Calibration(_Counts):
+    """Whether confidences are shares of right predictions: the reliability diagram of arXiv 1706.04599.
+
+    Args:
+        bins: Equally wide parts of [0, 1].
+    """
+
+    def __init__(self, bins: int = 15) -> None:
+        super().__init__(bins, 3)
+        self.bins = bins
+
+    @torch.no_grad()
+    def update(self, confidence_b: Tensor, right_b: Tensor) -> None:
+        """Count a batch: confidences in [0, 1] [B], and whether each prediction was right [B] bool."""
+        at = (confidence_b * self.bins).long().clamp_(0, self.bins - 1)
+        millionths = (confidence_b.double() * 1e6).round().long()  # whole, so that sums are exact in any order
+        for column, values in enumerate((torch.ones_like(at), right_b.long(), millionths)):
+            self.counts[:, column].scatter_add_(0, at, values)
+
+    def compute(self) -> dict[str, float | list[dict[str, float]]]:
+        """``calibration_error``: the expected one in percent; ``reliability``: per bin that has images, its figures."""
+        total = self._total()
+        rows, images = [], max(1, sum(total[::3]))
+        error = 0.0
+        for number in range(self.bins):
+            count, right, millionths = total[3 * number : 3 * number + 3]
+            if not count:
+                continue
+            accuracy, confidence = 100 * right / count, 100 * millionths / 1e6 / count
+            error += count / images * abs(accuracy - confidence)
+            rows.append({"images": count, "confidence": confidence, "accuracy": accuracy})
+        return {"calibration_error": error, "reliability": rows}

@@ -1,0 +1,125 @@
+"""Augmentations besides the published one: random resized crop, flip, and what the modern preset adds; centre crop.
+
+Images are uint8 arrays [height, width, 3] in RGB; all that is random comes from ``random.Random.random``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+
+from wn21k_zoo.errors import InvalidArgumentError
+from wn21k_zoo.training.augment import OPERATIONS, Image, squash
+from wn21k_zoo.training.extra import cv2
+
+__all__ = ["CenterCrop", "RandomCrop"]
+
+_ASPECTS = (3 / 4, 4 / 3)  # of arXiv 1409.4842 and of torchvision
+_ERASED = (0.02, 1 / 3)  # share of the image; arXiv 1708.04896
+_ERASED_ASPECTS = (0.3, 1 / 0.3)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A random part of an image, resized, flipped left to right half the time; then what is switched on.
+
+    Args:
+        size: Side of the result in pixels.
+        scale: Smallest share of the image's area that the crop has; the largest is 1 (arXiv 1409.4842).
+        operations: So many operations of RandAugment (arXiv 1909.13719) with the published magnitudes.
+        erase: Probability that a random rectangle is filled with noise (arXiv 1708.04896).
+
+    Raises:
+        InvalidArgumentError: A number is out of range.
+    """
+
+    size: int = 224
+    scale: float = 0.08
+    operations: int = 0
+    erase: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 < self.scale <= 1 or self.operations < 0 or not 0 <= self.erase <= 1:
+            raise InvalidArgumentError(f"{self}: size must be at least 1, scale in (0, 1], erase in [0, 1].")
+
+    def __call__(self, image: Image, random: Random) -> Image:
+        """Augment: [height, width, 3] to [size, size, 3], an array of its own."""
+        top, left, height, width = _rectangle(image.shape[:2], (self.scale, 1.0), _ASPECTS, random)
+        part = np.ascontiguousarray(image[top : top + height, left : left + width])
+        shrinks = height > self.size or width > self.size
+        part = cv2.resize(
+            part, (self.size, self.size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        ).astype(np.uint8, copy=False)
+        if random.random() < 0.5:
+            part = np.ascontiguousarray(part[:, ::-1])
+        names = tuple(OPERATIONS)
+        for _ in range(self.operations):
+            name, index = names[int(random.random() * len(names))], 1 + int(random.random() * 9)
+            part = OPERATIONS[name](part, index, random)
+        if self.erase and random.random() < self.erase:
+            part = part.copy()
+            top, left, height, width = _rectangle(part.shape[:2], _ERASED, _ERASED_ASPECTS, random)
+            noise = np.random.Generator(np.random.Philox(key=int(random.random() * 2**53)))
+            part[top : top + height, left : left + width] = noise.integers(0, 256, (height, width, 3), np.uint8)
+        return part
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """What evaluation does with a ``crop_pct``: the shorter side to size / crop_pct, then the centre.
+
+    Args:
+        size: Side of the result in pixels.
+        crop_pct: Share of the shorter side that is left.
+
+    Raises:
+        InvalidArgumentError: A number is out of range.
+    """
+
+    size: int = 224
+    crop_pct: float = 0.875
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 < self.crop_pct <= 1:
+            raise InvalidArgumentError(f"{self}: size must be at least 1, crop_pct in (0, 1].")
+
+    def __call__(self, image: Image, random: Random) -> Image:
+        """Crop: [height, width, 3] to [size, size, 3]; nothing is drawn from ``random``."""
+        height, width = image.shape[:2]
+        if height == width:
+            wanted = round(self.size / self.crop_pct)
+            resized = squash(image, wanted) if wanted >= height else _shrink(image, wanted, wanted)
+        else:
+            factor = self.size / self.crop_pct / min(height, width)
+            resized = _shrink(image, max(self.size, round(height * factor)), max(self.size, round(width * factor)))
+        top, left = (resized.shape[0] - self.size) // 2, (resized.shape[1] - self.size) // 2
+        return np.ascontiguousarray(resized[top : top + self.size, left : left + self.size])
+
+
+def _shrink(image: Image, height: int, width: int) -> Image:
+    kind = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_LINEAR
+    return cv2.resize(image, (width, height), interpolation=kind).astype(np.uint8, copy=False)
+
+
+def _rectangle(
+    shape: tuple[int, ...], scale: tuple[float, float], aspects: tuple[float, float], random: Random
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random rectangle; the whole, or its middle, where ten draws do not fit."""
+    height, width = shape
+    for _ in range(10):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * random.random())
+        low, high = (math.log(aspect) for aspect in aspects)
+        aspect = math.exp(low + (high - low) * random.random())
+        wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < wide <= width and 0 < tall <= height:
+            return (
+                int(random.random() * (height - tall + 1)),
+                int(random.random() * (width - wide + 1)),
+                tall,
+                wide,
+            )
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side

@@ -1,0 +1,119 @@
+"""One process, or many that torchrun started: who this one is, and what all agree on."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from wn21k_zoo.errors import TrainingError, Wn21kError
+from wn21k_zoo.models import select_device
+
+__all__ = ["World", "join"]
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run.
+
+    Attributes:
+        rank: Of this one.
+        size: How many there are.
+        device: Which this one computes on.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that writes and reports."""
+        return self.rank == 0
+
+    def maximum(self, *values: bool) -> list[bool]:
+        """Each value that is true on any rank; waits for all."""
+        if self.size == 1:
+            return list(values)
+        flags = torch.tensor(values, dtype=torch.int32, device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in flags.tolist()]
+
+    def mean(self, *values: float) -> list[float]:
+        """The mean of each value over ranks; waits for all."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        total = total.to(self.device)
+        dist.all_reduce(total)
+        return [float(value) / self.size for value in total.tolist()]
+
+    def whole(self, value: int) -> int:
+        """The leading rank's number; waits for all."""
+        if self.size == 1:
+            return value
+        number = torch.tensor(value, device=self.device)
+        dist.broadcast(number, 0)
+        return int(number)
+
+    def lead(self, action: Callable[[], None]) -> None:
+        """Let the leading rank do something while the others wait; if it fails, all fail.
+
+        Raises:
+            Wn21kError: What the action raised; on the other ranks a TrainingError.
+        """
+        problem: Wn21kError | None = None
+        if self.leads:
+            try:
+                action()
+            except Wn21kError as error:
+                problem = error
+        failed = self.maximum(problem is not None)[0]
+        if problem is not None:
+            raise problem
+        if failed:
+            raise TrainingError("The leading process stopped; its message says why.")
+
+
+@contextlib.contextmanager
+def join(device: str | torch.device = "auto") -> Iterator[World]:
+    """Within, this process belongs to its world: that of torchrun's variables, or itself alone.
+
+    On CUDA each rank has the GPU of its local rank and NCCL; else gloo.
+
+    Raises:
+        TrainingError: There are more ranks than GPUs on this machine, or the others cannot be reached.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = select_device(device)
+    if chosen.type == "mps" and size > 1:
+        chosen = torch.device("cpu")
+    if chosen.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise TrainingError(
+                f"Local rank {local} has no GPU, there are {torch.cuda.device_count()}; start as many processes per "
+                "machine as it has GPUs (torchrun --nproc-per-node)."
+            )
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        yield World(0, 1, chosen)
+        return
+    try:
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(minutes=30),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(f"The other processes cannot be reached: {str(error).splitlines()[0]}") from error
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        dist.destroy_process_group()

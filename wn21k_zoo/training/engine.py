@@ -1,0 +1,549 @@
+"""A run from its recipe to its last checkpoint, and, however it was interrupted, to the same bits.
+
+What a step computes depends on the recipe, the data, the number of the step and the number of ranks alone: the order of
+images and their augmentation come from the loader, dropout's random numbers from a seed made of step and rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from wn21k_zoo.checkpoints import Head
+from wn21k_zoo.errors import NonFiniteError, RecipeError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.crops import CenterCrop, RandomCrop
+from wn21k_zoo.training.data import (
+    Augmentation,
+    Batch,
+    FolderDataset,
+    Loader,
+    PublishedAugmentation,
+    ShardedDataset,
+    Squash,
+    is_class_folder,
+    open_dataset,
+    open_folder,
+)
+from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
+from wn21k_zoo.training.levels import Levels
+from wn21k_zoo.training.losses import explain
+from wn21k_zoo.training.network import (
+    Criterion,
+    Normalized,
+    build_network,
+    build_optimizer,
+    build_schedule,
+    build_teacher,
+)
+from wn21k_zoo.training.progress import Reporter
+from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
+from wn21k_zoo.tree import SemanticTree
+
+__all__ = ["HEADS", "Preempted", "Splits", "open_splits", "train"]
+
+_LOG = logging.getLogger(__name__)
+HEADS: Mapping[str, Head] = {
+    "semantic_softmax": "semantic_softmax",
+    "single_label": "softmax",
+    "multi_label": "sigmoid",
+}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Preempted(Exception):  # noqa: N818
+    """The run was told to stop and has written a checkpoint; ``code`` is the process's exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The two splits of a data set, and what its classes are.
+
+    ``tree`` and ``space`` are None where the classes are no synsets.
+    """
+
+    train: ShardedDataset | FolderDataset
+    validation: ShardedDataset | FolderDataset
+    space: LabelSpace | None
+    tree: SemanticTree | None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A wnid, or a folder's name, for each output."""
+        return self.train.class_names
+
+    def describe(self) -> dict[str, Any]:
+        """What a run must find again to go on."""
+        return {
+            "label_space": self.space.name if self.space else None,
+            "classes": hashlib.sha256("\n".join(self.class_names).encode()).hexdigest(),
+            "class_names": None if self.space and self.space.name != "custom" else list(self.class_names),
+            "images": {"train": len(self.train), "validation": len(self.validation)},
+        }
+
+
+def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
+    """The data of a run.
+
+    Args:
+        recipe: Whose label space the classes are mapped to.
+        data: Shards, or a URL of them, or a folder of class folders.
+
+    Raises:
+        DataError, UnknownLabelSpaceError: It cannot be read.
+        RecipeError: The recipe's loss needs a hierarchy, and the classes have none.
+    """
+    wanted = recipe.data.label_space
+    train: ShardedDataset | FolderDataset
+    validation: ShardedDataset | FolderDataset
+    if is_class_folder(data):
+        if wanted is not None:
+            raise RecipeError(
+                f"{data} is a folder of class folders, but the recipe is for {wanted}; make shards of it with `wn21k "
+                "data prepare`, or set data.label_space to null for classes of your own."
+            )
+        train, validation = open_folder(data), open_folder(data, "validation")
+        space = train.label_space
+    else:
+        train = open_dataset(data, label_space=wanted)
+        validation = open_dataset(data, "validation", label_space=wanted)
+        space = train.label_space
+    return Splits(train, validation, space, SemanticTree.from_label_space(space) if space else None)
+
+
+def train(
+    recipe: Recipe,
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    world: World,
+    *,
+    workers: int | None = None,
+    handle_signals: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe, or go on where a run in the same folder was.
+
+    Args:
+        recipe: What to run.
+        data: See :func:`open_splits`.
+        output: Folder of the run; all ranks see it.
+        world: The processes that run it together.
+        workers: Processes per rank that load images; default: the cores of this machine over its ranks, at most 16.
+        handle_signals: On SIGTERM and Ctrl-C write a checkpoint and raise :class:`Preempted`.
+
+    Returns:
+        The figures of the last evaluation.
+
+    Raises:
+        RecipeError, DataError, RunError, ModelError: Something does not fit; nothing has started.
+        NonFiniteError: The loss was not finite, on every rank; the last checkpoint is as it was.
+        Preempted: As above.
+    """
+    recipe.check()
+    folder = RunFolder(Path(output))
+    with contextlib.ExitStack() as stack:
+        world.lead(lambda: stack.enter_context(folder.locked()))
+        return _Run(recipe, open_splits(recipe, data), folder, world, workers).go(stack, handle_signals)
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, splits: Splits, folder: RunFolder, world: World, workers: int | None) -> None:
+        self.recipe, self.splits, self.folder, self.world = recipe, splits, folder, world
+        self.device = world.device
+        torch.use_deterministic_algorithms(recipe.run.deterministic)
+        self.micro, self.group = _micro_batches(recipe, world.size)
+        images = recipe.data.batch_size
+        if len(splits.train) < images:
+            raise RecipeError(
+                f"The data has {len(splits.train):,} training images, fewer than data.batch_size {images}; lower it."
+            )
+        self.steps_per_epoch = len(splits.train) // images
+        self.total = recipe.schedule.epochs * self.steps_per_epoch
+        self.total = min(self.total, recipe.schedule.max_steps or self.total)
+        self.levels = Levels(splits.tree, "level").to(self.device) if splits.tree is not None else None
+        world.lead(lambda: folder.begin(recipe, splits.describe()))
+        self._build()
+        self.loaders = self._loaders(workers)
+        self.step, self.evaluated, self.best = 0, 0, float("-inf")
+        self.figures: dict[str, Any] = {}
+        self.classes: list[int] | None = None
+        self._stop_signal = 0
+        self._pending: tuple[Tensor, Any, int] | None = None
+        self._resume()
+
+    def _build(self) -> None:
+        recipe, space = self.recipe, self.splits.space
+        if self.levels is not None and not self.levels.depths:
+            raise RecipeError("The classes have no level with two of them; there is nothing to choose between.")
+        network = build_network(recipe, len(self.splits.class_names), space, self.levels)
+        self.module = Normalized(network, recipe.model.mean, recipe.model.std).to(self.device)
+        if recipe.model.channels_last:
+            self.module.to(memory_format=torch.channels_last)
+        if recipe.model.sync_batchnorm and self.device.type == "cuda":
+            self.module = cast(Normalized, nn.SyncBatchNorm.convert_sync_batchnorm(self.module))  # type: ignore[no-untyped-call]
+        self.teacher: nn.Module | None = None
+        if recipe.loss.teacher is not None and space is not None and self.levels is not None:
+            self.teacher = build_teacher(recipe, space, self.levels).to(self.device)
+            if recipe.model.channels_last:
+                self.teacher.to(memory_format=torch.channels_last)
+        self.criterion = Criterion(recipe, self.splits.tree).to(self.device)
+        self.optimizer = build_optimizer(recipe, self.module.module)
+        self.schedule = build_schedule(recipe, self.optimizer, self.total)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.run.precision == "fp16")
+        decay = recipe.run.ema_decay
+        self.average = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None  # type: ignore[no-untyped-call]
+        wrapped: nn.Module = self.module
+        if self.world.size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            wrapped = DistributedDataParallel(self.module, device_ids=ids)
+        self.network = cast(nn.Module, torch.compile(wrapped)) if recipe.model.compile else wrapped
+
+    def _loaders(self, workers: int | None) -> tuple[Loader, Loader]:
+        recipe, world = self.recipe, self.world
+        if workers is None:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            workers = min(16, max(1, (os.cpu_count() or 1) // local))
+        common: dict[str, Any] = {
+            "rank": world.rank,
+            "world_size": world.size,
+            "workers": workers,
+            "device": self.device,
+            "max_bad": recipe.data.max_bad,
+        }
+        training = Loader(
+            self.splits.train,
+            batch_size=self.micro,
+            augmentation=_augmentation(recipe),
+            seed=recipe.run.seed,
+            window=recipe.data.window,
+            group=self.group,
+            **common,
+        )
+        crop = recipe.data.crop_pct
+        resize = CenterCrop(recipe.data.size, crop) if crop else Squash(recipe.data.size)
+        batch = max(self.micro, min(256, 2 * recipe.data.batch_per_device)) if self.device.type != "cpu" else self.micro
+        return training, Loader(self.splits.validation, batch_size=batch, training=False, augmentation=resize, **common)
+
+    def go(self, stack: contextlib.ExitStack, handle_signals: bool) -> dict[str, Any]:
+        if handle_signals:
+            stack.enter_context(self._signals())
+        leads = self.world.leads
+        if leads and self.step >= self.total and self.folder.status().get("state") == "finished":
+            Reporter(self.folder, self.total, self.step).say(f"finished before, at step {self.step:,}; nothing to do")
+            return self.figures
+        if leads:
+            self.folder.cut_metrics(self.step)
+            self.folder.set_status("running", self.step, total=self.total)
+        self.writer = CheckpointWriter(self.folder, self.recipe.run.keep) if leads else None
+        self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
+        if self.step:
+            self.reporter.say(f"going on at step {self.step:,} of {self.total:,}")
+        try:
+            self._epochs()
+        except (Preempted, NonFiniteError) as end:
+            if leads:
+                state = "preempted" if isinstance(end, Preempted) else "failed"
+                self.folder.set_status(state, self.step, total=self.total, reason=str(end) or None)
+            raise
+        finally:
+            self.reporter.close()
+            if self.writer is not None:
+                self.writer.close()
+        if leads:
+            self.folder.set_status("finished", self.step, total=self.total)
+        return self.figures
+
+    def _epochs(self) -> None:
+        self._saved_at = time.monotonic()
+        while True:
+            epoch, within = divmod(self.step, self.steps_per_epoch)
+            if self.step and (not within or self.step >= self.total) and self.evaluated != self.step:
+                self._finish_epoch(epoch if not within else epoch + 1)
+            if self.step >= self.total:
+                return
+            seen = within * self.recipe.data.batch_size
+            self.loaders[0].load_state_dict({"epoch": epoch, "samples_seen": seen})
+            self._steps(iter(self.loaders[0]), min(self.steps_per_epoch - within, self.total - self.step))
+
+    def _finish_epoch(self, epoch: int) -> None:
+        is_last = self.step >= self.total
+        is_best = False
+        if is_last or epoch % self.recipe.run.evaluate_every == 0:
+            self.figures = {"step": self.step, "epoch": epoch, **self._evaluate()}
+            self.reporter.evaluation(self.figures)
+            score = self.figures.get("semantic_top1", self.figures["top1"])
+            is_best, self.best = score > self.best, max(score, self.best)
+        self.evaluated = self.step
+        self._save(best=is_best, wait=is_last)
+
+    def _steps(self, batches: Iterator[Batch], count: int) -> None:
+        self._window = _Window(self.device)
+        for _ in range(count):
+            loss = self._step(batches)
+            self._window.add(loss, self.recipe.data.batch_size)
+            self.reporter.step(self.step)
+            if self.step % self.recipe.run.log_every == 0 or self.step == self.total:
+                self._log()
+        self._react(*self._pending_flags())
+
+    def _step(self, batches: Iterator[Batch]) -> Tensor:
+        recipe = self.recipe
+        self.network.train()
+        torch.manual_seed(_seed(recipe.run.seed, self.step, self.world.rank))  # of dropout and its like
+        total = torch.zeros((), device=self.device)
+        for number in range(self.group):
+            begin = time.perf_counter()
+            batch = next(batches)
+            self._window.waited += time.perf_counter() - begin
+            total += self._forward_backward(batch, last=number == self.group - 1).detach() / self.group
+        stop, due = self._agree(total)
+        if recipe.optimizer.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.module.parameters(), recipe.optimizer.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+        self.step += 1
+        self._react(stop, due)
+        return total
+
+    def _agree(self, loss: Tensor) -> tuple[bool, bool]:
+        """What all ranks do after this step: stop, write a checkpoint; and end here when a loss is not finite.
+
+        On a GPU the answer is that of the step before, so that nothing waits for the device.
+        """
+        overdue = time.monotonic() - self._saved_at > 60 * self.recipe.run.checkpoint_minutes
+        wishes = torch.tensor([bool(self._stop_signal), overdue and self.world.leads], dtype=torch.float32)
+        flags = torch.cat([wishes.to(self.device, non_blocking=True), (~loss.isfinite()).float()[None]])
+        if self.world.size > 1:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        if self.device.type != "cuda":
+            return self._understood(flags, self.step)
+        before = self._pending_flags()
+        host = torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._pending = host, event, self.step
+        return before
+
+    def _pending_flags(self) -> tuple[bool, bool]:
+        """What was agreed on in the last step and not looked at yet; nothing on the CPU."""
+        if self._pending is None:
+            return False, False
+        host, event, step = self._pending
+        self._pending = None
+        event.synchronize()
+        return self._understood(host, step)
+
+    def _understood(self, flags: Tensor, step: int) -> tuple[bool, bool]:
+        stop, due, broken = (bool(flag) for flag in flags.tolist())
+        if broken:
+            why = "on another rank"
+            try:
+                if self.levels is not None:
+                    explain(self.levels, *self._last)
+            except NonFiniteError as error:
+                why = str(error)
+            raise NonFiniteError(f"The loss of step {step + 1:,} is not finite: {why}")
+        return stop, due
+
+    def _react(self, stop: bool, due: bool) -> None:
+        if not stop and not due:
+            return
+        self._pending_flags()  # whatever is saved has finite losses behind it
+        self._save(wait=stop)
+        if stop:
+            raise Preempted(128 + (self._stop_signal or signal.SIGTERM))
+
+    def _save(self, best: bool = False, wait: bool = False) -> None:
+        self._saved_at = time.monotonic()
+        if self.writer is not None:
+            self.writer.save(self._state(), best=best, wait=wait)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "step": self.step,
+            "evaluated": self.evaluated,
+            "best": self.best,
+            "figures": self.figures,
+            "model": self.module.module.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def _resume(self) -> None:
+        """The newest checkpoint, the same on all ranks."""
+        found: dict[str, Any] | None = None
+
+        def newest() -> None:
+            nonlocal found
+            found = self.folder.newest()
+
+        self.world.lead(newest)
+        step = self.world.whole(found["step"] if found is not None else -1)
+        if step < 0:
+            return
+        state = found or read_checkpoint(self.folder.checkpoints / f"step-{step:08d}.pt")
+        self.module.module.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.evaluated = state["step"], state["evaluated"]
+        self.best, self.figures = state["best"], state["figures"]
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, Any]:
+        if self.classes is None:
+            self.classes = classes_with_images(self.splits.validation)
+        if self.world.size > 1:
+            for buffer in self.module.buffers():  # each rank's batch statistics are its own until the next step
+                torch.distributed.broadcast(buffer, 0)
+        module = (self.average.module if self.average is not None else self.module).eval()
+        evaluation = Evaluation(
+            self.splits.tree,
+            len(self.splits.class_names),
+            HEADS[self.recipe.loss.kind],
+            self.classes,
+            "level" if self.levels is not None else "published",
+            device=self.device,
+        )
+        self.loaders[1].load_state_dict({"epoch": 0, "samples_seen": 0})
+        begin, limit = time.perf_counter(), self.recipe.run.evaluate_batches
+        for number, batch in enumerate(self.loaders[1]):
+            if self._stop_signal:
+                self._save(wait=True)
+                raise Preempted(128 + self._stop_signal)
+            if limit is not None and number >= limit:
+                break
+            with self._autocast():
+                logits = module(batch.images)
+            evaluation.update(logits, batch.targets)
+        figures = evaluation.compute()
+        figures["images_per_second"] = figures["images"] / (time.perf_counter() - begin)
+        return figures
+
+    def _log(self) -> None:
+        loss, speed, wait = self._window.read()
+        loss, speed, wait = self.world.mean(loss, speed, wait)
+        self.reporter.train(
+            {
+                "step": self.step,
+                "epoch": round(self.step / self.steps_per_epoch, 4),
+                "loss": loss,
+                "lr": max(group["lr"] for group in self.optimizer.param_groups),
+                "images_per_second": round(speed, 1),
+                "data_wait": round(wait, 4),
+                "bad_samples": self.loaders[0].bad_samples,
+            }
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and the first Ctrl-C end the run after the step; a second Ctrl-C ends it at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            del frame
+            self._stop_signal = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _forward_backward(self, batch: Batch, last: bool) -> Tensor:
+        images = batch.images
+        if self.recipe.model.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        synchronised = last or self.world.size == 1
+        quiet = contextlib.nullcontext() if synchronised else cast(Any, self.network).no_sync()
+        with quiet:
+            with self._autocast():
+                with torch.no_grad():
+                    teacher = self.teacher(images) if self.teacher is not None else None
+                logits = self.network(images)
+            loss: Tensor = self.criterion(logits, batch.targets, teacher)
+            self.scaler.scale(loss / self.group).backward()  # type: ignore[no-untyped-call]
+        self._last = (logits, batch.targets)
+        return loss
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = _DTYPES.get(self.recipe.run.precision)
+        return torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
+
+
+class _Window:
+    """Sums between two lines of metrics."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self.waited = 0.0
+        self._begin, self._steps, self._images = time.perf_counter(), 0, 0
+        self._loss = torch.zeros((), device=self._device)
+
+    def add(self, loss: Tensor, images: int) -> None:
+        self._loss += loss
+        self._steps, self._images = self._steps + 1, self._images + images
+
+    def read(self) -> tuple[float, float, float]:
+        """Mean loss, images per second of all ranks, share of the time that was spent waiting for images."""
+        loss = float(self._loss) / self._steps  # waits for the device, so that the clock below is right
+        elapsed = time.perf_counter() - self._begin
+        figures = loss, self._images / elapsed, self.waited / elapsed
+        self._reset()
+        return figures
+
+
+def _micro_batches(recipe: Recipe, world_size: int) -> tuple[int, int]:
+    """Images that go through the network at a time on each rank, and how often that makes a step."""
+    images, at_most = recipe.data.batch_size, recipe.data.batch_per_device
+    if images % world_size:
+        raise RecipeError(f"data.batch_size {images} cannot be shared by {world_size} processes; change one of them.")
+    mine = images // world_size
+    micro = max(size for size in range(1, min(mine, at_most) + 1) if mine % size == 0)
+    return micro, mine // micro
+
+
+def _augmentation(recipe: Recipe) -> Augmentation:
+    size = recipe.data.size
+    if recipe.data.augmentation == "published":
+        return PublishedAugmentation(size)
+    if recipe.data.augmentation == "modern":
+        return RandomCrop(size, scale=0.08, operations=2, erase=0.25)
+    return RandomCrop(size, scale=0.25) if recipe.data.augmentation == "finetune" else Squash(size)
+
+
+def _seed(*numbers: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")

@@ -1,0 +1,108 @@
+"""Predictions of a head, whatever its kind, counted in every way that the project reports.
+
+Shape suffixes: B batch, N classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wn21k_zoo.checkpoints import Head
+from wn21k_zoo.hierarchy import Decoder
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.dataset import ShardedDataset
+from wn21k_zoo.training.folder import FolderDataset
+from wn21k_zoo.training.levels import Levels, Order
+from wn21k_zoo.training.metrics import Calibration, HierarchicalDistances, LeafAccuracy, SemanticAccuracy
+from wn21k_zoo.tree import SemanticTree
+
+__all__ = ["Evaluation", "classes_with_images"]
+
+
+class Evaluation(nn.Module):
+    """Counts batches of logits.
+
+    A node's score is what :class:`wn21k_zoo.hierarchy.Decoder` says for the kind of head: for a semantic softmax its
+    probability within its level, for a softmax the sum over its subtree. Semantic top-1 is over these, which for a
+    semantic softmax is the published protocol. A leaf's score is its confidence, among the classes with images only.
+
+    Args:
+        tree: The classes and their hierarchy; None: a plain softmax over classes of one's own.
+        num_classes: Of the head.
+        head: Its kind.
+        classes: Those with images.
+        order: In which order logits come.
+        label_space: The head's classes, by default the tree's.
+    """
+
+    def __init__(
+        self,
+        tree: SemanticTree | None,
+        num_classes: int,
+        head: Head,
+        classes: Sequence[int],
+        order: Order = "published",
+        label_space: LabelSpace | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.leaf, self.raw = LeafAccuracy(classes), LeafAccuracy(classes)
+        self.calibration = Calibration()
+        self.semantic = SemanticAccuracy(tree, "level") if tree is not None else None
+        self.distances = HierarchicalDistances(tree) if tree is not None else None
+        self._levels = Levels(tree, order) if tree is not None and order == "level" else None
+        space = label_space or (tree.label_space if tree is not None else None)
+        self._decoder = Decoder(tree, space, head, device) if tree is not None and space is not None else None
+        self._head, self.num_classes = head, num_classes
+        self.to(device)
+
+    @torch.no_grad()
+    def update(self, logits_bn: Tensor, targets_b: Tensor) -> None:
+        """Count a batch: logits [B, N] and indices in the label space [B] int64; an empty batch is none."""
+        if not len(targets_b):
+            return
+        logits_bn = logits_bn.float()
+        if self._levels is not None:
+            logits_bn = logits_bn.index_select(1, self._levels.positions)
+        self.raw.update(logits_bn, targets_b)
+        if self._decoder is None or self.semantic is None or self.distances is None:
+            p = logits_bn.sigmoid() if self._head == "sigmoid" else logits_bn.softmax(1)
+            predictions = self.leaf.update(p, targets_b)
+            self.calibration.update(p.gather(1, predictions[:, None])[:, 0], predictions == targets_b)
+            return
+        scores = self._decoder(logits_bn)
+        self.semantic.update(scores.probability, targets_b)
+        confidence = scores.confidence.index_select(1, self.semantic.levels.positions)
+        predictions = self.leaf.update(confidence, targets_b)
+        self.distances.update(predictions, targets_b)
+        self.calibration.update(confidence.gather(1, predictions[:, None])[:, 0], predictions == targets_b)
+
+    def compute(self) -> dict[str, Any]:
+        """All figures, in percent where they are shares; waits for all ranks.
+
+        ``top1``, ``top5`` and the hierarchical ones are of the leaf with the highest confidence; ``raw_top1`` is of the
+        highest logit.
+        """
+        figures: dict[str, Any] = {}
+        if self.semantic is not None and self.distances is not None:
+            figures |= self.semantic.compute()
+        figures |= self.leaf.compute()
+        figures["raw_top1"] = self.raw.compute()["top1"]
+        if self.distances is not None:
+            figures |= self.distances.compute()
+        return figures | self.calibration.compute()
+
+
+def classes_with_images(dataset: ShardedDataset | FolderDataset) -> list[int]:
+    """Indices of the classes that have at least one image."""
+    found: set[int] = set()
+    for number in range(len(dataset.shards)):
+        images, index = dataset.open(number)
+        images.close()
+        found.update(np.unique(index["target"]).tolist())
+    return sorted(found)

@@ -1,0 +1,178 @@
+"""A folder of class folders with loose image files: the commonest data set of one's own.
+
+``DIR/train/CLASS/...`` and ``DIR/val/CLASS/...`` (or ``validation``, ``valid``, ``test``); or ``DIR/CLASS/...``, of
+which one image in ten, chosen by a hash of its name, is for validation.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wn21k_zoo.errors import DataError, LabelSpaceError, UnknownSynsetError, did_you_mean
+from wn21k_zoo.labels import LabelSpace
+
+__all__ = ["FolderDataset", "is_class_folder", "open_folder"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+_VALIDATION = ("validation", "val", "valid", "test")
+_GROUP = 1000  # files that count as one shard
+_INDEX = np.dtype([("offset", np.int64), ("size", np.int64), ("target", np.int32)])
+
+
+@dataclass(frozen=True)
+class _Group:
+    name: str
+    kind: str = "files"
+
+
+class _Storage:
+    local = Path()
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FolderDataset:
+    """Loose images with their classes; what :class:`wn21k_zoo.training.data.Loader` takes. Made by :func:`open_folder`.
+
+    Attributes:
+        root: The folder.
+        split: ``train`` or ``validation``.
+        class_names: Names of the class folders in byte order; a target is an index of it.
+        files: Path below the root and target of each image.
+    """
+
+    root: Path
+    split: str
+    class_names: tuple[str, ...]
+    files: tuple[tuple[str, int], ...]
+
+    storage = _Storage()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __repr__(self) -> str:
+        return (
+            f"FolderDataset({str(self.root)!r}, {self.split!r}, {len(self):,} images, {len(self.class_names)} classes)"
+        )
+
+    @functools.cached_property
+    def label_space(self) -> LabelSpace | None:
+        """The classes as synsets if all their names are wnids, else None."""
+        try:
+            return LabelSpace("custom", self.class_names)
+        except (LabelSpaceError, UnknownSynsetError):
+            return None
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Images of each group that is read like a shard."""
+        return tuple(min(_GROUP, len(self) - first) for first in range(0, len(self), _GROUP))
+
+    @functools.cached_property
+    def shards(self) -> tuple[_Group, ...]:
+        """Groups of images."""
+        return tuple(_Group(f"{self.root} ({self.split})") for _ in self.lengths)
+
+    def open(self, number: int) -> tuple[_LooseFiles, NDArray[np.void]]:
+        """What reads the images of a group, and its index."""
+        mine = self.files[number * _GROUP : (number + 1) * _GROUP]
+        index = np.zeros(len(mine), _INDEX)
+        index["offset"], index["target"] = np.arange(len(mine)), [target for _, target in mine]
+        return _LooseFiles(self.root, tuple(name for name, _ in mine)), index
+
+
+class _LooseFiles:
+    def __init__(self, root: Path, names: tuple[str, ...]) -> None:
+        self._root, self._names = root, names
+
+    def read(self, offset: int, size: int) -> bytes:
+        del size
+        return (self._root / self._names[offset]).read_bytes()
+
+    def key(self, offset: int) -> str:
+        return self._names[offset]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def is_class_folder(place: str | os.PathLike[str]) -> bool:
+    """Whether a place is a local folder that has folders, and neither shards nor our ``_info.json``."""
+    folder = Path(place).expanduser()
+    if not folder.is_dir() or (folder / "_info.json").exists():
+        return False
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    return any(entry.is_dir() for entry in entries) and not any(
+        entry.suffix in (".tar", ".parquet") for entry in entries
+    )
+
+
+def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDataset:
+    """The images of a split.
+
+    Args:
+        place: The folder.
+        split: ``train`` or ``validation``.
+
+    Raises:
+        DataError: It holds no classes or images, or the splits' classes differ.
+    """
+    root = Path(place).expanduser().absolute()
+    if split not in ("train", "validation"):
+        raise DataError(f"{root} has the splits train and validation, not {split!r}.{did_you_mean(split, _VALIDATION)}")
+    below = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    validation = next((name for name in _VALIDATION if name in below), None)
+    if "train" in below:
+        if validation is None:
+            raise DataError(f"{root} has a folder train, but none for validation: {', '.join(_VALIDATION)}.")
+        classes = _classes(root / "train")
+        top = "train" if split == "train" else validation
+        if unknown := set(_classes(root / top)) - set(classes):
+            raise DataError(f"{root / top} has the class {min(unknown)}, which {root / 'train'} lacks.")
+        files = [(name, target) for target, each in enumerate(classes) for name in _images(root, f"{top}/{each}")]
+    else:
+        classes = _classes(root)
+        files = [
+            (name, target)
+            for target, each in enumerate(classes)
+            for name in _chosen(_images(root, each), split == "validation")
+        ]
+    counts = Counter(target for _, target in files)
+    if empty := [each for target, each in enumerate(classes) if not counts[target]]:
+        raise DataError(f"{root}, {split}: the class {empty[0]} has no images ({', '.join(SUFFIXES)}).")
+    files.sort(key=lambda file: _hash(file[0]))  # groups are mixed, as shards are
+    return FolderDataset(root=root, split=split, class_names=tuple(classes), files=tuple(files))
+
+
+def _classes(folder: Path) -> list[str]:
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    if len(names) < 2:
+        raise DataError(f"{folder} has {len(names)} folders; a folder per class is needed, at least two.")
+    return sorted(names, key=os.fsencode)
+
+
+def _images(root: Path, below: str) -> list[str]:
+    return sorted(
+        path.relative_to(root).as_posix()
+        for path in (root / below).rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
+
+
+def _chosen(names: list[str], validation: bool) -> list[str]:
+    """A tenth, at least one; or the others."""
+    ranked = sorted(names, key=_hash)
+    count = max(1, len(names) // 10) if len(names) > 1 else 0
+    return ranked[:count] if validation else ranked[count:]
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=16).digest()

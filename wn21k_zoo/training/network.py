@@ -1,0 +1,257 @@
+"""From a recipe to what is trained: network, teacher, loss, optimizer, schedule.
+
+Heads over a tree are kept in level order while they are trained (:class:`wn21k_zoo.training.levels.Levels`), for the
+sake of the loss's speed; :func:`reorder_head` goes there and back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    SequentialLR,
+)
+
+from wn21k_zoo import building, convert, registry
+from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError, RecipeError, Wn21kError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.models import load_model
+from wn21k_zoo.training.levels import Levels
+from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
+from wn21k_zoo.training.recipe import RANDOM, Recipe, needs_image_size
+from wn21k_zoo.tree import SemanticTree
+
+__all__ = [
+    "Criterion",
+    "Normalized",
+    "build_network",
+    "build_optimizer",
+    "build_schedule",
+    "build_teacher",
+    "reorder_head",
+]
+
+
+class Normalized(nn.Module):
+    """A network behind a normalisation of its pixels.
+
+    Args:
+        module: Takes normalised images.
+        mean: Subtracted per channel from pixels in [0, 1].
+        std: Divided by, per channel.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, module: nn.Module, mean: Iterable[float], std: Iterable[float]) -> None:
+        super().__init__()
+        self.module = module
+        means, stds = torch.tensor([*mean]).view(3, 1, 1), torch.tensor([*std]).view(3, 1, 1)
+        self.register_buffer("scale", 1 / stds, persistent=False)
+        self.register_buffer("shift", -means / stds, persistent=False)
+        self._identity = bool((means == 0).all() and (stds == 1).all())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1], [batch, 3, height, width], to logits [batch, classes]."""
+        logits: Tensor = self.module(images if self._identity else images * self.scale + self.shift)
+        return logits
+
+
+def build_network(recipe: Recipe, num_classes: int, space: LabelSpace | None, levels: Levels | None) -> nn.Module:
+    """The network of a recipe, with the weights that it starts from, on the CPU.
+
+    Args:
+        recipe: Its architecture, start and arguments.
+        num_classes: Of the head.
+        space: Its classes, None when they are no synsets.
+        levels: In whose order the head is to be.
+
+    Raises:
+        RecipeError: There is no such architecture, or the start is of another one.
+        ModelError, UnknownModelError: The start cannot be had.
+    """
+    torch.manual_seed(recipe.run.seed)
+    start, arguments = recipe.model.start, dict(recipe.model.arguments)
+    try:
+        if start is None or start.startswith(RANDOM):
+            module = convert.build(recipe.model.architecture, num_classes=num_classes, **arguments)
+        else:
+            module = _started(recipe, start, num_classes, space, levels, arguments)
+    except Wn21kError:
+        raise
+    except Exception as error:  # timm has many ways to refuse an argument
+        raise RecipeError(f"{recipe.model.architecture} cannot be built: {str(error).splitlines()[0]}") from error
+    if recipe.model.gradient_checkpointing:
+        cast(Any, module).set_grad_checkpointing()
+    return module
+
+
+def _started(
+    recipe: Recipe,
+    start: str,
+    num_classes: int,
+    space: LabelSpace | None,
+    levels: Levels | None,
+    arguments: dict[str, Any],
+) -> nn.Module:
+    keeps = space is not None and _space_of(start) == space.wnids
+    module = building.create_model(start, num_classes=None if keeps else num_classes, **arguments)
+    architecture = str(cast(Any, module).pretrained_cfg.get("architecture", "")).removeprefix(registry.TIMM_PREFIX)
+    if architecture and architecture != recipe.model.architecture:
+        raise RecipeError(f"model.start {start} is a {architecture}, not a {recipe.model.architecture}.")
+    if keeps and levels is not None and levels.order == "level":
+        reorder_head(module, levels.columns)
+    return module
+
+
+def _space_of(start: str) -> tuple[str, ...] | None:
+    """The classes of weights, None when they are not known before they are there."""
+    try:
+        return LabelSpace.load(registry.resolve_checkpoint(start).label_space).wnids
+    except Wn21kError:
+        return None
+
+
+def reorder_head(module: nn.Module, index: Tensor) -> None:
+    """Give the classifier's outputs another order: output i becomes what output index[i] was.
+
+    Raises:
+        InvalidArgumentError: Its classifier is no linear layer with as many outputs.
+    """
+    head = cast(Any, module).get_classifier()
+    if not isinstance(head, nn.Linear) or head.out_features != len(index):
+        raise InvalidArgumentError(f"The classifier is {head}; a linear layer of {len(index)} outputs is needed.")
+    with torch.no_grad():
+        for parameter in head.parameters(recurse=False):
+            parameter.copy_(parameter[index.to(parameter.device)].clone())
+
+
+def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> nn.Module:
+    """The frozen network whose predictions are distilled, with its own normalisation, its head in level order.
+
+    Raises:
+        RecipeError: It speaks other classes.
+        ModelError, UnknownModelError: It cannot be had.
+    """
+    name = cast(str, recipe.loss.teacher)
+    teacher: nn.Module
+    if name.startswith(RANDOM):
+        record = registry.resolve_checkpoint(name.removeprefix(RANDOM))
+        size = {"img_size": recipe.data.size} if needs_image_size(record.architecture) else {}
+        module, wnids = convert.build(record.architecture, num_classes=len(space), **size), space.wnids
+        mean, std = record.mean, record.std
+    else:
+        loaded = load_model(name)
+        module, wnids = loaded.module, loaded.label_space.wnids
+        config = loaded.data_config or {}
+        mean, std = config.get("mean", (0.0, 0.0, 0.0)), config.get("std", (1.0, 1.0, 1.0))
+    if wnids != space.wnids:
+        raise RecipeError(f"The teacher {name} speaks other classes than {space.name}; name one that speaks the same.")
+    if levels.order == "level":
+        reorder_head(module, levels.columns)
+    teacher = Normalized(module, mean, std)
+    return teacher.eval().requires_grad_(False)
+
+
+class Criterion(nn.Module):
+    """The loss of a recipe.
+
+    Args:
+        recipe: Its kind, smoothing and distillation.
+        tree: The classes and their hierarchy, None without one.
+    """
+
+    def __init__(self, recipe: Recipe, tree: SemanticTree | None) -> None:
+        super().__init__()
+        smoothing = recipe.loss.label_smoothing
+        self.weight = recipe.loss.distillation_weight
+        self.smoothing = smoothing
+        self.loss: nn.Module | None = None
+        if tree is not None:
+            self.loss = {  # type: ignore[no-untyped-call]
+                "semantic_softmax": lambda: SemanticSoftmaxLoss(tree, smoothing, "level"),
+                "single_label": lambda: SingleLabelLoss(tree, smoothing, "level"),
+                "multi_label": lambda: MultiLabelLoss(tree, order="level"),
+            }[recipe.loss.kind]()
+        self.distillation = SemanticDistillationLoss(tree, "level") if tree is not None and self.weight else None
+
+    def forward(self, logits: Tensor, targets: Tensor, teacher: Tensor | None = None) -> Tensor:
+        """Mean over a batch; logits and the teacher's in level order where there is a tree, [batch, classes].
+
+        What is not finite is NaN here and no error, so that all ranks get to where they agree to stop.
+        """
+        try:
+            if self.loss is None:
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.smoothing)
+            else:
+                loss = self.loss(logits, targets)
+            if self.distillation is not None and teacher is not None:
+                loss = loss + self.weight / len(targets) * self.distillation(logits, teacher)
+        except NonFiniteError:
+            return logits.float().sum() * math.nan
+        return loss
+
+
+def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
+    """The optimizer of a recipe; biases and one-dimensional parameters have no weight decay, as published."""
+    settings = recipe.optimizer
+    head = cast(Any, module).get_classifier()
+    of_head = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((parameter.ndim >= 2, id(parameter) in of_head), []).append(parameter)
+    parameters = [
+        {
+            "params": members,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+            "lr": settings.lr * (settings.head_lr_factor if in_head else 1.0),
+        }
+        for (decays, in_head), members in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    if settings.name == "sgd":
+        return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+    if settings.name == "lamb":
+        from timm.optim.lamb import Lamb
+
+        return cast(Optimizer, Lamb(parameters, lr=settings.lr, betas=settings.betas))
+    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=settings.lr, betas=settings.betas)
+
+
+def build_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """The schedule of a recipe over so many steps."""
+    settings = recipe.schedule
+    warmup = round(settings.warmup * steps)
+    if settings.name == "one_cycle" and steps > 1:
+        return OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
+            total_steps=steps,
+            # With no step to rise in it would divide by zero.
+            pct_start=max(settings.warmup, 1.001 / steps),
+            div_factor=settings.start_divisor,
+            final_div_factor=settings.end_divisor,
+            cycle_momentum=False,
+        )
+    rise = LinearLR(optimizer, 1 / settings.start_divisor, total_iters=max(1, warmup))
+    if settings.name == "cosine" and steps > warmup:
+        rates = {group["lr"] for group in optimizer.param_groups}
+        fall: LRScheduler = CosineAnnealingLR(
+            optimizer, max(1, steps - warmup), eta_min=min(rates) / settings.end_divisor
+        )
+    else:
+        fall = ConstantLR(optimizer, 1.0)
+    return SequentialLR(optimizer, [rise, fall], [warmup]) if warmup else fall

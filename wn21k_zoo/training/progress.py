@@ -1,0 +1,129 @@
+"""What a run says while it works: a bar or lines on stderr, metrics.jsonl always, TensorBoard when installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import IO, TYPE_CHECKING, Any
+
+from wn21k_zoo.training.state import RunFolder
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+__all__ = ["Reporter"]
+
+
+class Reporter:
+    """Of the leading rank; the others have one that is silent.
+
+    Args:
+        folder: Of the run; None: silent.
+        total: Steps of the run.
+        first: Step at which it begins.
+    """
+
+    def __init__(self, folder: RunFolder | None, total: int, first: int) -> None:
+        self._file: IO[str] | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._board: Any = None
+        self._total, self._begin, self._first = total, time.perf_counter(), first
+        if folder is None:
+            return
+        self._file = folder.metrics.open("a", encoding="utf-8")
+        self._board = _tensorboard(folder, first)
+        if sys.stderr.isatty():
+            self._bar = _bar()
+            self._task = self._bar.add_task("train", total=total, completed=first, now="")
+            self._bar.start()
+
+    def step(self, step: int) -> None:
+        """A step is done."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step)
+
+    def train(self, values: dict[str, Any]) -> None:
+        """A line of metrics about the last steps."""
+        self._record({"kind": "train", **values})
+        text = (
+            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:,.0f} images/s  "
+            f"data {values['data_wait']:.0%}"
+        )
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, now=text)
+        else:
+            done = values["step"] - self._first
+            left = (time.perf_counter() - self._begin) / max(1, done) * (self._total - values["step"])
+            self.say(f"step {values['step']:,}/{self._total:,}  {text}  {_duration(left)} left")
+
+    def evaluation(self, values: dict[str, Any]) -> None:
+        """A line of metrics about the validation images."""
+        self._record({"kind": "evaluation", **values})
+        shown = ("semantic_top1", "top1", "top5", "mean_lca_error")
+        self.say(
+            f"epoch {values['epoch']}  "
+            + "  ".join(f"{name} {values[name]:.2f}" for name in shown if values.get(name) is not None)
+        )
+
+    def say(self, text: str) -> None:
+        """A line on stderr."""
+        if self._file is None:
+            return
+        if self._bar is not None:
+            self._bar.console.print(f"wn21k: {text}", markup=False, highlight=False)
+        else:
+            sys.stderr.write(f"wn21k: {text}\n")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        """The end."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _record(self, values: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name not in ("step", "epoch"):
+                    self._board.add_scalar(f"{values['kind']}/{name}", value, values["step"])
+
+
+def _tensorboard(folder: RunFolder, first: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # not installed
+        return None
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=first)
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    return Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

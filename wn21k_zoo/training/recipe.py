@@ -1,0 +1,408 @@
+"""What a run is made of. A recipe is a Python function that takes another recipe and changes fields.
+
+``training/recipes/`` has one file per architecture; a file of one's own is used the same way::
+
+    from wn21k_zoo.training.presets import in21k
+
+    def mine():
+        recipe = in21k("resnet50")
+        recipe.optimizer.lr = 1e-3
+        return recipe
+
+    torchrun -m wn21k_zoo.training.train --recipe mine.py:mine --data DIR --output DIR --set schedule.epochs=40
+
+A field that does not exist, a value of another type, or values that do not go together are errors before anything
+starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from wn21k_zoo.errors import MissingExtraError, RecipeError, did_you_mean, first_line
+
+try:
+    import pydantic
+except ImportError as error:
+    raise MissingExtraError(f"Training ({error.name} is missing)", "train") from error
+
+__all__ = ["RANDOM", "Recipe", "load_recipe", "needs_image_size", "override", "recipes_in"]
+
+
+class _Section(pydantic.BaseModel):
+    """Fields that exist, with values of their types; pydantic's error becomes ours."""
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False, validate_default=True
+    )
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except pydantic.ValidationError as error:
+            raise _as_recipe_error(type(self), error) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except pydantic.ValidationError as error:
+            raise _as_recipe_error(type(self), error) from None
+
+
+class Model(_Section):
+    """The network.
+
+    Attributes:
+        architecture: timm's name, or one of this package (``ofa_flops_595m_s``).
+        start: Weights to begin with: a record's or timm's name, a folder, ``hf-hub:ORG/NAME``; None: random ones. Its
+            head is kept if it speaks the same classes.
+        arguments: More for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``.
+        mean: Subtracted per channel from pixels in [0, 1].
+        std: Divided by, per channel.
+        channels_last: Memory format of the weights and images.
+        compile: Run the network through torch.compile.
+        gradient_checkpointing: Compute activations twice and keep fewer.
+        sync_batchnorm: Batch statistics over all ranks; on GPUs only.
+    """
+
+    architecture: str
+    start: str | None = None
+    arguments: dict[str, bool | int | float | str] = {}
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    channels_last: bool = True
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    sync_batchnorm: bool = False
+
+
+class Data(_Section):
+    """Images, their order and augmentation.
+
+    Attributes:
+        label_space: Classes of the head; None: those of a folder of class folders.
+        size: Height and width in pixels.
+        batch_size: Of one optimizer step over all ranks; kept when the number of ranks changes.
+        batch_per_device: At most so many images go through the network at a time; the rest is accumulated.
+        augmentation: ``published`` (cutout and RandAugment), ``modern`` (random resized crop, flip, RandAugment, random
+            erasing), ``finetune`` (random resized crop, flip) or ``none``.
+        crop_pct: Evaluation resizes the shorter side to size / crop_pct and crops the centre; None: squash.
+        window: So many shards are mixed with each other.
+        max_bad: Share of damaged samples that is endured.
+    """
+
+    label_space: str | None = "fall11"
+    size: int = pydantic.Field(default=224, ge=16)
+    batch_size: int = pydantic.Field(default=512, ge=1)
+    batch_per_device: int = pydantic.Field(default=64, ge=1)
+    augmentation: Literal["published", "modern", "finetune", "none"] = "published"
+    crop_pct: float | None = pydantic.Field(default=None, gt=0, le=1)
+    window: int = pydantic.Field(default=16, ge=1)
+    max_bad: float = pydantic.Field(default=0.01, ge=0, le=1)
+
+
+class Loss(_Section):
+    """What is minimised.
+
+    Attributes:
+        kind: A softmax per level of the tree, one over all classes, or a sigmoid per class and ancestor.
+        label_smoothing: Share of the target that is spread over the level's, or all, classes.
+        teacher: Whose predictions are distilled: a record, a folder (such as an exported run) or a Hub repository.
+        distillation_weight: Of the distillation loss, summed over classes and levels and averaged over images.
+    """
+
+    kind: Literal["semantic_softmax", "single_label", "multi_label"] = "semantic_softmax"
+    label_smoothing: float = pydantic.Field(default=0.2, ge=0, lt=1)
+    teacher: str | None = None
+    distillation_weight: float = pydantic.Field(default=0.0, ge=0)
+
+
+class Optimizer(_Section):
+    """How weights are changed.
+
+    Attributes:
+        name: ``adam`` with weight decay as an L2 term of the gradient, as published; ``adamw`` and ``lamb`` with
+            decoupled decay; ``sgd`` with Nesterov momentum and the L2 term.
+        lr: Highest learning rate.
+        weight_decay: Of weights with two dimensions or more; biases and one-dimensional parameters have none.
+        momentum: Of SGD.
+        betas: Of the others.
+        clip_norm: Largest norm of the gradient; None: any.
+        head_lr_factor: The classifier's learning rate is so many times that of the rest.
+    """
+
+    name: Literal["adam", "adamw", "lamb", "sgd"] = "adam"
+    lr: float = pydantic.Field(default=3e-4, gt=0)
+    weight_decay: float = pydantic.Field(default=1e-4, ge=0)
+    momentum: float = pydantic.Field(default=0.9, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = pydantic.Field(default=None, gt=0)
+    head_lr_factor: float = pydantic.Field(default=1.0, gt=0)
+
+
+class Schedule(_Section):
+    """How the learning rate goes.
+
+    Attributes:
+        name: ``one_cycle`` (cosine up, cosine down), ``cosine`` (linear up, cosine down) or ``constant``.
+        epochs: Times that each image is seen.
+        max_steps: End after so many steps at the latest; the schedule is then as long.
+        warmup: Share of the steps in which the rate rises.
+        start_divisor: It begins with lr / start_divisor.
+        end_divisor: It ends with the first rate / end_divisor (one_cycle), or lr / end_divisor (cosine).
+    """
+
+    name: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    epochs: int = pydantic.Field(default=80, ge=1)
+    max_steps: int | None = pydantic.Field(default=None, ge=1)
+    warmup: float = pydantic.Field(default=0.1, ge=0, lt=1)
+    start_divisor: float = pydantic.Field(default=20.0, ge=1)
+    end_divisor: float = pydantic.Field(default=1e4, ge=1)
+
+
+class Run(_Section):
+    """The machine's side of it.
+
+    Attributes:
+        seed: Of the order of images, their augmentation, new weights and dropout.
+        precision: Of the forward pass; ``fp16`` with a scaled loss.
+        ema_decay: Of a moving average of the weights, which is then what is evaluated and exported; None: none.
+        checkpoint_minutes: A checkpoint at least so often, and after each epoch.
+        keep: So many of the last checkpoints are kept, and the best.
+        evaluate_every: Epochs between evaluations; the last epoch always ends with one.
+        evaluate_batches: At most so many batches of each rank; None: all.
+        log_every: Steps between lines of metrics.jsonl.
+        deterministic: Only deterministic algorithms; on the CPU they are anyway.
+    """
+
+    seed: int = pydantic.Field(default=0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    checkpoint_minutes: float = pydantic.Field(default=30.0, gt=0)
+    keep: int = pydantic.Field(default=2, ge=1)
+    evaluate_every: int = pydantic.Field(default=1, ge=1)
+    evaluate_batches: int | None = pydantic.Field(default=None, ge=1)
+    log_every: int = pydantic.Field(default=50, ge=1)
+    deterministic: bool = False
+
+
+class Recipe(_Section):
+    """Everything that decides what a run computes, save the data and the machine.
+
+    Attributes:
+        name: Of the run's result, such as ``resnet50.miil_in21k``.
+        model: The network.
+        data: Images, their order and augmentation.
+        loss: What is minimised.
+        optimizer: How weights are changed.
+        schedule: How the learning rate goes.
+        run: Precision, seeds, checkpoints.
+
+    Raises:
+        RecipeError: At construction or assignment, with the nearest names of a field that does not exist.
+    """
+
+    name: str
+    model: Model
+    data: Data = Data()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    run: Run = Run()
+
+    def check(self) -> None:
+        """See that the values go together.
+
+        Raises:
+            RecipeError: They do not; says which.
+        """
+        problems = (
+            (
+                self.loss.teacher is not None and self.loss.distillation_weight == 0,
+                "loss.teacher is set, but loss.distillation_weight is 0; set it, too, or leave out the teacher.",
+            ),
+            (
+                self.loss.teacher is None and self.loss.distillation_weight > 0,
+                "loss.distillation_weight is set, but there is no loss.teacher.",
+            ),
+            (
+                self.loss.kind != "single_label" and self.data.label_space is None,
+                f"loss.kind {self.loss.kind} needs the classes' hierarchy; set data.label_space, or loss.kind to "
+                "single_label.",
+            ),
+            (
+                self.loss.teacher is not None and self.data.label_space is None,
+                "A teacher needs data.label_space, which its classes are those of.",
+            ),
+            (
+                self.data.augmentation == "published" and self.model.mean != (0.0, 0.0, 0.0),
+                "The published augmentation is not followed by a normalisation; set model.mean to zeros, or another "
+                "data.augmentation.",
+            ),
+            (any(value <= 0 for value in self.model.std), "model.std must be above 0."),
+            (any(not 0 <= beta < 1 for beta in self.optimizer.betas), "optimizer.betas must be in [0, 1)."),
+            (
+                self.loss.kind == "multi_label" and self.loss.label_smoothing > 0,
+                "multi_label has no smoothing; set loss.label_smoothing to 0.",
+            ),
+        )
+        for wrong, message in problems:
+            if wrong:
+                raise RecipeError(message)
+
+    def debug(self) -> Recipe:
+        """Two steps of it on the CPU in seconds: few and small images, start and teacher with random weights."""
+        small = self.model_copy(deep=True)
+        small.data.batch_size, small.data.batch_per_device, small.data.size = 4, 2, 32
+        small.data.window = 1
+        small.schedule.epochs, small.schedule.max_steps = 1, 2
+        small.run.precision, small.run.evaluate_batches, small.run.log_every = "fp32", 1, 1
+        small.model.compile = small.model.sync_batchnorm = False
+        if needs_image_size(self.model.architecture):
+            small.model.arguments = {**self.model.arguments, "img_size": 32}
+        small.model.start = small.model.start and f"{RANDOM}{small.model.start}"
+        small.loss.teacher = small.loss.teacher and f"{RANDOM}{small.loss.teacher}"
+        return small
+
+    def to_json(self) -> str:
+        """All fields, to be read by people and by :meth:`from_json`."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Recipe:
+        """What :meth:`to_json` wrote.
+
+        Raises:
+            RecipeError: It is something else.
+        """
+        try:
+            return Recipe(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise error if isinstance(error, RecipeError) else RecipeError(f"No recipe: {first_line(error)}") from None
+
+
+RANDOM = "random:"  # before a name: that network, but without its weights
+
+
+def load_recipe(where: str) -> Recipe:
+    """The recipe of ``FILE.py:function``, of ``FILE.py`` (its first function), or of a run's ``recipe.json``.
+
+    Raises:
+        RecipeError: No such file or function, or the function fails.
+    """
+    file, _, name = (
+        where.rpartition(":") if where.count(":") and not where.endswith((".py", ".json")) else (where, "", "")
+    )
+    path = Path(file).expanduser()
+    if not path.is_file() or path.suffix not in (".py", ".json"):
+        what = "is a folder; name a file in it" if path.is_dir() else "is no file"
+        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+        raise RecipeError(f"{path} {what}; a recipe is FILE.py:function or recipe.json.{near}")
+    if path.suffix == ".json":
+        return Recipe.from_json(path.read_text(encoding="utf-8"))
+    functions = recipes_in(path)
+    if not functions:
+        raise RecipeError(f"{path} has no function that can be called without arguments and returns a recipe.")
+    if name and name not in functions:
+        raise RecipeError(
+            f"{path} has no recipe {name!r}.{did_you_mean(name, functions)} It has {', '.join(functions)}."
+        )
+    try:
+        recipe = functions[name or next(iter(functions))]()
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"{where} fails with {first_line(error)}.") from error
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"{where} returns a {type(recipe).__name__}, not a recipe; does it end with `return recipe`?")
+    return recipe
+
+
+def recipes_in(path: Path) -> dict[str, Callable[[], Recipe]]:
+    """The functions of a file that are recipes: public, defined there, without required arguments, in order.
+
+    Raises:
+        RecipeError: The file cannot be run.
+    """
+    spec = importlib.util.spec_from_file_location(f"wn21k_recipe_{path.stem}", path)
+    assert spec is not None  # noqa: S101
+    assert spec.loader is not None  # noqa: S101
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # a recipe may import its neighbours
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(f"{path}: {first_line(error)}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+        sys.dont_write_bytecode = writes
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and not name.startswith("_")
+        and value.__module__ == module.__name__
+        and all(each.default is not each.empty for each in inspect.signature(value).parameters.values())
+    }
+
+
+def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """A copy with fields changed as ``section.field=value``; null and none are None, lists are JSON.
+
+    Raises:
+        RecipeError: No such field, or a value that it cannot have.
+    """
+    changed = recipe.model_copy(deep=True)
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        *sections, field = path.strip().split(".")
+        target: Any = changed
+        for section in sections:
+            target = _field(target, section, path)
+        if not equals or isinstance(_field(target, field, path), _Section):
+            raise RecipeError(f"--set {setting}: write section.field=value, such as optimizer.lr=1e-3.")
+        setattr(target, field, _value(text.strip()))
+    return changed
+
+
+def _field(target: Any, name: str, path: str) -> Any:
+    fields = type(target).model_fields if isinstance(target, _Section) else {}
+    if name not in fields:
+        raise RecipeError(f"A recipe has no field {path}.{did_you_mean(name, fields)}")
+    return getattr(target, name)
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def needs_image_size(architecture: str) -> bool:
+    """Whether the network is built for one size of images, which can be chosen then (transformers, mixers)."""
+    return architecture.startswith(("vit_", "mixer_", "deit", "beit", "eva", "swin"))
+
+
+def _as_recipe_error(section: type[_Section], error: pydantic.ValidationError) -> RecipeError:
+    first = error.errors(include_url=False)[0]
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, RecipeError):  # of a section within this one
+        return inner
+    place = ".".join(str(part) for part in first["loc"])
+    where = section.__name__.lower()
+    if first["type"] in ("extra_forbidden", "no_such_attribute"):
+        name = str(first["loc"][-1])
+        return RecipeError(f"{where} has no field {name!r}.{did_you_mean(name, section.model_fields)}")
+    if first["type"] == "missing":
+        return RecipeError(f"{where}.{place} is missing.")
+    return RecipeError(f"{where}.{place} cannot be {first['input']!r}: {first['msg']}.")

@@ -1,0 +1,305 @@
+"""The folder of a run: its recipe, checkpoints that are there whole or not at all, metrics, and how it ended.
+
+::
+
+    OUTPUT/
+      recipe.json          all fields, as they were resolved
+      data.json            what it is trained on: classes, images
+      status.json          running, preempted, finished or failed, and at which step
+      metrics.jsonl        a line per logged step and per evaluation
+      checkpoints/step-00001234.pt, best.pt
+      tensorboard/         when TensorBoard is installed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+from wn21k_zoo.errors import RunError, first_line
+from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.shards import atomic_file
+
+__all__ = ["CheckpointWriter", "RunFolder", "read_checkpoint"]
+
+_LOG = logging.getLogger(__name__)
+_OURS = {"checkpoints", "data.json", "metrics.jsonl", "recipe.json", "status.json", "tensorboard", "plot.png"}
+# What may differ when a run goes on: it changes where and how fast something is computed, not what.
+_FREE = {
+    ("name",),
+    ("model", "compile"),
+    ("model", "gradient_checkpointing"),
+    ("data", "batch_per_device"),
+    ("data", "max_bad"),
+    ("run", "checkpoint_minutes"),
+    ("run", "keep"),
+    ("run", "evaluate_every"),
+    ("run", "evaluate_batches"),
+    ("run", "log_every"),
+}
+
+
+class RunFolder:
+    """The output folder of a run.
+
+    Args:
+        path: The folder; made when something is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().absolute()
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.best = self.checkpoints / "best.pt"
+
+    def begin(self, recipe: Recipe, data: Mapping[str, Any]) -> None:
+        """Make the folder, or see that what is there is the same run.
+
+        Raises:
+            RunError: It holds another run or something else, or cannot be written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another --output.") from None
+        names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
+        if foreign := names - _OURS:
+            raise RunError(
+                f"{self.path} holds {min(foreign)}, which is of no run; name an empty or new folder as --output."
+            )
+        for left in self.checkpoints.glob("*.tmp*"):  # of a run that was killed
+            left.unlink(missing_ok=True)
+        if (self.path / "recipe.json").is_file():
+            self._same(recipe, data)
+        self._write("recipe.json", recipe.to_json())
+        self._write("data.json", json.dumps(dict(data), indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within, no other run writes here.
+
+        Raises:
+            RunError: One does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=5)
+        except filelock.Timeout:
+            raise RunError(f"Another run is writing to {self.path}; wait for it, or name another --output.") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def recipe(self) -> Recipe:
+        """The recipe of the run.
+
+        Raises:
+            RunError: There is no run.
+        """
+        try:
+            return Recipe.from_json((self.path / "recipe.json").read_text(encoding="utf-8"))
+        except OSError:
+            raise RunError(f"{self.path} holds no run (no recipe.json).") from None
+
+    def data(self) -> dict[str, Any]:
+        """What the run is trained on.
+
+        Raises:
+            RunError: There is no run.
+        """
+        try:
+            content: dict[str, Any] = json.loads((self.path / "data.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise RunError(f"{self.path} holds no run (no data.json).") from None
+        return content
+
+    def status(self) -> dict[str, Any]:
+        """How it ended; empty when it never began."""
+        try:
+            content: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content
+
+    def set_status(self, state: str, step: int, **more: Any) -> None:
+        """Write ``status.json``."""
+        self._write("status.json", json.dumps({"state": state, "step": step, **more}, indent=1) + "\n")
+
+    def steps(self) -> list[Path]:
+        """The checkpoints of steps, the newest first."""
+        return sorted(self.checkpoints.glob("step-*.pt"), reverse=True)
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read; one that cannot is passed over with a warning.
+
+        Raises:
+            RunError: There are some, and none can be read.
+        """
+        problem = ""
+        for path in self.steps():
+            try:
+                return read_checkpoint(path)
+            except RunError as error:
+                problem = str(error)
+                _LOG.warning("%s", error)
+        if problem:
+            raise RunError(f"No checkpoint of {self.path} can be read; name another --output to begin anew. {problem}")
+        return None
+
+    def cut_metrics(self, step: int) -> None:
+        """Leave out the lines after a step, which will be computed again, and a half-written last one."""
+        if not self.metrics.is_file():
+            return
+        kept = [line for line in read_lines(self.metrics) if line.get("step", 0) <= step]
+        with atomic_file(self.metrics) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            with atomic_file(self.path / name) as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise RunError(f"{self.path / name} cannot be written: {first_line(error)}.") from None
+
+    def _same(self, recipe: Recipe, data: Mapping[str, Any]) -> None:
+        theirs, ours = self.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
+        for path, (before, now) in _differences(theirs, ours):
+            if path not in _FREE:
+                raise RunError(
+                    f"{self.path} holds a run with {'.'.join(path)} = {before!r}, not {now!r}; name another --output, "
+                    "or go on with the recipe.json in it."
+                )
+        before = self.data() if (self.path / "data.json").is_file() else data
+        for key in ("classes", "images"):
+            if before.get(key) != data.get(key):
+                raise RunError(f"{self.path} holds a run on other data ({key} differ); name another --output.")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; what a killed process left half-written is left out."""
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                lines.append(value)
+    return lines
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint on the CPU; no pickled code runs.
+
+    Raises:
+        RunError: It is missing or damaged.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] != 1:
+            raise ValueError(f"its format is {content['format']}, this version reads 1")
+    except Exception as error:  # a truncated zip, a damaged pickle: torch has many words for it
+        raise RunError(f"{path} cannot be read: {first_line(error)}") from None
+    return content
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time, and removes old ones when a newer one is in place.
+
+    Args:
+        folder: Of the run.
+        keep: So many of the last are kept.
+    """
+
+    def __init__(self, folder: RunFolder, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._queue: queue.Queue[tuple[dict[str, Any], bool] | None] = queue.Queue(maxsize=1)
+        self._problem: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def save(self, state: Mapping[str, Any], best: bool = False, wait: bool = False) -> None:
+        """Copy a state and write it; waits for the one before, and for this one when told to.
+
+        Raises:
+            RunError: One could not be written.
+        """
+        self._queue.put((_copied(dict(state)), best))
+        if wait:
+            self._queue.join()
+        self._check()
+
+    def close(self) -> None:
+        """Wait for the last one.
+
+        Raises:
+            RunError: It could not be written.
+        """
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        self._check()
+
+    def _check(self) -> None:
+        if self._problem is not None:
+            raise RunError(
+                f"The checkpoint cannot be written: {first_line(self._problem)}; the ones before are as they were."
+            ) from self._problem
+
+    def _work(self) -> None:
+        while (task := self._queue.get()) is not None:
+            try:
+                self._write(*task)
+            except BaseException as error:
+                self._problem = error
+            finally:
+                self._queue.task_done()
+        self._queue.task_done()
+
+    def _write(self, state: dict[str, Any], best: bool) -> None:
+        path = self._folder.checkpoints / f"step-{state['step']:08d}.pt"
+        with atomic_file(path) as file:
+            torch.save(state, file)
+        if best:
+            temporary = self._folder.best.with_suffix(".tmp")
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, temporary)
+            temporary.replace(self._folder.best)
+        for old in self._folder.steps()[self._keep :]:
+            old.unlink(missing_ok=True)
+
+
+def _copied(value: Any) -> Any:
+    """The same with tensors of its own on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(each) for each in value)
+    return value
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], tuple[Any, Any]]]:
+    for key in {**before, **now}:
+        ours, theirs = now.get(key), before.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict) and not path:
+            yield from _differences(theirs, ours, (*path, key))
+        elif ours != theirs:
+            yield (*path, key), (theirs, ours)

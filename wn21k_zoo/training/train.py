@@ -1,0 +1,62 @@
+"""The entry of a run: ``torchrun -m wn21k_zoo.training.train --recipe FILE[:function] --data DIR --output DIR``.
+
+Without torchrun, ``python -m wn21k_zoo.training.train`` runs one process. Exit codes: 0 finished, 1 failed, 2 usage,
+143 preempted (SIGTERM) and 130 interrupted, both with a checkpoint; the same command goes on from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from wn21k_zoo.errors import RecipeError, Wn21kError
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line; gives the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m wn21k_zoo.training.train",
+        description="Train a recipe; begun before in the same output folder, it goes on.",
+    )
+    parser.add_argument("--recipe", required=True, metavar="FILE.py[:FUNCTION]", help="or a run's recipe.json")
+    parser.add_argument("--data", required=True, metavar="DIR", help="shards, a URL of them, or a folder of classes")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run, seen by all processes")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="such as optimizer.lr=1e-3")
+    parser.add_argument("--debug", action="store_true", help="two small steps with random weights, on the CPU")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--workers", type=int, help="processes per rank that load images; default: by cores")
+    chosen = parser.parse_args(arguments)
+    leads = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="wn21k: %(message)s", level=logging.WARNING)
+    try:
+        from wn21k_zoo.training.distributed import join
+        from wn21k_zoo.training.engine import Preempted, train
+        from wn21k_zoo.training.recipe import load_recipe, override
+
+        recipe = override(load_recipe(chosen.recipe), chosen.set)
+        if chosen.workers is not None and chosen.workers < 0:
+            raise RecipeError("--workers must be at least 0.")
+        if chosen.debug:
+            recipe = recipe.debug()
+        with join("cpu" if chosen.debug else chosen.device) as world:
+            try:
+                train(recipe, chosen.data, chosen.output, world, workers=chosen.workers, handle_signals=True)
+            except Preempted as end:
+                if leads:
+                    sys.stderr.write("wn21k: stopped with a checkpoint; the same command goes on\n")
+                return end.code
+    except Wn21kError as error:
+        sys.stderr.write(f"wn21k: {error}\n")
+        return 2 if isinstance(error, RecipeError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("wn21k: interrupted\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
