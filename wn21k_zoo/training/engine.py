@@ -170,7 +170,7 @@ class _Run:
         self.recipe, self.splits, self.folder, self.world = recipe, splits, folder, world
         self.device = world.device
         torch.use_deterministic_algorithms(recipe.run.deterministic)
-        self.micro, self.group = _micro_batches(recipe, world.size)
+        self.micro, self.group = recipe.micro_batches(world.size)
         images = recipe.data.batch_size
         if len(splits.train) < images:
             raise RecipeError(
@@ -524,16 +524,6 @@ class _Window:
         figures = loss, self._images / elapsed, self.waited / elapsed
         self._reset()
         return figures
-
-
-def _micro_batches(recipe: Recipe, world_size: int) -> tuple[int, int]:
-    """Images that go through the network at a time on each rank, and how often that makes a step."""
-    images, at_most = recipe.data.batch_size, recipe.data.batch_per_device
-    if images % world_size:
-        raise RecipeError(f"data.batch_size {images} cannot be shared by {world_size} processes; change one of them.")
-    mine = images // world_size
-    micro = max(size for size in range(1, min(mine, at_most) + 1) if mine % size == 0)
-    return micro, mine // micro
 
 
 def _augmentation(recipe: Recipe) -> Augmentation:

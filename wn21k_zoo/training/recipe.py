@@ -256,6 +256,21 @@ class Recipe(_Section):
             if wrong:
                 raise RecipeError(message)
 
+    def micro_batches(self, world_size: int) -> tuple[int, int]:
+        """Images that go through the network at a time on each of so many ranks, and how often that makes a step.
+
+        Raises:
+            RecipeError: The batch cannot be shared by so many.
+        """
+        images, at_most = self.data.batch_size, self.data.batch_per_device
+        if images % world_size:
+            raise RecipeError(
+                f"data.batch_size {images} cannot be shared by {world_size} processes; change one of them."
+            )
+        mine = images // world_size
+        micro = max(size for size in range(1, min(mine, at_most) + 1) if mine % size == 0)
+        return micro, mine // micro
+
     def debug(self) -> Recipe:
         """Two steps of it on the CPU in seconds: few and small images, start and teacher with random weights."""
         small = self.model_copy(deep=True)

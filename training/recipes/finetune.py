@@ -1,0 +1,49 @@
+r"""Fine-tune a record on a folder of class folders of your own.
+
+    DIR/CLASS/photo.jpg ...                              one image in ten is taken for validation, or
+    DIR/train/CLASS/photo.jpg ..., DIR/val/CLASS/...     as you divided them
+
+    1 GPU or CPU   python -m wn21k_zoo.training.train --recipe training/recipes/finetune.py --data DIR --output DIR
+    8 GPUs         torchrun --nproc-per-node 8 -m wn21k_zoo.training.train \
+                       --recipe training/recipes/finetune.py --data DIR --output DIR
+    4 nodes        torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+                       -m wn21k_zoo.training.train --recipe training/recipes/finetune.py --data DIR --output DIR
+
+The first recipe begins with MobileNetV3-L; :tresnet_m and :vit_base are slower and better. Any other record or timm
+model goes the same way, in a file of your own:
+
+    from wn21k_zoo.training import presets
+
+    def mine():
+        return presets.finetune("convnext_tiny.in12k")
+
+Images seen: 20 times your own. Hours: images seen / images per second / 3600; `wn21k train plan FILE --images N
+--images-per-second X` computes them, the lines of a run show the X of your machine.
+
+Nothing of this is published: learning rates, augmentation and epochs are our choice (wn21k_zoo/training/presets.py).
+"""
+
+from wn21k_zoo.training import presets
+from wn21k_zoo.training.recipe import Recipe
+
+
+def mobilenetv3_large_100() -> Recipe:
+    """MobileNetV3-L, pretrained on ImageNet-21K-P."""
+    return presets.finetune("mobilenetv3_large_100.miil_in21k")
+
+
+def tresnet_m() -> Recipe:
+    """TResNet-M, pretrained on ImageNet-21K-P."""
+    return presets.finetune("tresnet_m.miil_in21k")
+
+
+def vit_base() -> Recipe:
+    """ViT-B/16, pretrained on ImageNet-21K-P."""
+    recipe = presets.finetune("vit_base_patch16_224_miil.in21k")
+    recipe.optimizer.lr = 3e-5
+    return recipe
+
+
+def embedded() -> Recipe:
+    """EfficientNet-Lite0 with the ImageNet-1K weights of the extra ``embedded``: needs no model hub."""
+    return presets.finetune("efficientnet_lite0.embedded_in1k")

@@ -1,0 +1,59 @@
+r"""TResNet-M: ImageNet-21K-P (published: 76.4 % semantic top-1), ImageNet-1K (83.1 % top-1).
+
+The first recipe; the others by :NAME after the file:
+
+    1 GPU    python -m wn21k_zoo.training.train --recipe training/recipes/tresnet_m.py --data DIR --output DIR
+    8 GPUs   torchrun --nproc-per-node 8 -m wn21k_zoo.training.train \
+                 --recipe training/recipes/tresnet_m.py --data DIR --output DIR
+    4 nodes  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+                 -m wn21k_zoo.training.train --recipe training/recipes/tresnet_m.py --data DIR --output DIR
+             or one of training/launch/
+
+The batch of a step stays the same on any number of GPUs. What each one takes on 8 V100 (estimated, not measured: images
+over the published 670 images per second and GPU, with a teacher at its published inference speed in
+turn; `wn21k train plan` computes it for others):
+
+    in21k                            944 M images    71.4 hours
+    in21k_without_distillation       944 M images    48.9 hours
+    in21k_winter21                   885 M images    45.9 hours
+    in21k_from_scratch             1,652 M images   124.9 hours
+    in21k_modern                   1,062 M images    55.0 hours
+    in1k                              51 M images     2.7 hours
+
+ImageNet-1K weights to begin with: tresnet_m.miil_in1k; which ones the authors took is not published.
+wn21k_zoo/training/presets.py says what is published and what had to be chosen: the weight of the distillation, and all
+of the fine-tuning but its result. None of these recipes has been run to its end by this project.
+"""
+
+from wn21k_zoo.training import presets
+from wn21k_zoo.training.recipe import Recipe
+
+
+def in21k() -> Recipe:
+    """As published: semantic softmax, with distillation."""
+    return presets.in21k("tresnet_m")
+
+
+def in21k_without_distillation() -> Recipe:
+    """Semantic softmax alone."""
+    return presets.without_distillation(in21k())
+
+
+def in21k_winter21() -> Recipe:
+    """On the release of winter 2021."""
+    return presets.winter21(in21k())
+
+
+def in21k_from_scratch() -> Recipe:
+    """From random weights."""
+    return presets.from_scratch(in21k())
+
+
+def in21k_modern() -> Recipe:
+    """With what has become common since; not tried."""
+    return presets.modern("tresnet_m")
+
+
+def in1k() -> Recipe:
+    """The published 21K-P checkpoint, fine-tuned on ImageNet-1K."""
+    return presets.in1k("tresnet_m")

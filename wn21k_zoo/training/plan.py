@@ -1,0 +1,170 @@
+"""What a recipe costs before it is run: steps, images, hours, memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from wn21k_zoo import convert, registry
+from wn21k_zoo.errors import RecipeError, Wn21kError
+from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LabelSpace
+from wn21k_zoo.training.presets import ARCHITECTURES
+from wn21k_zoo.training.recipe import RANDOM, Recipe, recipes_in
+
+__all__ = ["IMAGES", "Plan", "cost_table", "plan"]
+
+# Training images: arXiv 2104.10972 for 21K-P, arXiv 1409.0575 for ImageNet-1K.
+IMAGES: Mapping[str, int] = MappingProxyType(
+    {"imagenet21k_p_fall11": 11_797_632, "imagenet21k_p_winter21": 11_060_223, "imagenet1k": 1_281_167}
+)
+_PER_PARAMETER = {"adam": 16, "adamw": 16, "lamb": 16, "sgd": 12}  # bytes: weight, gradient, moments, all float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Figures of a run.
+
+    Attributes:
+        steps_per_epoch: Steps of an epoch.
+        steps: Of the run.
+        epochs: Of the run.
+        images_seen: Over all epochs.
+        batch_per_gpu: Images that go through the network at a time.
+        accumulation: How often that makes a step.
+        parameters: Of the network.
+        memory_gb: A guess per GPU: weights, gradients, optimizer, averages, teacher, and what all layers give out;
+            without what the allocator and the convolutions take besides.
+        hours: None when nobody says how fast it is.
+        images_per_second: Per GPU; published for a V100 where it is not given.
+        assumed: How hours were estimated.
+    """
+
+    steps_per_epoch: int
+    steps: int
+    epochs: int
+    images_seen: int
+    batch_per_gpu: int
+    accumulation: int
+    parameters: int
+    memory_gb: float
+    hours: float | None
+    images_per_second: float | None
+    assumed: str
+
+
+def plan(recipe: Recipe, *, gpus: int = 8, images_per_second: float | None = None, images: int | None = None) -> Plan:
+    """Figures of a recipe on a number of GPUs.
+
+    Args:
+        recipe: The recipe.
+        gpus: How many.
+        images_per_second: Of one GPU in training, teacher included; default: what is published for a V100.
+        images: Training images; default: the published number of the recipe's label space.
+
+    Raises:
+        RecipeError: The images are not known, or the batch cannot be shared.
+    """
+    recipe.check()
+    space = LABEL_SPACE_ALIASES.get(recipe.data.label_space or "", recipe.data.label_space)
+    images = images or IMAGES.get(space or "")
+    if images is None:
+        raise RecipeError(
+            f"How many images {recipe.data.label_space or 'your folder'} has is not known; give --images."
+        )
+    micro, group = recipe.micro_batches(gpus)
+    per_epoch = images // recipe.data.batch_size
+    if not per_epoch:
+        raise RecipeError(f"{images:,} images are fewer than data.batch_size {recipe.data.batch_size}; lower it.")
+    steps = per_epoch * recipe.schedule.epochs
+    steps = min(steps, recipe.schedule.max_steps or steps)
+    seen = steps * recipe.data.batch_size
+    speed, assumed = (images_per_second, "as given") if images_per_second else _published_speed(recipe)
+    num_classes = len(LabelSpace.load(space)) if space else 1000
+    parameters, outputs = _size(recipe.model.architecture, num_classes, recipe.data.size)
+    teacher = _teacher_parameters(recipe, num_classes)
+    width = 4 if recipe.run.precision == "fp32" else 2
+    memory: float = (
+        parameters * (_PER_PARAMETER[recipe.optimizer.name] + (4 if recipe.run.ema_decay else 0)) + 4 * teacher
+    )
+    memory += micro * (outputs * width * (0.3 if recipe.model.gradient_checkpointing else 1) + 6 * 4 * num_classes)
+    return Plan(
+        steps_per_epoch=per_epoch,
+        steps=steps,
+        epochs=recipe.schedule.epochs,
+        images_seen=seen,
+        batch_per_gpu=micro,
+        accumulation=group,
+        parameters=parameters,
+        memory_gb=round(memory / 1e9, 1),
+        hours=round(seen / speed / gpus / 3600, 1) if speed else None,
+        images_per_second=round(speed, 1) if speed else None,
+        assumed=assumed,
+    )
+
+
+def cost_table(path: Path, gpus: int = 8) -> list[str]:
+    """A line per recipe of a file: name, images seen, hours on V100s."""
+    lines = []
+    for name, make in recipes_in(path).items():
+        figures = plan(make(), gpus=gpus)
+        lines.append(f"{name:28} {figures.images_seen / 1e6:7,.0f} M images {figures.hours:7,.1f} hours")
+    return lines
+
+
+def _published_speed(recipe: Recipe) -> tuple[float | None, str]:
+    """Images per second of one V100, with the teacher's forward pass in its turn."""
+    known = ARCHITECTURES.get(recipe.model.architecture)
+    if known is None:
+        return None, "unknown; give images per second"
+    seconds = 1 / known.train_speed
+    if recipe.loss.teacher is None:
+        return known.train_speed, "published training speed of a V100"
+    architecture = _architecture_of(recipe.loss.teacher)
+    if architecture is None or architecture not in ARCHITECTURES:
+        return None, "the teacher's speed is unknown; give images per second"
+    seconds += 1 / ARCHITECTURES[architecture].infer_speed
+    return 1 / seconds, "published training speed of a V100 and the teacher's published inference speed"
+
+
+def _architecture_of(name: str) -> str | None:
+    try:
+        return registry.resolve_checkpoint(name.removeprefix(RANDOM)).architecture
+    except Wn21kError:
+        return None
+
+
+def _teacher_parameters(recipe: Recipe, num_classes: int) -> int:
+    architecture = _architecture_of(recipe.loss.teacher) if recipe.loss.teacher else None
+    return _size(architecture, num_classes, recipe.data.size)[0] if architecture else 0
+
+
+@functools.lru_cache(maxsize=32)
+def _size(architecture: str, num_classes: int, size: int) -> tuple[int, int]:
+    """Parameters, and numbers that the layers give out for one image; nothing is computed or allocated."""
+    with torch.device("meta"):
+        module = convert.build(architecture, num_classes=num_classes).eval()
+        outputs = 0
+
+        def count(layer: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal outputs
+            if isinstance(output, torch.Tensor) and not getattr(layer, "inplace", False):
+                outputs += output.numel()
+
+        for layer in module.modules():
+            if not any(True for _ in layer.children()):
+                layer.register_forward_hook(count)
+        try:
+            with torch.no_grad():
+                module(torch.empty(1, 3, size, size))
+        except (RuntimeError, AssertionError) as error:
+            raise RecipeError(
+                f"{architecture} does not take images of {size} pixels: {str(error).splitlines()[0]}"
+            ) from None
+    return sum(parameter.numel() for parameter in module.parameters()), outputs

@@ -1,0 +1,215 @@
+"""Recipes to begin with: what is published of arXiv 2104.10972, and what is not, in one place.
+
+``training/recipes/`` has one file per architecture that takes these and changes fields.
+
+Published (the paper, its repository Alibaba-MIIL/ImageNet21K and that repository's issues): start from ImageNet-1K
+weights; Adam, learning rate 3e-4, coupled weight decay 1e-4 on all but biases and one-dimensional parameters; one
+cycle with 10 % warm-up from 1/20; 80 epochs; 8 GPUs of 64 images; mixed precision; label smoothing 0.2; squash to 224,
+cutout, RandAugment, no normalisation. From scratch: 140 epochs, SGD, learning rate 1e-2. Teachers: TResNet-L V2 or
+ViT-B (issue 35). Throughputs of a V100.
+
+Not published, and chosen here: the weight of the distillation (issue 61); which ImageNet-1K weights they began with,
+where timm has several; everything about the fine-tuning on ImageNet-1K but its results; the ``modern`` family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from wn21k_zoo import registry
+from wn21k_zoo.errors import RecipeError, did_you_mean
+from wn21k_zoo.training.recipe import Model, Recipe
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "finetune",
+    "from_scratch",
+    "in1k",
+    "in21k",
+    "modern",
+    "multi_label",
+    "single_label",
+    "winter21",
+    "without_distillation",
+]
+
+DISTILLATION_WEIGHT = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What is known of training an architecture.
+
+    Attributes:
+        record: Name of the published 21K-P checkpoint.
+        start: ImageNet-1K weights that exist for exactly this architecture and have not seen ImageNet-21K, or None.
+        teacher: Record that is distilled.
+        train_speed: Published images per second of training on one V100 in mixed precision.
+        infer_speed: Published images per second of inference on one V100.
+        semantic_top1: Published, in percent.
+        in1k_top1: Published top-1 on ImageNet-1K after fine-tuning, in percent.
+    """
+
+    record: str
+    start: str | None
+    teacher: str = "tresnet_v2_l.miil_in21k"
+    train_speed: float
+    infer_speed: float
+    semantic_top1: float
+    in1k_top1: float
+
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "mobilenetv3_large_100": Architecture(
+            record="mobilenetv3_large_100.miil_in21k", start="mobilenetv3_large_100.ra_in1k",
+            train_speed=1210, infer_speed=5980, semantic_top1=73.1, in1k_top1=78.0,
+        ),
+        "ofa_flops_595m_s": Architecture(
+            record="ofa_flops_595m_s.miil_in21k", start=None,
+            train_speed=500, infer_speed=3240, semantic_top1=75.0, in1k_top1=81.0,
+        ),
+        "resnet50": Architecture(
+            record="resnet50.miil_in21k", start="resnet50.a1_in1k",
+            train_speed=720, infer_speed=2760, semantic_top1=75.6, in1k_top1=82.0,
+        ),
+        "mixer_b16_224": Architecture(
+            record="mixer_b16_224.miil_in21k", start=None,
+            train_speed=420, infer_speed=1420, semantic_top1=76.3, in1k_top1=82.3,
+        ),
+        "tresnet_m": Architecture(
+            record="tresnet_m.miil_in21k", start="tresnet_m.miil_in1k",
+            train_speed=670, infer_speed=2970, semantic_top1=76.4, in1k_top1=83.1,
+        ),
+        "tresnet_v2_l": Architecture(
+            record="tresnet_v2_l.miil_in21k", start=None, teacher="vit_base_patch16_224_miil.in21k",
+            train_speed=300, infer_speed=1460, semantic_top1=76.7, in1k_top1=83.9,
+        ),
+        "vit_base_patch16_224_miil": Architecture(
+            record="vit_base_patch16_224_miil.in21k", start=None,
+            train_speed=340, infer_speed=1140, semantic_top1=77.6, in1k_top1=84.4,
+        ),
+    }
+)  # fmt: skip
+"""timm's name of each architecture with a published checkpoint; figures from the paper."""
+
+
+def in21k(architecture: str) -> Recipe:
+    """The published pretraining on ImageNet-21K-P (fall11), with distillation.
+
+    Where no ImageNet-1K weights of this very architecture exist, it begins from scratch, as :func:`from_scratch`.
+    """
+    known = _known(architecture)
+    recipe = Recipe(name=known.record, model=Model(architecture=architecture, start=known.start))
+    recipe.run.precision = "fp16"
+    recipe.loss.teacher, recipe.loss.distillation_weight = known.teacher, DISTILLATION_WEIGHT
+    return recipe if known.start else from_scratch(recipe)
+
+
+def without_distillation(recipe: Recipe) -> Recipe:
+    """The same without a teacher."""
+    recipe.loss.teacher, recipe.loss.distillation_weight = None, 0.0
+    return recipe
+
+
+def winter21(recipe: Recipe) -> Recipe:
+    """On the release of winter 2021, without a teacher: the published ones speak the classes of fall11."""
+    recipe = without_distillation(recipe)
+    recipe.name = f"{recipe.name}_winter21"
+    recipe.data.label_space = "winter21"
+    return recipe
+
+
+def from_scratch(recipe: Recipe) -> Recipe:
+    """From random weights: 140 epochs, SGD, learning rate 1e-2."""
+    recipe.model.start = None
+    recipe.schedule.epochs = 140
+    recipe.optimizer.name, recipe.optimizer.lr = "sgd", 1e-2
+    return recipe
+
+
+def single_label(recipe: Recipe) -> Recipe:
+    """The paper's first baseline: one softmax over all classes."""
+    recipe = without_distillation(recipe)
+    recipe.name, recipe.loss.kind = f"{recipe.name}_single_label", "single_label"
+    return recipe
+
+
+def multi_label(recipe: Recipe) -> Recipe:
+    """The paper's second baseline: a sigmoid per class and ancestor, with the asymmetric loss."""
+    recipe = without_distillation(recipe)
+    recipe.name, recipe.loss.kind = f"{recipe.name}_multi_label", "multi_label"
+    recipe.loss.label_smoothing = 0.0
+    return recipe
+
+
+def modern(architecture: str) -> Recipe:
+    """What we would do today: decoupled weight decay, cosine, moving average, bf16, stronger augmentation; not tried.
+
+    LAMB for the networks with batch normalisation, as in arXiv 2110.00476; AdamW and stochastic depth for the others,
+    as in arXiv 2106.10270.
+    """
+    recipe = without_distillation(in21k(architecture))
+    recipe.name = f"{architecture}.modern_in21k"
+    recipe.data.augmentation, recipe.data.batch_size, recipe.data.batch_per_device = "modern", 1024, 128
+    recipe.schedule.name, recipe.schedule.epochs, recipe.schedule.warmup = "cosine", 90, 0.05
+    recipe.schedule.start_divisor, recipe.schedule.end_divisor = 1000.0, 1000.0
+    if architecture.startswith(("vit_", "mixer_")):
+        recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay = "adamw", 1e-3, 0.03
+        recipe.model.arguments = {"drop_path_rate": 0.1}
+    else:
+        recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay = "lamb", 3e-3, 0.02
+    recipe.optimizer.clip_norm = 1.0
+    recipe.run.precision, recipe.run.ema_decay = "bf16", 0.9999
+    return recipe
+
+
+def in1k(architecture: str) -> Recipe:
+    """Fine-tuning of the published 21K-P checkpoint on ImageNet-1K; only its results are published."""
+    known = _known(architecture)
+    recipe = Recipe(name=f"{known.record}_ft_in1k", model=Model(architecture=architecture, start=known.record))
+    recipe.data.label_space, recipe.data.crop_pct = "imagenet1k", 0.875
+    recipe.loss.kind, recipe.loss.label_smoothing = "single_label", 0.1
+    recipe.schedule.epochs = 40
+    recipe.optimizer.lr = 1e-4
+    recipe.run.precision, recipe.run.ema_decay = "fp16", 0.9997
+    return recipe
+
+
+def finetune(record: str = "mobilenetv3_large_100.miil_in21k") -> Recipe:
+    """A record fine-tuned on a folder of class folders of one's own.
+
+    Raises:
+        UnknownModelError: There are no such weights.
+    """
+    checkpoint = registry.resolve_checkpoint(record)
+    recipe = Recipe(
+        name=f"{checkpoint.name}_finetuned", model=Model(architecture=checkpoint.architecture, start=record)
+    )
+    recipe.model.mean, recipe.model.std = _three(checkpoint.mean), _three(checkpoint.std)
+    recipe.data.label_space, recipe.data.size = None, checkpoint.input_size[1]
+    recipe.data.augmentation, recipe.data.batch_size = "finetune", 32
+    recipe.data.crop_pct = None if checkpoint.resize == "squash" else checkpoint.crop_pct
+    recipe.loss.kind, recipe.loss.label_smoothing = "single_label", 0.1
+    recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay = "adamw", 1e-4, 0.05
+    recipe.optimizer.head_lr_factor, recipe.optimizer.clip_norm = 10.0, 1.0
+    recipe.schedule.name, recipe.schedule.epochs = "cosine", 20
+    recipe.run.precision = "fp32"
+    return recipe
+
+
+def _known(architecture: str) -> Architecture:
+    if architecture not in ARCHITECTURES:
+        raise RecipeError(
+            f"Nothing is published of {architecture!r}.{did_you_mean(architecture, ARCHITECTURES)} Known: "
+            f"{', '.join(ARCHITECTURES)}; for others write a Recipe of your own."
+        )
+    return ARCHITECTURES[architecture]
+
+
+def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
