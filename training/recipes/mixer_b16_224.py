@@ -2,11 +2,13 @@ r"""Mixer-B/16: ImageNet-21K-P (published: 76.3 % semantic top-1), ImageNet-1K (
 
 The first recipe; the others by :NAME after the file:
 
-    1 GPU    python -m wn21k_zoo.training.train --recipe training/recipes/mixer_b16_224.py --data DIR --output DIR
+    1 GPU    python -m wn21k_zoo.training.train \
+                 --recipe training/recipes/mixer_b16_224.py --data DIR --output DIR
     8 GPUs   torchrun --nproc-per-node 8 -m wn21k_zoo.training.train \
                  --recipe training/recipes/mixer_b16_224.py --data DIR --output DIR
     4 nodes  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
-                 -m wn21k_zoo.training.train --recipe training/recipes/mixer_b16_224.py --data DIR --output DIR
+                 -m wn21k_zoo.training.train \
+                 --recipe training/recipes/mixer_b16_224.py --data DIR --output DIR
              or one of training/launch/
 
 The batch of a step stays the same on any number of GPUs. What each one takes on 8 V100 (estimated, not measured: images

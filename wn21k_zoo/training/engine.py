@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -128,6 +129,12 @@ def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
         train = open_dataset(data, label_space=wanted)
         validation = open_dataset(data, "validation", label_space=wanted)
         space = train.label_space
+    if space is None and (recipe.loss.kind != "single_label" or recipe.loss.teacher is not None):
+        what = f"loss.kind {recipe.loss.kind}" if recipe.loss.kind != "single_label" else "A teacher"
+        raise RecipeError(
+            f"{what} needs classes that are synsets, and {data} has {train.class_names[0]!r}; name its folders by "
+            "wnids, or set loss.kind to single_label without a teacher."
+        )
     return Splits(train, validation, space, SemanticTree.from_label_space(space) if space else None)
 
 
@@ -247,8 +254,10 @@ class _Run:
         if handle_signals:
             stack.enter_context(self._signals())
         leads = self.world.leads
-        if leads and self.step >= self.total and self.folder.status().get("state") == "finished":
-            Reporter(self.folder, self.total, self.step).say(f"finished before, at step {self.step:,}; nothing to do")
+        finished = self.step >= self.total and self.folder.status().get("state") == "finished"
+        if self.world.whole(finished):
+            if leads:
+                sys.stderr.write(f"wn21k: finished before, at step {self.step:,}; nothing to do\n")
             return self.figures
         if leads:
             self.folder.cut_metrics(self.step)
@@ -298,22 +307,25 @@ class _Run:
     def _steps(self, batches: Iterator[Batch], count: int) -> None:
         self._window = _Window(self.device)
         for _ in range(count):
-            loss = self._step(batches)
+            rate = max(group["lr"] for group in self.optimizer.param_groups)
+            loss, stop, due = self._step(batches)
             self._window.add(loss, self.recipe.data.batch_size)
             self.reporter.step(self.step)
             if self.step % self.recipe.run.log_every == 0 or self.step == self.total:
-                self._log()
+                self._log(rate)
+            self._react(stop, due)
         self._react(*self._pending_flags())
 
-    def _step(self, batches: Iterator[Batch]) -> Tensor:
+    def _step(self, batches: Iterator[Batch]) -> tuple[Tensor, bool, bool]:
         recipe = self.recipe
         self.network.train()
-        torch.manual_seed(_seed(recipe.run.seed, self.step, self.world.rank))  # of dropout and its like
         total = torch.zeros((), device=self.device)
         for number in range(self.group):
             begin = time.perf_counter()
             batch = next(batches)
             self._window.waited += time.perf_counter() - begin
+            # Of dropout and its like; after the loader, which draws from it when it begins.
+            torch.manual_seed(_seed(recipe.run.seed, self.step, number, self.world.rank))
             total += self._forward_backward(batch, last=number == self.group - 1).detach() / self.group
         stop, due = self._agree(total)
         if recipe.optimizer.clip_norm is not None:
@@ -326,8 +338,7 @@ class _Run:
         if self.average is not None:
             self.average.update_parameters(self.module)
         self.step += 1
-        self._react(stop, due)
-        return total
+        return total, stop, due
 
     def _agree(self, loss: Tensor) -> tuple[bool, bool]:
         """What all ranks do after this step: stop, write a checkpoint; and end here when a loss is not finite.
@@ -449,7 +460,7 @@ class _Run:
         figures["images_per_second"] = figures["images"] / (time.perf_counter() - begin)
         return figures
 
-    def _log(self) -> None:
+    def _log(self, rate: float) -> None:
         loss, speed, wait = self._window.read()
         loss, speed, wait = self.world.mean(loss, speed, wait)
         self.reporter.train(
@@ -457,7 +468,7 @@ class _Run:
                 "step": self.step,
                 "epoch": round(self.step / self.steps_per_epoch, 4),
                 "loss": loss,
-                "lr": max(group["lr"] for group in self.optimizer.param_groups),
+                "lr": rate,
                 "images_per_second": round(speed, 1),
                 "data_wait": round(wait, 4),
                 "bad_samples": self.loaders[0].bad_samples,

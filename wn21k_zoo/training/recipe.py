@@ -232,15 +232,6 @@ class Recipe(_Section):
                 "loss.distillation_weight is set, but there is no loss.teacher.",
             ),
             (
-                self.loss.kind != "single_label" and self.data.label_space is None,
-                f"loss.kind {self.loss.kind} needs the classes' hierarchy; set data.label_space, or loss.kind to "
-                "single_label.",
-            ),
-            (
-                self.loss.teacher is not None and self.data.label_space is None,
-                "A teacher needs data.label_space, which its classes are those of.",
-            ),
-            (
                 self.data.augmentation == "published" and self.model.mean != (0.0, 0.0, 0.0),
                 "The published augmentation is not followed by a normalisation; set model.mean to zeros, or another "
                 "data.augmentation.",

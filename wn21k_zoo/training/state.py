@@ -95,7 +95,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=5)
+            lock.acquire(timeout=2)
         except filelock.Timeout:
             raise RunError(f"Another run is writing to {self.path}; wait for it, or name another --output.") from None
         try:

@@ -1,0 +1,404 @@
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError
+from wn21k_zoo.training import engine
+from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.engine import Preempted, train
+from wn21k_zoo.training.network import Criterion
+from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
+
+from .runs import BATCH, make_folder, run_until_killed, small_recipe
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+def run(recipe, data, output, **options):
+    return train(recipe, data, output, ALONE, workers=0, **options)
+
+
+def final(output):
+    return RunFolder(output).newest()
+
+
+def lines(output, kind="train"):
+    return [
+        line
+        for text in (output / "metrics.jsonl").read_text().splitlines()
+        if (line := json.loads(text))["kind"] == kind
+    ]
+
+
+def assert_same_weights(one, other):
+    assert one["step"] == other["step"]
+    for part in ("model", "average"):
+        assert (one[part] is None) == (other[part] is None)
+        for key, value in (one[part] or {}).items():
+            assert torch.equal(value, other[part][key]), key
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Makes a run get SIGTERM after a step."""
+
+    def at(step):
+        react = engine._Run._react
+
+        def stopping(self, stop, due):
+            if self.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0)  # the handler runs before the next line
+                stop = bool(self._stop_signal)
+            react(self, stop, due)
+
+        monkeypatch.setattr(engine._Run, "_react", stopping)
+
+    return at
+
+
+def test_a_run_leaves_what_it_should(data, tmp_path):
+    figures = run(small_recipe(), data, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    assert folder.status() == {"state": "finished", "step": 12, "total": 12}
+    assert folder.recipe() == small_recipe()
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 13))
+    evaluations = lines(tmp_path / "run", "evaluation")
+    assert [(line["step"], line["epoch"]) for line in evaluations] == [(6, 1), (12, 2)]
+    assert evaluations[-1]["images"] == figures["images"] == 6
+    assert {path.name for path in folder.checkpoints.iterdir()} == {"best.pt", "step-00000006.pt", "step-00000012.pt"}
+    assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
+
+
+def test_it_learns(data, tmp_path):
+    recipe = small_recipe(schedule={"epochs": 12}, optimizer={"lr": 3e-3}, data={"augmentation": "none"})
+    run(recipe, data, tmp_path)
+    losses = [line["loss"] for line in lines(tmp_path)]
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+
+@pytest.mark.parametrize("stop", [3, 6, 7, 12])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "with everything"])
+def test_stopped_and_resumed_is_bit_for_bit_the_same(data, tmp_path, stop_at, stop, extras):
+    recipe = small_recipe("test_efficientnet" if extras else "test_convnext")
+    if extras:
+        recipe.model.arguments = {"drop_rate": 0.3, "drop_path_rate": 0.2}
+        recipe.run.ema_decay, recipe.optimizer.clip_norm, recipe.data.batch_per_device = 0.9, 1.0, 4
+        recipe.data.augmentation, recipe.schedule.name, recipe.optimizer.name = "modern", "cosine", "adamw"
+    run(recipe, data, tmp_path / "whole")
+    stop_at(stop)
+    with pytest.raises(Preempted) as end:
+        run(recipe, data, tmp_path / "parts", handle_signals=True)
+    assert end.value.code == 143
+    status = RunFolder(tmp_path / "parts").status()
+    assert (status["state"], status["step"]) == ("preempted", stop)
+    stop_at(-1)
+    run(recipe, data, tmp_path / "parts", handle_signals=True)
+    assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
+    for kind in ("train", "evaluation"):
+        whole, parts = lines(tmp_path / "whole", kind), lines(tmp_path / "parts", kind)
+        keys = ("step", "epoch", "loss", "lr", "semantic_top1", "top1")
+        assert [[line.get(key) for key in keys] for line in whole] == [
+            [line.get(key) for key in keys] for line in parts
+        ]
+
+
+def test_accumulation_equals_one_large_batch_to_rounding(data, tmp_path):
+    for size in (BATCH, 2):
+        run(small_recipe(data={"batch_per_device": size}, optimizer={"name": "sgd"}), data, tmp_path / str(size))
+    large, small = final(tmp_path / str(BATCH)), final(tmp_path / "2")
+    for key, value in large["model"].items():
+        torch.testing.assert_close(small["model"][key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_finished_run_is_left_alone(data, tmp_path, capsys):
+    figures = run(small_recipe(), data, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert run(small_recipe(), data, tmp_path) == figures
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, caplog):
+    run(small_recipe(), data, tmp_path)
+    whole = final(tmp_path)
+    newest = RunFolder(tmp_path).steps()[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (tmp_path / "status.json").unlink()
+    run(small_recipe(), data, tmp_path)
+    assert "step-00000012.pt cannot be read" in caplog.text
+    assert_same_weights(final(tmp_path), whole)
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(data, tmp_path):
+    run(small_recipe(), data, tmp_path)
+    for path in RunFolder(tmp_path).steps():
+        path.write_bytes(b"nothing")
+    with pytest.raises(RunError, match="name another --output to begin anew"):
+        run(small_recipe(), data, tmp_path)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    torch.save({"format": 1, "harm": os.system}, tmp_path / "step-00000001.pt")
+    with pytest.raises(RunError, match="cannot be read"):
+        read_checkpoint(tmp_path / "step-00000001.pt")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(data, tmp_path, monkeypatch, bad):
+    forward = Criterion.forward
+    calls = []
+
+    def breaking(self, logits, targets, teacher=None):
+        calls.append(1)
+        return forward(self, logits * bad if len(calls) == 9 else logits, targets, teacher)
+
+    monkeypatch.setattr(Criterion, "forward", breaking)
+    with pytest.raises(NonFiniteError, match="The loss of step 9 is not finite"):
+        run(small_recipe(), data, tmp_path)
+    assert RunFolder(tmp_path).status()["state"] == "failed"
+    assert final(tmp_path)["step"] == 6
+    monkeypatch.undo()
+    run(small_recipe(), data, tmp_path)
+    assert final(tmp_path)["step"] == 12
+
+
+def test_another_recipe_or_other_data_are_not_mixed_into_a_run(data, tmp_path):
+    run(small_recipe(), data, tmp_path / "run")
+    with pytest.raises(RunError, match=r"holds a run with optimizer\.lr = 0.0003, not 0.1"):
+        run(small_recipe(optimizer={"lr": 0.1}), data, tmp_path / "run")
+    other = make_folder(tmp_path / "other", images=12)
+    with pytest.raises(RunError, match="holds a run on other data"):
+        run(small_recipe(), other, tmp_path / "run")
+    run(small_recipe(data={"batch_per_device": 4}, run={"keep": 1}), data, tmp_path / "run")  # may differ
+
+
+def test_what_is_no_place_for_a_run(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file.* cannot be made"):
+        RunFolder(tmp_path / "file").begin(small_recipe(), {})
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(RunError, match=r"holds holiday\.jpg, which is of no run"):
+        run(small_recipe(), data, tmp_path / "photos")
+    with RunFolder(tmp_path / "busy").locked(), pytest.raises(RunError, match="Another run is writing"):
+        run(small_recipe(), data, tmp_path / "busy")
+    with pytest.raises(RunError, match="holds no run"):
+        RunFolder(tmp_path / "nowhere").recipe()
+
+
+def test_a_full_disk_is_an_error_and_leaves_what_was_there(data, tmp_path, monkeypatch):
+    run(small_recipe(), data, tmp_path)
+    before = final(tmp_path)
+    writer = CheckpointWriter(RunFolder(tmp_path), keep=2)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match="No space left on device; the ones before are as they were"):
+        writer.save({"format": 1, "step": 99}, wait=True)
+    with pytest.raises(RunError):
+        writer.close()
+    assert_same_weights(final(tmp_path), before)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"batch_size": 64}}, "fewer than data.batch_size 64"),
+        ({"data": {"label_space": "fall11"}}, "is a folder of class folders, but the recipe is for fall11"),
+        ({"loss": {"teacher": "resnet50.miil_in21k"}}, "distillation_weight is 0"),
+        ({"model": {"arguments": {"no_such": 1}}}, "test_convnext cannot be built: .*no_such"),
+        ({"model": {"start": "resnet50.a1_in1kk"}}, "Did you mean"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_is_written(data, tmp_path, sections, message):
+    with pytest.raises(Exception, match=message) as error:
+        run(small_recipe(**sections), data, tmp_path / "run")
+    assert type(error.value).__module__ == "wn21k_zoo.errors"
+    assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_classes_that_are_no_synsets_have_a_plain_softmax_only(tmp_path):
+    folder = make_folder(tmp_path / "images", names=("cats", "dogs"), images=12)
+    with pytest.raises(RecipeError, match=r"needs classes that are synsets, and .* has 'cats'"):
+        run(small_recipe(), folder, tmp_path / "run")
+    figures = run(small_recipe(loss={"kind": "single_label"}), folder, tmp_path / "run")
+    assert "semantic_top1" not in figures
+    assert figures["images"] == 2
+
+
+@pytest.mark.parametrize("kind", ["single_label", "multi_label"])
+def test_baselines_run(data, tmp_path, kind):
+    smoothing = 0.2 if kind == "single_label" else 0.0
+    figures = run(small_recipe(loss={"kind": kind, "label_smoothing": smoothing}), data, tmp_path)
+    assert 0 <= figures["semantic_top1"] <= 100
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "lamb", "sgd"])
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "constant"])
+def test_every_optimizer_and_schedule(data, tmp_path, name, schedule):
+    recipe = small_recipe(optimizer={"name": name, "head_lr_factor": 2.0}, schedule={"name": schedule, "max_steps": 4})
+    run(recipe, data, tmp_path)
+    rates = [line["lr"] for line in lines(tmp_path)]
+    assert len(rates) == 4
+    assert all(0 < rate <= 2 * recipe.optimizer.lr * 1.0001 for rate in rates)
+    decays = {group["weight_decay"] for group in final(tmp_path)["optimizer"]["param_groups"]}
+    assert decays == {0.0, recipe.optimizer.weight_decay}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision(data, tmp_path, precision):
+    run(small_recipe(run={"precision": precision}, schedule={"max_steps": 2}), data, tmp_path)
+    assert all(value.dtype != torch.bfloat16 for value in final(tmp_path)["model"].values())
+
+
+@pytest.mark.slow
+def test_20_kills_at_random_moments_leave_a_loadable_checkpoint(data, tmp_path):
+    recipe = small_recipe(
+        schedule={"epochs": 400}, run={"checkpoint_minutes": 1e-9, "log_every": 50, "evaluate_every": 9}
+    )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["wn21k_zoo.training.engine", "tests.training.runs"])
+    choose, reached = random.Random(1), 0  # noqa: S311
+    for _ in range(20):
+        process = context.Process(target=run_until_killed, args=(recipe.to_json(), str(data), str(tmp_path / "run")))
+        process.start()
+        deadline = time.monotonic() + 60
+        folder = RunFolder(tmp_path / "run")
+        newer = f"step-{reached + 1:08d}.pt"
+        while not any(path.name >= newer for path in folder.steps()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(choose.random() * 0.2)
+        process.kill()
+        process.join()
+        step = folder.newest()["step"]
+        assert step > reached
+        reached = step
+
+
+def command(recipe, data, output, tmp_path, *, ranks=1):
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    start = [sys.executable, "-m"]
+    if ranks > 1:
+        start += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
+        start += ["--rdzv-endpoint", "localhost:0", "-m"]
+    return [
+        *start, "wn21k_zoo.training.train", "--recipe", str(tmp_path / "recipe.json"), "--data", str(data),
+        "--output", str(output), "--workers", "0", "--device", "cpu",
+    ]  # fmt: skip
+
+
+# The same number of threads in all: it decides in which order numbers are added up.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(arguments):
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def kill_all(process):
+    """torchrun and its workers at once."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=30)
+    process.communicate()
+
+
+def wait_for_step(output, step, process):
+    for _ in range(1200):
+        if (output / "metrics.jsonl").exists() and len(lines(output)) >= step:
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    raise AssertionError("no progress")
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_to_rounding(data, tmp_path):
+    recipe = small_recipe(optimizer={"name": "sgd"})
+    run(recipe, data, tmp_path / "one")
+    subprocess.run(command(recipe, data, tmp_path / "two", tmp_path, ranks=2), check=True, env=ENVIRONMENT)
+    one, two = final(tmp_path / "one"), final(tmp_path / "two")
+    for key, value in one["model"].items():
+        torch.testing.assert_close(two["model"][key], value, rtol=1e-3, atol=1e-4)
+    evaluations = [lines(tmp_path / name, "evaluation") for name in ("one", "two")]
+    assert [[line["images"] for line in each] for each in evaluations] == [[6, 6], [6, 6]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_is_bit_for_bit_the_same(data, tmp_path, ranks):
+    recipe = small_recipe("test_efficientnet", schedule={"epochs": 15}, run={"checkpoint_minutes": 1e-9})
+    recipe.model.arguments = {"drop_rate": 0.3}
+    subprocess.run(command(recipe, data, tmp_path / "whole", tmp_path, ranks=ranks), check=True, env=ENVIRONMENT)
+    arguments = command(recipe, data, tmp_path / "parts", tmp_path, ranks=ranks)
+    process = start(arguments)
+    wait_for_step(tmp_path / "parts", 10, process)
+    kill_all(process)
+    assert RunFolder(tmp_path / "parts").status()["state"] == "running"
+    subprocess.run(arguments, check=True, env=ENVIRONMENT)
+    assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
+    keys = ("step", "loss", "lr")
+    assert [[line[key] for key in keys] for line in lines(tmp_path / "whole")] == [
+        [line[key] for key in keys] for line in lines(tmp_path / "parts")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "number", "code"), [(1, "SIGTERM", 143), (1, "SIGINT", 130), (2, "SIGTERM", 1)])
+def test_told_to_stop_it_writes_a_checkpoint(data, tmp_path, ranks, number, code):
+    recipe = small_recipe(schedule={"epochs": 500})
+    process = start(command(recipe, data, tmp_path / "run", tmp_path, ranks=ranks))
+    wait_for_step(tmp_path / "run", 10, process)
+    begin = time.monotonic()
+    process.send_signal(getattr(signal, number))
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 30
+    assert process.returncode == code, errors
+    assert "stopped with a checkpoint; the same command goes on" in errors
+    status = RunFolder(tmp_path / "run").status()
+    assert status["state"] == "preempted"
+    assert final(tmp_path / "run")["step"] == status["step"]
+
+
+@pytest.mark.slow
+def test_mistakes_on_the_command_line_are_one_line(data, tmp_path):
+    for changes, message in (
+        (["--set", "optimizer.lrr=1"], "A recipe has no field optimizer.lrr. Did you mean lr?"),
+        (["--data", str(tmp_path / "nowhere")], "nowhere"),
+    ):
+        arguments = [*command(small_recipe(), data, tmp_path / "run", tmp_path), *changes]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.returncode in (1, 2)
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_data_that_is_not_there(tmp_path):
+    with pytest.raises(DataError):
+        run(small_recipe(), tmp_path / "nowhere", tmp_path / "run")
