@@ -126,8 +126,11 @@ def build_checkpoint(
     return _build(checkpoint.name, checkpoint.architecture, pretrained, config, **kwargs)
 
 
-def pretrained_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What timm calls a pretrained configuration, without a source of weights: we fetch them ourselves."""
+def pretrained_config(checkpoint: Checkpoint, num_classes: int | None = None) -> dict[str, Any]:
+    """What timm calls a pretrained configuration, without a source of weights: we fetch them ourselves.
+
+    The number of classes is by default that of the checkpoint's label space.
+    """
     from timm.models import get_pretrained_cfg
 
     try:
@@ -143,7 +146,8 @@ def pretrained_config(checkpoint: Checkpoint) -> dict[str, Any]:
         config = {key: default[key] for key in _OF_ARCHITECTURE if key in default}
     _, _, tag = checkpoint.name.partition(".")
     config.update(checkpoint.data_config, architecture=checkpoint.architecture, tag=tag, custom_load=False)
-    config.update(num_classes=len(LabelSpace.load(checkpoint.label_space)), label_offset=None)
+    num_classes = num_classes or len(LabelSpace.load(checkpoint.label_space))
+    config.update(num_classes=num_classes, label_offset=None)
     stated = {"license": checkpoint.license, "origin_url": checkpoint.origin}
     if checkpoint.paper and "arxiv.org/abs/" in checkpoint.paper:
         stated["paper_ids"] = f"arXiv:{checkpoint.paper.rpartition('/')[2]}"

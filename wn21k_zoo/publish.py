@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,13 +41,24 @@ from wn21k_zoo.tree import SemanticTree
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["DTYPES", "export_folder", "plan_upload", "publish_folder"]
+__all__ = [
+    "DTYPES",
+    "check_target",
+    "export_folder",
+    "folder_config",
+    "folder_labels",
+    "plan_upload",
+    "publish_folder",
+    "write_export",
+]
 
 CARD_FILE = "README.md"
 DTYPES = ("float32", "float16", "bfloat16")
 _TEMPORARY = ".wn21k-export-"
 # What of a folder is uploaded: what we wrote, and nothing that happens to lie there.
 UPLOADED = (CARD_FILE, CONFIG_FILE, LABELS_FILE, WEIGHT_FILES[0])
+RECORD_FILE = "record.py"
+_WRITTEN = (*UPLOADED, RECORD_FILE)
 
 
 def export_folder(
@@ -78,6 +89,19 @@ def export_folder(
         UnknownModelError, UnresolvedLabelSpaceError, ModelError, MissingExtraError: The model cannot be loaded.
         InvalidArgumentError: The folder exists, the dtype is another, or nobody can say of which record a file is.
     """
+    target = check_target(folder, dtype, force)
+    checkpoint, module = _load(os.fspath(model), record)
+    space = LabelSpace.load(checkpoint.label_space)
+    config, labels = folder_config(checkpoint, module, space), folder_labels(checkpoint, space)
+    return write_export(target, module, config, labels, _card(checkpoint), dtype)
+
+
+def check_target(folder: str | os.PathLike[str], dtype: str | None, force: bool) -> Path:
+    """The folder that an export can be written to, absolute; what a killed one left there is removed.
+
+    Raises:
+        InvalidArgumentError: The folder exists or holds what no export writes; the dtype is another.
+    """
     target = Path(folder).expanduser().resolve()
     if dtype is not None and dtype not in DTYPES:
         raise InvalidArgumentError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}.")
@@ -87,15 +111,35 @@ def export_folder(
         raise InvalidArgumentError(f"{target} is not empty; choose another folder, or replace it with --force.")
     for left in target.glob(f"{_TEMPORARY}*"):  # of an export that was killed
         shutil.rmtree(left, ignore_errors=True)
-    foreign = [path.name for path in target.glob("*") if path.name not in UPLOADED or not path.is_file()]
+    foreign = [path.name for path in target.glob("*") if path.name not in _WRITTEN or not path.is_file()]
     if foreign:
         raise InvalidArgumentError(f"{target} holds {min(foreign)}, which no export writes; choose another folder.")
-    checkpoint, module = _load(os.fspath(model), record)
+    return target
+
+
+def write_export(
+    target: Path,
+    module: nn.Module,
+    config: Mapping[str, Any],
+    labels: Mapping[str, Any] | None,
+    card: str,
+    dtype: str | None = None,
+    record: str | None = None,
+) -> Path:
+    """Write weights, configuration, labels, card and draft of a record; they are in place only when all are whole.
+
+    Raises:
+        PublishError: It cannot be written.
+        ModelError: What was written cannot be loaded.
+    """
     with _whole_folder(target) as temporary:
         _write_weights(module, temporary / WEIGHT_FILES[0], dtype)
-        _write_json(_config(checkpoint, module), temporary / CONFIG_FILE)
-        _write_json(_labels(checkpoint), temporary / LABELS_FILE)
-        (temporary / CARD_FILE).write_text(_card(checkpoint), encoding="utf-8")
+        _write_json(config, temporary / CONFIG_FILE)
+        if labels is not None:
+            _write_json(labels, temporary / LABELS_FILE)
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+        if record is not None:
+            (temporary / RECORD_FILE).write_text(record, encoding="utf-8")
         build_from_folder(temporary, temporary / WEIGHT_FILES[0])  # what was written can be read
     return target
 
@@ -257,7 +301,7 @@ def _replace_files(target: Path, temporary: Path) -> None:
     former = temporary / "former"
     former.mkdir()
     try:
-        for name in (CONFIG_FILE, *(name for name in UPLOADED if name != CONFIG_FILE)):
+        for name in (CONFIG_FILE, *(name for name in _WRITTEN if name != CONFIG_FILE)):
             if (target / name).is_file():
                 (target / name).rename(former / name)
         for path in new:
@@ -278,17 +322,17 @@ def _write_weights(module: nn.Module, path: Path, dtype: str | None) -> None:
         for key, value in module.state_dict().items()
     }
     safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes files that nobody else may read
 
 
 def _write_json(content: Any, path: Path) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _config(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Any]:
+def folder_config(checkpoint: Checkpoint, module: nn.Module, space: LabelSpace) -> dict[str, Any]:
     """As timm writes it; without ``model_args``, which transformers cannot have repeat the number of classes."""
-    space = LabelSpace.load(checkpoint.label_space)
     own = checkpoint.architecture in ARCHITECTURES
-    settings = {key: value for key, value in pretrained_config(checkpoint).items() if key != "architecture"}
+    settings = {key: value for key, value in pretrained_config(checkpoint, len(space)).items() if key != "architecture"}
     return {
         "architecture": f"{TIMM_PREFIX}{checkpoint.architecture}" if own else checkpoint.architecture,
         "num_classes": len(space),
@@ -299,9 +343,10 @@ def _config(checkpoint: Checkpoint, module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _labels(checkpoint: Checkpoint) -> dict[str, Any]:
-    space = LabelSpace.load(checkpoint.label_space)
-    tree = SemanticTree.load(space.name if checkpoint.head == "semantic_softmax" else "fall11")
+def folder_labels(checkpoint: Checkpoint, space: LabelSpace) -> dict[str, Any]:
+    """What timm does not ask for: the head's kind, the wnids, and a tree."""
+    own = checkpoint.head == "semantic_softmax"
+    tree = SemanticTree.from_label_space(space) if own else SemanticTree.load("fall11")
     return {
         "about": (
             "wnids: WordNet 3.0 noun id of each output. head: how outputs become probabilities; semantic_softmax is a "

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from wn21k_zoo import __version__
-from wn21k_zoo.cli import cache, cards, convert, data, predict, publish, tree, zoo
+from wn21k_zoo.cli import cache, cards, convert, data, predict, publish, train, tree, zoo
 from wn21k_zoo.cli.output import say
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 
@@ -54,6 +54,8 @@ publish.register(app)
 app.add_typer(tree.app, name="tree")
 app.add_typer(cards.app, name="cards")
 app.add_typer(data.app, name="data")
+app.add_typer(train.app, name="train")
+train.register(app)
 
 
 def _show_version(value: bool) -> None:

@@ -6,6 +6,7 @@ which one image in ten, chosen by a hash of its name, is for validation.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -23,6 +24,7 @@ __all__ = ["FolderDataset", "is_class_folder", "open_folder"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 _VALIDATION = ("validation", "val", "valid", "test")
+_SPLITS = ("train", "validation", "all")
 _GROUP = 1000  # files that count as one shard
 _INDEX = np.dtype([("offset", np.int64), ("size", np.int64), ("target", np.int32)])
 
@@ -70,6 +72,20 @@ class FolderDataset:
             return LabelSpace("custom", self.class_names)
         except (LabelSpaceError, UnknownSynsetError):
             return None
+
+    def mapped_to(self, space: LabelSpace) -> FolderDataset:
+        """The same with the targets of a label space, by the names of the folders.
+
+        Raises:
+            DataError: A folder's name is no class of it.
+        """
+        if unknown := set(self.class_names) - set(space.wnids):
+            raise DataError(
+                f"{self.root} has a folder {min(unknown)}, which is no class of {space.name}; folders must be named by "
+                "the wnids of the model's classes."
+            )
+        files = tuple((name, space.index[self.class_names[target]]) for name, target in self.files)
+        return dataclasses.replace(self, class_names=space.wnids, files=files)
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -120,17 +136,17 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
 
     Args:
         place: The folder.
-        split: ``train`` or ``validation``.
+        split: ``train``, ``validation``, or ``all`` images where they are not divided.
 
     Raises:
         DataError: It holds no classes or images, or the splits' classes differ.
     """
     root = Path(place).expanduser().absolute()
-    if split not in ("train", "validation"):
-        raise DataError(f"{root} has the splits train and validation, not {split!r}.{did_you_mean(split, _VALIDATION)}")
+    if split not in _SPLITS:
+        raise DataError(f"{root} has the splits {', '.join(_SPLITS)}, not {split!r}.{did_you_mean(split, _SPLITS)}")
     below = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     validation = next((name for name in _VALIDATION if name in below), None)
-    if "train" in below:
+    if "train" in below and split != "all":
         if validation is None:
             raise DataError(f"{root} has a folder train, but none for validation: {', '.join(_VALIDATION)}.")
         classes = _classes(root / "train")
@@ -140,11 +156,7 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
         files = [(name, target) for target, each in enumerate(classes) for name in _images(root, f"{top}/{each}")]
     else:
         classes = _classes(root)
-        files = [
-            (name, target)
-            for target, each in enumerate(classes)
-            for name in _chosen(_images(root, each), split == "validation")
-        ]
+        files = [(name, target) for target, each in enumerate(classes) for name in _chosen(_images(root, each), split)]
     counts = Counter(target for _, target in files)
     if empty := [each for target, each in enumerate(classes) if not counts[target]]:
         raise DataError(f"{root}, {split}: the class {empty[0]} has no images ({', '.join(SUFFIXES)}).")
@@ -167,11 +179,13 @@ def _images(root: Path, below: str) -> list[str]:
     )
 
 
-def _chosen(names: list[str], validation: bool) -> list[str]:
-    """A tenth, at least one; or the others."""
+def _chosen(names: list[str], split: str) -> list[str]:
+    """A tenth, at least one; or the others; or all."""
+    if split == "all":
+        return names
     ranked = sorted(names, key=_hash)
     count = max(1, len(names) // 10) if len(names) > 1 else 0
-    return ranked[:count] if validation else ranked[count:]
+    return ranked[:count] if split == "validation" else ranked[count:]
 
 
 def _hash(name: str) -> bytes:

@@ -1,0 +1,223 @@
+"""``wn21k train`` and ``wn21k evaluate``: what a recipe costs, how a run went, what came of it.
+
+Runs themselves are started with ``python -m wn21k_zoo.training.train`` or torchrun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wn21k_zoo.cli.output import Format, choose_format, console, print_json, print_table, say
+
+__all__ = ["app", "register"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Training: what a recipe costs, how runs went, what came of them. A run is started with `python -m "
+    "wn21k_zoo.training.train --help`, on several GPUs with torchrun.",
+)
+
+FormatOption = Annotated[
+    Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
+]
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="FILE.py[:FUNCTION], or a run's recipe.json.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value, such as schedule.epochs=40.")
+]
+
+
+class _Which(StrEnum):
+    best = "best"
+    last = "last"
+
+
+class _Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@app.command("list")
+def list_recipes(
+    file: Annotated[Path, typer.Argument(help="A recipe file, or a folder of them.")],
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """The recipes of a file or folder."""
+    from wn21k_zoo.errors import RecipeError
+    from wn21k_zoo.training.recipe import recipes_in
+
+    files = sorted(file.glob("*.py")) if file.is_dir() else [file]
+    if not files or not files[0].is_file():
+        raise RecipeError(f"{file} is no recipe file, and no folder with one.")
+    rows = [
+        {"recipe": f"{path}:{name}", "about": (make.__doc__ or "").strip().partition("\n")[0]}
+        for path in files
+        for name, make in recipes_in(path).items()
+    ]
+    print_table(rows, ("recipe", "about"), format)
+
+
+@app.command()
+def show(recipe: RecipeArgument, set: SetOption = None) -> None:  # noqa: A002
+    """All fields of a recipe, as JSON."""
+    from wn21k_zoo.training.recipe import load_recipe, override
+
+    resolved = override(load_recipe(recipe), set or [])
+    resolved.check()
+    typer.echo(resolved.to_json(), nl=False)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="On how many.")] = 8,
+    images_per_second: Annotated[
+        float | None,
+        typer.Option("--images-per-second", min=0.001, help="Of one GPU in training. Default: published for a V100."),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option("--images", min=1, help="Training images. Default: the label space's published number."),
+    ] = None,
+    set: SetOption = None,  # noqa: A002
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """Steps, images, hours, and a guess of the memory."""
+    from wn21k_zoo.training.plan import plan as make_plan
+    from wn21k_zoo.training.recipe import load_recipe, override
+
+    resolved = override(load_recipe(recipe), set or [])
+    figures = make_plan(resolved, gpus=gpus, images_per_second=images_per_second, images=images)
+    row = {"recipe": resolved.name, "gpus": gpus, **dataclasses.asdict(figures)}
+    if choose_format(format) is Format.table:
+        print_table(
+            [{"field": name, "value": _readable(value)} for name, value in row.items()], ("field", "value"), format
+        )
+    else:
+        print_table([row], tuple(row), format)
+
+
+@app.command()
+def plot(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs, drawn over each other.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="PNG file. Default: plot.png in the first run.")
+    ] = None,
+) -> None:
+    """Loss, learning rate, accuracies and speed as a PNG (extra plot)."""
+    from wn21k_zoo.training.plots import plot_runs
+
+    typer.echo(str(plot_runs(runs, output or runs[0] / "plot.png")))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the model.")],
+    which: Annotated[_Which, typer.Option("--checkpoint", help="best or last.")] = _Which.best,
+    name: Annotated[str | None, typer.Option("--name", help="Of the record. Default: the recipe's.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder of a former export.")] = False,
+) -> None:
+    """A run as a folder that timm and wn21k_zoo load, with the draft of a record."""
+    from wn21k_zoo.training.export import export_run
+
+    typer.echo(str(export_run(run, folder, which=which.value, name=name, dtype=dtype, force=force)))
+
+
+def register(target: typer.Typer) -> None:
+    """Add ``evaluate`` to the application."""
+    target.command()(evaluate)
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, a record's or timm's name, a folder, hf-hub:ORG/NAME.")
+    ],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Shards, a URL of them, or class folders named by wnids.")
+    ],
+    split: Annotated[str, typer.Option("--split", help="validation, train, or all images of class folders.")] = (
+        "validation"
+    ),
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")] = 64,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-j", min=0, help="Processes that load images. Default: all cores.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[_Precision, typer.Option("--precision", help="Of the forward pass.")] = _Precision.fp32,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="All figures as a JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="A reliability diagram as PNG (extra plot).")] = None,
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """Semantic and leaf accuracy, hierarchical errors, calibration and throughput of a model on a split."""
+    from wn21k_zoo.errors import DataOutputError
+    from wn21k_zoo.training.evaluate import evaluate as run_evaluation
+
+    with _Bar() as advance:
+        figures = run_evaluation(
+            model,
+            data,
+            split=split,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            precision=precision.value,
+            progress=advance,
+        )
+    if output is not None:
+        try:
+            output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DataOutputError(f"{output} cannot be written: {error.strerror}; name another file.") from None
+    if plot is not None:
+        from wn21k_zoo.training.plots import plot_reliability
+
+        plot_reliability(figures, plot)
+        say(f"reliability diagram: {plot}")
+    if choose_format(format) is not Format.table:
+        print_json(figures, indent=2 if format is Format.json else None)
+        return
+    rows = [
+        {"figure": name.replace("_", " "), "value": _readable(value)}
+        for name, value in figures.items()
+        if not isinstance(value, (dict, list))
+    ]
+    rows += [
+        {"figure": f"level {depth}", "value": _readable(value)} for depth, value in figures.get("levels", {}).items()
+    ]
+    print_table(rows, ("figure", "value"), format)
+
+
+class _Bar:
+    def __enter__(self) -> Any:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("evaluate"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._bars = Progress(*columns, console=console(stderr=True), redirect_stdout=False)
+        self._task: Any = None
+        return self._advance
+
+    def _advance(self, done: int, total: int) -> None:
+        if self._task is None:
+            self._bars.start()
+            self._task = self._bars.add_task("evaluate", total=total)
+        self._bars.update(self._task, completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._bars.stop()
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value

@@ -1,0 +1,184 @@
+"""A trained or published model on a split: semantic and leaf accuracy, hierarchical errors, calibration, throughput."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch import nn
+
+from wn21k_zoo.checkpoints import Head
+from wn21k_zoo.errors import DataError, InvalidArgumentError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.models import load_model, select_device
+from wn21k_zoo.training.augment import Image
+from wn21k_zoo.training.crops import CenterCrop
+from wn21k_zoo.training.data import (
+    Augmentation,
+    FolderDataset,
+    Loader,
+    ShardedDataset,
+    Squash,
+    is_class_folder,
+    open_dataset,
+    open_folder,
+)
+from wn21k_zoo.training.engine import HEADS
+from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
+from wn21k_zoo.training.export import load_run
+from wn21k_zoo.training.network import Normalized
+from wn21k_zoo.tree import SemanticTree
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    split: str = "validation",
+    batch_size: int = 64,
+    workers: int | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    max_batches: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Figures of a model on a split of a data set.
+
+    Args:
+        model: A run's folder, a record's or timm's name, an exported folder, or ``hf-hub:ORG/NAME``.
+        data: Shards or a URL of them, mapped to the model's classes by synset; or a folder of class folders named by
+            wnids (for a run on classes of one's own, by its classes).
+        split: ``train``, ``validation``, or for class folders ``all``.
+        batch_size: Images at a time.
+        workers: Processes that load images; default: the cores of this machine, at most 16.
+        device: auto, cpu, cuda or mps.
+        precision: fp32, bf16 or fp16.
+        max_batches: End early.
+        progress: Told of batches done and to do.
+
+    Returns:
+        What :meth:`wn21k_zoo.training.evaluation.Evaluation.compute` gives, with ``images_per_second``, ``model``,
+        ``label_space``, ``head``, ``split`` and ``bad_samples``.
+
+    Raises:
+        ModelError, UnknownModelError, RunError: The model cannot be loaded.
+        DataError: The data cannot be read, or has none of the model's classes.
+        InvalidArgumentError: A number is out of range.
+    """
+    if batch_size < 1 or (workers is not None and workers < 0):
+        raise InvalidArgumentError("batch_size must be at least 1, workers at least 0.")
+    dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in dtypes:
+        raise InvalidArgumentError(f"precision is {precision!r}; it can be {', '.join(dtypes)}.")
+    chosen = select_device(device)
+    subject = _subject(model)
+    dataset = _dataset(data, split, subject)
+    tree = SemanticTree.from_label_space(subject.space) if subject.space else None
+    module = subject.module.eval().to(chosen).to(memory_format=torch.channels_last)
+    evaluation = Evaluation(tree, len(subject.class_names), subject.head, classes_with_images(dataset), device=chosen)
+    loader = Loader(
+        dataset,
+        batch_size=batch_size,
+        training=False,
+        augmentation=subject.resize,
+        workers=min(16, os.cpu_count() or 1) if workers is None else workers,
+        device=chosen,
+    )
+    total = min(len(loader), max_batches or len(loader))
+    begin, dtype = time.perf_counter(), dtypes[precision]
+    with torch.inference_mode():
+        for number, batch in enumerate(loader):
+            if number >= total:
+                break
+            with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
+                logits = module(batch.images)
+            evaluation.update(logits, batch.targets)
+            progress(number + 1, total)
+    figures = evaluation.compute()
+    return {
+        "model": subject.name,
+        "label_space": subject.space.name if subject.space else None,
+        "head": subject.head,
+        "split": split,
+        **figures,
+        "bad_samples": loader.bad_samples,
+        "images_per_second": figures["images"] / (time.perf_counter() - begin),
+        "device": chosen.type,
+    }
+
+
+@dataclass(frozen=True)
+class _Subject:
+    name: str
+    module: nn.Module
+    space: LabelSpace | None
+    class_names: tuple[str, ...]
+    head: Head
+    resize: Augmentation
+
+
+def _subject(model: str | os.PathLike[str]) -> _Subject:
+    if (Path(model).expanduser() / "recipe.json").is_file():
+        trained = load_run(Path(model).expanduser())
+        recipe = trained.recipe
+        crop = recipe.data.crop_pct
+        return _Subject(
+            name=recipe.name,
+            module=Normalized(trained.module, recipe.model.mean, recipe.model.std),
+            space=trained.space,
+            class_names=trained.class_names,
+            head=HEADS[recipe.loss.kind],
+            resize=CenterCrop(recipe.data.size, crop) if crop else Squash(recipe.data.size),
+        )
+    loaded = load_model(model)
+    config = dict(loaded.data_config or {})
+    module = Normalized(loaded.module, config.get("mean", (0.0,) * 3), config.get("std", (1.0,) * 3))
+    return _Subject(loaded.name, module, loaded.label_space, loaded.label_space.wnids, loaded.head, _OwnResize(config))
+
+
+@dataclass(frozen=True)
+class _OwnResize:
+    """The preprocessing that a model's configuration states, up to its bytes."""
+
+    config: dict[str, Any]
+
+    def __call__(self, image: Image, random: Random) -> Image:
+        del random
+        transform = _transform(tuple(sorted((key, str(value)) for key, value in self.config.items())), self.config)
+        pixels = transform(PILImage.fromarray(image))
+        return np.ascontiguousarray(np.asarray(pixels, np.uint8).transpose(1, 2, 0))
+
+
+_TRANSFORMS: dict[tuple[tuple[str, str], ...], Any] = {}
+
+
+def _transform(key: tuple[tuple[str, str], ...], config: dict[str, Any]) -> Any:
+    if key not in _TRANSFORMS:
+        from timm.data import create_transform
+
+        _TRANSFORMS[key] = create_transform(**config, use_prefetcher=True)  # bytes, not normalised
+    return _TRANSFORMS[key]
+
+
+def _dataset(data: str | os.PathLike[str], split: str, subject: _Subject) -> ShardedDataset | FolderDataset:
+    if not is_class_folder(data):
+        if subject.space is None:
+            raise DataError(f"{subject.name} speaks classes of its own; give a folder of class folders with them.")
+        return open_dataset(data, split, label_space=subject.space)
+    folder = open_folder(data, split)
+    if subject.space is not None:
+        return folder.mapped_to(subject.space)
+    if folder.class_names != subject.class_names:
+        raise DataError(f"{data} has other class folders than {subject.name} was trained on.")
+    return folder

@@ -1,0 +1,256 @@
+"""A run becomes a folder with a checkpoint, as ``wn21k export`` writes it, and the draft of a record.
+
+The folder loads in timm, in transformers and here: ``wn21k_zoo.predict("photo.jpg", model=FOLDER)``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from wn21k_zoo import convert, publish
+from wn21k_zoo.building import pretrained_config
+from wn21k_zoo.checkpoints import Checkpoint, Metric
+from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
+from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.training.engine import HEADS
+from wn21k_zoo.training.levels import Levels
+from wn21k_zoo.training.network import reorder_head
+from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.state import RunFolder, read_checkpoint
+from wn21k_zoo.tree import SemanticTree
+
+__all__ = ["Trained", "export_run", "load_run"]
+
+
+class Trained:
+    """The network of a run, on the CPU, its head in the order of the label space.
+
+    Attributes:
+        recipe: Of the run.
+        module: The network; the moving average where the run keeps one.
+        space: Its classes, None where they are no synsets.
+        class_names: A wnid, or a folder's name, per output.
+        step: Of the checkpoint.
+        figures: Of the evaluation at that step, empty when there was none.
+    """
+
+    def __init__(self, folder: RunFolder, state: dict[str, Any]) -> None:
+        data = folder.data()
+        self.recipe: Recipe = folder.recipe()
+        self.step: int = state["step"]
+        self.figures: dict[str, Any] = state["figures"] if state["figures"].get("step") == self.step else {}
+        name = data["label_space"]
+        self.space: LabelSpace | None = None
+        if name in LABEL_SPACES:
+            self.space = LabelSpace.load(name)
+        elif name is not None:
+            self.space = LabelSpace("custom", tuple(data["class_names"]))
+        self.class_names: tuple[str, ...] = self.space.wnids if self.space else tuple(data["class_names"])
+        self.module = self._build(state)
+
+    def _build(self, state: dict[str, Any]) -> nn.Module:
+        model = self.recipe.model
+        module = convert.build(model.architecture, num_classes=len(self.class_names), **model.arguments)
+        weights = state["model"]
+        if state["average"] is not None:
+            prefix = "module.module."  # of AveragedModel, and of Normalized within it
+            average = state["average"]
+            weights = {key: average[f"{prefix}{key}"] for key in weights}
+        module.load_state_dict(weights)
+        if self.space is not None:
+            reorder_head(module, Levels(SemanticTree.from_label_space(self.space), "level").positions)
+        return module.eval()
+
+    def checkpoint(self, name: str | None = None) -> Checkpoint:
+        """The draft of a record: what the run knows of itself."""
+        recipe = self.recipe
+        known = cast(Any, self.module).pretrained_cfg or {}
+        metrics = tuple(
+            Metric(
+                name=label,
+                value=round(self.figures[key], 2),
+                dataset=f"{self.figures['images']:,} validation images",
+                protocol=protocol,
+                measured_by="wn21k_zoo.training",
+            )
+            for key, label, protocol in (
+                ("semantic_top1", "semantic top-1", "micro-average over valid (image, level) pairs"),
+                ("top1", "top-1", "among the classes with images, by confidence"),
+            )
+            if key in self.figures
+        )
+        size = recipe.data.size
+        return Checkpoint(
+            name=name or recipe.name,
+            architecture=recipe.model.architecture,
+            label_space=self.space.name if self.space else "own",
+            head=HEADS[recipe.loss.kind],
+            input_size=(3, size, size),
+            mean=recipe.model.mean,
+            std=recipe.model.std,
+            interpolation="bilinear",
+            resize="squash" if recipe.data.crop_pct is None else "crop",
+            crop_pct=recipe.data.crop_pct or 1.0,
+            sources=(),
+            license=None,
+            paper=None,
+            origin=known.get("origin_url") if recipe.model.start is None else None,
+            metrics=metrics,
+        )
+
+
+def load_run(run: str | os.PathLike[str], which: str = "best") -> Trained:
+    """The network of a run.
+
+    Args:
+        run: Its output folder.
+        which: ``best`` (the highest semantic top-1, or top-1) or ``last``.
+
+    Raises:
+        RunError: There is no run, no such checkpoint, or it is damaged.
+        InvalidArgumentError: ``which`` is something else.
+    """
+    folder = RunFolder(Path(run))
+    folder.recipe()
+    if which not in ("best", "last"):
+        raise InvalidArgumentError(f"which is {which!r}; it can be best or last.")
+    if which == "best" and folder.best.is_file():
+        state: dict[str, Any] | None = read_checkpoint(folder.best)
+    else:
+        state = folder.newest()
+    if state is None:
+        raise RunError(f"{folder.path} has no checkpoint yet.")
+    try:
+        return Trained(folder, state)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise RunError(f"The checkpoint of {folder.path} does not fit its recipe: {first_line(error)}") from error
+
+
+def export_run(
+    run: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    which: str = "best",
+    name: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a run's network as ``wn21k export`` writes a record's, and ``record.py``, the draft of a record.
+
+    Args:
+        run: Output folder of the run.
+        folder: Where to.
+        which: ``best`` or ``last``.
+        name: Of the record; default: the recipe's.
+        dtype: Of the weights, by default as they are.
+        force: Replace a folder of a former export.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RunError: There is no run, or no checkpoint.
+        InvalidArgumentError, PublishError: The folder cannot be written.
+    """
+    target = publish.check_target(folder, dtype, force)
+    trained = load_run(run, which)
+    checkpoint = trained.checkpoint(name)
+    if trained.space is not None:
+        config = publish.folder_config(checkpoint, trained.module, trained.space)
+        labels: dict[str, Any] | None = publish.folder_labels(checkpoint, trained.space)
+    else:
+        config, labels = _plain_config(checkpoint, trained), None
+    if size := trained.recipe.model.arguments.get("img_size"):
+        config["model_args"] = {"img_size": size}
+    card = _card(checkpoint, trained)
+    return publish.write_export(target, trained.module, config, labels, card, dtype, _draft(checkpoint))
+
+
+def _plain_config(checkpoint: Checkpoint, trained: Trained) -> dict[str, Any]:
+    settings = pretrained_config(checkpoint, len(trained.class_names))
+    settings.pop("architecture")
+    return {
+        "architecture": checkpoint.architecture,
+        "num_classes": len(trained.class_names),
+        "num_features": cast(Any, trained.module).num_features,
+        "label_names": list(trained.class_names),
+        "pretrained_cfg": settings,
+    }
+
+
+def _draft(checkpoint: Checkpoint) -> str:
+    fields = {
+        "name": checkpoint.name,
+        "architecture": checkpoint.architecture,
+        "label_space": checkpoint.label_space,
+        "head": checkpoint.head,
+        "input_size": checkpoint.input_size,
+        "mean": checkpoint.mean,
+        "std": checkpoint.std,
+        "interpolation": checkpoint.interpolation,
+        "resize": checkpoint.resize,
+        "crop_pct": checkpoint.crop_pct,
+        "sources": (),
+        "metrics": checkpoint.metrics,
+    }
+    imported = "Checkpoint, Metric" if checkpoint.metrics else "Checkpoint"
+    return "\n".join(
+        [
+            '"""Draft of a record for wn21k_zoo/checkpoints.py; sources and licence are for the publisher to add."""',
+            "",
+            f"from wn21k_zoo.checkpoints import {imported}",
+            "",
+            "checkpoint = Checkpoint(",
+            *(f"    {name}={value!r}," for name, value in fields.items()),
+            ")",
+            "",
+        ]
+    )
+
+
+def _card(checkpoint: Checkpoint, trained: Trained) -> str:
+    figures = [
+        f"| {metric.name} | {metric.value} | {metric.dataset} | {metric.protocol} |" for metric in checkpoint.metrics
+    ]
+    use = [
+        "```python",
+        "import wn21k_zoo",
+        "",
+        'wn21k_zoo.predict("photo.jpg", model="FOLDER")',
+        "```",
+    ]
+    plain = ["```python", "import timm", "", 'timm.create_model("local-dir:FOLDER", pretrained=True)', "```"]
+    table = (
+        ["| figure | percent | images | protocol |", "|---|---|---|---|", *figures] if figures else ["Not evaluated."]
+    )
+    parts = [
+        "---",
+        "library_name: timm",
+        "pipeline_tag: image-classification",
+        "tags:",
+        "- image-classification",
+        "- timm",
+        "---",
+        "",
+        f"# {checkpoint.name}",
+        "",
+        f"{checkpoint.architecture} for {len(trained.class_names):,} classes, trained with wn21k_zoo "
+        f"({torch.__version__.partition('+')[0]} of torch) for {trained.step:,} steps. Licence: not stated yet.",
+        "",
+        *table,
+        "",
+        *(use if trained.space is not None else plain),
+        "",
+        "## Recipe",
+        "",
+        "```json",
+        trained.recipe.to_json().strip(),
+        "```",
+        "",
+    ]
+    return "\n".join(parts)

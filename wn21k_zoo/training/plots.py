@@ -1,0 +1,110 @@
+"""Pictures: how runs went, and whether confidences can be relied on. Needs the extra ``plot``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wn21k_zoo.errors import DataOutputError, MissingExtraError, RunError
+from wn21k_zoo.training.state import RunFolder, read_lines
+
+__all__ = ["plot_reliability", "plot_runs"]
+
+
+def plot_runs(runs: Sequence[Path], output: Path) -> Path:
+    """Loss, learning rate, accuracies and speed of runs over their steps, as PNG.
+
+    Raises:
+        RunError: A folder has no metrics.
+        DataOutputError: The picture cannot be written.
+        MissingExtraError: Without matplotlib.
+    """
+    metrics = {run: _metrics(run) for run in runs}
+    figure, axes = _figure(2, 2, (11, 7))
+    panels = (
+        ("train", "loss", "training loss"),
+        ("train", "lr", "learning rate"),
+        ("evaluation", "semantic_top1", "semantic top-1 (dashed: top-1), %"),
+        ("train", "images_per_second", "images per second"),
+    )
+    for place, (kind, name, title) in zip(axes.flat, panels, strict=True):
+        for color, (run, lines) in zip(_colors(), metrics.items(), strict=False):
+            points = [(line["step"], line[name]) for line in lines if line["kind"] == kind and name in line]
+            label = run.resolve().name
+            marker = "o" if kind == "evaluation" else ""
+            if points:
+                place.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, markersize=3)
+            if kind == "evaluation":
+                leaf = [(line["step"], line["top1"]) for line in lines if line["kind"] == kind]
+                if leaf:
+                    place.plot(
+                        *zip(*leaf, strict=True), color=color, linestyle="--", marker=marker, markersize=3,
+                        label=None if points else label,
+                    )  # fmt: skip
+        place.set_title(title, fontsize=10)
+        place.set_xlabel("step", fontsize=8)
+        place.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=7)
+    return _save(figure, output)
+
+
+def plot_reliability(figures: Mapping[str, Any], output: Path) -> Path:
+    """A reliability diagram (arXiv 1706.04599): accuracy over confidence, and how many images each bin has, as PNG.
+
+    Args:
+        figures: With ``reliability`` and ``calibration_error``, as :func:`wn21k_zoo.training.evaluate.evaluate` gives.
+        output: Where to.
+
+    Raises:
+        DataOutputError: The picture cannot be written.
+        MissingExtraError: Without matplotlib.
+    """
+    figure, axes = _figure(1, 1, (5, 5))
+    place, rows = axes.flat[0], figures["reliability"]
+    place.plot([0, 100], [0, 100], color="grey", linestyle=":", label="what confidence promises")
+    place.plot(
+        [row["confidence"] for row in rows], [row["accuracy"] for row in rows], marker="o", label="accuracy per bin"
+    )
+    largest = max((row["images"] for row in rows), default=1)
+    place.bar(
+        [row["confidence"] for row in rows], [20 * row["images"] / largest for row in rows],
+        width=5, alpha=0.3, label="share of images (not to scale)",
+    )  # fmt: skip
+    place.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence, %", ylabel="right, %")
+    place.set_title(
+        f"{figures.get('model', '')}\nexpected calibration error {figures['calibration_error']:.1f} %", fontsize=9
+    )
+    place.legend(fontsize=8)
+    return _save(figure, output)
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    folder = RunFolder(run)
+    if not folder.metrics.is_file():
+        raise RunError(f"{folder.path} holds no run (no metrics.jsonl).")
+    lines = read_lines(folder.metrics)
+    if not lines:
+        raise RunError(f"{folder.metrics} has no lines yet.")
+    return lines
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("A plot", "plot") from error
+    figure = Figure(figsize=size, layout="constrained")  # without pyplot: no window, no global state
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _colors() -> list[str]:
+    return [f"C{number}" for number in range(10)] * 10
+
+
+def _save(figure: Any, output: Path) -> Path:
+    try:
+        figure.savefig(output, dpi=120, format="png")
+    except OSError as error:
+        raise DataOutputError(f"{output} cannot be written: {error.strerror}; name another file.") from None
+    return output
