@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from wn21k_zoo import building, convert, registry
-from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError, RecipeError, Wn21kError
+from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError, RecipeError, UnknownModelError, Wn21kError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model
 from wn21k_zoo.training.levels import Levels
@@ -148,10 +148,8 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> nn.Modul
     name = cast(str, recipe.loss.teacher)
     teacher: nn.Module
     if name.startswith(RANDOM):
-        record = registry.resolve_checkpoint(name.removeprefix(RANDOM))
-        size = {"img_size": recipe.data.size} if needs_image_size(record.architecture) else {}
-        module, wnids = convert.build(record.architecture, num_classes=len(space), **size), space.wnids
-        mean, std = record.mean, record.std
+        module, (mean, std) = _random_teacher(recipe, name.removeprefix(RANDOM), len(space))
+        wnids = space.wnids
     else:
         loaded = load_model(name)
         module, wnids = loaded.module, loaded.label_space.wnids
@@ -163,6 +161,17 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> nn.Modul
         reorder_head(module, levels.columns)
     teacher = Normalized(module, mean, std)
     return teacher.eval().requires_grad_(False)
+
+
+def _random_teacher(recipe: Recipe, name: str, num_classes: int) -> tuple[nn.Module, tuple[Any, Any]]:
+    """A record's network with random weights; the student's where the name is a folder's."""
+    try:
+        record = registry.resolve_checkpoint(name)
+        architecture, normalisation = record.architecture, (record.mean, record.std)
+    except UnknownModelError:
+        architecture, normalisation = recipe.model.architecture, (recipe.model.mean, recipe.model.std)
+    size = {"img_size": recipe.data.size} if needs_image_size(architecture) else {}
+    return convert.build(architecture, num_classes=num_classes, **size), normalisation
 
 
 class Criterion(nn.Module):

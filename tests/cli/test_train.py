@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.training.runs import make_folder, small_recipe
+from wn21k_zoo.cli.app import app
+from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.engine import train
+
+RECIPES = Path(__file__).parent.parent.parent / "training" / "recipes"
+
+
+def wn21k(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(small_recipe(), data, folder, World(0, 1, torch.device("cpu")), workers=0)
+    return folder
+
+
+def test_plan():
+    shown = json.loads(
+        wn21k("train", "plan", f"{RECIPES}/resnet50.py", "--gpus", 4, "--images-per-second", 2500).stdout
+    )
+    assert (shown["recipe"], shown["gpus"], shown["accumulation"]) == ("resnet50.miil_in21k", 4, 2)
+    assert shown["hours"] == pytest.approx(26.2)
+    halved = json.loads(wn21k("train", "plan", f"{RECIPES}/resnet50.py", "--set", "schedule.epochs=40").stdout)
+    assert halved["epochs"] == 40
+    assert "images_seen" in wn21k("train", "plan", f"{RECIPES}/resnet50.py:in1k", "-f", "table").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", f"{RECIPES}/resnet51.py"), "Did you mean resnet50.py"),
+        (("plan", f"{RECIPES}/resnet50.py:in2k"), "Did you mean"),
+        (("plan", f"{RECIPES}/resnet50.py", "--set", "optimizer.lrr=1"), "Did you mean lr?"),
+        (("plan", f"{RECIPES}/finetune.py"), "give --images"),
+        (("list", "nowhere"), "nowhere is no recipe file"),
+        (("plot", "nowhere"), "holds no run"),
+        (("export", "nowhere", "out"), "holds no run"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    done = wn21k("train", *arguments)
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_list_and_show():
+    listed = [json.loads(line) for line in wn21k("train", "list", RECIPES).stdout.splitlines()]
+    assert f"{RECIPES}/resnet50.py:in21k" in {row["recipe"] for row in listed}
+    assert all(row["about"] for row in listed)
+    shown = json.loads(wn21k("train", "show", f"{RECIPES}/resnet50.py", "--set", "optimizer.lr=0.1").stdout)
+    assert shown["optimizer"]["lr"] == 0.1
+
+
+def test_plot_export_evaluate(run, data, tmp_path):
+    assert wn21k("train", "plot", run, "-o", tmp_path / "plot.png").stdout.strip() == str(tmp_path / "plot.png")
+    assert wn21k("train", "export", run, tmp_path / "model", "--name", "mine.test").exit_code == 0
+    done = wn21k(
+        "evaluate", tmp_path / "model", data, "-j", 0, "-o", tmp_path / "figures.json", "--plot", tmp_path / "r.png"
+    )
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "figures.json").read_text())
+    assert (tmp_path / "r.png").stat().st_size > 1000
+    table = wn21k("evaluate", run, data, "-j", 0, "-f", "table").stdout
+    assert "semantic top1" in table
+    assert "level 0" in table
+
+
+def test_evaluation_of_what_is_not_there(run, data, tmp_path):
+    for arguments, message in (
+        ((tmp_path / "nothing", data), "There is no folder"),
+        ((run, tmp_path / "nothing"), "nothing"),
+        ((run, data, "-o", tmp_path / "no" / "x.json", "-j", 0), "cannot be written"),
+        ((run, data, "--split", "test"), "has the splits"),
+    ):
+        done = wn21k("evaluate", *arguments)
+        assert done.exit_code != 0
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+
+from wn21k_zoo.errors import DataError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.crops import CenterCrop, RandomCrop
+from wn21k_zoo.training.data import Loader, is_class_folder, open_folder
+
+from .archives import jpeg
+from .runs import WNIDS, make_folder
+
+
+def test_one_image_in_ten_is_for_validation_and_none_is_in_both(tmp_path):
+    make_folder(tmp_path, images=20)
+    train, validation = open_folder(tmp_path), open_folder(tmp_path, "validation")
+    assert (len(train), len(validation)) == (6 * 18, 6 * 2)
+    assert not {name for name, _ in train.files} & {name for name, _ in validation.files}
+    assert len(open_folder(tmp_path, "all")) == 120
+    assert train.class_names == tuple(sorted(WNIDS))
+    assert train.label_space.wnids == train.class_names
+
+
+def test_divided_as_the_user_divided_it(tmp_path):
+    make_folder(tmp_path / "train", images=3, names=("a", "b"))
+    make_folder(tmp_path / "val", images=2, names=("a", "b"))
+    (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "a" / "deeper").mkdir()
+    (tmp_path / "train" / "a" / "deeper" / "x.JPG").write_bytes(jpeg(1))
+    assert (len(open_folder(tmp_path)), len(open_folder(tmp_path, "validation"))) == (7, 4)
+    assert open_folder(tmp_path).label_space is None
+    make_folder(tmp_path / "val", images=1, names=("c",))
+    with pytest.raises(DataError, match="has the class c, which"):
+        open_folder(tmp_path, "validation")
+
+
+def test_what_is_no_data_set(tmp_path):
+    assert not is_class_folder(tmp_path)
+    assert not is_class_folder(tmp_path / "nothing")
+    (tmp_path / "one").mkdir()
+    with pytest.raises(DataError, match="has 1 folders; a folder per class is needed"):
+        open_folder(tmp_path)
+    (tmp_path / "two").mkdir()
+    with pytest.raises(DataError, match="the class one has no images"):
+        open_folder(tmp_path)
+    with pytest.raises(DataError, match="has the splits train, validation, all, not 'vall'"):
+        open_folder(tmp_path, "vall")
+    (tmp_path / "other" / "train").mkdir(parents=True)
+    with pytest.raises(DataError, match="none for validation"):
+        open_folder(tmp_path / "other")
+
+
+def test_targets_of_a_label_space_by_the_names_of_the_folders(tmp_path):
+    space = LabelSpace.load("fall11")
+    folder = open_folder(make_folder(tmp_path / "x", names=WNIDS[3:])).mapped_to(space)
+    assert {space.wnids[target] for _, target in folder.files} == set(WNIDS[3:])
+    with pytest.raises(DataError, match="has a folder cats, which is no class of"):
+        open_folder(make_folder(tmp_path / "y", names=("cats", "dogs"))).mapped_to(space)
+
+
+def test_a_damaged_file_is_left_out_and_named(tmp_path, caplog):
+    make_folder(tmp_path, images=10)
+    (tmp_path / WNIDS[0] / "0.jpg").write_bytes(b"no image")
+    folder = open_folder(tmp_path, "all")
+    loader = Loader(folder, batch_size=7, training=False, augmentation=CenterCrop(32))
+    batches = list(loader)
+    assert sum(len(batch) for batch in batches) == 59
+    assert loader.bad_samples == 1
+    assert f"{WNIDS[0]}/0.jpg" in caplog.text
+    for batch in batches:
+        for sample, target in zip(batch.samples.tolist(), batch.targets.tolist(), strict=True):
+            assert folder.files[sample][1] == target
+
+
+@pytest.mark.parametrize("shape", [(40, 60, 3), (60, 40, 3), (64, 64, 3), (20, 20, 3), (1, 90, 3)])
+@pytest.mark.parametrize("options", [{}, {"operations": 2, "erase": 1.0}])
+def test_random_crops_have_their_size_and_depend_on_the_seed_alone(shape, options):
+    from random import Random
+
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    before = image.copy()
+    crop = RandomCrop(32, **options)
+    results = [crop(image, Random(seed)) for seed in (1, 1, 2)]  # noqa: S311
+    assert all(result.shape == (32, 32, 3) and result.dtype == np.uint8 for result in results)
+    assert np.array_equal(results[0], results[1])
+    assert shape[0] == 1 or not np.array_equal(results[0], results[2])
+    assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize("shape", [(40, 60, 3), (60, 40, 3), (64, 64, 3), (20, 20, 3)])
+def test_the_centre_stays_in_the_centre(shape):
+    from random import Random
+
+    image = np.zeros(shape, np.uint8)
+    image[shape[0] // 2 - 2 : shape[0] // 2 + 2, shape[1] // 2 - 2 : shape[1] // 2 + 2] = 255
+    cropped = CenterCrop(32)(image, Random(0))  # noqa: S311
+    assert cropped.shape == (32, 32, 3)
+    rows, columns = np.nonzero(cropped[:, :, 0] > 100)
+    assert abs(rows.mean() - 15.5) < 1.1
+    assert abs(columns.mean() - 15.5) < 1.1
+
+
+def test_crops_out_of_range():
+    for make in (lambda: RandomCrop(0), lambda: RandomCrop(8, scale=0), lambda: CenterCrop(8, crop_pct=2)):
+        with pytest.raises(ValueError, match="must be"):
+            make()

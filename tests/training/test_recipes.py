@@ -1,0 +1,237 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from wn21k_zoo import registry
+from wn21k_zoo.checkpoints import CHECKPOINTS
+from wn21k_zoo.errors import RecipeError, UnknownModelError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training import presets
+from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.engine import train
+from wn21k_zoo.training.plan import cost_table, plan
+from wn21k_zoo.training.prepare import PrepareOptions, prepare
+from wn21k_zoo.training.recipe import RANDOM, Recipe, load_recipe, override, recipes_in
+
+from .archives import WNIDS, jpeg
+from .runs import make_folder, small_recipe
+
+FOLDER = Path(__file__).parent.parent.parent / "training" / "recipes"
+ALL = [f"{path}:{name}" for path in sorted(FOLDER.glob("*.py")) for name in recipes_in(path)]
+
+
+def short(where):
+    return where.removeprefix(f"{FOLDER}/")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Class folders, and shards of them in fall11."""
+    folder = tmp_path_factory.mktemp("images")
+    for number, wnid in enumerate(WNIDS):
+        (folder / "classes" / wnid).mkdir(parents=True)
+        for index in range(8):
+            (folder / "classes" / wnid / f"{wnid}_{index}.JPEG").write_bytes(jpeg(100 * number + index, 40, 40))
+    options = PrepareOptions(min_images=0, val_per_class=2, size=32, shard_size=20)
+    prepare(folder / "classes", folder / "shards", options, workers=1)
+    return folder
+
+
+@pytest.mark.parametrize("where", ALL, ids=short)
+def test_every_recipe_can_be_had_and_goes_together(where):
+    recipe = load_recipe(where)
+    recipe.check()
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    for name in (recipe.model.start, recipe.loss.teacher):
+        if name is not None and not name.startswith("runs/"):
+            checkpoint = registry.resolve_checkpoint(name)
+            assert name == recipe.loss.teacher or checkpoint.architecture == recipe.model.architecture
+    if recipe.loss.teacher is not None and not recipe.loss.teacher.startswith("runs/"):
+        spoken = LabelSpace.load(registry.resolve_checkpoint(recipe.loss.teacher).label_space)
+        assert spoken.digest == LabelSpace.load(recipe.data.label_space).digest
+    small = recipe.debug()
+    small.check()
+    assert small.schedule.max_steps == 2
+    assert all(name is None or name.startswith(RANDOM) for name in (small.model.start, small.loss.teacher))
+
+
+def test_there_is_a_recipe_for_every_published_checkpoint():
+    recipes = {load_recipe(where).name for where in ALL}
+    assert {checkpoint.name for checkpoint in CHECKPOINTS if "miil" in checkpoint.name} <= recipes
+    for architecture in presets.ARCHITECTURES:
+        mine = set(recipes_in(FOLDER / f"{architecture}.py"))
+        assert mine == {
+            "in21k", "in21k_without_distillation", "in21k_winter21", "in21k_from_scratch", "in21k_modern", "in1k",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_the_head_of_a_file_has_the_commands_and_the_cost(path):
+    head = path.read_text().partition('"""\n')[0]
+    assert "wn21k_zoo.training.train" in head
+    assert path.name in head
+    assert re.search(r"chosen|our choice", head, re.IGNORECASE)
+    assert "Images seen" in head or "images" in head
+    if path.stem in (*presets.ARCHITECTURES, "baselines"):
+        assert [line.strip() for line in head.splitlines() if line.endswith(" hours")] == cost_table(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ALL, ids=short)
+def test_every_recipe_takes_two_steps(where, images, tmp_path):
+    recipe = load_recipe(where).debug()
+    data = images / ("classes" if recipe.data.label_space is None else "shards")
+    torch.set_num_threads(1)
+    figures = train(recipe, data, tmp_path / "run", World(0, 1, torch.device("cpu")), workers=0)
+    assert figures["step"] == 2
+    assert figures["images"] > 0
+    shutil.rmtree(tmp_path / "run")  # hundreds of megabytes
+
+
+def test_what_is_published_is_in_the_published_recipe():
+    recipe = presets.in21k("resnet50")
+    assert (recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay) == ("adam", 3e-4, 1e-4)
+    assert (recipe.schedule.name, recipe.schedule.epochs) == ("one_cycle", 80)
+    assert (recipe.schedule.warmup, recipe.schedule.start_divisor) == (0.1, 20)
+    assert (recipe.data.batch_size, recipe.data.batch_per_device) == (512, 64)
+    assert (recipe.loss.kind, recipe.loss.label_smoothing) == ("semantic_softmax", 0.2)
+    assert (recipe.data.augmentation, recipe.data.size, recipe.model.mean) == ("published", 224, (0, 0, 0))
+    scratch = presets.from_scratch(recipe)
+    assert (scratch.model.start, scratch.schedule.epochs) == (None, 140)
+    assert (scratch.optimizer.name, scratch.optimizer.lr) == ("sgd", 1e-2)
+
+
+def test_nothing_is_known_of_other_architectures():
+    with pytest.raises(RecipeError, match="Did you mean resnet50"):
+        presets.in21k("resnet51")
+    with pytest.raises(UnknownModelError):
+        presets.finetune("resnet50.a1_in1kk")
+
+
+def test_two_recipes_share_nothing():
+    one, other = presets.in21k("resnet50"), presets.in21k("resnet50")
+    one.optimizer.lr = 1.0
+    assert other.optimizer.lr == 3e-4
+    assert Recipe(name="x", model={"architecture": "resnet50"}).optimizer.lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda recipe: setattr(recipe.optimizer, "lrr", 1), "optimizer has no field 'lrr'. Did you mean lr?"),
+        (lambda recipe: setattr(recipe, "optimiser", 1), "recipe has no field 'optimiser'. Did you mean optimizer?"),
+        (lambda recipe: setattr(recipe.optimizer, "lr", "fast"), r"optimizer.lr cannot be 'fast'"),
+        (lambda recipe: setattr(recipe.optimizer, "lr", -1), r"optimizer.lr cannot be -1"),
+        (lambda recipe: setattr(recipe.loss, "kind", "hinge"), "loss.kind cannot be 'hinge'"),
+        (lambda recipe: setattr(recipe.schedule, "epochs", 1.5), "schedule.epochs cannot be 1.5"),
+        (lambda recipe: setattr(recipe.model, "mean", (0.0, 0.0)), "model.mean"),
+        (lambda _: Recipe(name="x"), "recipe.model is missing"),
+        (lambda _: Recipe(name="x", model={"architectur": "x"}), "model has no field|model.architecture is missing"),
+        (lambda recipe: override(recipe, ["optimizer.lr"]), "write section.field=value"),
+        (lambda recipe: override(recipe, ["optimizer=adam"]), "write section.field=value"),
+        (lambda recipe: override(recipe, ["optimizer.lr.x=1"]), "A recipe has no field optimizer.lr.x"),
+        (lambda recipe: override(recipe, ["schedule.epoch=3"]), "Did you mean epochs"),
+    ],
+)
+def test_a_wrong_field_or_value_is_one_line(change, message):
+    with pytest.raises(RecipeError, match=message) as error:
+        change(small_recipe())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["loss.teacher=resnet50.miil_in21k"], "distillation_weight is 0"),
+        (["loss.distillation_weight=1"], "there is no loss.teacher"),
+        (["model.mean=[0.5,0.5,0.5]"], "not followed by a normalisation"),
+        (["model.std=[0,1,1]"], "model.std must be above 0"),
+        (["optimizer.betas=[0.9,1.0]"], "betas"),
+        (["loss.kind=multi_label"], "no smoothing"),
+    ],
+)
+def test_values_that_do_not_go_together(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        override(small_recipe(), settings).check()
+
+
+def test_any_field_can_be_overridden():
+    recipe = small_recipe()
+    settings = ["optimizer.lr=1e-3", "model.start=none", "model.mean=[0.1, 0.2, 0.3]", "loss.kind=single_label"]
+    settings += ["run.deterministic=true", 'model.arguments={"drop_rate": 0.1}']
+    changed = override(recipe, settings)
+    assert (changed.optimizer.lr, changed.model.start, changed.model.mean) == (1e-3, None, (0.1, 0.2, 0.3))
+    assert changed.model.arguments == {"drop_rate": 0.1}
+    assert recipe == small_recipe()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def broken(:\n", "SyntaxError"),
+        ("import nothing_of_that_name\n", "ModuleNotFoundError"),
+        ("x = 1\n", "has no function"),
+        ("def f():\n    pass\n", "returns a NoneType, not a recipe"),
+        ("def f():\n    return 1 / 0\n", "fails with ZeroDivisionError"),
+        ("def f(x):\n    pass\n", "has no function"),
+    ],
+)
+def test_a_recipe_file_that_does_not_work(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(RecipeError, match=message) as error:
+        load_recipe(str(tmp_path / "mine.py"))
+    assert "\n" not in str(error.value)
+
+
+def test_where_there_is_no_recipe(tmp_path):
+    for where in (tmp_path, tmp_path / "nothing.py", tmp_path / "a.txt"):
+        with pytest.raises(RecipeError, match=r"a recipe is FILE\.py:function"):
+            load_recipe(str(where))
+    with pytest.raises(RecipeError, match="Did you mean in21k"):
+        load_recipe(f"{FOLDER / 'resnet50.py'}:in21")
+    (tmp_path / "recipe.json").write_text("[]")
+    with pytest.raises(RecipeError, match="No recipe"):
+        load_recipe(str(tmp_path / "recipe.json"))
+
+
+def test_a_recipe_may_import_its_neighbours(tmp_path):
+    (tmp_path / "base.py").write_text((FOLDER / "resnet50.py").read_text())
+    (tmp_path / "mine.py").write_text("import base\n\ndef mine():\n    return base.in1k()\n")
+    assert load_recipe(str(tmp_path / "mine.py")) == presets.in1k("resnet50")
+    assert not (tmp_path / "__pycache__").exists()
+
+
+def test_a_plan_counts_what_a_run_does():
+    recipe = presets.in21k("resnet50")
+    for gpus, accumulation in ((1, 8), (8, 1), (16, 1)):
+        figures = plan(recipe, gpus=gpus, images_per_second=1000)
+        assert figures.steps == 80 * (11_797_632 // 512)
+        assert figures.accumulation == accumulation
+        assert figures.batch_per_gpu * accumulation * gpus == 512
+        assert figures.hours == pytest.approx(figures.steps * 512 / 1000 / gpus / 3600, abs=0.1)
+    assert figures.parameters == sum(parameter.numel() for parameter in _resnet().parameters())
+    with pytest.raises(RecipeError, match="cannot be shared by 3"):
+        plan(recipe, gpus=3)
+    with pytest.raises(RecipeError, match="give --images"):
+        plan(small_recipe())
+    with pytest.raises(RecipeError, match=r"fewer than data\.batch_size"):
+        plan(recipe, images=10)
+    assert plan(small_recipe(), images=1000).hours is None
+
+
+def _resnet():
+    import timm
+
+    return timm.create_model("resnet50", num_classes=11_221)
+
+
+def test_the_folder_of_classes_is_what_the_finetuning_takes(tmp_path):
+    recipe = load_recipe(f"{FOLDER / 'finetune.py'}:embedded").debug()
+    make_folder(tmp_path / "mine", names=("cats", "dogs"))
+    figures = train(recipe, tmp_path / "mine", tmp_path / "run", World(0, 1, torch.device("cpu")), workers=0)
+    assert figures["images"] == 2
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["class_names"] == ["cats", "dogs"]
