@@ -1,0 +1,135 @@
+"""Images per second of the engine's step beside the bare forward and backward pass, on the same synthetic images.
+
+    python benchmarks/engine.py --architecture resnet50 --size 224 --batch 64 --device cuda
+
+Both do forward, loss, backward, clipping and the optimizer with the same network, precision and memory format; the
+engine adds what a run needs: agreement on stops and on losses that are not finite, seeds, metrics, progress. No image
+is read: the loader has its own benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training import engine
+from wn21k_zoo.training.data import Batch
+from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.progress import Reporter
+from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.state import RunFolder
+from wn21k_zoo.tree import SemanticTree
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="regnetx_002")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=10, help="of each in a round")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    recipe = Recipe(name="benchmark", model={"architecture": arguments.architecture})
+    recipe.data.size, recipe.data.batch_size, recipe.data.batch_per_device = (
+        arguments.size,
+        arguments.batch,
+        arguments.batch,
+    )
+    recipe.run.precision, recipe.optimizer.clip_norm = arguments.precision, 1.0
+    space = LabelSpace.load("fall11")
+    images = range(arguments.batch * 100_000)
+    splits = engine.Splits(_Synthetic(space, images), _Synthetic(space, images), space, SemanticTree.load("fall11"))
+    device = torch.device(arguments.device)
+    batch = Batch(
+        torch.rand(arguments.batch, 3, arguments.size, arguments.size, device=device).to(
+            memory_format=torch.channels_last
+        ),
+        torch.randint(0, len(space), (arguments.batch,), device=device),
+        torch.arange(arguments.batch),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        ours, bare = (
+            _engine(recipe, splits, Path(folder) / "ours", device),
+            _engine(recipe, splits, Path(folder) / "bare", device),
+        )
+        ratios, speeds = [], {"engine": [], "bare": []}
+        for number in range(arguments.rounds):
+            pair = {}
+            order = ("engine", "bare") if number % 2 else ("bare", "engine")  # whoever is second finds a warm machine
+            for name in order:
+                _wait(device)
+                begin = time.perf_counter()
+                if name == "engine":
+                    ours._steps(iter([batch] * arguments.steps), arguments.steps)
+                else:
+                    _bare_steps(bare, batch, arguments.steps)
+                _wait(device)
+                pair[name] = arguments.batch * arguments.steps / (time.perf_counter() - begin)
+            if number:
+                ratios.append(pair["engine"] / pair["bare"])
+                for name, speed in pair.items():
+                    speeds[name].append(speed)
+        ours.reporter.close()
+    print(f"{arguments.architecture}, {arguments.size} px, batch {arguments.batch}, {arguments.precision}, {device}")
+    for name, values in speeds.items():
+        print(f"{name:8} {statistics.median(values):10.1f} images/s")
+    print(
+        f"ratio    {statistics.median(ratios):10.3f} (median of {len(ratios)}, {min(ratios):.3f} to {max(ratios):.3f})"
+    )
+
+
+class _Synthetic:
+    """As many images as a run might have, of which none is read."""
+
+    def __init__(self, space, images) -> None:
+        self.label_space, self.class_names, self._images = space, space.wnids, images
+        self.lengths, self.shards = (len(images),), (SimpleNamespace(name="synthetic", kind="files"),)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+
+def _engine(recipe, splits, folder, device):
+    run = engine._Run(recipe, splits, RunFolder(folder), World(0, 1, device), 0)
+    run.reporter, run.writer, run._saved_at = Reporter(run.folder, run.total, 0), None, time.monotonic()
+    return run
+
+
+def _bare_steps(run, batch, steps) -> None:
+    """What a training loop without anything else does."""
+    run.network.train()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.recipe.run.precision)
+    for _ in range(steps):
+        with torch.autocast(run.device.type, dtype) if dtype else contextlib.nullcontext():
+            logits = run.module.module(batch.images)
+        loss = run.criterion.loss(logits, batch.targets)
+        run.scaler.scale(loss).backward()
+        run.scaler.unscale_(run.optimizer)
+        clip_grad_norm_(run.module.parameters(), 1.0)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+
+
+def _wait(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
