@@ -197,12 +197,13 @@ def test_another_recipe_or_other_data_are_not_mixed_into_a_run(data, tmp_path):
 
 def test_what_is_no_place_for_a_run(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"file.* cannot be made"):
-        RunFolder(tmp_path / "file").begin(small_recipe(), {})
+    with pytest.raises(RunError, match="is a file; name a folder as --output"):
+        run(small_recipe(), data, tmp_path / "file")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"")
     with pytest.raises(RunError, match=r"holds holiday\.jpg, which is of no run"):
         run(small_recipe(), data, tmp_path / "photos")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
     with RunFolder(tmp_path / "busy").locked(), pytest.raises(RunError, match="Another run is writing"):
         run(small_recipe(), data, tmp_path / "busy")
     with pytest.raises(RunError, match="holds no run"):
@@ -239,7 +240,8 @@ def test_what_cannot_be_run_is_said_before_anything_is_written(data, tmp_path, s
     with pytest.raises(Exception, match=message) as error:
         run(small_recipe(**sections), data, tmp_path / "run")
     assert type(error.value).__module__ == "wn21k_zoo.errors"
-    assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())
+    assert not (tmp_path / "run" / "recipe.json").exists()
+    run(small_recipe(schedule={"max_steps": 1}), data, tmp_path / "run")  # nothing is in the way of a right one
 
 
 def test_classes_that_are_no_synsets_have_a_plain_softmax_only(tmp_path):

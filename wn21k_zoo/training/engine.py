@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import NonFiniteError, RecipeError
+from wn21k_zoo.errors import NonFiniteError, RecipeError, first_line
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.crops import CenterCrop, RandomCrop
 from wn21k_zoo.training.data import (
@@ -166,10 +166,11 @@ def train(
         Preempted: As above.
     """
     recipe.check()
-    folder = RunFolder(Path(output))
+    folder, splits = RunFolder(Path(output)), open_splits(recipe, data)
+    world.lead(lambda: folder.check(recipe, splits.describe()))
     with contextlib.ExitStack() as stack:
         world.lead(lambda: stack.enter_context(folder.locked()))
-        return _Run(recipe, open_splits(recipe, data), folder, world, workers).go(stack, handle_signals)
+        return _Run(recipe, splits, folder, world, workers).go(stack, handle_signals)
 
 
 class _Run:
@@ -187,8 +188,8 @@ class _Run:
         self.total = recipe.schedule.epochs * self.steps_per_epoch
         self.total = min(self.total, recipe.schedule.max_steps or self.total)
         self.levels = Levels(splits.tree, "level").to(self.device) if splits.tree is not None else None
-        world.lead(lambda: folder.begin(recipe, splits.describe()))
         self._build()
+        world.lead(lambda: folder.begin(recipe, splits.describe()))
         self.loaders = self._loaders(workers)
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
         self.figures: dict[str, Any] = {}
@@ -268,10 +269,10 @@ class _Run:
             self.reporter.say(f"going on at step {self.step:,} of {self.total:,}")
         try:
             self._epochs()
-        except (Preempted, NonFiniteError) as end:
+        except Exception as end:
             if leads:
                 state = "preempted" if isinstance(end, Preempted) else "failed"
-                self.folder.set_status(state, self.step, total=self.total, reason=str(end) or None)
+                self.folder.set_status(state, self.step, total=self.total, reason=first_line(end))
             raise
         finally:
             self.reporter.close()
@@ -386,6 +387,7 @@ class _Run:
         self._pending_flags()  # whatever is saved has finite losses behind it
         self._save(wait=stop)
         if stop:
+            self.world.maximum(True)  # wait for all: torchrun ends the others as soon as one is gone
             raise Preempted(128 + (self._stop_signal or signal.SIGTERM))
 
     def _save(self, best: bool = False, wait: bool = False) -> None:
@@ -433,10 +435,10 @@ class _Run:
     def _evaluate(self) -> dict[str, Any]:
         if self.classes is None:
             self.classes = classes_with_images(self.splits.validation)
-        if self.world.size > 1:
-            for buffer in self.module.buffers():  # each rank's batch statistics are its own until the next step
-                torch.distributed.broadcast(buffer, 0)
         module = (self.average.module if self.average is not None else self.module).eval()
+        if self.world.size > 1:
+            for buffer in module.buffers():  # each rank's batch statistics are its own until the next step
+                torch.distributed.broadcast(buffer, 0)
         evaluation = Evaluation(
             self.splits.tree,
             len(self.splits.class_names),

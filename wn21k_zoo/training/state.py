@@ -63,25 +63,36 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.best = self.checkpoints / "best.pt"
 
-    def begin(self, recipe: Recipe, data: Mapping[str, Any]) -> None:
-        """Make the folder, or see that what is there is the same run.
+    def check(self, recipe: Recipe, data: Mapping[str, Any]) -> None:
+        """See that the folder is new or empty, or holds the same run; one without a checkpoint may be begun anew.
 
         Raises:
-            RunError: It holds another run or something else, or cannot be written.
+            RunError: It holds another run or something else.
         """
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another --output.") from None
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; name a folder as --output.")
+        if not self.path.is_dir():
+            return
         names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
         if foreign := names - _OURS:
             raise RunError(
                 f"{self.path} holds {min(foreign)}, which is of no run; name an empty or new folder as --output."
             )
-        for left in self.checkpoints.glob("*.tmp*"):  # of a run that was killed
-            left.unlink(missing_ok=True)
-        if (self.path / "recipe.json").is_file():
+        if self.steps() and (self.path / "recipe.json").is_file():
             self._same(recipe, data)
+
+    def begin(self, recipe: Recipe, data: Mapping[str, Any]) -> None:
+        """Write what the run is, and remove what a killed one left.
+
+        Raises:
+            RunError: The folder cannot be written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for left in self.checkpoints.glob("*.tmp*"):
+                left.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another --output.") from None
         self._write("recipe.json", recipe.to_json())
         self._write("data.json", json.dumps(dict(data), indent=1) + "\n")
 
@@ -92,12 +103,14 @@ class RunFolder:
         Raises:
             RunError: One does.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.path / ".lock")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=2)
         except filelock.Timeout:
             raise RunError(f"Another run is writing to {self.path}; wait for it, or name another --output.") from None
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another --output.") from None
         try:
             yield
         finally:
