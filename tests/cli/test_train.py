@@ -49,6 +49,7 @@ def test_plan():
         (("plan", f"{RECIPES}/finetune.py"), "give --images"),
         (("list", "nowhere"), "nowhere is no recipe file"),
         (("plot", "nowhere"), "holds no run"),
+        (("compare", "nowhere"), "holds no run"),
         (("export", "nowhere", "out"), "holds no run"),
     ],
 )
@@ -80,6 +81,12 @@ def test_plot_export_evaluate(run, data, tmp_path):
     table = wn21k("evaluate", run, data, "-j", 0, "-f", "table").stdout
     assert "semantic top1" in table
     assert "level 0" in table
+
+
+def test_compare(run):
+    (row,) = [json.loads(line) for line in wn21k("train", "compare", run).stdout.splitlines()]
+    assert (row["run"], row["loss"], row["epoch"]) == ("run", "semantic_softmax", 2)
+    assert 0 <= row["top1"] <= row["top5"] <= 100
 
 
 def test_evaluation_of_what_is_not_there(run, data, tmp_path):

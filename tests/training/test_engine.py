@@ -91,6 +91,7 @@ def test_a_run_leaves_what_it_should(data, tmp_path):
     assert evaluations[-1]["images"] == figures["images"] == 6
     assert {path.name for path in folder.checkpoints.iterdir()} == {"best.pt", "step-00000006.pt", "step-00000012.pt"}
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
 def test_it_learns(data, tmp_path):

@@ -119,6 +119,41 @@ def plot(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs.")],
+    format: FormatOption = None,  # noqa: A002
+) -> None:
+    """The last evaluation of each run, side by side."""
+    from wn21k_zoo.errors import RunError
+    from wn21k_zoo.training.state import RunFolder, read_lines
+
+    rows = []
+    for run in runs:
+        folder = RunFolder(run)
+        lines = read_lines(folder.metrics) if folder.metrics.is_file() else []
+        evaluations = [line for line in lines if line.get("kind") == "evaluation"]
+        if not evaluations:
+            raise RunError(f"{folder.path} holds no run that was evaluated yet.")
+        last = evaluations[-1]
+        figures = {name: round(last[name], 2) if name in last else None for name in _COMPARED}
+        rows.append({"run": folder.path.name, "loss": folder.recipe().loss.kind, "epoch": last["epoch"], **figures})
+    print_table(rows, tuple(rows[0]), format)
+
+
+_COMPARED = (
+    "semantic_top1",
+    "top1",
+    "top5",
+    "raw_top1",
+    "mean_lca_error",
+    "mean_lca_error_of_mistakes",
+    "hierarchical_precision",
+    "hierarchical_recall",
+    "calibration_error",
+)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the model.")],
