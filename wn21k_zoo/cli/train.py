@@ -165,7 +165,10 @@ def export(
     """A run as a folder that timm and wn21k_zoo load, with the draft of a record."""
     from wn21k_zoo.training.export import export_run
 
-    typer.echo(str(export_run(run, folder, which=which.value, name=name, dtype=dtype, force=force)))
+    written = export_run(run, folder, which=which.value, name=name, dtype=dtype, force=force)
+    typer.echo(str(written))
+    if not (written / "wn21k_labels.json").is_file():
+        say(f'its classes are no synsets: load it with timm.create_model("local-dir:{written}", pretrained=True)')
 
 
 def register(target: typer.Typer) -> None:

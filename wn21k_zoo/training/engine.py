@@ -265,8 +265,7 @@ class _Run:
             self.folder.set_status("running", self.step, total=self.total)
         self.writer = CheckpointWriter(self.folder, self.recipe.run.keep) if leads else None
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
-        if self.step:
-            self.reporter.say(f"going on at step {self.step:,} of {self.total:,}")
+        self.reporter.say(self._describe())
         try:
             self._epochs()
         except Exception as end:
@@ -280,7 +279,18 @@ class _Run:
                 self.writer.close()
         if leads:
             self.folder.set_status("finished", self.step, total=self.total)
+            sys.stderr.write(f"wn21k: finished; wn21k train export {self.folder.path} DIR makes a model of it\n")
         return self.figures
+
+    def _describe(self) -> str:
+        """What is about to happen, in one line."""
+        data = self.splits
+        ranks = f"{self.world.size} x {self.device.type}" if self.world.size > 1 else self.device.type
+        begin = f"going on at step {self.step:,} of {self.total:,}" if self.step else f"{self.total:,} steps"
+        return (
+            f"{self.recipe.name}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
+            f"{len(data.class_names):,} classes; {begin} of {self.recipe.data.batch_size} images on {ranks}"
+        )
 
     def _epochs(self) -> None:
         self._saved_at = time.monotonic()
@@ -312,7 +322,7 @@ class _Run:
             loss, stop, due = self._step(batches)
             self._window.add(loss, self.recipe.data.batch_size)
             self.reporter.step(self.step)
-            if self.step % self.recipe.run.log_every == 0 or self.step == self.total:
+            if self.step % min(self.recipe.run.log_every, self.steps_per_epoch) == 0 or self.step == self.total:
                 self._log(rate)
             self._react(stop, due)
         self._react(*self._pending_flags())

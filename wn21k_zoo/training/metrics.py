@@ -184,7 +184,7 @@ class Calibration(_Counts):
     def update(self, confidence_b: Tensor, right_b: Tensor) -> None:
         """Count a batch: confidences in [0, 1] [B], and whether each prediction was right [B] bool."""
         at = (confidence_b * self.bins).long().clamp_(0, self.bins - 1)
-        millionths = (confidence_b.double() * 1e6).round().long()  # whole, so that sums are exact in any order
+        millionths = (confidence_b.float() * 1e6).round().long()  # whole, so that sums are exact in any order
         for column, values in enumerate((torch.ones_like(at), right_b.long(), millionths)):
             self.counts[:, column].scatter_add_(0, at, values)
 

@@ -177,7 +177,7 @@ class Run(_Section):
         keep: So many of the last checkpoints are kept, and the best.
         evaluate_every: Epochs between evaluations; the last epoch always ends with one.
         evaluate_batches: At most so many batches of each rank; None: all.
-        log_every: Steps between lines of metrics.jsonl.
+        log_every: Steps between lines of metrics.jsonl; at least one an epoch.
         deterministic: Only deterministic algorithms; on the CPU they are anyway.
     """
 
