@@ -402,6 +402,29 @@ def test_mistakes_on_the_command_line_are_one_line(data, tmp_path):
         assert done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.slow
+def test_compiled_it_computes_the_same_to_rounding(data, tmp_path):
+    for compiled in (False, True):
+        run(small_recipe(model={"compile": compiled}, optimizer={"name": "sgd"}), data, tmp_path / str(compiled))
+    plain, compiled = final(tmp_path / "False"), final(tmp_path / "True")
+    for key, value in plain["model"].items():
+        torch.testing.assert_close(compiled["model"][key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu(data, tmp_path, stop_at, precision):
+    gpu = World(0, 1, torch.device("cuda", 0))
+    recipe = small_recipe(run={"precision": precision, "ema_decay": 0.9}, optimizer={"clip_norm": 1.0})
+    stop_at(7)
+    with pytest.raises(Preempted):
+        train(recipe, data, tmp_path, gpu, workers=1, handle_signals=True)
+    stop_at(-1)
+    figures = train(recipe, data, tmp_path, gpu, workers=1)
+    assert figures["images"] == 6
+    assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
+
+
 def test_data_that_is_not_there(tmp_path):
     with pytest.raises(DataError):
         run(small_recipe(), tmp_path / "nowhere", tmp_path / "run")

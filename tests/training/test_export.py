@@ -9,7 +9,7 @@ from PIL import Image
 
 import wn21k_zoo
 from wn21k_zoo import publish
-from wn21k_zoo.errors import DataError, InvalidArgumentError, RunError
+from wn21k_zoo.errors import DataError, InvalidArgumentError, RecipeError, RunError
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import train
 from wn21k_zoo.training.evaluate import evaluate
@@ -96,6 +96,27 @@ def test_export_leaves_what_is_not_its_own(run, exported, tmp_path):
     with pytest.raises(InvalidArgumentError, match="best or last"):
         export_run(run, tmp_path / "out", which="first")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_run_begins_with_an_exported_one_and_keeps_its_head_where_the_classes_are_the_same(
+    exported, data, tmp_path, same
+):
+    recipe = small_recipe(model={"start": str(exported)}, optimizer={"lr": 1e-12}, schedule={"max_steps": 1})
+    if not same:
+        data = make_folder(tmp_path / "images", names=WNIDS[:5], images=12)
+    train(recipe, data, tmp_path / "run", ALONE, workers=0)
+    before, after = timm.create_model(f"local-dir:{exported}", pretrained=True), load_run(tmp_path / "run").module
+    torch.testing.assert_close(after.stem[0].weight, before.stem[0].weight)
+    assert torch.allclose(after.head.fc.weight, before.head.fc.weight[: len(after.head.fc.weight)], atol=1e-6) == same
+
+
+def test_a_teacher_is_an_exported_run_with_the_same_classes(exported, data, tmp_path):
+    recipe = small_recipe(loss={"teacher": str(exported), "distillation_weight": 1.0}, schedule={"max_steps": 2})
+    train(recipe, data, tmp_path / "run", ALONE, workers=0)
+    other = make_folder(tmp_path / "images", names=WNIDS[:5], images=12)
+    with pytest.raises(RecipeError, match="speaks other classes than"):
+        train(recipe, other, tmp_path / "other", ALONE, workers=0)
 
 
 def test_classes_of_ones_own(tmp_path):

@@ -206,7 +206,9 @@ class _Run:
         self.module = Normalized(network, recipe.model.mean, recipe.model.std).to(self.device)
         if recipe.model.channels_last:
             self.module.to(memory_format=torch.channels_last)
-        if recipe.model.sync_batchnorm and self.device.type == "cuda":
+        if recipe.model.sync_batchnorm and self.world.size > 1:
+            if self.device.type != "cuda":
+                raise RecipeError("model.sync_batchnorm needs GPUs; set it to false.")
             self.module = cast(Normalized, nn.SyncBatchNorm.convert_sync_batchnorm(self.module))  # type: ignore[no-untyped-call]
         self.teacher: nn.Module | None = None
         if recipe.loss.teacher is not None and space is not None and self.levels is not None:

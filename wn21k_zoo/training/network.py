@@ -6,6 +6,7 @@ sake of the loss's speed; :func:`reorder_head` goes there and back.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from typing import Any, cast
@@ -119,8 +120,12 @@ def _started(
 def _space_of(start: str) -> tuple[str, ...] | None:
     """The classes of weights, None when they are not known before they are there."""
     try:
+        folder = building.as_folder(start)
+        if folder is not None:
+            labels = json.loads((folder / building.LABELS_FILE).read_text(encoding="utf-8"))
+            return tuple(labels["wnids"])
         return LabelSpace.load(registry.resolve_checkpoint(start).label_space).wnids
-    except Wn21kError:
+    except (Wn21kError, OSError, ValueError, KeyError, TypeError):
         return None
 
 
