@@ -26,6 +26,7 @@ from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.progress import Reporter
 from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.splits import Splits
 from wn21k_zoo.training.state import RunFolder
 from wn21k_zoo.tree import SemanticTree
 
@@ -53,7 +54,7 @@ def main() -> None:
     recipe.run.precision, recipe.optimizer.clip_norm = arguments.precision, 1.0
     space = LabelSpace.load("fall11")
     images = range(arguments.batch * 100_000)
-    splits = engine.Splits(_Synthetic(space, images), _Synthetic(space, images), space, SemanticTree.load("fall11"))
+    splits = Splits(_Synthetic(space, images), _Synthetic(space, images), space, SemanticTree.load("fall11"))
     device = torch.device(arguments.device)
     batch = Batch(
         torch.rand(arguments.batch, 3, arguments.size, arguments.size, device=device).to(

@@ -13,8 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -24,22 +23,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import NonFiniteError, RecipeError, first_line
-from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.training.crops import CenterCrop, RandomCrop
-from wn21k_zoo.training.data import (
-    Augmentation,
-    Batch,
-    FolderDataset,
-    Loader,
-    PublishedAugmentation,
-    ShardedDataset,
-    Squash,
-    is_class_folder,
-    open_dataset,
-    open_folder,
-)
+from wn21k_zoo.training.data import Batch, Loader
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.levels import Levels
@@ -54,17 +39,12 @@ from wn21k_zoo.training.network import (
 )
 from wn21k_zoo.training.progress import Reporter
 from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.splits import Splits, evaluation_resize, open_splits, training_augmentation
 from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
-from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["HEADS", "Preempted", "Splits", "open_splits", "train"]
+__all__ = ["Preempted", "train"]
 
 _LOG = logging.getLogger(__name__)
-HEADS: Mapping[str, Head] = {
-    "semantic_softmax": "semantic_softmax",
-    "single_label": "softmax",
-    "multi_label": "sigmoid",
-}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,68 +54,6 @@ class Preempted(Exception):  # noqa: N818
     def __init__(self, code: int) -> None:
         super().__init__()
         self.code = code
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The two splits of a data set, and what its classes are.
-
-    ``tree`` and ``space`` are None where the classes are no synsets.
-    """
-
-    train: ShardedDataset | FolderDataset
-    validation: ShardedDataset | FolderDataset
-    space: LabelSpace | None
-    tree: SemanticTree | None
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """A wnid, or a folder's name, for each output."""
-        return self.train.class_names
-
-    def describe(self) -> dict[str, Any]:
-        """What a run must find again to go on."""
-        return {
-            "label_space": self.space.name if self.space else None,
-            "classes": hashlib.sha256("\n".join(self.class_names).encode()).hexdigest(),
-            "class_names": None if self.space and self.space.name != "custom" else list(self.class_names),
-            "images": {"train": len(self.train), "validation": len(self.validation)},
-        }
-
-
-def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
-    """The data of a run.
-
-    Args:
-        recipe: Whose label space the classes are mapped to.
-        data: Shards, or a URL of them, or a folder of class folders.
-
-    Raises:
-        DataError, UnknownLabelSpaceError: It cannot be read.
-        RecipeError: The recipe's loss needs a hierarchy, and the classes have none.
-    """
-    wanted = recipe.data.label_space
-    train: ShardedDataset | FolderDataset
-    validation: ShardedDataset | FolderDataset
-    if is_class_folder(data):
-        if wanted is not None:
-            raise RecipeError(
-                f"{data} is a folder of class folders, but the recipe is for {wanted}; make shards of it with `wn21k "
-                "data prepare`, or set data.label_space to null for classes of your own."
-            )
-        train, validation = open_folder(data), open_folder(data, "validation")
-        space = train.label_space
-    else:
-        train = open_dataset(data, label_space=wanted)
-        validation = open_dataset(data, "validation", label_space=wanted)
-        space = train.label_space
-    if space is None and (recipe.loss.kind != "single_label" or recipe.loss.teacher is not None):
-        what = f"loss.kind {recipe.loss.kind}" if recipe.loss.kind != "single_label" else "A teacher"
-        raise RecipeError(
-            f"{what} needs classes that are synsets, and {data} has {train.class_names[0]!r}; name its folders by "
-            "wnids, or set loss.kind to single_label without a teacher."
-        )
-    return Splits(train, validation, space, SemanticTree.from_label_space(space) if space else None)
 
 
 def train(
@@ -151,7 +69,7 @@ def train(
 
     Args:
         recipe: What to run.
-        data: See :func:`open_splits`.
+        data: See :func:`wn21k_zoo.training.splits.open_splits`.
         output: Folder of the run; all ranks see it.
         world: The processes that run it together.
         workers: Processes per rank that load images; default: the cores of this machine over its ranks, at most 16.
@@ -242,16 +160,16 @@ class _Run:
         training = Loader(
             self.splits.train,
             batch_size=self.micro,
-            augmentation=_augmentation(recipe),
+            augmentation=training_augmentation(recipe),
             seed=recipe.run.seed,
             window=recipe.data.window,
             group=self.group,
             **common,
         )
-        crop = recipe.data.crop_pct
-        resize = CenterCrop(recipe.data.size, crop) if crop else Squash(recipe.data.size)
         batch = max(self.micro, min(256, 2 * recipe.data.batch_per_device)) if self.device.type != "cpu" else self.micro
-        return training, Loader(self.splits.validation, batch_size=batch, training=False, augmentation=resize, **common)
+        return training, Loader(
+            self.splits.validation, batch_size=batch, training=False, augmentation=evaluation_resize(recipe), **common
+        )
 
     def go(self, stack: contextlib.ExitStack, handle_signals: bool) -> dict[str, Any]:
         if handle_signals:
@@ -454,7 +372,7 @@ class _Run:
         evaluation = Evaluation(
             self.splits.tree,
             len(self.splits.class_names),
-            HEADS[self.recipe.loss.kind],
+            self.recipe.loss.head,
             self.classes,
             "level" if self.levels is not None else "published",
             device=self.device,
@@ -549,15 +467,6 @@ class _Window:
         figures = loss, self._images / elapsed, self.waited / elapsed
         self._reset()
         return figures
-
-
-def _augmentation(recipe: Recipe) -> Augmentation:
-    size = recipe.data.size
-    if recipe.data.augmentation == "published":
-        return PublishedAugmentation(size)
-    if recipe.data.augmentation == "modern":
-        return RandomCrop(size, scale=0.08, operations=2, erase=0.25)
-    return RandomCrop(size, scale=0.25) if recipe.data.augmentation == "finetune" else Squash(size)
 
 
 def _seed(*numbers: int) -> int:

@@ -21,21 +21,19 @@ from wn21k_zoo.errors import DataError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model, select_device
 from wn21k_zoo.training.augment import Image
-from wn21k_zoo.training.crops import CenterCrop
 from wn21k_zoo.training.data import (
     Augmentation,
     FolderDataset,
     Loader,
     ShardedDataset,
-    Squash,
     is_class_folder,
     open_dataset,
     open_folder,
 )
-from wn21k_zoo.training.engine import HEADS
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.export import load_run
 from wn21k_zoo.training.network import Normalized
+from wn21k_zoo.training.splits import evaluation_resize
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["evaluate"]
@@ -132,14 +130,13 @@ def _subject(model: str | os.PathLike[str]) -> _Subject:
     if (Path(model).expanduser() / "recipe.json").is_file():
         trained = load_run(Path(model).expanduser())
         recipe = trained.recipe
-        crop = recipe.data.crop_pct
         return _Subject(
             name=recipe.name,
             module=Normalized(trained.module, recipe.model.mean, recipe.model.std),
             space=trained.space,
             class_names=trained.class_names,
-            head=HEADS[recipe.loss.kind],
-            resize=CenterCrop(recipe.data.size, crop) if crop else Squash(recipe.data.size),
+            head=recipe.loss.head,
+            resize=evaluation_resize(recipe),
         )
     loaded = load_model(model)
     config = dict(loaded.data_config or {})

@@ -17,7 +17,6 @@ from wn21k_zoo.building import pretrained_config
 from wn21k_zoo.checkpoints import Checkpoint, Metric
 from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
-from wn21k_zoo.training.engine import HEADS
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.network import reorder_head
 from wn21k_zoo.training.recipe import Recipe
@@ -89,7 +88,7 @@ class Trained:
             name=name or recipe.name,
             architecture=recipe.model.architecture,
             label_space=self.space.name if self.space else "own",
-            head=HEADS[recipe.loss.kind],
+            head=recipe.loss.head,
             input_size=(3, size, size),
             mean=recipe.model.mean,
             std=recipe.model.std,

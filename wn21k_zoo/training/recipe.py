@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import MissingExtraError, RecipeError, did_you_mean, first_line
 
 try:
@@ -121,6 +122,12 @@ class Loss(_Section):
     label_smoothing: float = pydantic.Field(default=0.2, ge=0, lt=1)
     teacher: str | None = None
     distillation_weight: float = pydantic.Field(default=0.0, ge=0)
+
+    @property
+    def head(self) -> Head:
+        """How the outputs of a network that was trained so are to be read."""
+        heads: dict[str, Head] = {"single_label": "softmax", "multi_label": "sigmoid"}
+        return heads.get(self.kind, "semantic_softmax")
 
 
 class Optimizer(_Section):

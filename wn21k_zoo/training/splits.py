@@ -1,0 +1,104 @@
+"""The data of a run: its two splits, what their classes are, and how images are changed on the way in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from wn21k_zoo.errors import RecipeError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.crops import CenterCrop, RandomCrop
+from wn21k_zoo.training.data import (
+    Augmentation,
+    FolderDataset,
+    PublishedAugmentation,
+    ShardedDataset,
+    Squash,
+    is_class_folder,
+    open_dataset,
+    open_folder,
+)
+from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.tree import SemanticTree
+
+__all__ = ["Splits", "evaluation_resize", "open_splits", "training_augmentation"]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The two splits of a data set, and what its classes are.
+
+    ``tree`` and ``space`` are None where the classes are no synsets.
+    """
+
+    train: ShardedDataset | FolderDataset
+    validation: ShardedDataset | FolderDataset
+    space: LabelSpace | None
+    tree: SemanticTree | None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A wnid, or a folder's name, for each output."""
+        return self.train.class_names
+
+    def describe(self) -> dict[str, Any]:
+        """What a run must find again to go on."""
+        return {
+            "label_space": self.space.name if self.space else None,
+            "classes": hashlib.sha256("\n".join(self.class_names).encode()).hexdigest(),
+            "class_names": None if self.space and self.space.name != "custom" else list(self.class_names),
+            "images": {"train": len(self.train), "validation": len(self.validation)},
+        }
+
+
+def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
+    """The data of a run.
+
+    Args:
+        recipe: Whose label space the classes are mapped to.
+        data: Shards, or a URL of them, or a folder of class folders.
+
+    Raises:
+        DataError, UnknownLabelSpaceError: It cannot be read.
+        RecipeError: The recipe's loss needs a hierarchy, and the classes have none.
+    """
+    wanted = recipe.data.label_space
+    train: ShardedDataset | FolderDataset
+    validation: ShardedDataset | FolderDataset
+    if is_class_folder(data):
+        if wanted is not None:
+            raise RecipeError(
+                f"{data} is a folder of class folders, but the recipe is for {wanted}; make shards of it with `wn21k "
+                "data prepare`, or set data.label_space to null for classes of your own."
+            )
+        train, validation = open_folder(data), open_folder(data, "validation")
+        space = train.label_space
+    else:
+        train = open_dataset(data, label_space=wanted)
+        validation = open_dataset(data, "validation", label_space=wanted)
+        space = train.label_space
+    if space is None and (recipe.loss.kind != "single_label" or recipe.loss.teacher is not None):
+        what = f"loss.kind {recipe.loss.kind}" if recipe.loss.kind != "single_label" else "A teacher"
+        raise RecipeError(
+            f"{what} needs classes that are synsets, and {data} has {train.class_names[0]!r}; name its folders by "
+            "wnids, or set loss.kind to single_label without a teacher."
+        )
+    return Splits(train, validation, space, SemanticTree.from_label_space(space) if space else None)
+
+
+def training_augmentation(recipe: Recipe) -> Augmentation:
+    """What a recipe does with images in training."""
+    size = recipe.data.size
+    if recipe.data.augmentation == "published":
+        return PublishedAugmentation(size)
+    if recipe.data.augmentation == "modern":
+        return RandomCrop(size, scale=0.08, operations=2, erase=0.25)
+    return RandomCrop(size, scale=0.25) if recipe.data.augmentation == "finetune" else Squash(size)
+
+
+def evaluation_resize(recipe: Recipe) -> Augmentation:
+    """What a recipe does with images in evaluation: squash, or crop the centre."""
+    crop = recipe.data.crop_pct
+    return CenterCrop(recipe.data.size, crop) if crop else Squash(recipe.data.size)
