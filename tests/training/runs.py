@@ -44,3 +44,52 @@ def run_until_killed(recipe_json, data, output):
     os.environ["TERM"] = "dumb"
     torch.set_num_threads(1)
     train(Recipe.from_json(recipe_json), data, Path(output), World(0, 1, torch.device("cpu")), workers=0)
+
+
+def measure_on_rank(store, rank, world_size, results):
+    """Counts every world_size-th row of a batch and puts what all ranks say together."""
+    import torch
+    import torch.distributed as dist
+
+    from wn21k_zoo.training.evaluation import Evaluation
+    from wn21k_zoo.tree import SemanticTree
+
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    tree = SemanticTree.from_wnids(WNIDS)
+    generator = torch.Generator().manual_seed(3)
+    logits, targets = torch.randn(101, 6, generator=generator), torch.randint(0, 6, (101,), generator=generator)
+    evaluation = Evaluation(tree, 6, "semantic_softmax", range(6))
+    evaluation.update(logits[rank::world_size], targets[rank::world_size])
+    results.put(evaluation.compute())
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def run_rank_that_breaks(store, rank, world_size, recipe_json, data, output, results):
+    """A rank of a run in which the loss of the last rank is NaN at its ninth step."""
+    import math
+
+    import torch
+    import torch.distributed as dist
+
+    from wn21k_zoo.errors import NonFiniteError
+    from wn21k_zoo.training.distributed import World
+    from wn21k_zoo.training.engine import train
+    from wn21k_zoo.training.network import Criterion
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    forward, calls = Criterion.forward, []
+
+    def breaking(self, logits, targets, teacher=None):
+        calls.append(1)
+        broken = len(calls) == 9 and rank == world_size - 1
+        return forward(self, logits * math.nan if broken else logits, targets, teacher)
+
+    Criterion.forward = breaking
+    world = World(rank, world_size, torch.device("cpu"))
+    try:
+        train(Recipe.from_json(recipe_json), data, Path(output), world, workers=0)
+    except NonFiniteError as error:
+        results.put((rank, str(error)))
+    dist.destroy_process_group()

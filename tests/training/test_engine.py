@@ -19,7 +19,7 @@ from wn21k_zoo.training.engine import Preempted, train
 from wn21k_zoo.training.network import Criterion
 from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
 
-from .runs import BATCH, make_folder, run_until_killed, small_recipe
+from .runs import BATCH, make_folder, measure_on_rank, run_rank_that_breaks, run_until_killed, small_recipe
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -351,6 +351,39 @@ def test_two_ranks_equal_one_to_rounding(data, tmp_path):
         torch.testing.assert_close(two["model"][key], value, rtol=1e-3, atol=1e-4)
     evaluations = [lines(tmp_path / name, "evaluation") for name in ("one", "two")]
     assert [[line["images"] for line in each] for each in evaluations] == [[6, 6], [6, 6]]
+
+
+def in_processes(target, tmp_path, count, *arguments):
+    """What each of so many ranks puts into a queue."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=target, args=(str(tmp_path / f"store{count}"), rank, count, *arguments, results))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=100) for _ in processes]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return found
+
+
+@pytest.mark.slow
+def test_figures_are_added_up_exactly_over_ranks(tmp_path):
+    (alone,) = in_processes(measure_on_rank, tmp_path, 1)
+    assert in_processes(measure_on_rank, tmp_path, 2) == [alone, alone]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_at_that_step(data, tmp_path):
+    output = tmp_path / "run"
+    found = in_processes(run_rank_that_breaks, tmp_path, 2, small_recipe().to_json(), str(data), str(output))
+    assert sorted(rank for rank, _ in found) == [0, 1]
+    assert all("The loss of step 9 is not finite" in message for _, message in found)
+    assert RunFolder(output).status()["state"] == "failed"
+    assert final(output)["step"] == 6
 
 
 @pytest.mark.slow
