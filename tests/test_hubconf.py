@@ -49,6 +49,7 @@ def cached_checkout(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_list_help_and_load_of_a_repository(cached_checkout):
     code = """
 import json

@@ -223,6 +223,7 @@ def test_a_folder_without_weights(configuration, tmp_path):
         assert torch.equal(module.classifier.weight, first.classifier.weight)
 
 
+@pytest.mark.slow
 def test_a_repository_is_asked_for_no_weights_that_nobody_wants(configuration, tmp_path):
     code = """
 import wn21k_zoo

@@ -118,7 +118,7 @@ def test_a_download_a_hit_and_what_is_written_about_it(kind, root, serve):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize(("kind", "cdn"), [("hub", False), ("hub", True), ("plain", False)])
 def test_a_stream_that_is_cut_goes_on(kind, cdn, share, root, serve):
-    for _ in range(20):
+    for _ in range(10):
         faults = [{}, {"cut": share}] if cdn else [{"cut": share}]  # the first one is used up by the redirect
         endpoint, seen = serve(files_of(kind), faults=faults, cdn=cdn)
         fetched = download.fetch(checkpoint_of(kind, endpoint))
@@ -404,6 +404,7 @@ def test_killed_at_60_percent_over_https_it_goes_on(kind, root, tmp_path):
         assert kind == "hub" or "certificate" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_processes_download_once(kind, root):
     with hub_server(files_of(kind), bytes_per_second=2_000_000) as (endpoint, seen):

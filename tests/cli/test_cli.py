@@ -271,6 +271,7 @@ def test_interrupt_is_130_without_a_traceback():
     assert "Traceback" not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="pipes as on POSIX")
 def test_a_reader_that_stops_early_is_no_error():
     command = (

@@ -410,6 +410,7 @@ for split in ("train", "validation"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", [TIMM, WEBDATASET, DATASETS], ids=["timm", "webdataset", "datasets"])
 def test_the_readers_of_others_read_the_shards(shards, tmp_path, reader):
     lines = []
@@ -462,7 +463,8 @@ print(len(dataset), sorted(target for batch in loader for target in batch.target
 """
 
 
-@pytest.mark.parametrize("kind", ["parquet", pytest.param("wds", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "wds"])
 def test_gated_repositories_on_the_hub(tmp_path, kind):
     classes = make_classes()
     repo = "timm/imagenet-w21-p" if kind == "parquet" else "timm/imagenet-22k-wds"

@@ -460,6 +460,7 @@ def test_a_dry_run_counts_what_a_real_run_makes(tmp_path, reference):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_stand_in_archive(tmp_path, test_data):
     source = test_data / "data" / "tiny_imagenet_whole.tar.gz"
     info = prepare(source, tmp_path / "out", PrepareOptions(min_images=100, val_per_class=10), workers=2)
