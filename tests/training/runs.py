@@ -93,3 +93,35 @@ def run_rank_that_breaks(store, rank, world_size, recipe_json, data, output, res
     except NonFiniteError as error:
         results.put((rank, str(error)))
     dist.destroy_process_group()
+
+
+def run_rank_told_to_stop(store, rank, world_size, recipe_json, data, output, results):
+    """A rank of a run in which the last rank alone gets SIGTERM in the first evaluation.
+
+    Puts the exit code and how many batches it had evaluated.
+    """
+    import signal
+
+    import torch
+    import torch.distributed as dist
+
+    from wn21k_zoo.training.distributed import World
+    from wn21k_zoo.training.engine import Preempted, train
+    from wn21k_zoo.training.evaluation import Evaluation
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    update, calls = Evaluation.update, []
+
+    def stopping(self, logits, targets):
+        calls.append(1)
+        if len(calls) == 1 and rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(self, logits, targets)
+
+    Evaluation.update = stopping
+    world = World(rank, world_size, torch.device("cpu"))
+    try:
+        train(Recipe.from_json(recipe_json), data, Path(output), world, workers=0, handle_signals=True)
+    except Preempted as end:
+        results.put((end.code, len(calls)))
+    dist.destroy_process_group()

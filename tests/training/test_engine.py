@@ -19,7 +19,15 @@ from wn21k_zoo.training.engine import Preempted, train
 from wn21k_zoo.training.network import Criterion
 from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
 
-from .runs import BATCH, make_folder, measure_on_rank, run_rank_that_breaks, run_until_killed, small_recipe
+from .runs import (
+    BATCH,
+    make_folder,
+    measure_on_rank,
+    run_rank_that_breaks,
+    run_rank_told_to_stop,
+    run_until_killed,
+    small_recipe,
+)
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -68,12 +76,12 @@ def stop_at(monkeypatch):
     def at(step):
         react = engine._Run._react
 
-        def stopping(self, stop, due):
+        def stopping(self, answer):
             if self.step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0)  # the handler runs before the next line
-                stop = bool(self._stop_signal)
-            react(self, stop, due)
+                answer = answer._replace(stop=self.agreement.stops())
+            react(self, answer)
 
         monkeypatch.setattr(engine._Run, "_react", stopping)
 
@@ -384,6 +392,17 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_at_that_step(data, tmp_p
     assert all("The loss of step 9 is not finite" in message for _, message in found)
     assert RunFolder(output).status()["state"] == "failed"
     assert final(output)["step"] == 6
+
+
+@pytest.mark.slow
+def test_one_rank_told_to_stop_while_all_evaluate_stops_all(data, tmp_path):
+    recipe, output = small_recipe(data={"batch_per_device": 1}), tmp_path / "run"
+    found = in_processes(run_rank_told_to_stop, tmp_path, 2, recipe.to_json(), str(data), str(output))
+    assert found == [(143, 1)] * 2  # of three batches each
+    assert RunFolder(output).status() | {"reason": ""} == {"state": "preempted", "step": 6, "total": 12, "reason": ""}
+    assert final(output)["evaluated"] == 0
+    run(recipe, data, output)
+    assert [line["step"] for line in lines(output, "evaluation")] == [6, 12]
 
 
 @pytest.mark.slow

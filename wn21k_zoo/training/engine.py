@@ -10,13 +10,11 @@ import contextlib
 import hashlib
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from wn21k_zoo.errors import NonFiniteError, RecipeError, first_line
+from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.data import Batch, Loader
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
@@ -37,7 +36,7 @@ from wn21k_zoo.training.network import (
     build_schedule,
     build_teacher,
 )
-from wn21k_zoo.training.progress import Reporter
+from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits, evaluation_resize, open_splits, training_augmentation
 from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
@@ -112,8 +111,7 @@ class _Run:
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
         self.figures: dict[str, Any] = {}
         self.classes: list[int] | None = None
-        self._stop_signal = 0
-        self._pending: tuple[Tensor, Any, int] | None = None
+        self.agreement = Agreement(world)
         self._resume()
 
     def _build(self) -> None:
@@ -173,7 +171,7 @@ class _Run:
 
     def go(self, stack: contextlib.ExitStack, handle_signals: bool) -> dict[str, Any]:
         if handle_signals:
-            stack.enter_context(self._signals())
+            stack.enter_context(self.agreement.listening())
         leads = self.world.leads
         finished = self.step >= self.total and self.folder.status().get("state") == "finished"
         if self.world.whole(finished):
@@ -236,18 +234,18 @@ class _Run:
         self._save(best=is_best, wait=is_last)
 
     def _steps(self, batches: Iterator[Batch], count: int) -> None:
-        self._window = _Window(self.device)
+        self._window = Window(self.device)
         for _ in range(count):
             rate = max(group["lr"] for group in self.optimizer.param_groups)
-            loss, stop, due = self._step(batches)
+            loss, answer = self._step(batches)
             self._window.add(loss, self.recipe.data.batch_size)
             self.reporter.step(self.step)
             if self.step % min(self.recipe.run.log_every, self.steps_per_epoch) == 0 or self.step == self.total:
                 self._log(rate)
-            self._react(stop, due)
-        self._react(*self._pending_flags())
+            self._react(answer)
+        self._react(self.agreement.pending())
 
-    def _step(self, batches: Iterator[Batch]) -> tuple[Tensor, bool, bool]:
+    def _step(self, batches: Iterator[Batch]) -> tuple[Tensor, Answer]:
         recipe = self.recipe
         self.network.train()
         total = torch.zeros((), device=self.device)
@@ -258,7 +256,8 @@ class _Run:
             # Of dropout and its like; after the loader, which draws from it when it begins.
             torch.manual_seed(_seed(recipe.run.seed, self.step, number, self.world.rank))
             total += self._forward_backward(batch, last=number == self.group - 1).detach() / self.group
-        stop, due = self._agree(total)
+        overdue = time.monotonic() - self._saved_at > 60 * recipe.run.checkpoint_minutes
+        answer = self._finite(self.agreement.ask(total, self.step, overdue and self.world.leads))
         if recipe.optimizer.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.module.parameters(), recipe.optimizer.clip_norm)
@@ -269,56 +268,32 @@ class _Run:
         if self.average is not None:
             self.average.update_parameters(self.module)
         self.step += 1
-        return total, stop, due
+        return total, answer
 
-    def _agree(self, loss: Tensor) -> tuple[bool, bool]:
-        """What all ranks do after this step: stop, write a checkpoint; and end here when a loss is not finite.
+    def _finite(self, answer: Answer) -> Answer:
+        """The answer, or the end where it says that a loss is not finite."""
+        if not answer.broken:
+            return answer
+        why = "on another rank"
+        try:
+            if self.levels is not None:
+                explain(self.levels, *self._last)
+        except NonFiniteError as error:
+            why = str(error)
+        raise NonFiniteError(f"The loss of step {answer.step + 1:,} is not finite: {why}")
 
-        On a GPU the answer is that of the step before, so that nothing waits for the device.
-        """
-        overdue = time.monotonic() - self._saved_at > 60 * self.recipe.run.checkpoint_minutes
-        wishes = torch.tensor([bool(self._stop_signal), overdue and self.world.leads], dtype=torch.float32)
-        flags = torch.cat([wishes.to(self.device, non_blocking=True), (~loss.isfinite()).float()[None]])
-        if self.world.size > 1:
-            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        if self.device.type != "cuda":
-            return self._understood(flags, self.step)
-        before = self._pending_flags()
-        host = torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._pending = host, event, self.step
-        return before
-
-    def _pending_flags(self) -> tuple[bool, bool]:
-        """What was agreed on in the last step and not looked at yet; nothing on the CPU."""
-        if self._pending is None:
-            return False, False
-        host, event, step = self._pending
-        self._pending = None
-        event.synchronize()
-        return self._understood(host, step)
-
-    def _understood(self, flags: Tensor, step: int) -> tuple[bool, bool]:
-        stop, due, broken = (bool(flag) for flag in flags.tolist())
-        if broken:
-            why = "on another rank"
-            try:
-                if self.levels is not None:
-                    explain(self.levels, *self._last)
-            except NonFiniteError as error:
-                why = str(error)
-            raise NonFiniteError(f"The loss of step {step + 1:,} is not finite: {why}")
-        return stop, due
-
-    def _react(self, stop: bool, due: bool) -> None:
-        if not stop and not due:
+    def _react(self, answer: Answer) -> None:
+        if not self._finite(answer).stop and not answer.save:
             return
-        self._pending_flags()  # whatever is saved has finite losses behind it
-        self._save(wait=stop)
-        if stop:
-            self.world.maximum(True)  # wait for all: torchrun ends the others as soon as one is gone
-            raise Preempted(128 + (self._stop_signal or signal.SIGTERM))
+        self._finite(self.agreement.pending())  # whatever is saved has finite losses behind it
+        if answer.stop:
+            self._stop()
+        self._save()
+
+    def _stop(self) -> NoReturn:
+        self._save(wait=True)
+        self.world.maximum(True)  # wait for all: torchrun ends the others as soon as one is gone
+        raise Preempted(self.agreement.code)
 
     def _save(self, best: bool = False, wait: bool = False) -> None:
         self._saved_at = time.monotonic()
@@ -378,21 +353,33 @@ class _Run:
             device=self.device,
         )
         self.loaders[1].load_state_dict({"epoch": 0, "samples_seen": 0})
-        begin, limit = time.perf_counter(), self.recipe.run.evaluate_batches
-        for number, batch in enumerate(self.loaders[1]):
-            if self._stop_signal:
-                self._save(wait=True)
-                raise Preempted(128 + self._stop_signal)
-            if limit is not None and number >= limit:
-                break
+        begin = time.perf_counter()
+        for batch in self._while_wanted(self.loaders[1]):
             with self._autocast():
                 logits = module(batch.images)
             evaluation.update(logits, batch.targets)
+        if self.agreement.stops():
+            self._stop()
         figures = evaluation.compute()
         figures["images_per_second"] = figures["images"] / (time.perf_counter() - begin)
         return figures
 
+    def _while_wanted(self, loader: Loader) -> Iterator[Batch]:
+        """Batches for the evaluation until it is enough, or all ranks know that one was told to stop.
+
+        They ask each other only where all have a batch: the last may be of some ranks alone.
+        """
+        limit = self.recipe.run.evaluate_batches
+        common = len(self.splits.validation) // (loader.batch_size * self.world.size)
+        every = 1 if self.device.type == "cpu" else 8
+        for number, batch in enumerate(loader):
+            if number == limit or (number < common and number % every == 0 and self.agreement.stops()):
+                return
+            yield batch
+
     def _log(self, rate: float) -> None:
+        if self.writer is not None:
+            self.writer.check()
         loss, speed, wait = self._window.read()
         loss, speed, wait = self.world.mean(loss, speed, wait)
         self.reporter.train(
@@ -406,22 +393,6 @@ class _Run:
                 "bad_samples": self.loaders[0].bad_samples,
             }
         )
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C end the run after the step; a second Ctrl-C ends it at once."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            del frame
-            self._stop_signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _forward_backward(self, batch: Batch, last: bool) -> Tensor:
         images = batch.images
@@ -442,31 +413,6 @@ class _Run:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = _DTYPES.get(self.recipe.run.precision)
         return torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
-
-
-class _Window:
-    """Sums between two lines of metrics."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._reset()
-
-    def _reset(self) -> None:
-        self.waited = 0.0
-        self._begin, self._steps, self._images = time.perf_counter(), 0, 0
-        self._loss = torch.zeros((), device=self._device)
-
-    def add(self, loss: Tensor, images: int) -> None:
-        self._loss += loss
-        self._steps, self._images = self._steps + 1, self._images + images
-
-    def read(self) -> tuple[float, float, float]:
-        """Mean loss, images per second of all ranks, share of the time that was spent waiting for images."""
-        loss = float(self._loss) / self._steps  # waits for the device, so that the clock below is right
-        elapsed = time.perf_counter() - self._begin
-        figures = loss, self._images / elapsed, self.waited / elapsed
-        self._reset()
-        return figures
 
 
 def _seed(*numbers: int) -> int:

@@ -7,12 +7,15 @@ import sys
 import time
 from typing import IO, TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from wn21k_zoo.training.state import RunFolder
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["Reporter"]
+__all__ = ["Reporter", "Window"]
 
 
 class Reporter:
@@ -95,6 +98,39 @@ class Reporter:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and name not in ("step", "epoch"):
                     self._board.add_scalar(f"{values['kind']}/{name}", value, values["step"])
+
+
+class Window:
+    """Sums between two lines of metrics.
+
+    Args:
+        device: Where the losses are.
+
+    Attributes:
+        waited: Seconds spent waiting for images; the caller adds to it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self.waited = 0.0
+        self._begin, self._steps, self._images = time.perf_counter(), 0, 0
+        self._loss = torch.zeros((), device=self._device)
+
+    def add(self, loss: Tensor, images: int) -> None:
+        """Count a step of so many images."""
+        self._loss += loss
+        self._steps, self._images = self._steps + 1, self._images + images
+
+    def read(self) -> tuple[float, float, float]:
+        """Mean loss, images per second of all ranks, share of the time spent waiting for images; begins anew."""
+        loss = float(self._loss) / self._steps  # waits for the device, so that the clock below is right
+        elapsed = time.perf_counter() - self._begin
+        figures = loss, self._images / elapsed, self.waited / elapsed
+        self._reset()
+        return figures
 
 
 def _tensorboard(folder: RunFolder, first: int) -> Any:

@@ -109,8 +109,8 @@ class RunFolder:
             lock.acquire(timeout=2)
         except filelock.Timeout:
             raise RunError(f"Another run is writing to {self.path}; wait for it, or name another --output.") from None
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another --output.") from None
+        except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
+            raise RunError(f"{self.path} cannot be locked: {first_line(error)}; name another --output.") from None
         try:
             yield
         finally:
@@ -251,7 +251,7 @@ class CheckpointWriter:
         self._queue.put((_copied(dict(state)), best))
         if wait:
             self._queue.join()
-        self._check()
+        self.check()
 
     def close(self) -> None:
         """Wait for the last one.
@@ -262,9 +262,14 @@ class CheckpointWriter:
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """See that all went well until now.
+
+        Raises:
+            RunError: One could not be written.
+        """
         if self._problem is not None:
             raise RunError(
                 f"The checkpoint cannot be written: {first_line(self._problem)}; the ones before are as they were."
