@@ -38,6 +38,7 @@ def test_every_record_builds(checkpoint):
     assert module.pretrained_cfg["architecture"] == checkpoint.architecture
 
 
+@pytest.mark.slow
 def test_timms_own_names_are_left_alone():
     code = """
 import json, timm
@@ -141,6 +142,7 @@ def test_ofa_is_a_timm_model():
     assert len(parts) == 5
 
 
+@pytest.mark.slow
 def test_a_name_that_only_timm_has_goes_the_same_way(tmp_path):
     torch.manual_seed(0)
     weights = safetensors.torch.save(timm.create_model("mobilenetv3_small_050").state_dict())

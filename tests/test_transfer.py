@@ -415,6 +415,7 @@ def test_eight_processes_download_once(kind, root):
     assert seen.body_bytes == len(BODY)
 
 
+@pytest.mark.slow
 def test_the_others_go_on_when_the_lock_holder_is_killed(root):
     with hub_server(files_of("hub"), bytes_per_second=1_000_000) as (endpoint, _):
         holder = start("hub", endpoint, root)

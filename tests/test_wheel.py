@@ -35,6 +35,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert not any(name.endswith((".pkl", ".pth", ".pt")) for name in names)
 
 
+@pytest.mark.slow
 def test_installed_wheel_predicts_elsewhere(wheel, tmp_path):
     site = tmp_path / "site"
     install = [

@@ -163,6 +163,7 @@ def test_errors_are_one_line_and_an_exit_code(arguments, code, words):
         assert all(line.startswith("wn21k: ") for line in done.stderr.splitlines())
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback():
     done = subprocess.run(
         [sys.executable, "-m", "wn21k_zoo", "info", "nonsense.nonsense", "--debug"],

@@ -124,6 +124,7 @@ def test_verify_sees_labels_that_are_out_of_range_or_wrong(copy):
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "show"])
+@pytest.mark.slow
 def test_what_is_no_prepared_folder_is_one_line(tmp_path, command):
     for place, message in (
         (tmp_path, "has no _info.json"),

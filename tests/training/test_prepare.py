@@ -190,6 +190,7 @@ def test_ray_gives_the_same_bytes_and_a_killed_worker_loses_nothing(tmp_path, re
     assert contents(tmp_path / "out") == contents(reference)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, reference):
     source = write_layout("nested.tar.gz", tmp_path / "nested.tar.gz", make_classes())
     command = [
