@@ -1,8 +1,13 @@
 """The launch files: their syntax, and that they start what there is. Nothing here has seen a cluster."""
 
+import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +15,11 @@ import yaml
 
 from wn21k_zoo.training import train
 
+from .runs import make_folder, small_recipe
+
 ROOT = Path(__file__).parent.parent.parent
 LAUNCH = ROOT / "training" / "launch"
-FILES = sorted(LAUNCH.iterdir())
+FILES = sorted(path for path in LAUNCH.iterdir() if path.name != "run.sh")
 
 
 def options_of(text):
@@ -54,25 +61,83 @@ def shell_accepts(text):
     return subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).returncode == 0
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
-def test_slurm_goes_back_into_the_queue_when_the_run_is_marked_preempted(tmp_path):
-    text = (LAUNCH / "slurm.sbatch").read_text()
-    assert shell_accepts(text)
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+
+
+def with_programs(tmp_path, **scripts):
+    """An environment in which these programs are others."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, script in {
-        "srun": "exit 1",
-        "scontrol": f'[ "$1" = show ] && echo node1 || echo "$@" >> {tmp_path}/asked',
-    }.items():
+    for name, script in scripts.items():
         (programs / name).write_text(f"#!/bin/bash\n{script}\n")
         (programs / name).chmod(0o755)
-    environment = {
-        "PATH": f"{programs}:/usr/bin:/bin", "RECIPE": "r", "DATA": "d", "OUTPUT": str(tmp_path),
-        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2",
-    }  # fmt: skip
-    for state, code, asked in (("failed", 1, None), ("preempted", 0, "requeue 7")):
-        (tmp_path / "status.json").write_text(f'{{\n "state": "{state}",\n "step": 3\n}}\n')
-        done = subprocess.run(["bash", LAUNCH / "slurm.sbatch"], env=environment, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
-        assert (tmp_path / "asked").exists() == (asked is not None)
-    assert (tmp_path / "asked").read_text().strip() == "requeue 7"
+    return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+
+
+@needs_bash
+@pytest.mark.parametrize(("code", "asked"), [(0, False), (1, False), (143, True)])
+def test_slurm_goes_back_into_the_queue_when_the_run_was_told_to_stop(tmp_path, code, asked):
+    assert shell_accepts((LAUNCH / "slurm.sbatch").read_text())
+    environment = with_programs(
+        tmp_path, srun=f"exit {code}", scontrol=f'[ "$1" = show ] && echo node1 || echo "$@" >> {tmp_path}/asked'
+    ) | {"RECIPE": "r", "DATA": "d", "OUTPUT": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment["SLURM_NNODES"] = "2"
+    done = subprocess.run(["bash", LAUNCH / "slurm.sbatch"], env=environment, capture_output=True, text=True)
+    assert done.returncode == (0 if asked else code), done.stderr
+    assert (tmp_path / "asked").exists() == asked
+    if asked:
+        assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+def mark(folder, state):
+    folder.mkdir(exist_ok=True)
+    (folder / "status.json").write_text(json.dumps({"state": state, "step": 3}, indent=1) + "\n")
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("before", "after", "code", "expected"),
+    [
+        ("preempted", None, 1, 1),  # it failed before it began: the old mark must not put it back for ever
+        ("preempted", "failed", 1, 1),
+        ("preempted", "preempted", 1, 143),
+        (None, "preempted", 1, 143),
+        (None, "finished", 0, 0),
+        (None, None, 2, 2),
+    ],
+)
+def test_the_exit_code_says_whether_this_run_was_told_to_stop(tmp_path, before, after, code, expected):
+    output = tmp_path / "run"
+    if before is not None:
+        mark(output, before)
+    mark(tmp_path / "other", after or "")
+    write = f"mkdir -p {output}; cp {tmp_path}/other/status.json {output}" if after is not None else ":"
+    environment = with_programs(tmp_path, torchrun=f'echo "$@" > {tmp_path}/arguments; {write}; exit {code}')
+    done = subprocess.run(["bash", LAUNCH / "run.sh", output, "-m", "a b"], env=environment, capture_output=True)
+    assert done.returncode == expected, done.stderr
+    assert (tmp_path / "arguments").read_text() == "-m a b\n"
+
+
+@needs_bash
+@pytest.mark.slow
+def test_a_run_told_to_stop_ends_with_143_and_goes_on(tmp_path):
+    data, output = make_folder(tmp_path / "data"), tmp_path / "run"
+    (tmp_path / "recipe.json").write_text(small_recipe(schedule={"epochs": 300}).to_json())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = [
+        "bash", str(LAUNCH / "run.sh"), str(output), "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "localhost:0", "-m", "wn21k_zoo.training.train", "--recipe", str(tmp_path / "recipe.json"),
+        "--data", str(data), "--output", str(output), "--workers", "0", "--device", "cpu",
+    ]  # fmt: skip
+    reached = 0
+    for _ in range(2):
+        process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
+        while not (output / "metrics.jsonl").exists() or len((output / "metrics.jsonl").read_text()) <= reached:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)  # as Slurm does it
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 143, errors
+        assert json.loads((output / "status.json").read_text())["state"] == "preempted"
+        reached = len((output / "metrics.jsonl").read_text())
