@@ -22,10 +22,14 @@ for _name in ("WN21K_MODEL", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "WN21
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 from wn21k_zoo import Predictor, SemanticTree  # noqa: E402
+
+settings.register_profile("same_examples", derandomize=True)
+settings.load_profile("same_examples")
 
 EMBEDDED = "efficientnet_lite0.embedded_in1k"
 
