@@ -480,3 +480,13 @@ def test_on_a_gpu(data, tmp_path, stop_at, precision):
 def test_data_that_is_not_there(tmp_path):
     with pytest.raises(DataError):
         run(small_recipe(), tmp_path / "nowhere", tmp_path / "run")
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_change(data, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Criterion, "forward", full)
+    with pytest.raises(RunError, match=r"not enough for 8 images at a time: set data\.batch_per_device below 8"):
+        run(small_recipe(), data, tmp_path)
+    assert "not enough" in RunFolder(tmp_path).status()["reason"]

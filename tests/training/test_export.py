@@ -10,12 +10,15 @@ from PIL import Image
 import wn21k_zoo
 from wn21k_zoo import publish
 from wn21k_zoo.errors import DataError, InvalidArgumentError, RecipeError, RunError
+from wn21k_zoo.training.data import Loader, Squash, open_folder
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import train
 from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.export import export_run, load_run
+from wn21k_zoo.training.metrics import SemanticAccuracy
 from wn21k_zoo.training.plots import plot_reliability, plot_runs
 from wn21k_zoo.training.recipe import override
+from wn21k_zoo.tree import SemanticTree
 
 from .runs import WNIDS, make_folder, small_recipe
 
@@ -167,3 +170,19 @@ def test_plots_are_pictures(run, data, tmp_path):
         plot_runs([tmp_path], tmp_path / "x.png")
     with pytest.raises(Exception, match="cannot be written"):
         plot_reliability(figures, tmp_path / "no" / "x.png")
+
+
+def test_raw_semantic_top1_is_the_published_protocol_whatever_the_head(run, data, tmp_path):
+    figures = evaluate(run, data, workers=0)
+    assert figures["raw_semantic_top1"] == figures["semantic_top1"]  # a softmax within a level keeps its order
+    recipe = small_recipe(loss={"kind": "single_label"}, schedule={"max_steps": 2})
+    train(recipe, data, tmp_path / "run", ALONE, workers=0)
+    figures = evaluate(tmp_path / "run", data, workers=0)
+    trained = load_run(tmp_path / "run")
+    metric = SemanticAccuracy(SemanticTree.from_label_space(trained.space))
+    for batch in Loader(
+        open_folder(data, "validation"), batch_size=6, training=False, augmentation=Squash(32), workers=0
+    ):
+        with torch.no_grad():
+            metric.update(trained.module(batch.images), batch.targets)
+    assert figures["raw_semantic_top1"] == metric.compute()["semantic_top1"]

@@ -142,6 +142,7 @@ def compare(
 
 _COMPARED = (
     "semantic_top1",
+    "raw_semantic_top1",
     "top1",
     "top5",
     "raw_top1",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from wn21k_zoo.errors import NonFiniteError, RecipeError, first_line
+from wn21k_zoo.errors import NonFiniteError, RecipeError, RunError, first_line
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.data import Batch, Loader
 from wn21k_zoo.training.distributed import World
@@ -94,7 +94,10 @@ class _Run:
     def __init__(self, recipe: Recipe, splits: Splits, folder: RunFolder, world: World, workers: int | None) -> None:
         self.recipe, self.splits, self.folder, self.world = recipe, splits, folder, world
         self.device = world.device
+        if recipe.run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(recipe.run.deterministic)
+        torch.backends.cudnn.benchmark = not recipe.run.deterministic  # all images have one size
         self.micro, self.group = recipe.micro_batches(world.size)
         images = recipe.data.batch_size
         if len(splits.train) < images:
@@ -187,9 +190,12 @@ class _Run:
         try:
             self._epochs()
         except Exception as end:
+            problem = self._too_large() if isinstance(end, torch.OutOfMemoryError) else end
             if leads:
                 state = "preempted" if isinstance(end, Preempted) else "failed"
-                self.folder.set_status(state, self.step, total=self.total, reason=first_line(end))
+                self.folder.set_status(state, self.step, total=self.total, reason=first_line(problem))
+            if problem is not end:
+                raise problem from end
             raise
         finally:
             self.reporter.close()
@@ -208,6 +214,13 @@ class _Run:
         return (
             f"{self.recipe.name}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
             f"{len(data.class_names):,} classes; {begin} of {self.recipe.data.batch_size} images on {ranks}"
+        )
+
+    def _too_large(self) -> RunError:
+        return RunError(
+            f"The memory of {self.device} is not enough for {self.micro} images at a time: set data.batch_per_device below "
+            f"{self.micro} (a step keeps its {self.recipe.data.batch_size} images) or model.gradient_checkpointing to true; "
+            "the same command then goes on."
         )
 
     def _epochs(self) -> None:
@@ -274,10 +287,11 @@ class _Run:
         """The answer, or the end where it says that a loss is not finite."""
         if not answer.broken:
             return answer
-        why = "on another rank"
+        loss, logits, targets = self._last
+        why = "on another rank, or in another part of the batch than the last, whose loss is finite here."
         try:
-            if self.levels is not None:
-                explain(self.levels, *self._last)
+            if self.levels is not None and not loss.isfinite():
+                explain(self.levels, logits, targets)
         except NonFiniteError as error:
             why = str(error)
         raise NonFiniteError(f"The loss of step {answer.step + 1:,} is not finite: {why}")
@@ -407,7 +421,7 @@ class _Run:
                 logits = self.network(images)
             loss: Tensor = self.criterion(logits, batch.targets, teacher)
             self.scaler.scale(loss / self.group).backward()  # type: ignore[no-untyped-call]
-        self._last = (logits, batch.targets)
+        self._last = (loss.detach(), logits, batch.targets)
         return loss
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

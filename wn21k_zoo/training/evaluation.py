@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.hierarchy import Decoder
-from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.dataset import ShardedDataset
 from wn21k_zoo.training.folder import FolderDataset
 from wn21k_zoo.training.levels import Levels, Order
@@ -28,8 +27,9 @@ class Evaluation(nn.Module):
     """Counts batches of logits.
 
     A node's score is what :class:`wn21k_zoo.hierarchy.Decoder` says for the kind of head: for a semantic softmax its
-    probability within its level, for a softmax the sum over its subtree. Semantic top-1 is over these, which for a
-    semantic softmax is the published protocol. A leaf's score is its confidence, among the classes with images only.
+    probability within its level, for a softmax the sum over its subtree. Semantic top-1 is over these; the published
+    protocol takes the largest raw logit of each level, which for a semantic softmax is the same. A leaf's score is its
+    confidence, among the classes with images only.
 
     Args:
         tree: The classes and their hierarchy; None: a plain softmax over classes of one's own.
@@ -37,7 +37,7 @@ class Evaluation(nn.Module):
         head: Its kind.
         classes: Those with images.
         order: In which order logits come.
-        label_space: The head's classes, by default the tree's.
+        device: Where the logits are.
     """
 
     def __init__(
@@ -47,17 +47,16 @@ class Evaluation(nn.Module):
         head: Head,
         classes: Sequence[int],
         order: Order = "published",
-        label_space: LabelSpace | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.leaf, self.raw = LeafAccuracy(classes), LeafAccuracy(classes)
         self.calibration = Calibration()
         self.semantic = SemanticAccuracy(tree, "level") if tree is not None else None
+        self.raw_semantic = SemanticAccuracy(tree) if tree is not None and head != "semantic_softmax" else None
         self.distances = HierarchicalDistances(tree) if tree is not None else None
         self._levels = Levels(tree, order) if tree is not None and order == "level" else None
-        space = label_space or (tree.label_space if tree is not None else None)
-        self._decoder = Decoder(tree, space, head, device) if tree is not None and space is not None else None
+        self._decoder = Decoder(tree, tree.label_space, head, device) if tree is not None else None
         self._head, self.num_classes = head, num_classes
         self.to(device)
 
@@ -75,6 +74,8 @@ class Evaluation(nn.Module):
             predictions = self.leaf.update(p, targets_b)
             self.calibration.update(p.gather(1, predictions[:, None])[:, 0], predictions == targets_b)
             return
+        if self.raw_semantic is not None:
+            self.raw_semantic.update(logits_bn, targets_b)
         scores = self._decoder(logits_bn)
         self.semantic.update(scores.probability, targets_b)
         confidence = scores.confidence.index_select(1, self.semantic.levels.positions)
@@ -86,11 +87,12 @@ class Evaluation(nn.Module):
         """All figures, in percent where they are shares; waits for all ranks.
 
         ``top1``, ``top5`` and the hierarchical ones are of the leaf with the highest confidence; ``raw_top1`` is of the
-        highest logit.
+        highest logit, and ``raw_semantic_top1`` of the highest logit of each level, the published protocol.
         """
         figures: dict[str, Any] = {}
         if self.semantic is not None and self.distances is not None:
             figures |= self.semantic.compute()
+            figures["raw_semantic_top1"] = (self.raw_semantic or self.semantic).compute()["semantic_top1"]
         figures |= self.leaf.compute()
         figures["raw_top1"] = self.raw.compute()["top1"]
         if self.distances is not None:
