@@ -218,9 +218,9 @@ class _Run:
 
     def _too_large(self) -> RunError:
         return RunError(
-            f"The memory of {self.device} is not enough for {self.micro} images at a time: set data.batch_per_device below "
-            f"{self.micro} (a step keeps its {self.recipe.data.batch_size} images) or model.gradient_checkpointing to true; "
-            "the same command then goes on."
+            f"The memory of {self.device} is not enough for {self.micro} images at a time: set data.batch_per_device "
+            f"below {self.micro} (a step keeps its {self.recipe.data.batch_size} images) or "
+            "model.gradient_checkpointing to true; the same command then goes on."
         )
 
     def _epochs(self) -> None:
