@@ -311,7 +311,7 @@ def test_20_kills_at_random_moments_leave_a_loadable_checkpoint(data, tmp_path):
         reached = step
 
 
-def command(recipe, data, output, tmp_path, *, ranks=1):
+def command(recipe, data, output, tmp_path, *, ranks=1, workers=0):
     (tmp_path / "recipe.json").write_text(recipe.to_json())
     start = [sys.executable, "-m"]
     if ranks > 1:
@@ -319,7 +319,7 @@ def command(recipe, data, output, tmp_path, *, ranks=1):
         start += ["--rdzv-endpoint", "localhost:0", "-m"]
     return [
         *start, "wn21k_zoo.training.train", "--recipe", str(tmp_path / "recipe.json"), "--data", str(data),
-        "--output", str(output), "--workers", "0", "--device", "cpu",
+        "--output", str(output), "--workers", str(workers), "--device", "cpu",
     ]  # fmt: skip
 
 
@@ -327,8 +327,20 @@ def command(recipe, data, output, tmp_path, *, ranks=1):
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def start(arguments):
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+@pytest.fixture
+def start():
+    """Starts processes, each in a session of its own, and sees that none is left."""
+    started = []
+
+    def begin(arguments):
+        options = {"stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT, "start_new_session": True}
+        started.append(subprocess.Popen(arguments, **options))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            kill_all(process)
 
 
 def kill_all(process):
@@ -407,7 +419,7 @@ def test_one_rank_told_to_stop_while_all_evaluate_stops_all(data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_and_resumed_is_bit_for_bit_the_same(data, tmp_path, ranks):
+def test_killed_and_resumed_is_bit_for_bit_the_same(data, tmp_path, start, ranks):
     recipe = small_recipe("test_efficientnet", schedule={"epochs": 15}, run={"checkpoint_minutes": 1e-9})
     recipe.model.arguments = {"drop_rate": 0.3}
     subprocess.run(command(recipe, data, tmp_path / "whole", tmp_path, ranks=ranks), check=True, env=ENVIRONMENT)
@@ -425,13 +437,16 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(data, tmp_path, ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("everybody", [False, True], ids=["the process", "with its loader's"])
 @pytest.mark.parametrize(("ranks", "number", "code"), [(1, "SIGTERM", 143), (1, "SIGINT", 130), (2, "SIGTERM", 1)])
-def test_told_to_stop_it_writes_a_checkpoint(data, tmp_path, ranks, number, code):
+def test_told_to_stop_it_writes_a_checkpoint(data, tmp_path, start, ranks, number, code, everybody):
     recipe = small_recipe(schedule={"epochs": 500})
-    process = start(command(recipe, data, tmp_path / "run", tmp_path, ranks=ranks))
+    process = start(command(recipe, data, tmp_path / "run", tmp_path, ranks=ranks, workers=int(everybody)))
     wait_for_step(tmp_path / "run", 10, process)
     begin = time.monotonic()
-    process.send_signal(getattr(signal, number))
+    family = psutil.Process(process.pid).children(recursive=True) if everybody else []
+    for pid in (process.pid, *(member.pid for member in family)):
+        os.kill(pid, getattr(signal, number))
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - begin < 30
     assert process.returncode == code, errors

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
+import os
 import random
+import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -163,7 +166,9 @@ class Loader:
         return sum(1 for _ in self._plan.tasks(0, 0))
 
     def __iter__(self) -> Iterator[Batch]:
-        for seen, batch in self._on_device(iter(self._batches)):
+        with _shielded():
+            loaded = iter(self._batches)
+        for seen, batch in self._on_device(loaded):
             self._plan.samples_seen = seen
             yield batch
         self._plan.epoch, self._plan.samples_seen = self._plan.epoch + 1, 0
@@ -254,8 +259,34 @@ class _Plan(Sampler[_Task]):
 
 def _begin_worker(worker: int) -> None:
     del worker
+    if _SHIELD:
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
     cv2.setNumThreads(0)  # the workers are the parallelism; and OpenCV's threads do not survive a fork
     torch.set_num_threads(1)
+
+
+# Ctrl-C and many a scheduler's SIGTERM reach all processes at once. One that still needs batches for its last step must
+# find its workers alive; only its own word ends them.
+_SHIELD = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set()  # Linux
+
+
+@contextlib.contextmanager
+def _shielded() -> Iterator[None]:
+    """Within, new processes and threads are deaf to these signals from their first moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELD) if _SHIELD else set()
+    try:
+        yield
+    finally:
+        if _SHIELD:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_when_the_parent_says_so() -> None:
+    parent = multiprocessing.parent_process()
+    while True:
+        told = signal.sigwaitinfo(_SHIELD)
+        if parent is None or (told.si_signo == signal.SIGTERM and told.si_pid == parent.pid):
+            os._exit(0)
 
 
 class _Reader(Dataset[dict[str, Any]]):
