@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import engine
+from wn21k_zoo.training.agreement import Agreement
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.progress import Reporter
@@ -106,7 +107,8 @@ class _Synthetic:
 
 
 def _engine(recipe, splits, folder, device):
-    run = engine._Run(recipe, splits, RunFolder(folder), World(0, 1, device), 0)
+    world = World(0, 1, device)
+    run = engine._Run(recipe, splits, RunFolder(folder), world, Agreement(world), 0)
     run.reporter, run.writer, run._saved_at = Reporter(run.folder, run.total, 0), None, time.monotonic()
     return run
 

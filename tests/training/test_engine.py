@@ -135,6 +135,23 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(data, tmp_path, stop_at, st
         ]
 
 
+def test_told_to_stop_before_its_first_step_it_stops(data, tmp_path, monkeypatch):
+    build = engine._Run._build
+
+    def told(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        build(self)
+
+    monkeypatch.setattr(engine._Run, "_build", told)
+    with pytest.raises(Preempted):
+        run(small_recipe(), data, tmp_path, handle_signals=True)
+    assert RunFolder(tmp_path).status()["state"] == "preempted"
+    assert not lines(tmp_path)
+    monkeypatch.undo()
+    run(small_recipe(), data, tmp_path, handle_signals=True)
+    assert final(tmp_path)["step"] == 12
+
+
 def test_accumulation_equals_one_large_batch_to_rounding(data, tmp_path):
     for size in (BATCH, 2):
         run(small_recipe(data={"batch_per_device": size}, optimizer={"name": "sgd"}), data, tmp_path / str(size))

@@ -119,6 +119,23 @@ def test_the_exit_code_says_whether_this_run_was_told_to_stop(tmp_path, before, 
 
 
 @needs_bash
+@pytest.mark.parametrize(("state", "expected"), [(None, 143), ("waiting", 143), ("running", 143), ("failed", 7)])
+def test_told_to_stop_before_the_run_can_say_anything(tmp_path, state, expected):
+    output = tmp_path / "run"
+    write = f"cp {tmp_path}/other/status.json {output}" if state else ":"
+    mark(tmp_path / "other", state or "")
+    mark(output, "failed")  # of another time
+    environment = with_programs(
+        tmp_path, torchrun=f"trap '{write}; exit 7' TERM; touch {tmp_path}/begun; while true; do sleep 0.1; done"
+    )
+    process = subprocess.Popen(["bash", LAUNCH / "run.sh", output, "-m", "x"], env=environment)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(30) == expected
+
+
+@needs_bash
 @pytest.mark.slow
 def test_a_run_told_to_stop_ends_with_143_and_goes_on(tmp_path):
     data, output = make_folder(tmp_path / "data"), tmp_path / "run"

@@ -85,14 +85,25 @@ def train(
     recipe.check()
     folder, splits = RunFolder(Path(output)), open_splits(recipe, data)
     world.lead(lambda: folder.check(recipe, splits.describe()))
+    agreement = Agreement(world)
     with contextlib.ExitStack() as stack:
         world.lead(lambda: stack.enter_context(folder.locked()))
-        return _Run(recipe, splits, folder, world, workers).go(stack, handle_signals)
+        if handle_signals:
+            stack.enter_context(agreement.listening())
+        return _Run(recipe, splits, folder, world, agreement, workers).go()
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, splits: Splits, folder: RunFolder, world: World, workers: int | None) -> None:
-        self.recipe, self.splits, self.folder, self.world = recipe, splits, folder, world
+    def __init__(
+        self,
+        recipe: Recipe,
+        splits: Splits,
+        folder: RunFolder,
+        world: World,
+        agreement: Agreement,
+        workers: int | None = None,
+    ) -> None:
+        self.recipe, self.splits, self.folder, self.world, self.agreement = recipe, splits, folder, world, agreement
         self.device = world.device
         if recipe.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
@@ -114,7 +125,6 @@ class _Run:
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
         self.figures: dict[str, Any] = {}
         self.classes: list[int] | None = None
-        self.agreement = Agreement(world)
         self._resume()
 
     def _build(self) -> None:
@@ -172,9 +182,7 @@ class _Run:
             self.splits.validation, batch_size=batch, training=False, augmentation=evaluation_resize(recipe), **common
         )
 
-    def go(self, stack: contextlib.ExitStack, handle_signals: bool) -> dict[str, Any]:
-        if handle_signals:
-            stack.enter_context(self.agreement.listening())
+    def go(self) -> dict[str, Any]:
         leads = self.world.leads
         finished = self.step >= self.total and self.folder.status().get("state") == "finished"
         if self.world.whole(finished):
@@ -188,6 +196,8 @@ class _Run:
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
         self.reporter.say(self._describe())
         try:
+            if self.agreement.stops():  # told so while it was being built
+                self._stop()
             self._epochs()
         except Exception as end:
             problem = self._too_large() if isinstance(end, torch.OutOfMemoryError) else end
