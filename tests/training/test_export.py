@@ -122,6 +122,12 @@ def test_a_teacher_is_an_exported_run_with_the_same_classes(exported, data, tmp_
         train(recipe, other, tmp_path / "other", ALONE, workers=0)
 
 
+def test_the_folder_of_a_run_is_no_model_yet(run, data, tmp_path):
+    for sections in ({"loss": {"teacher": str(run), "distillation_weight": 1.0}}, {"model": {"start": str(run)}}):
+        with pytest.raises(RecipeError, match="is the folder of a run; `wn21k train export"):
+            train(small_recipe(**sections), data, tmp_path / "run", ALONE, workers=0)
+
+
 def test_classes_of_ones_own(tmp_path):
     data = make_folder(tmp_path / "images", names=("cats", "dogs"), images=20)
     recipe = small_recipe(loss={"kind": "single_label"}, data={"crop_pct": 0.875})

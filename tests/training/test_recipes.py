@@ -198,6 +198,20 @@ def test_where_there_is_no_recipe(tmp_path):
         load_recipe(str(tmp_path / "recipe.json"))
 
 
+def test_what_follows_a_recipe_is_its_argument(tmp_path):
+    where = f"{FOLDER / 'finetune.py'}:finetune"
+    assert load_recipe(where).model.start == "mobilenetv3_large_100.miil_in21k"
+    assert load_recipe(f"{where}:convnext_tiny.in12k") == presets.finetune("convnext_tiny.in12k")
+    assert load_recipe(f"{FOLDER / 'finetune.py'}::resnet50.miil_in21k") == presets.finetune("resnet50.miil_in21k")
+    with pytest.raises(UnknownModelError, match="Did you mean"):
+        load_recipe(f"{where}:resnet50.mil_in21k")
+    with pytest.raises(RecipeError, match="in1k takes no argument"):
+        load_recipe(f"{FOLDER / 'resnet50.py'}:in1k:x")
+    (tmp_path / "recipe.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(str(tmp_path / "recipe.json"))
+
+
 def test_a_recipe_may_import_its_neighbours(tmp_path):
     (tmp_path / "base.py").write_text((FOLDER / "resnet50.py").read_text())
     (tmp_path / "mine.py").write_text("import base\n\ndef mine():\n    return base.in1k()\n")

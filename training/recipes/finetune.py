@@ -9,13 +9,19 @@ r"""Fine-tune a record on a folder of class folders of your own.
     4 nodes        torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
                        -m wn21k_zoo.training.train --recipe training/recipes/finetune.py --data DIR --output DIR
 
-The first recipe begins with MobileNetV3-L; :tresnet_m and :vit_base are slower and better. Any other record or timm
-model goes the same way, in a file of your own:
+The first recipe begins with MobileNetV3-L, and with any other record or timm model whose name follows it:
+
+    --recipe training/recipes/finetune.py:finetune:tresnet_v2_l.miil_in21k
+    --recipe training/recipes/finetune.py:finetune:convnext_tiny.in12k
+
+To change more than --set can, write a file of your own:
 
     from wn21k_zoo.training import presets
 
     def mine():
-        return presets.finetune("convnext_tiny.in12k")
+        recipe = presets.finetune("convnext_tiny.in12k")
+        recipe.data.augmentation = "modern"
+        return recipe
 
 Images seen: 20 times your own. Hours: images seen / images per second / 3600; `wn21k train plan FILE --images N
 --images-per-second X` computes them, the lines of a run show the X of your machine.
@@ -27,14 +33,9 @@ from wn21k_zoo.training import presets
 from wn21k_zoo.training.recipe import Recipe
 
 
-def mobilenetv3_large_100() -> Recipe:
-    """MobileNetV3-L, pretrained on ImageNet-21K-P."""
-    return presets.finetune("mobilenetv3_large_100.miil_in21k")
-
-
-def tresnet_m() -> Recipe:
-    """TResNet-M, pretrained on ImageNet-21K-P."""
-    return presets.finetune("tresnet_m.miil_in21k")
+def finetune(record: str = "mobilenetv3_large_100.miil_in21k") -> Recipe:
+    """MobileNetV3-L, pretrained on ImageNet-21K-P, or the record that is named."""
+    return presets.finetune(record)
 
 
 def vit_base() -> Recipe:

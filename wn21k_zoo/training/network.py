@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -80,7 +81,7 @@ def build_network(recipe: Recipe, num_classes: int, space: LabelSpace | None, le
         levels: In whose order the head is to be.
 
     Raises:
-        RecipeError: There is no such architecture, or the start is of another one.
+        RecipeError: There is no such architecture, or the start is of another one or the folder of a run.
         ModelError, UnknownModelError: The start cannot be had.
     """
     torch.manual_seed(recipe.run.seed)
@@ -107,6 +108,7 @@ def _started(
     levels: Levels | None,
     arguments: dict[str, Any],
 ) -> nn.Module:
+    _refuse_run("model.start", start)
     keeps = space is not None and _space_of(start) == space.wnids
     module = building.create_model(start, num_classes=None if keeps else num_classes, **arguments)
     architecture = str(cast(Any, module).pretrained_cfg.get("architecture", "")).removeprefix(registry.TIMM_PREFIX)
@@ -147,7 +149,7 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> nn.Modul
     """The frozen network whose predictions are distilled, with its own normalisation, its head in level order.
 
     Raises:
-        RecipeError: It speaks other classes.
+        RecipeError: It speaks other classes, or is the folder of a run.
         ModelError, UnknownModelError: It cannot be had.
     """
     name = cast(str, recipe.loss.teacher)
@@ -156,6 +158,7 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> nn.Modul
         module, (mean, std) = _random_teacher(recipe, name.removeprefix(RANDOM), len(space))
         wnids = space.wnids
     else:
+        _refuse_run("loss.teacher", name)
         loaded = load_model(name)
         module, wnids = loaded.module, loaded.label_space.wnids
         config = loaded.data_config or {}
@@ -166,6 +169,13 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> nn.Modul
         reorder_head(module, levels.columns)
     teacher = Normalized(module, mean, std)
     return teacher.eval().requires_grad_(False)
+
+
+def _refuse_run(field: str, name: str) -> None:
+    if (Path(name).expanduser() / "recipe.json").is_file():
+        raise RecipeError(
+            f"{field} {name} is the folder of a run; `wn21k train export {name} DIR` makes a model of it, name that."
+        )
 
 
 def _random_teacher(recipe: Recipe, name: str, num_classes: int) -> tuple[nn.Module, tuple[Any, Any]]:

@@ -20,13 +20,14 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import MissingExtraError, RecipeError, did_you_mean, first_line
+from wn21k_zoo.errors import MissingExtraError, RecipeError, Wn21kError, did_you_mean, first_line
 
 try:
     import pydantic
@@ -304,21 +305,22 @@ RANDOM = "random:"  # before a name: that network, but without its weights
 
 
 def load_recipe(where: str) -> Recipe:
-    """The recipe of ``FILE.py:function``, of ``FILE.py`` (its first function), or of a run's ``recipe.json``.
+    """The recipe of ``FILE.py`` (its first function), ``FILE.py:function``, or a run's ``recipe.json``.
+
+    ``FILE.py:function:text`` gives the text to the function as its argument.
 
     Raises:
         RecipeError: No such file or function, or the function fails.
     """
-    file, _, name = (
-        where.rpartition(":") if where.count(":") and not where.endswith((".py", ".json")) else (where, "", "")
-    )
+    match = re.fullmatch(r"(.+?\.py)(?::(\w*))?(?::(.+))?", where, re.DOTALL)
+    file, name, argument = match.groups() if match else (where, None, None)
     path = Path(file).expanduser()
     if not path.is_file() or path.suffix not in (".py", ".json"):
         what = "is a folder; name a file in it" if path.is_dir() else "is no file"
         near = did_you_mean(path.name, [each.name for each in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
         raise RecipeError(f"{path} {what}; a recipe is FILE.py:function or recipe.json.{near}")
     if path.suffix == ".json":
-        return Recipe.from_json(path.read_text(encoding="utf-8"))
+        return Recipe.from_json(_text(path))
     functions = recipes_in(path)
     if not functions:
         raise RecipeError(f"{path} has no function that can be called without arguments and returns a recipe.")
@@ -326,9 +328,12 @@ def load_recipe(where: str) -> Recipe:
         raise RecipeError(
             f"{path} has no recipe {name!r}.{did_you_mean(name, functions)} It has {', '.join(functions)}."
         )
+    function = functions[name or next(iter(functions))]
+    if argument and not inspect.signature(function).parameters:
+        raise RecipeError(f"The recipe {function.__name__} takes no argument, and {where} gives it {argument!r}.")
     try:
-        recipe = functions[name or next(iter(functions))]()
-    except RecipeError:
+        recipe = function(argument) if argument else function()
+    except Wn21kError:
         raise
     except Exception as error:
         raise RecipeError(f"{where} fails with {first_line(error)}.") from error
@@ -337,7 +342,14 @@ def load_recipe(where: str) -> Recipe:
     return recipe
 
 
-def recipes_in(path: Path) -> dict[str, Callable[[], Recipe]]:
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {first_line(error)}.") from None
+
+
+def recipes_in(path: Path) -> dict[str, Callable[..., Recipe]]:
     """The functions of a file that are recipes: public, defined there, without required arguments, in order.
 
     Raises:

@@ -22,7 +22,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m wn21k_zoo.training.train",
         description="Train a recipe; begun before in the same output folder, it goes on.",
     )
-    parser.add_argument("--recipe", required=True, metavar="FILE.py[:FUNCTION]", help="or a run's recipe.json")
+    parser.add_argument(
+        "--recipe",
+        required=True,
+        metavar="FILE.py[:FUNCTION[:TEXT]]",
+        help="its first function if none is named, which gets the text; or a run's recipe.json",
+    )
     parser.add_argument("--data", required=True, metavar="DIR", help="shards, a URL of them, or a folder of classes")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run, seen by all processes")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="such as optimizer.lr=1e-3")
