@@ -48,6 +48,7 @@ def test_plan():
         (("plan", f"{RECIPES}/resnet50.py", "--set", "optimizer.lrr=1"), "Did you mean lr?"),
         (("plan", f"{RECIPES}/finetune.py"), "give --images"),
         (("list", "nowhere"), "nowhere is no recipe file"),
+        (("list", __file__.replace(".py", ".txt")), "is no recipe file"),
         (("plot", "nowhere"), "holds no run"),
         (("compare", "nowhere"), "holds no run"),
         (("export", "nowhere", "out"), "holds no run"),
@@ -94,6 +95,8 @@ def test_evaluation_of_what_is_not_there(run, data, tmp_path):
         ((tmp_path / "nothing", data), "There is no folder"),
         ((run, tmp_path / "nothing"), "nothing"),
         ((run, data, "-o", tmp_path / "no" / "x.json", "-j", 0), "cannot be written"),
+        ((run, data, "-o", tmp_path, "-j", 0), "is a folder; name a file"),
+        ((run, data, "--plot", tmp_path, "-j", 0), "is a folder; name a file"),
         ((run, data, "--split", "test"), "has the splits"),
     ):
         done = wn21k("evaluate", *arguments)

@@ -522,3 +522,86 @@ def test_too_little_memory_is_one_line_that_says_what_to_change(data, tmp_path, 
     with pytest.raises(RunError, match=r"not enough for 8 images at a time: set data\.batch_per_device below 8"):
         run(small_recipe(), data, tmp_path)
     assert "not enough" in RunFolder(tmp_path).status()["reason"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch):
+    step = torch.optim.Adam.step
+    calls = []
+
+    def breaking(self, *arguments, **options):
+        step(self, *arguments, **options)
+        calls.append(1)
+        if len(calls) == 12:
+            self.param_groups[0]["params"][0].data.fill_(math.inf)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", breaking)
+    with pytest.raises(NonFiniteError, match="The weights after step 12 are not finite, although its loss was"):
+        run(small_recipe(), data, tmp_path)
+    assert final(tmp_path)["step"] == 6
+
+
+def test_files_beside_those_of_a_run_are_in_nobodys_way(data, tmp_path):
+    run(small_recipe(), data, tmp_path)
+    (tmp_path / "figures.json").write_text("{}")
+    run(small_recipe(), data, tmp_path)
+
+
+def test_the_best_has_its_name_before_the_state_that_says_so(data, tmp_path, monkeypatch):
+    replace = type(tmp_path).replace
+
+    def killed(self, target):
+        if target.name.startswith("step-"):
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    folder = RunFolder(tmp_path)
+    folder.begin(small_recipe(), {})
+    writer = CheckpointWriter(folder, keep=2)
+    monkeypatch.setattr(type(tmp_path), "replace", killed)
+    with pytest.raises(RunError):
+        writer.save({"format": 1, "step": 6, "best": 1.0}, best=True, wait=True)
+    assert read_checkpoint(folder.best)["step"] == 6
+    assert not folder.steps()
+
+
+def test_damaged_checkpoints_do_not_push_out_good_ones(data, tmp_path):
+    run(small_recipe(), data, tmp_path)
+    folder = RunFolder(tmp_path)
+    for name in ("step-00000012.pt", "step-00000999.pt"):
+        (folder.checkpoints / name).write_bytes(b"nothing")
+    (tmp_path / "status.json").unlink()
+    run(small_recipe(run={"keep": 1}), data, tmp_path)
+    assert [path.name for path in folder.steps()] == ["step-00000012.pt"]
+    assert final(tmp_path)["step"] == 12
+    assert (folder.checkpoints / "step-00000999.damaged").is_file()
+
+
+def test_another_layout_is_told(data, tmp_path, stop_at, capsys):
+    stop_at(3)
+    with pytest.raises(Preempted):
+        run(small_recipe(), data, tmp_path, handle_signals=True)
+    stop_at(-1)
+    run(small_recipe(data={"batch_per_device": 4}), data, tmp_path)
+    assert "with 8 images at a time, and goes on in 1 with 4" in capsys.readouterr().err
+
+
+def test_a_process_that_loads_images_and_is_gone_is_one_line(data, tmp_path, monkeypatch):
+    def gone(*_, **__):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \n more")
+
+    monkeypatch.setattr(Criterion, "forward", gone)
+    with pytest.raises(DataError, match=r"A process that loads images is gone: .*take fewer --workers"):
+        run(small_recipe(), data, tmp_path)
+
+
+def test_an_output_that_cannot_be_written_or_named(data, tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="home directory"):
+        run(small_recipe(), data, "~nobody-of-that-name/run")
+
+    def denied(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(type(tmp_path), "iterdir", denied)
+    with pytest.raises(RunError, match="cannot be read"):
+        RunFolder(tmp_path / "run").check(small_recipe(), {})

@@ -163,6 +163,28 @@ def test_a_network_for_one_size_of_images(data, tmp_path):
     assert wn21k_zoo.predict(np.zeros((40, 40, 3), np.uint8), model=folder).top_k
 
 
+def test_arguments_of_the_network_go_with_it(data, tmp_path):
+    recipe = override(small_recipe("test_resnet"), ['model.arguments={"act_layer": "silu"}', "schedule.max_steps=1"])
+    train(recipe, data, tmp_path / "run", ALONE, workers=0)
+    folder = export_run(tmp_path / "run", tmp_path / "model")
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = load_run(tmp_path / "run").module(images)
+        torch.testing.assert_close(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images), expected)
+    recipe = small_recipe("test_resnet", model={"start": str(folder)}, schedule={"max_steps": 1})
+    train(recipe, data, tmp_path / "again", ALONE, workers=0)
+    assert load_run(tmp_path / "again").recipe.model.arguments == {"act_layer": "silu"}
+
+
+def test_a_teacher_has_a_head_of_the_same_kind(exported, data, tmp_path):
+    single = {"kind": "single_label", "teacher": str(exported), "distillation_weight": 1.0}
+    with pytest.raises(RecipeError, match=r"is a semantic_softmax, but loss\.kind single_label trains a softmax"):
+        train(small_recipe(loss=single), data, tmp_path / "run", ALONE, workers=0)
+    train(small_recipe(loss={"kind": "single_label"}), data, tmp_path / "teacher", ALONE, workers=0)
+    single["teacher"] = str(export_run(tmp_path / "teacher", tmp_path / "model"))
+    train(small_recipe(loss=single, schedule={"max_steps": 2}), data, tmp_path / "run", ALONE, workers=0)
+
+
 def test_plots_are_pictures(run, data, tmp_path):
     assert plot_runs([run, run], tmp_path / "runs.png") == tmp_path / "runs.png"
     figures = evaluate(run, data, workers=0)

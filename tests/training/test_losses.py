@@ -82,6 +82,15 @@ def test_distillation_is_the_published_one(case, order):
     torch.testing.assert_close(loss.item(), expected["kd_loss"], **CLOSE)
 
 
+def test_distillation_of_one_softmax_over_all_classes():
+    student, teacher = torch.randn(3, 6), torch.randn(3, 6)
+    ours, theirs = student.softmax(1), teacher.softmax(1)
+    certainty = theirs.max(1).values  # 5 % of six classes, rounded up
+    expected = (((ours - theirs) ** 2).sum(1) * certainty).sum()
+    for order in ORDERS:
+        torch.testing.assert_close(SemanticDistillationLoss(SMALL, order, per_level=False)(student, teacher), expected)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_semantic_accuracy_is_the_published_one(case, order):
     tree, expected, logits, targets, _ = case

@@ -152,11 +152,25 @@ def test_a_wrong_field_or_value_is_one_line(change, message):
         (["model.std=[0,1,1]"], "model.std must be above 0"),
         (["optimizer.betas=[0.9,1.0]"], "betas"),
         (["loss.kind=multi_label"], "no smoothing"),
+        (
+            ["loss.kind=multi_label", "loss.label_smoothing=0", "loss.teacher=x", "loss.distillation_weight=1"],
+            "multi_label cannot be distilled",
+        ),
+        (["optimizer.momentum=0.5"], "momentum is of sgd"),
+        (["optimizer.name=sgd", "optimizer.betas=[0.5,0.9]"], "betas are not of sgd"),
+        (["schedule.name=constant", "schedule.end_divisor=3"], "no meaning"),
     ],
 )
 def test_values_that_do_not_go_together(settings, message):
     with pytest.raises(RecipeError, match=message):
         override(small_recipe(), settings).check()
+
+
+@pytest.mark.parametrize(("images", "processes"), [(509, 1), (3 * 127, 1), (2 * 127, 2)])
+def test_a_batch_that_can_only_be_cut_into_crumbs(images, processes):
+    recipe = override(small_recipe(), [f"data.batch_size={images}", "data.batch_per_device=64"])
+    with pytest.raises(RecipeError, match=r"take a data\.batch_size with more divisors"):
+        recipe.micro_batches(processes)
 
 
 def test_any_field_can_be_overridden():
@@ -235,6 +249,12 @@ def test_a_plan_counts_what_a_run_does():
     with pytest.raises(RecipeError, match=r"fewer than data\.batch_size"):
         plan(recipe, images=10)
     assert plan(small_recipe(), images=1000).hours is None
+    small = override(small_recipe("test_vit"), ['model.arguments={"img_size": 32}'])
+    assert plan(small, images=1000).steps > 0
+    with pytest.raises(RecipeError, match="does not take images of 32 pixels"):
+        plan(small_recipe("vit_tiny_patch16_224"), images=1000)
+    with pytest.raises(RecipeError, match="test_vit cannot be built"):
+        plan(override(small, ['model.arguments={"no_such": 1}']), images=1000)
 
 
 def _resnet():

@@ -5,9 +5,14 @@ r"""Fine-tune a record on a folder of class folders of your own.
 
     1 GPU or CPU   python -m wn21k_zoo.training.train --recipe training/recipes/finetune.py --data DIR --output DIR
     8 GPUs         torchrun --nproc-per-node 8 -m wn21k_zoo.training.train \
-                       --recipe training/recipes/finetune.py --data DIR --output DIR
+                       --recipe training/recipes/finetune.py --data DIR --output DIR \
+                       --set data.batch_size=256 --set optimizer.lr=3e-4
     4 nodes        torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
-                       -m wn21k_zoo.training.train --recipe training/recipes/finetune.py --data DIR --output DIR
+                       -m wn21k_zoo.training.train --recipe training/recipes/finetune.py --data DIR --output DIR \
+                       --set data.batch_size=1024 --set optimizer.lr=6e-4
+
+A step has 32 images on any number of GPUs unless --set says otherwise, as for 8 and 32 GPUs above, where that would
+leave too few to each; the learning rate then grows with the root of the batch.
 
 The first recipe begins with MobileNetV3-L, and with any other record or timm model whose name follows it:
 

@@ -34,7 +34,7 @@ from wn21k_zoo.training.recipe import Recipe
 
 
 def in21k() -> Recipe:
-    """As published: semantic softmax, with distillation."""
+    """Semantic softmax with distillation, from random weights (published: from ImageNet-1K weights, see above)."""
     return presets.in21k("mixer_b16_224")
 
 

@@ -53,7 +53,7 @@ def list_recipes(
     from wn21k_zoo.training.recipe import recipes_in
 
     files = sorted(file.glob("*.py")) if file.is_dir() else [file]
-    if not files or not files[0].is_file():
+    if not files or not files[0].is_file() or files[0].suffix != ".py":
         raise RecipeError(f"{file} is no recipe file, and no folder with one.")
     rows = [
         {"recipe": f"{path}:{name}", "about": (make.__doc__ or "").strip().partition("\n")[0]}
@@ -200,7 +200,13 @@ def evaluate(
     """Semantic and leaf accuracy, hierarchical errors, calibration and throughput of a model on a split."""
     from wn21k_zoo.errors import DataOutputError
     from wn21k_zoo.training.evaluate import evaluate as run_evaluation
+    from wn21k_zoo.training.plots import check_pictures, check_writable, plot_reliability
 
+    for path in (output, plot):
+        if path is not None:
+            check_writable(path)
+    if plot is not None:
+        check_pictures()
     with _Bar() as advance:
         figures = run_evaluation(
             model,
@@ -212,16 +218,18 @@ def evaluate(
             precision=precision.value,
             progress=advance,
         )
+    _print_figures(figures, format)
     if output is not None:
         try:
             output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise DataOutputError(f"{output} cannot be written: {error.strerror}; name another file.") from None
     if plot is not None:
-        from wn21k_zoo.training.plots import plot_reliability
-
         plot_reliability(figures, plot)
         say(f"reliability diagram: {plot}")
+
+
+def _print_figures(figures: dict[str, Any], format: Format | None) -> None:  # noqa: A002
     if choose_format(format) is not Format.table:
         print_json(figures, indent=2 if format is Format.json else None)
         return

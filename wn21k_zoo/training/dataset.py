@@ -80,6 +80,25 @@ class ShardedDataset:
         path, index = self.local(number)
         return _TarImages(path), index
 
+    def index(self, number: int) -> NDArray[np.void]:
+        """What is in a shard: offset, size and target of each sample; the shard itself is not fetched.
+
+        Raises:
+            DataError: It is missing or damaged.
+        """
+        shard = self.shards[number]
+        index = shard.index
+        if index is None:
+            beside = index_path(Path(shard.name)).as_posix()
+            if self.storage.local is not None:
+                index = self.storage.local / beside
+            else:
+                index = self.stage.get(str(index_path(self._staged(shard))), lambda to: self.storage.fetch(beside, to))
+        return read_index(index, shard.num_samples)
+
+    def _staged(self, shard: _ShardRef) -> Path:
+        return Path(hashlib.sha256(self.storage.url.encode()).hexdigest()[:16]) / shard.name
+
     def local(self, number: int) -> tuple[Path, NDArray[np.void]]:
         """The tar file of a shard on this machine, staged if need be, and its index.
 
@@ -87,18 +106,13 @@ class ShardedDataset:
             DataError: It is missing or damaged.
         """
         shard = self.shards[number]
-        staged = Path(hashlib.sha256(self.storage.url.encode()).hexdigest()[:16]) / shard.name
+        staged = self._staged(shard)
         if shard.kind == "parquet":
             return self._converted(shard, staged)
         if self.storage.local is not None:
-            path = self.storage.local / shard.name
-            return path, read_index(shard.index or index_path(path), shard.num_samples)
+            return self.storage.local / shard.name, self.index(number)
         path = self.stage.get(str(staged), lambda to: self.storage.fetch(shard.name, to), shard.sha256)
-        index = shard.index
-        if index is None:
-            beside = index_path(Path(shard.name)).as_posix()
-            index = self.stage.get(str(index_path(staged)), lambda to: self.storage.fetch(beside, to))
-        return path, read_index(index, shard.num_samples)
+        return path, self.index(number)
 
     def _converted(self, shard: _ShardRef, staged: Path) -> tuple[Path, NDArray[np.void]]:
         assert shard.index is not None  # noqa: S101

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from wn21k_zoo.errors import TrainingError, Wn21kError
+from wn21k_zoo.errors import RunError, TrainingError, Wn21kError, first_line
 from wn21k_zoo.models import select_device
 
 __all__ = ["World", "join"]
@@ -73,6 +73,8 @@ class World:
                 action()
             except Wn21kError as error:
                 problem = error
+            except OSError as error:  # a full disk, a folder that may not be written
+                problem = RunError(f"{first_line(error)}.")
         failed = self.maximum(problem is not None)[0]
         if problem is not None:
             raise problem
@@ -87,10 +89,13 @@ def join(device: str | torch.device = "auto") -> Iterator[World]:
     On CUDA each rank has the GPU of its local rank and NCCL; else gloo.
 
     Raises:
-        TrainingError: There are more ranks than GPUs on this machine, or the others cannot be reached.
+        TrainingError: There are more ranks than GPUs on this machine, the device is of one process alone, or the others
+            cannot be reached.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = select_device(device)
+    if size > 1 and str(device) != "auto" and (chosen.type == "mps" or torch.device(device).index is not None):
+        raise TrainingError(f"{size} processes cannot share the device {device}; name cpu or cuda, or none.")
     if chosen.type == "mps" and size > 1:
         chosen = torch.device("cpu")
     if chosen.type == "cuda":

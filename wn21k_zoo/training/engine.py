@@ -19,22 +19,27 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.nn.utils import get_total_norm
 
-from wn21k_zoo.errors import NonFiniteError, RecipeError, RunError, first_line
+from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError, first_line
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.data import Batch, Loader
 from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.engines import count_cores
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import explain
 from wn21k_zoo.training.network import (
     Criterion,
     Normalized,
+    average_of,
     build_network,
     build_optimizer,
     build_schedule,
     build_teacher,
+    resolved,
+    synchronised,
+    try_size,
 )
 from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
@@ -83,6 +88,7 @@ def train(
         Preempted: As above.
     """
     recipe.check()
+    recipe = resolved(recipe)
     folder, splits = RunFolder(Path(output)), open_splits(recipe, data)
     world.lead(lambda: folder.check(recipe, splits.describe()))
     agreement = Agreement(world)
@@ -123,6 +129,7 @@ class _Run:
         world.lead(lambda: folder.begin(recipe, splits.describe()))
         self.loaders = self._loaders(workers)
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
+        self.layout = [world.size, self.micro]
         self.figures: dict[str, Any] = {}
         self.classes: list[int] | None = None
         self._resume()
@@ -138,18 +145,21 @@ class _Run:
         if recipe.model.sync_batchnorm and self.world.size > 1:
             if self.device.type != "cuda":
                 raise RecipeError("model.sync_batchnorm needs GPUs; set it to false.")
-            self.module = cast(Normalized, nn.SyncBatchNorm.convert_sync_batchnorm(self.module))  # type: ignore[no-untyped-call]
+            self.module = cast(Normalized, synchronised(self.module))
         self.teacher: nn.Module | None = None
         if recipe.loss.teacher is not None and space is not None and self.levels is not None:
             self.teacher = build_teacher(recipe, space, self.levels).to(self.device)
             if recipe.model.channels_last:
                 self.teacher.to(memory_format=torch.channels_last)
+        for field, each in (("The network", self.module), ("loss.teacher", self.teacher)):
+            if each is not None:
+                try_size(each, recipe.data.size, self.device, field)
         self.criterion = Criterion(recipe, self.splits.tree).to(self.device)
         self.optimizer = build_optimizer(recipe, self.module.module)
         self.schedule = build_schedule(recipe, self.optimizer, self.total)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.run.precision == "fp16")
         decay = recipe.run.ema_decay
-        self.average = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None  # type: ignore[no-untyped-call]
+        self.average = average_of(self.module, decay) if decay else None
         wrapped: nn.Module = self.module
         if self.world.size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -160,7 +170,7 @@ class _Run:
         recipe, world = self.recipe, self.world
         if workers is None:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            workers = min(16, max(1, (os.cpu_count() or 1) // local))
+            workers = min(16, max(1, count_cores() // local))
         common: dict[str, Any] = {
             "rank": world.rank,
             "world_size": world.size,
@@ -190,20 +200,25 @@ class _Run:
                 sys.stderr.write(f"wn21k: finished before, at step {self.step:,}; nothing to do\n")
             return self.figures
         if leads:
-            self.folder.cut_metrics(self.step)
+            self.folder.cut(self.step)
             self.folder.set_status("running", self.step, total=self.total)
         self.writer = CheckpointWriter(self.folder, self.recipe.run.keep) if leads else None
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
         self.reporter.say(self._describe())
+        if self.layout != [self.world.size, self.micro]:
+            self.reporter.say(
+                f"it went in {self.layout[0]} processes with {self.layout[1]} images at a time, and goes on in "
+                f"{self.world.size} with {self.micro}: results are the same to rounding, but with batch normalisation "
+                "or dropout they are others"
+            )
         try:
             if self.agreement.stops():  # told so while it was being built
                 self._stop()
             self._epochs()
         except Exception as end:
-            problem = self._too_large() if isinstance(end, torch.OutOfMemoryError) else end
-            if leads:
-                state = "preempted" if isinstance(end, Preempted) else "failed"
-                self.folder.set_status(state, self.step, total=self.total, reason=first_line(problem))
+            problem = self._named(end)
+            if leads and not isinstance(end, Preempted):
+                self.folder.set_status("failed", self.step, total=self.total, reason=first_line(problem))
             if problem is not end:
                 raise problem from end
             raise
@@ -226,7 +241,15 @@ class _Run:
             f"{len(data.class_names):,} classes; {begin} of {self.recipe.data.batch_size} images on {ranks}"
         )
 
-    def _too_large(self) -> RunError:
+    def _named(self, problem: Exception) -> Exception:
+        """What users can do something about as an error of ours; anything else as it is."""
+        if isinstance(problem, RuntimeError) and "DataLoader worker" in str(problem):
+            return DataError(
+                f"A process that loads images is gone: {first_line(problem)} If the machine was out of memory, take "
+                "fewer --workers; the same command then goes on."
+            )
+        if not isinstance(problem, torch.OutOfMemoryError):
+            return problem
         return RunError(
             f"The memory of {self.device} is not enough for {self.micro} images at a time: set data.batch_per_device "
             f"below {self.micro} (a step keeps its {self.recipe.data.batch_size} images) or "
@@ -300,7 +323,7 @@ class _Run:
         loss, logits, targets = self._last
         why = "on another rank, or in another part of the batch than the last, whose loss is finite here."
         try:
-            if self.levels is not None and not loss.isfinite():
+            if not loss.isfinite():
                 explain(self.levels, logits, targets)
         except NonFiniteError as error:
             why = str(error)
@@ -316,11 +339,18 @@ class _Run:
 
     def _stop(self) -> NoReturn:
         self._save(wait=True)
+        if self.world.leads:  # before any process is gone: launch files look for the mark as soon as one is
+            self.folder.set_status("preempted", self.step, total=self.total)
         self.world.maximum(True)  # wait for all: torchrun ends the others as soon as one is gone
         raise Preempted(self.agreement.code)
 
     def _save(self, best: bool = False, wait: bool = False) -> None:
         self._saved_at = time.monotonic()
+        if not get_total_norm([each.detach() for each in self.module.parameters()]).isfinite():  # alike on all ranks
+            raise NonFiniteError(
+                f"The weights after step {self.step:,} are not finite, although its loss was; the last checkpoint is "
+                "as it was. A lower learning rate or optimizer.clip_norm may help."
+            )
         if self.writer is not None:
             self.writer.save(self._state(), best=best, wait=wait)
 
@@ -328,6 +358,7 @@ class _Run:
         return {
             "format": 1,
             "step": self.step,
+            "layout": [self.world.size, self.micro],
             "evaluated": self.evaluated,
             "best": self.best,
             "figures": self.figures,
@@ -359,6 +390,7 @@ class _Run:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.evaluated = state["step"], state["evaluated"]
         self.best, self.figures = state["best"], state["figures"]
+        self.layout = state["layout"]
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, Any]:

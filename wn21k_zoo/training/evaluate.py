@@ -30,6 +30,7 @@ from wn21k_zoo.training.data import (
     open_dataset,
     open_folder,
 )
+from wn21k_zoo.training.engines import count_cores
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.export import load_run
 from wn21k_zoo.training.network import Normalized
@@ -90,7 +91,7 @@ def evaluate(
         batch_size=batch_size,
         training=False,
         augmentation=subject.resize,
-        workers=min(16, os.cpu_count() or 1) if workers is None else workers,
+        workers=min(16, count_cores()) if workers is None else workers,
         device=chosen,
     )
     total = min(len(loader), max_batches or len(loader))

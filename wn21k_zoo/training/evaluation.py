@@ -104,7 +104,5 @@ def classes_with_images(dataset: ShardedDataset | FolderDataset) -> list[int]:
     """Indices of the classes that have at least one image."""
     found: set[int] = set()
     for number in range(len(dataset.shards)):
-        images, index = dataset.open(number)
-        images.close()
-        found.update(np.unique(index["target"]).tolist())
+        found.update(np.unique(dataset.index(number)["target"]).tolist())
     return sorted(found)

@@ -164,8 +164,8 @@ def export_run(
         labels: dict[str, Any] | None = publish.folder_labels(checkpoint, trained.space)
     else:
         config, labels = _plain_config(checkpoint, trained), None
-    if size := trained.recipe.model.arguments.get("img_size"):
-        config["model_args"] = {"img_size": size}
+    if arguments := trained.recipe.model.arguments:
+        config["model_args"] = dict(arguments)
     card = _card(checkpoint, trained)
     return publish.write_export(target, trained.module, config, labels, card, dtype, _draft(checkpoint))
 

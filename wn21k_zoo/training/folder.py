@@ -99,10 +99,17 @@ class FolderDataset:
 
     def open(self, number: int) -> tuple[_LooseFiles, NDArray[np.void]]:
         """What reads the images of a group, and its index."""
-        mine = self.files[number * _GROUP : (number + 1) * _GROUP]
+        return _LooseFiles(self.root, tuple(name for name, _ in self._group(number))), self.index(number)
+
+    def index(self, number: int) -> NDArray[np.void]:
+        """What is in a group: number and target of each image."""
+        mine = self._group(number)
         index = np.zeros(len(mine), _INDEX)
         index["offset"], index["target"] = np.arange(len(mine)), [target for _, target in mine]
-        return _LooseFiles(self.root, tuple(name for name, _ in mine)), index
+        return index
+
+    def _group(self, number: int) -> tuple[tuple[str, int], ...]:
+        return self.files[number * _GROUP : (number + 1) * _GROUP]
 
 
 class _LooseFiles:

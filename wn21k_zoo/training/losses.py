@@ -179,15 +179,16 @@ class SemanticDistillationLoss(nn.Module):
     Args:
         tree: The classes and their hierarchy.
         order: In which order the logits of both come, see :class:`Levels`.
+        per_level: A softmax per level; or one over all classes, for the distillation of a single-label network.
 
     Raises:
         InvalidArgumentError: From the call: shapes that do not fit.
         NonFiniteError: From the call, on the CPU: logits are not finite.
     """
 
-    def __init__(self, tree: SemanticTree, order: Order = "published") -> None:
+    def __init__(self, tree: SemanticTree, order: Order = "published", per_level: bool = True) -> None:
         super().__init__()
-        self.levels = Levels(tree, order)
+        self.levels, self.per_level = Levels(tree, order), per_level
 
     def forward(self, student_bn: Tensor, teacher_bn: Tensor) -> Tensor:
         """Sum over a batch.
@@ -204,7 +205,8 @@ class SemanticDistillationLoss(nn.Module):
         if len(student_bn) != len(teacher_bn):
             raise InvalidArgumentError(f"{len(student_bn)} rows of the student and {len(teacher_bn)} of the teacher.")
         loss = student_bn.new_zeros((), dtype=torch.float32)
-        for ours, theirs in zip(self.levels.split(student_bn), self.levels.split(teacher_bn.detach()), strict=True):
+        parts = self.levels.split if self.per_level else lambda logits_bn: [logits_bn.float()]
+        for ours, theirs in zip(parts(student_bn), parts(teacher_bn.detach()), strict=True):
             teacher = theirs.softmax(1)
             certainty = teacher.topk(-(-teacher.shape[1] // 20), sorted=False).values.sum(1)
             loss = loss + ((ours.softmax(1) - teacher).square().sum(1) * certainty).sum()
@@ -300,14 +302,17 @@ class MultiLabelLoss(nn.Module):
         return truth if levels.order == "level" else truth.index_select(1, levels.positions)
 
 
-def explain(levels: Levels, logits_bn: Tensor, targets_b: Tensor) -> None:
+def explain(levels: Levels | None, logits_bn: Tensor, targets_b: Tensor) -> None:
     """Say why a loss is not finite; for devices on which the loss itself does not look. Waits for the device.
+
+    ``levels`` is None for classes without a tree.
 
     Raises:
         InvalidArgumentError: A target is out of range.
         NonFiniteError: Whatever else it is.
     """
-    levels.check_range(targets_b)
+    if levels is not None:
+        levels.check_range(targets_b)
     raise NonFiniteError(_describe(logits_bn))
 
 

@@ -24,9 +24,17 @@ from torch.optim.lr_scheduler import (
     OneCycleLR,
     SequentialLR,
 )
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from wn21k_zoo import building, convert, registry
-from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError, RecipeError, UnknownModelError, Wn21kError
+from wn21k_zoo import building, convert, download, registry
+from wn21k_zoo.errors import (
+    InvalidArgumentError,
+    NonFiniteError,
+    RecipeError,
+    UnknownModelError,
+    Wn21kError,
+    first_line,
+)
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model
 from wn21k_zoo.training.levels import Levels
@@ -37,11 +45,15 @@ from wn21k_zoo.tree import SemanticTree
 __all__ = [
     "Criterion",
     "Normalized",
+    "average_of",
     "build_network",
     "build_optimizer",
     "build_schedule",
     "build_teacher",
     "reorder_head",
+    "resolved",
+    "synchronised",
+    "try_size",
 ]
 
 
@@ -122,13 +134,72 @@ def _started(
 def _space_of(start: str) -> tuple[str, ...] | None:
     """The classes of weights, None when they are not known before they are there."""
     try:
-        folder = building.as_folder(start)
-        if folder is not None:
-            labels = json.loads((folder / building.LABELS_FILE).read_text(encoding="utf-8"))
+        if (labels := _beside(start, building.LABELS_FILE)) is not None:
             return tuple(labels["wnids"])
         return LabelSpace.load(registry.resolve_checkpoint(start).label_space).wnids
-    except (Wn21kError, OSError, ValueError, KeyError, TypeError):
+    except (Wn21kError, KeyError, TypeError):
         return None
+
+
+def _beside(start: str, file: str) -> Any:
+    """What a JSON file beside weights in a folder or a Hub repository says, None when it says nothing."""
+    try:
+        if start.startswith(building.HUB_PREFIX):
+            path = download.fetch_file(building.hub_source(start), (file,)).path
+        else:
+            folder = building.as_folder(start)
+            if folder is None:
+                return None
+            path = folder / file
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (Wn21kError, OSError, ValueError):
+        return None
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The same with the arguments of the network that it starts from, where those say any."""
+    start = recipe.model.start
+    if start is None or start.startswith(RANDOM):
+        return recipe
+    config = _beside(start, building.CONFIG_FILE)
+    arguments = config.get("model_args") if isinstance(config, dict) else None
+    if not isinstance(arguments, dict):
+        return recipe
+    recipe = recipe.model_copy(deep=True)
+    of_start = {name: value for name, value in arguments.items() if name != "num_classes"}
+    recipe.model.arguments = {**of_start, **recipe.model.arguments}
+    return recipe
+
+
+def synchronised(module: nn.Module) -> nn.Module:
+    """The same with batch statistics over all ranks; timm's layers keep the activations that they contain."""
+    from timm.layers import convert_sync_batchnorm
+
+    return cast(nn.Module, convert_sync_batchnorm(module))
+
+
+def average_of(module: nn.Module, decay: float) -> AveragedModel:
+    """Its moving average, batch statistics included: those of the live weights do not fit averaged ones."""
+    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def try_size(module: nn.Module, size: int, device: torch.device, what: str) -> None:
+    """See that a network takes images of a size.
+
+    Raises:
+        RecipeError: It does not.
+    """
+    training = module.training
+    try:
+        module.eval()(torch.zeros(1, 3, size, size, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, ValueError) as error:
+        hint = f'; set data.size, or model.arguments={{"img_size": {size}}} where the architecture takes that'
+        raise RecipeError(f"{what} does not take images of {size} pixels: {first_line(error)}{hint}.") from error
+    finally:
+        module.train(training)
 
 
 def reorder_head(module: nn.Module, index: Tensor) -> None:
@@ -149,7 +220,7 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> nn.Modul
     """The frozen network whose predictions are distilled, with its own normalisation, its head in level order.
 
     Raises:
-        RecipeError: It speaks other classes, or is the folder of a run.
+        RecipeError: It speaks other classes, has a head of another kind, or is the folder of a run.
         ModelError, UnknownModelError: It cannot be had.
     """
     name = cast(str, recipe.loss.teacher)
@@ -160,6 +231,11 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> nn.Modul
     else:
         _refuse_run("loss.teacher", name)
         loaded = load_model(name)
+        if loaded.head != recipe.loss.head:
+            raise RecipeError(
+                f"The head of the teacher {name} is a {loaded.head}, but loss.kind {recipe.loss.kind} trains a "
+                f"{recipe.loss.head}; their outputs cannot be compared."
+            )
         module, wnids = loaded.module, loaded.label_space.wnids
         config = loaded.data_config or {}
         mean, std = config.get("mean", (0.0, 0.0, 0.0)), config.get("std", (1.0, 1.0, 1.0))
@@ -209,7 +285,9 @@ class Criterion(nn.Module):
                 "single_label": lambda: SingleLabelLoss(tree, smoothing, "level"),
                 "multi_label": lambda: MultiLabelLoss(tree, order="level"),
             }[recipe.loss.kind]()
-        self.distillation = SemanticDistillationLoss(tree, "level") if tree is not None and self.weight else None
+        self.distillation: nn.Module | None = None
+        if tree is not None and self.weight:
+            self.distillation = SemanticDistillationLoss(tree, "level", recipe.loss.kind == "semantic_softmax")
 
     def forward(self, logits: Tensor, targets: Tensor, teacher: Tensor | None = None) -> Tensor:
         """Mean over a batch; logits and the teacher's in level order where there is a tree, [batch, classes].
@@ -250,7 +328,8 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     if settings.name == "lamb":
         from timm.optim.lamb import Lamb
 
-        return cast(Optimizer, Lamb(parameters, lr=settings.lr, betas=settings.betas))
+        # Its own clipping would come on top of clip_norm.
+        return cast(Optimizer, Lamb(parameters, lr=settings.lr, betas=settings.betas, max_grad_norm=None))
     kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
     return kind(parameters, lr=settings.lr, betas=settings.betas)
 
@@ -270,12 +349,11 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRSchedu
             final_div_factor=settings.end_divisor,
             cycle_momentum=False,
         )
-    rise = LinearLR(optimizer, 1 / settings.start_divisor, total_iters=max(1, warmup))
+    lowest = min(group["lr"] for group in optimizer.param_groups) / settings.end_divisor
+    # The constructor of LinearLR lowers the rates at once, so there must be none without a rise.
+    rise = LinearLR(optimizer, 1 / settings.start_divisor, total_iters=warmup) if warmup else None
     if settings.name == "cosine" and steps > warmup:
-        rates = {group["lr"] for group in optimizer.param_groups}
-        fall: LRScheduler = CosineAnnealingLR(
-            optimizer, max(1, steps - warmup), eta_min=min(rates) / settings.end_divisor
-        )
+        fall: LRScheduler = CosineAnnealingLR(optimizer, steps - warmup, eta_min=lowest)
     else:
         fall = ConstantLR(optimizer, 1.0)
-    return SequentialLR(optimizer, [rise, fall], [warmup]) if warmup else fall
+    return SequentialLR(optimizer, [rise, fall], [warmup]) if rise is not None else fall

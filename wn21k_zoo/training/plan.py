@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from wn21k_zoo import convert, registry
-from wn21k_zoo.errors import RecipeError, Wn21kError
+from wn21k_zoo.errors import RecipeError, Wn21kError, first_line
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LabelSpace
 from wn21k_zoo.training.presets import ARCHITECTURES
 from wn21k_zoo.training.recipe import RANDOM, Recipe, recipes_in
@@ -87,7 +87,8 @@ def plan(recipe: Recipe, *, gpus: int = 8, images_per_second: float | None = Non
     seen = steps * recipe.data.batch_size
     speed, assumed = (images_per_second, "as given") if images_per_second else _published_speed(recipe)
     num_classes = len(LabelSpace.load(space)) if space else 1000
-    parameters, outputs = _size(recipe.model.architecture, num_classes, recipe.data.size)
+    arguments = tuple(recipe.model.arguments.items())
+    parameters, outputs = _size(recipe.model.architecture, num_classes, recipe.data.size, arguments)
     teacher = _teacher_parameters(recipe, num_classes)
     width = 4 if recipe.run.precision == "fp32" else 2
     memory: float = (
@@ -146,10 +147,15 @@ def _teacher_parameters(recipe: Recipe, num_classes: int) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _size(architecture: str, num_classes: int, size: int) -> tuple[int, int]:
+def _size(
+    architecture: str, num_classes: int, size: int, arguments: tuple[tuple[str, Any], ...] = ()
+) -> tuple[int, int]:
     """Parameters, and numbers that the layers give out for one image; nothing is computed or allocated."""
     with torch.device("meta"):
-        module = convert.build(architecture, num_classes=num_classes).eval()
+        try:
+            module = convert.build(architecture, num_classes=num_classes, **dict(arguments)).eval()
+        except Exception as error:  # timm has many ways to refuse an argument
+            raise RecipeError(f"{architecture} cannot be built: {first_line(error)}") from error
         outputs = 0
 
         def count(layer: nn.Module, inputs: Any, output: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from wn21k_zoo.errors import DataOutputError, MissingExtraError, RunError
 from wn21k_zoo.training.state import RunFolder, read_lines
 
-__all__ = ["plot_reliability", "plot_runs"]
+__all__ = ["check_pictures", "check_writable", "plot_reliability", "plot_runs"]
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> Path:
@@ -89,12 +90,35 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def check_writable(path: Path) -> None:
+    """See that a file can be written, before the work for it.
+
+    Raises:
+        DataOutputError: It cannot.
+    """
+    if path.is_dir():
+        raise DataOutputError(f"{path} is a folder; name a file.")
+    if not path.absolute().parent.is_dir():
+        raise DataOutputError(f"{path} cannot be written: there is no folder {path.absolute().parent}.")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise DataOutputError(f"{path} cannot be written: permission denied; name another file.")
+
+
+def check_pictures() -> Any:
+    """The class Figure of matplotlib.
+
+    Raises:
+        MissingExtraError: Without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("A plot", "plot") from error
-    figure = Figure(figsize=size, layout="constrained")  # without pyplot: no window, no global state
+    return Figure
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    figure = check_pictures()(figsize=size, layout="constrained")  # without pyplot: no window, no global state
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

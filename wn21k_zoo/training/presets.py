@@ -100,7 +100,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 def in21k(architecture: str) -> Recipe:
     """The published pretraining on ImageNet-21K-P (fall11), with distillation.
 
-    Where no ImageNet-1K weights of this very architecture exist, it begins from scratch, as :func:`from_scratch`.
+    Where no ImageNet-1K weights of this very architecture exist that have not seen ImageNet-21K, it begins from scratch
+    with the settings published for that, :func:`from_scratch`: not what its published checkpoint went through.
     """
     known = _known(architecture)
     recipe = Recipe(name=known.record, model=Model(architecture=architecture, start=known.start))

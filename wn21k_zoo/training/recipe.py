@@ -245,6 +245,11 @@ class Recipe(_Section):
                 "data.augmentation.",
             ),
             (any(value <= 0 for value in self.model.std), "model.std must be above 0."),
+            *self._ignored(),
+            (
+                self.loss.kind == "multi_label" and self.loss.teacher is not None,
+                "multi_label cannot be distilled; leave out loss.teacher, or take another loss.kind.",
+            ),
             (any(not 0 <= beta < 1 for beta in self.optimizer.betas), "optimizer.betas must be in [0, 1)."),
             (
                 self.loss.kind == "multi_label" and self.loss.label_smoothing > 0,
@@ -254,6 +259,25 @@ class Recipe(_Section):
         for wrong, message in problems:
             if wrong:
                 raise RecipeError(message)
+
+    def _ignored(self) -> list[tuple[bool, str]]:
+        """What would be set in vain."""
+        usual_optimizer, usual_schedule = Optimizer(), Schedule()
+        name, schedule = self.optimizer.name, self.schedule.name
+        return [
+            (
+                name != "sgd" and self.optimizer.momentum != usual_optimizer.momentum,
+                f"optimizer.momentum is of sgd; {name} has optimizer.betas.",
+            ),
+            (
+                name == "sgd" and self.optimizer.betas != usual_optimizer.betas,
+                "optimizer.betas are not of sgd, which has optimizer.momentum.",
+            ),
+            (
+                schedule == "constant" and self.schedule.end_divisor != usual_schedule.end_divisor,
+                "schedule.end_divisor has no meaning where schedule.name is constant.",
+            ),
+        ]
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """Images that go through the network at a time on each of so many ranks, and how often that makes a step.
@@ -268,6 +292,11 @@ class Recipe(_Section):
             )
         mine = images // world_size
         micro = max(size for size in range(1, min(mine, at_most) + 1) if mine % size == 0)
+        if 4 * micro < min(mine, at_most):
+            raise RecipeError(
+                f"The {mine} images that each process has of a step can be divided evenly into parts of {micro} at "
+                f"most, far below data.batch_per_device {at_most}; take a data.batch_size with more divisors."
+            )
         return micro, mine // micro
 
     def debug(self) -> Recipe:

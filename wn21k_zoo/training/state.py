@@ -55,10 +55,16 @@ class RunFolder:
 
     Args:
         path: The folder; made when something is written.
+
+    Raises:
+        RunError: The path begins with ~ and the name of no user.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.expanduser().absolute()
+        try:
+            self.path = path.expanduser().absolute()
+        except RuntimeError as error:  # ~ of a user that there is not
+            raise RunError(f"{path}: {first_line(error)}") from None
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.best = self.checkpoints / "best.pt"
@@ -73,8 +79,11 @@ class RunFolder:
             raise RunError(f"{self.path} is a file; name a folder as --output.")
         if not self.path.is_dir():
             return
-        names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
-        if foreign := names - _OURS:
+        try:
+            names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be read: {first_line(error)}; name another --output.") from None
+        if (foreign := names - _OURS) and "recipe.json" not in names:
             raise RunError(
                 f"{self.path} holds {min(foreign)}, which is of no run; name an empty or new folder as --output."
             )
@@ -172,8 +181,11 @@ class RunFolder:
             raise RunError(f"No checkpoint of {self.path} can be read; name another --output to begin anew. {problem}")
         return None
 
-    def cut_metrics(self, step: int) -> None:
-        """Leave out the lines after a step, which will be computed again, and a half-written last one."""
+    def cut(self, step: int) -> None:
+        """Leave out what came after a step, which will be computed again: metrics, and checkpoints that are damaged."""
+        for path in self.steps():
+            if path.name > f"step-{step:08d}.pt":
+                path.rename(path.with_suffix(".damaged"))
         if not self.metrics.is_file():
             return
         kept = [line for line in read_lines(self.metrics) if line.get("step", 0) <= step]
@@ -220,10 +232,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] != 1:
-            raise ValueError(f"its format is {content['format']}, this version reads 1")
-    except Exception as error:  # a truncated zip, a damaged pickle: torch has many words for it
+        written = content["format"]
+    except OSError as error:
         raise RunError(f"{path} cannot be read: {first_line(error)}") from None
+    except Exception as error:  # a truncated zip, a damaged pickle: torch has many words, and advice not to be followed
+        raise RunError(f"{path} cannot be read: it is damaged, or no checkpoint ({type(error).__name__}).") from None
+    if written != 1:
+        raise RunError(f"{path} cannot be read: its format is {written}, this version reads 1.")
     return content
 
 
@@ -289,16 +304,21 @@ class CheckpointWriter:
         path = self._folder.checkpoints / f"step-{state['step']:08d}.pt"
         with atomic_file(path) as file:
             torch.save(state, file)
-        if best:
-            temporary = self._folder.best.with_suffix(".tmp")
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(path, temporary)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, temporary)
-            temporary.replace(self._folder.best)
+            if best:  # before the state that says so has its name
+                file.flush()
+                os.fsync(file.fileno())
+                self._write_best(Path(file.name))
         for old in self._folder.steps()[self._keep :]:
             old.unlink(missing_ok=True)
+
+    def _write_best(self, source: Path) -> None:
+        temporary = self._folder.best.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, temporary)
+        temporary.replace(self._folder.best)
 
 
 def _copied(value: Any) -> Any:
