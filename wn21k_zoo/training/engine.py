@@ -25,7 +25,6 @@ from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError, f
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.data import Batch, Loader
 from wn21k_zoo.training.distributed import World
-from wn21k_zoo.training.engines import count_cores
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import explain
@@ -43,7 +42,7 @@ from wn21k_zoo.training.network import (
 )
 from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
-from wn21k_zoo.training.splits import Splits, evaluation_resize, open_splits, training_augmentation
+from wn21k_zoo.training.splits import Splits, open_loaders, open_splits
 from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
 
 __all__ = ["Preempted", "train"]
@@ -127,7 +126,7 @@ class _Run:
         self.levels = Levels(splits.tree, "level").to(self.device) if splits.tree is not None else None
         self._build()
         world.lead(lambda: folder.begin(recipe, splits.describe()))
-        self.loaders = self._loaders(workers)
+        self.loaders = open_loaders(recipe, splits, world, workers)
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
         self.layout = [world.size, self.micro]
         self.figures: dict[str, Any] = {}
@@ -165,32 +164,6 @@ class _Run:
             ids = [self.device.index] if self.device.type == "cuda" else None
             wrapped = DistributedDataParallel(self.module, device_ids=ids)
         self.network = cast(nn.Module, torch.compile(wrapped)) if recipe.model.compile else wrapped
-
-    def _loaders(self, workers: int | None) -> tuple[Loader, Loader]:
-        recipe, world = self.recipe, self.world
-        if workers is None:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            workers = min(16, max(1, count_cores() // local))
-        common: dict[str, Any] = {
-            "rank": world.rank,
-            "world_size": world.size,
-            "workers": workers,
-            "device": self.device,
-            "max_bad": recipe.data.max_bad,
-        }
-        training = Loader(
-            self.splits.train,
-            batch_size=self.micro,
-            augmentation=training_augmentation(recipe),
-            seed=recipe.run.seed,
-            window=recipe.data.window,
-            group=self.group,
-            **common,
-        )
-        batch = max(self.micro, min(256, 2 * recipe.data.batch_per_device)) if self.device.type != "cpu" else self.micro
-        return training, Loader(
-            self.splits.validation, batch_size=batch, training=False, augmentation=evaluation_resize(recipe), **common
-        )
 
     def go(self) -> dict[str, Any]:
         leads = self.world.leads

@@ -13,6 +13,7 @@ from wn21k_zoo.training.crops import CenterCrop, RandomCrop
 from wn21k_zoo.training.data import (
     Augmentation,
     FolderDataset,
+    Loader,
     PublishedAugmentation,
     ShardedDataset,
     Squash,
@@ -20,10 +21,12 @@ from wn21k_zoo.training.data import (
     open_dataset,
     open_folder,
 )
+from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.engines import count_cores
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["Splits", "evaluation_resize", "open_splits", "training_augmentation"]
+__all__ = ["Splits", "evaluation_resize", "open_loaders", "open_splits", "training_augmentation"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,44 @@ def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
             "wnids, or set loss.kind to single_label without a teacher."
         )
     return Splits(train, validation, space, SemanticTree.from_label_space(space) if space else None)
+
+
+def open_loaders(recipe: Recipe, splits: Splits, world: World, workers: int | None = None) -> tuple[Loader, Loader]:
+    """What gives one rank its batches, in training and in evaluation.
+
+    Args:
+        recipe: Its sizes and augmentation.
+        splits: The images.
+        world: Which rank it is.
+        workers: Processes per rank; default: the cores of this machine over its ranks, at most 16.
+
+    Raises:
+        InvalidArgumentError: There are fewer images than in a step.
+    """
+    micro, group = recipe.micro_batches(world.size)
+    if workers is None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = min(16, max(1, count_cores() // local))
+    common: dict[str, Any] = {
+        "rank": world.rank,
+        "world_size": world.size,
+        "workers": workers,
+        "device": world.device,
+        "max_bad": recipe.data.max_bad,
+    }
+    training = Loader(
+        splits.train,
+        batch_size=micro,
+        augmentation=training_augmentation(recipe),
+        seed=recipe.run.seed,
+        window=recipe.data.window,
+        group=group,
+        **common,
+    )
+    # Without gradients there is room for more; on a CPU more at a time is not faster.
+    batch = max(micro, min(256, 2 * recipe.data.batch_per_device)) if world.device.type != "cpu" else micro
+    resize = evaluation_resize(recipe)
+    return training, Loader(splits.validation, batch_size=batch, training=False, augmentation=resize, **common)
 
 
 def training_augmentation(recipe: Recipe) -> Augmentation:
