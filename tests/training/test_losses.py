@@ -259,6 +259,17 @@ def test_torch_compile_takes_it_whole(order, path):
     torch.testing.assert_close(*(torch.autograd.grad(each, logits)[0] for each in (loss, expected)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [SingleLabelLoss, MultiLabelLoss, SemanticDistillationLoss])
+def test_torch_compile_takes_the_others_whole(make):
+    loss_of = make(SMALL)
+    logits = torch.randn(4, 6, requires_grad=True)
+    other = torch.randn(4, 6) if make is SemanticDistillationLoss else torch.tensor([0, 1, 2, 5])
+    loss, expected = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(logits, other), loss_of(logits, other)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(each, logits)[0] for each in (loss, expected)))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("order", ORDERS)
 def test_on_a_gpu(case, order):
