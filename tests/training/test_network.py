@@ -2,8 +2,17 @@ import pytest
 import timm
 import torch
 
+from wn21k_zoo import LabelSpace, create_model
 from wn21k_zoo.errors import RecipeError
-from wn21k_zoo.training.network import average_of, build_optimizer, build_schedule, synchronised, try_size
+from wn21k_zoo.training import presets
+from wn21k_zoo.training.network import (
+    average_of,
+    build_network,
+    build_optimizer,
+    build_schedule,
+    synchronised,
+    try_size,
+)
 
 from .runs import small_recipe
 
@@ -69,3 +78,15 @@ def test_lamb_clips_no_more_than_is_asked_for():
     recipe = small_recipe(optimizer={"name": "lamb"})
     optimizer = build_optimizer(recipe, timm.create_model("test_convnext", num_classes=3))
     assert optimizer.defaults["max_grad_norm"] is None
+
+
+def test_a_new_head_begins_with_small_logits_and_a_kept_one_as_it_was():
+    recipe = presets.finetune("efficientnet_lite0.embedded_in1k")
+    space = LabelSpace.load("imagenet1k")
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        new = build_network(recipe, 3, None, None).eval()(images)
+        kept = build_network(recipe, len(space), space, None).eval()(images)
+        expected = create_model("efficientnet_lite0.embedded_in1k").eval()(images)
+    assert new.std() < 0.5
+    torch.testing.assert_close(kept, expected)

@@ -128,7 +128,22 @@ def _started(
         raise RecipeError(f"model.start {start} is a {architecture}, not a {recipe.model.architecture}.")
     if keeps and levels is not None and levels.order == "level":
         reorder_head(module, levels.columns)
+    if not keeps:
+        _calm_head(module)
     return module
+
+
+def _calm_head(module: nn.Module) -> None:
+    """Small weights for a new classifier on pretrained features.
+
+    The initialisation of some of timm's networks depends on the number of outputs: with few of them the first logits
+    are so large, and so wrong, that the first steps ruin the features.
+    """
+    head = cast(Any, module).get_classifier()
+    if isinstance(head, nn.Linear):
+        nn.init.trunc_normal_(head.weight, std=0.01)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
 
 
 def _space_of(start: str) -> tuple[str, ...] | None:

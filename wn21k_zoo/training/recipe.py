@@ -63,7 +63,7 @@ class Model(_Section):
     Attributes:
         architecture: timm's name, or one of this package (``ofa_flops_595m_s``).
         start: Weights to begin with: a record's or timm's name, a folder, ``hf-hub:ORG/NAME``; None: random ones. Its
-            head is kept if it speaks the same classes.
+            head is kept if it speaks the same classes; a new one begins with small weights.
         arguments: More for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``.
         mean: Subtracted per channel from pixels in [0, 1].
         std: Divided by, per channel.
