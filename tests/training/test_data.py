@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -486,3 +487,37 @@ def test_gated_repositories_on_the_hub(tmp_path, kind):
             else:
                 assert "cannot be read" in done.stderr
                 assert "Traceback" not in done.stderr
+
+
+LOADS_UNDER_FIRE = """
+import multiprocessing, subprocess, sys
+import psutil
+from wn21k_zoo.training.data import Loader, Squash, open_dataset
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[2])
+    loader = Loader(open_dataset(sys.argv[1]), batch_size=1, workers=1, augmentation=Squash(32))
+    count = 0
+    for batch in loader:
+        count += 1
+        if count == 2:
+            (worker,) = [
+                each for each in psutil.Process().children(recursive=True)
+                if not each.children() and "resource_tracker" not in " ".join(each.cmdline())
+            ]
+            for name in ("-INT", "-TERM"):  # not from here: the word of this process counts
+                subprocess.run(["kill", name, str(worker.pid)], check=True)
+    print(count, len(loader))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="signals cannot be waited for here")
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_end_on_the_word_of_their_process_alone(shards, tmp_path, method):
+    (tmp_path / "script.py").write_text(LOADS_UNDER_FIRE)
+    command = [sys.executable, str(tmp_path / "script.py"), str(shards), method]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    count, expected = done.stdout.split()
+    assert count == expected != "2"

@@ -18,6 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, TypedDict
 
 import numpy as np
@@ -273,12 +274,16 @@ _SHIELD = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else
 @contextlib.contextmanager
 def _shielded() -> Iterator[None]:
     """Within, new processes and threads are deaf to these signals from their first moment."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELD) if _SHIELD else set()
+    if not _SHIELD:
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # here, since its start would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELD)
     try:
         yield
     finally:
-        if _SHIELD:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_when_the_parent_says_so() -> None:
