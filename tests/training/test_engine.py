@@ -260,6 +260,12 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(data, tmp_path, monke
         ({"loss": {"teacher": "resnet50.miil_in21k"}}, "distillation_weight is 0"),
         ({"model": {"arguments": {"no_such": 1}}}, "test_convnext cannot be built: .*no_such"),
         ({"model": {"start": "resnet50.a1_in1kk"}}, "Did you mean"),
+        (
+            {"model": {"architecture": "test_convnxt"}},
+            "no architecture 'test_convnxt'. Did you mean test_conv",
+        ),
+        ({"data": {"label_space": "fall12"}}, "Did you mean fall11"),
+        ({"model": {"architecture": "vit_tiny_patch16_224"}}, "The network does not take images of 32 pixels"),
     ],
 )
 def test_what_cannot_be_run_is_said_before_anything_is_written(data, tmp_path, sections, message):

@@ -39,7 +39,7 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
-from wn21k_zoo.training.recipe import RANDOM, Recipe, needs_image_size
+from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture, needs_image_size
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = [
@@ -96,6 +96,7 @@ def build_network(recipe: Recipe, num_classes: int, space: LabelSpace | None, le
         RecipeError: There is no such architecture, or the start is of another one or the folder of a run.
         ModelError, UnknownModelError: The start cannot be had.
     """
+    check_architecture(recipe.model.architecture)
     torch.manual_seed(recipe.run.seed)
     start, arguments = recipe.model.start, dict(recipe.model.arguments)
     try:

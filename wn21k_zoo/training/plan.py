@@ -16,7 +16,7 @@ from wn21k_zoo import convert, registry
 from wn21k_zoo.errors import RecipeError, Wn21kError, first_line
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LabelSpace
 from wn21k_zoo.training.presets import ARCHITECTURES
-from wn21k_zoo.training.recipe import RANDOM, Recipe, recipes_in
+from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture, recipes_in
 
 __all__ = ["IMAGES", "Plan", "cost_table", "plan"]
 
@@ -151,6 +151,7 @@ def _size(
     architecture: str, num_classes: int, size: int, arguments: tuple[tuple[str, Any], ...] = ()
 ) -> tuple[int, int]:
     """Parameters, and numbers that the layers give out for one image; nothing is computed or allocated."""
+    check_architecture(architecture)
     with torch.device("meta"):
         try:
             module = convert.build(architecture, num_classes=num_classes, **dict(arguments)).eval()

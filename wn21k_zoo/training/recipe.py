@@ -26,15 +26,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import MissingExtraError, RecipeError, Wn21kError, did_you_mean, first_line
+from wn21k_zoo.registry import TIMM_PREFIX
 
 try:
     import pydantic
 except ImportError as error:
     raise MissingExtraError(f"Training ({error.name} is missing)", "train") from error
 
-__all__ = ["RANDOM", "Recipe", "load_recipe", "needs_image_size", "override", "recipes_in"]
+__all__ = ["RANDOM", "Recipe", "check_architecture", "load_recipe", "needs_image_size", "override", "recipes_in"]
 
 
 class _Section(pydantic.BaseModel):
@@ -440,6 +442,19 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def check_architecture(name: str) -> None:
+    """See that timm or this package has an architecture.
+
+    Raises:
+        RecipeError: Neither has, with the nearest names.
+    """
+    import timm
+
+    if name.removeprefix(TIMM_PREFIX) not in ARCHITECTURES and not timm.is_model(name):
+        near = did_you_mean(name, [*ARCHITECTURES, *timm.list_models()])
+        raise RecipeError(f"There is no architecture {name!r}.{near}")
 
 
 def needs_image_size(architecture: str) -> bool:

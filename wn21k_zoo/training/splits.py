@@ -68,6 +68,8 @@ def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
         RecipeError: The recipe's loss needs a hierarchy, and the classes have none.
     """
     wanted = recipe.data.label_space
+    if wanted is not None:
+        LabelSpace.load(wanted)  # a name that is none is said so before anything else
     train: ShardedDataset | FolderDataset
     validation: ShardedDataset | FolderDataset
     if is_class_folder(data):
