@@ -36,6 +36,8 @@ __all__ = [
     "without_distillation",
 ]
 
+# A level's distillation loss is at most 2, and at most 1 while the student is still undecided: 2 x 11 levels beside a
+# semantic softmax loss that begins near 60. Not tried on ImageNet-21K.
 DISTILLATION_WEIGHT = 2.0
 
 
