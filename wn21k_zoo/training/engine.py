@@ -436,7 +436,7 @@ class _Run:
                 logits = self.network(images)
             loss: Tensor = self.criterion(logits, batch.targets, teacher)
             self.scaler.scale(loss / self.group).backward()  # type: ignore[no-untyped-call]
-        self._last = (loss.detach(), logits, batch.targets)
+        self._last = (loss.detach(), logits.detach(), batch.targets)
         return loss
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
