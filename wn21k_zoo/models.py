@@ -242,7 +242,10 @@ def _load_folder(
         module=module,
         label_space=space,
         head=head or (known.head if known else "softmax"),
-        data_config=_published_data_config(known, timm.data.resolve_model_data_config(module)),
+        data_config=_published_data_config(
+            known if labels is None else None,  # what we exported says itself how it is to be prepared
+            timm.data.resolve_model_data_config(module),
+        ),
         owned=True,
     )
 

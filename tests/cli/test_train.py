@@ -50,13 +50,12 @@ def test_plan():
         (("list", "nowhere"), "nowhere is no recipe file"),
         (("list", __file__.replace(".py", ".txt")), "is no recipe file"),
         (("plot", "nowhere"), "holds no run"),
-        (("compare", "nowhere"), "holds no run"),
         (("export", "nowhere", "out"), "holds no run"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):
     done = wn21k("train", *arguments)
-    assert done.exit_code == 1
+    assert done.exit_code == (1 if arguments[0] in ("plot", "compare", "export") else 2)
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not done.stdout
@@ -82,6 +81,20 @@ def test_plot_export_evaluate(run, data, tmp_path):
     table = wn21k("evaluate", run, data, "-j", 0, "-f", "table").stdout
     assert "semantic top1" in table
     assert "level 0" in table
+
+
+def test_evaluate_as_csv(run, data):
+    lines = wn21k("evaluate", run, data, "-j", 0, "-f", "csv").stdout.splitlines()
+    assert lines[0] == "figure,value"
+    assert any(line.startswith("semantic top1,") for line in lines)
+
+
+def test_compare_leaves_out_what_was_not_evaluated(run, tmp_path):
+    done = wn21k("train", "compare", run, tmp_path)
+    assert done.exit_code == 0
+    assert "holds no run that was evaluated yet" in done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert wn21k("train", "compare", tmp_path).exit_code == 1
 
 
 def test_compare(run):

@@ -16,6 +16,8 @@ from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError
 from wn21k_zoo.training import engine
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import Preempted, train
+from wn21k_zoo.training.evaluate import evaluate
+from wn21k_zoo.training.folder import open_folder
 from wn21k_zoo.training.network import Criterion, build_network
 from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
 
@@ -311,14 +313,21 @@ def test_every_optimizer_and_schedule(data, tmp_path, name, schedule):
     rates = [line["lr"] for line in lines(tmp_path)]
     assert len(rates) == 4
     assert all(0 < rate <= 2 * recipe.optimizer.lr * 1.0001 for rate in rates)
-    decays = {group["weight_decay"] for group in final(tmp_path)["optimizer"]["param_groups"]}
-    assert decays == {0.0, recipe.optimizer.weight_decay}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision(data, tmp_path, precision):
+def test_mixed_precision(data, tmp_path, monkeypatch, precision):
+    forward, seen = Criterion.forward, set()
+
+    def looking(self, logits, targets, teacher=None):
+        seen.add(logits.dtype)
+        return forward(self, logits, targets, teacher)
+
+    monkeypatch.setattr(Criterion, "forward", looking)
     run(small_recipe(run={"precision": precision}, schedule={"max_steps": 2}), data, tmp_path)
-    assert all(value.dtype != torch.bfloat16 for value in final(tmp_path)["model"].values())
+    assert seen == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+    weights = [value for value in final(tmp_path)["model"].values() if value.is_floating_point()]
+    assert {value.dtype for value in weights} == {torch.float32}
 
 
 @pytest.mark.slow
@@ -618,3 +627,23 @@ def test_an_output_that_cannot_be_written_or_named(data, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "iterdir", denied)
     with pytest.raises(RunError, match="cannot be read"):
         RunFolder(tmp_path / "run").check(small_recipe(), {})
+
+
+def test_classes_above_each_other_are_for_one_softmax(tmp_path):
+    data = make_folder(tmp_path / "images", names=("n02121808", "n02123045"), images=12)
+    with pytest.raises(RecipeError, match=r"set loss\.kind to single_label"):
+        run(small_recipe(), data, tmp_path / "run")
+    figures = run(small_recipe(loss={"kind": "single_label"}), data, tmp_path / "run")
+    assert 0 <= figures["top1"] <= 100
+
+
+@pytest.mark.parametrize("loader", ["evaluation", "run"])
+def test_a_last_batch_without_an_image_that_can_be_read(tmp_path, loader):
+    data = make_folder(tmp_path / "images", images=20)  # two of each class for validation
+    validation = open_folder(data, "validation")
+    (data / validation.files[-1][0]).write_bytes(b"nothing")
+    recipe = small_recipe(data={"batch_size": 11, "batch_per_device": 11}, schedule={"max_steps": 1})
+    figures = run(recipe, data, tmp_path / "run")
+    if loader == "evaluation":
+        figures = evaluate(tmp_path / "run", data, workers=0, batch_size=11)
+    assert figures["images"] == 11

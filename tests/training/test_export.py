@@ -1,5 +1,7 @@
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ import torch
 from PIL import Image
 
 import wn21k_zoo
-from wn21k_zoo import publish
+from wn21k_zoo import LabelSpace, create_model, create_transform, publish
 from wn21k_zoo.errors import DataError, InvalidArgumentError, RecipeError, RunError
+from wn21k_zoo.models import load_model
+from wn21k_zoo.training import presets
 from wn21k_zoo.training.data import Loader, Squash, open_folder
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import train
@@ -17,7 +21,9 @@ from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.export import export_run, load_run
 from wn21k_zoo.training.metrics import SemanticAccuracy
 from wn21k_zoo.training.plots import plot_reliability, plot_runs
+from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.recipe import override
+from wn21k_zoo.training.state import names_of
 from wn21k_zoo.tree import SemanticTree
 
 from .runs import WNIDS, make_folder, small_recipe
@@ -65,7 +71,7 @@ def test_it_speaks_the_published_order_again(run, exported, data):
 def test_what_was_measured_in_training_is_measured_again(run, exported, data):
     best = load_run(run).figures
     for subject in (run, exported):
-        again = evaluate(subject, data, workers=0, batch_size=4)
+        again = evaluate(subject, data, split="validation", workers=0, batch_size=4)
         for name in ("semantic_top1", "top1", "top5", "mean_lca_error", "hierarchical_recall", "levels"):
             assert again[name] == best[name], name
         assert again["images"] == 6
@@ -185,10 +191,70 @@ def test_a_teacher_has_a_head_of_the_same_kind(exported, data, tmp_path):
     train(small_recipe(loss=single, schedule={"max_steps": 2}), data, tmp_path / "run", ALONE, workers=0)
 
 
+def test_an_exported_run_has_no_name_of_published_weights_and_its_own_preprocessing(data, tmp_path):
+    recipe = presets.in21k("mobilenetv3_large_100").debug()
+    recipe.data.label_space, recipe.loss.teacher, recipe.loss.distillation_weight = None, None, 0.0
+    train(recipe, data, tmp_path / "mine", ALONE, workers=0)
+    folder = export_run(tmp_path / "mine", tmp_path / "model")
+    loaded = load_model(folder)
+    assert load_run(tmp_path / "mine").checkpoint().name == "mobilenetv3_large_100.mine"
+    assert loaded.data_config["input_size"] == [3, 32, 32]
+    config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    assert not {"license", "origin_url", "paper_ids"} & set(config)
+    with pytest.raises(InvalidArgumentError, match="is the name of published weights"):
+        export_run(tmp_path / "mine", tmp_path / "other", name="mobilenetv3_large_100.miil_in21k")
+
+
+def test_a_record_is_evaluated_by_synset_and_with_its_own_preprocessing(tmp_path):
+    # Loose images and shards of the same classes: goldfish, tabby and one that ImageNet-1K lacks.
+    images = make_folder(tmp_path / "images", names=("n01443537", "n02123045"), images=8)
+    name = "efficientnet_lite0.embedded_in1k"
+    loose = evaluate(name, images, workers=0)
+    assert (loose["split"], loose["images"], loose["classes"], loose["classes_with_images"]) == ("all", 16, 1000, 2)
+    assert "semantic_top1" not in loose
+    make_folder(tmp_path / "images2", names=("n01443537", "n02123045", "n00017222"), images=8)
+    options = PrepareOptions(min_images=0, val_per_class=8, size=64, shard_size=20)
+    prepare(tmp_path / "images2", tmp_path / "shards", options, workers=1)
+    shards = evaluate(name, tmp_path / "shards", workers=0)
+    assert (shards["split"], shards["images"], shards["leaf_images"]) == ("validation", 16, 16)
+    # The same as a person would do it.
+    transform, module = create_transform(name), create_model(name).eval()
+    space, right = LabelSpace.load("imagenet1k"), 0
+    for wnid in ("n01443537", "n02123045"):
+        for path in (images / wnid).iterdir():
+            with torch.no_grad(), Image.open(path) as image:
+                logits = module(transform(image.convert("RGB"))[None])[0]
+            imaged = [space.index["n01443537"], space.index["n02123045"]]
+            right += imaged[int(logits[imaged].argmax())] == space.index[wnid]
+    assert loose["raw_top1"] == pytest.approx(100 * right / 16)
+
+
+def test_the_last_checkpoint_of_a_run_is_evaluated_when_asked_for(run, exported, data):
+    assert evaluate(run, data, workers=0, which="last")["images"] == 6
+    with pytest.raises(InvalidArgumentError, match="is no run, and has no last checkpoint"):
+        evaluate(exported, data, workers=0, which="last")
+    with pytest.raises(InvalidArgumentError, match="leave out label_space"):
+        evaluate(run, data, workers=0, label_space="fall11")
+
+
+def test_all_images_of_a_divided_folder(run, data, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(data, tmp_path / "divided" / split)
+    assert evaluate(run, tmp_path / "divided", workers=0, split="all")["images"] == 120
+    assert evaluate(run, tmp_path / "divided", workers=0)["images"] == 60
+
+
+def test_runs_of_the_same_name_are_told_apart():
+    assert names_of([Path("a/one"), Path("b/two")]) == ["one", "two"]
+    assert names_of([Path("a/run"), Path("b/run")]) == ["a/run", "b/run"]
+    assert names_of([Path("a/run"), Path("a/run")]) == ["run", "run"]
+
+
 def test_plots_are_pictures(run, data, tmp_path):
-    assert plot_runs([run, run], tmp_path / "runs.png") == tmp_path / "runs.png"
+    shutil.copytree(run, tmp_path / "other" / "run")
+    assert plot_runs([run, tmp_path / "other" / "run"], tmp_path / "runs.png") == tmp_path / "runs.png"
     figures = evaluate(run, data, workers=0)
-    assert sum(row["images"] for row in figures["reliability"]) == figures["images"]
+    assert sum(row["images"] for row in figures["reliability"]) == figures["leaf_images"] > 0
     assert math.isfinite(figures["calibration_error"])
     plot_reliability(figures, tmp_path / "reliability.png")
     for name in ("runs.png", "reliability.png"):

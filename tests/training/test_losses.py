@@ -185,8 +185,18 @@ def test_multi_label_without_exponents_is_binary_cross_entropy():
     truth = torch.zeros(4, len(tree))
     for row, target in zip(truth, targets.tolist(), strict=True):
         row[tree.class_tree_list[target]] = 1
-    loss = MultiLabelLoss(tree, gamma_negative=0, gamma_positive=0, clip=0)(logits, targets)
-    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / 4)
+    loss_of = MultiLabelLoss(tree, gamma_negative=0, gamma_positive=0, clip=0)
+    for scale in (1, 60):
+        loss = loss_of(logits * scale, targets)
+        expected = F.binary_cross_entropy_with_logits(logits * scale, truth, reduction="sum") / 4
+        torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 4.0])
+def test_multi_label_has_a_gradient_everywhere(gamma):
+    logits = (torch.linspace(-60, 60, 36).view(6, 6)).requires_grad_()
+    loss = MultiLabelLoss(SMALL, gamma_negative=gamma, gamma_positive=gamma)(logits, torch.arange(6))
+    assert torch.autograd.grad(loss, logits)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("loss_class", [SemanticSoftmaxLoss, SingleLabelLoss, MultiLabelLoss])

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wn21k_zoo.errors import InvalidArgumentError
-from wn21k_zoo.training.metrics import HierarchicalDistances, LeafAccuracy, SemanticAccuracy
+from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
+from wn21k_zoo.training.evaluation import Evaluation
+from wn21k_zoo.training.metrics import Calibration, HierarchicalDistances, LeafAccuracy, SemanticAccuracy
 from wn21k_zoo.tree import SemanticTree
 
 TREE = SemanticTree.load("winter21")
@@ -55,7 +56,7 @@ def test_leaf_accuracy_chooses_among_the_given_classes_only():
     scores[:, 0] = 9  # no class to choose
     scores[0, 4] = scores[1, 8] = scores[2, 1] = 1
     assert metric.update(scores, torch.tensor([4, 1, 0])).tolist() == [4, 8, 1]
-    assert metric.compute() == {"top1": 100 / 3, "top5": 200 / 3, "images": 3}
+    assert metric.compute() == {"top1": 50, "top5": 100, "images": 2}  # 0 is none of the classes
     metric.reset()
     assert metric.compute() == {"top1": 0, "top5": 0, "images": 0}
 
@@ -76,3 +77,58 @@ def test_semantic_accuracy_per_level():
     logits[0, tabby] = -1
     metric.update(logits, torch.tensor([tabby]))
     assert metric.compute()["levels"][len(path) - 1] == 50
+
+
+def test_calibration():
+    metric = Calibration(bins=10)
+    confidences = torch.tensor([0.95, 0.95, 0.91, 1.0, 0.15, 0.5])
+    right = torch.tensor([True, True, False, True, True, False])
+    metric.update(confidences, right, torch.tensor([True] * 5 + [False]))
+    figures = metric.compute()
+    assert figures["reliability"] == [
+        {"images": 1, "confidence": pytest.approx(15), "accuracy": 100},
+        {"images": 4, "confidence": pytest.approx(95.25), "accuracy": 75},
+    ]
+    assert figures["calibration_error"] == pytest.approx((85 + 4 * 20.25) / 5)
+
+
+# Animal, cat, tabby, dog, plant: cat and animal have descendants here.
+NESTED = SemanticTree.from_wnids(["n00015388", "n02121808", "n02123045", "n02084071", "n00017222"])
+
+
+@pytest.mark.parametrize("order", ["published", "level"])
+@pytest.mark.parametrize("head", ["semantic_softmax", "softmax", "sigmoid"])
+def test_perfect_predictions_are_perfect_whatever_the_head(head, order):
+    targets = torch.arange(len(NESTED))
+    logits = torch.full((len(NESTED), len(NESTED)), -20.0)
+    for target in targets.tolist():
+        above = NESTED.class_tree_list[target] if head != "softmax" else [target]
+        logits[target, above] = 20.0
+    evaluation = Evaluation(NESTED, len(NESTED), head, range(len(NESTED)), order)
+    columns = evaluation._levels.columns if order == "level" else slice(None)
+    evaluation.update(logits[:, columns], targets)
+    figures = evaluation.compute()
+    assert (figures["semantic_top1"], figures["top1"], figures["images"]) == (100, 100, 5)
+    assert (figures["leaf_images"], figures["leaves"], figures["classes_with_images"]) == (3, 3, 5)
+    assert figures["mean_lca_error"] == 0  # for a cat a tabby is said, which is one
+    assert figures["calibration_error"] < 0.1
+    if head != "sigmoid":
+        assert figures["raw_top1"] >= 40
+
+
+def test_classes_without_a_hierarchy_have_no_figures_of_one():
+    flat = SemanticTree.from_wnids(["n02123045", "n02084071", "n00017222"])
+    evaluation = Evaluation(flat, 3, "softmax", range(3), "level")
+    evaluation.update(torch.eye(3)[:, evaluation._levels.columns], torch.arange(3))
+    figures = evaluation.compute()
+    assert figures["top1"] == figures["raw_top1"] == 100
+    assert not {"semantic_top1", "mean_lca_error"} & set(figures)
+
+
+def test_outputs_that_are_not_finite_give_no_figures():
+    evaluation = Evaluation(NESTED, 5, "softmax", range(5))
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = torch.nan
+    evaluation.update(logits, torch.tensor([0, 1, 2]))
+    with pytest.raises(NonFiniteError, match="The logits of 1 of 3 images are NaN or infinite; if fp16"):
+        evaluation.compute()

@@ -90,3 +90,18 @@ def test_a_new_head_begins_with_small_logits_and_a_kept_one_as_it_was():
         expected = create_model("efficientnet_lite0.embedded_in1k").eval()(images)
     assert new.std() < 0.5
     torch.testing.assert_close(kept, expected)
+
+
+def test_biases_and_what_has_one_dimension_do_not_decay():
+    module = timm.create_model("test_efficientnet", num_classes=3)
+    optimizer = build_optimizer(small_recipe(optimizer={"weight_decay": 0.3, "head_lr_factor": 2.0}), module)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    seen = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            seen.add(name)
+            decays = name.endswith("weight") and "bn" not in name
+            assert group["weight_decay"] == (0.3 if decays else 0.0), name
+            assert group["lr"] == pytest.approx(6e-4 if name.startswith("classifier.") else 3e-4), name
+    assert seen == set(names.values())

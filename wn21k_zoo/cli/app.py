@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from wn21k_zoo import __version__
 from wn21k_zoo.cli import cache, cards, convert, data, predict, publish, train, tree, zoo
 from wn21k_zoo.cli.output import say
-from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
+from wn21k_zoo.errors import InvalidArgumentError, RecipeError, Wn21kError
 
 __all__ = ["app"]
 
@@ -35,7 +35,7 @@ class _Group(TyperGroup):
                 say(str(error))
             else:
                 say(f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)")
-            raise typer.Exit(2 if isinstance(error, InvalidArgumentError) else 1) from None
+            raise typer.Exit(2 if isinstance(error, (InvalidArgumentError, RecipeError)) else 1) from None
 
 
 app = typer.Typer(

@@ -125,18 +125,22 @@ def compare(
 ) -> None:
     """The last evaluation of each run, side by side."""
     from wn21k_zoo.errors import RunError
-    from wn21k_zoo.training.state import RunFolder, read_lines
+    from wn21k_zoo.training.state import RunFolder, names_of, read_lines
 
     rows = []
+    names = dict(zip(runs, names_of(runs), strict=True))
     for run in runs:
         folder = RunFolder(run)
         lines = read_lines(folder.metrics) if folder.metrics.is_file() else []
         evaluations = [line for line in lines if line.get("kind") == "evaluation"]
         if not evaluations:
-            raise RunError(f"{folder.path} holds no run that was evaluated yet.")
+            say(f"{folder.path} holds no run that was evaluated yet")
+            continue
         last = evaluations[-1]
         figures = {name: round(last[name], 2) if name in last else None for name in _COMPARED}
-        rows.append({"run": folder.path.name, "loss": folder.recipe().loss.kind, "epoch": last["epoch"], **figures})
+        rows.append({"run": names[run], "loss": folder.recipe().loss.kind, "epoch": last["epoch"], **figures})
+    if not rows:
+        raise RunError("There is nothing to compare.")
     print_table(rows, tuple(rows[0]), format)
 
 
@@ -159,7 +163,9 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the model.")],
     which: Annotated[_Which, typer.Option("--checkpoint", help="best or last.")] = _Which.best,
-    name: Annotated[str | None, typer.Option("--name", help="Of the record. Default: the recipe's.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the record. Default: the recipe's, unless published.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder of a former export.")] = False,
 ) -> None:
@@ -184,9 +190,18 @@ def evaluate(
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Shards, a URL of them, or class folders named by wnids.")
     ],
-    split: Annotated[str, typer.Option("--split", help="validation, train, or all images of class folders.")] = (
-        "validation"
-    ),
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            help="validation, train, or all. Default: validation; all images of a folder that is not divided, unless "
+            "MODEL is a run.",
+        ),
+    ] = None,
+    which: Annotated[_Which, typer.Option("--checkpoint", help="Of a run: best or last.")] = _Which.best,
+    label_space: Annotated[
+        str | None, typer.Option("--label-space", help="Classes of a folder's model, when it does not say.")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")] = 64,
     workers: Annotated[
         int | None, typer.Option("--workers", "-j", min=0, help="Processes that load images. Default: all cores.")
@@ -212,6 +227,8 @@ def evaluate(
             model,
             data,
             split=split,
+            which=which.value,
+            label_space=label_space,
             batch_size=batch_size,
             workers=workers,
             device=device,
@@ -230,8 +247,8 @@ def evaluate(
 
 
 def _print_figures(figures: dict[str, Any], format: Format | None) -> None:  # noqa: A002
-    if choose_format(format) is not Format.table:
-        print_json(figures, indent=2 if format is Format.json else None)
+    if (chosen := choose_format(format)) in (Format.json, Format.jsonl):
+        print_json(figures, indent=2 if chosen is Format.json else None)
         return
     rows = [
         {"figure": name.replace("_", " "), "value": _readable(value)}

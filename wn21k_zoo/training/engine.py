@@ -130,13 +130,16 @@ class _Run:
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
         self.layout = [world.size, self.micro]
         self.figures: dict[str, Any] = {}
-        self.classes: list[int] | None = None
+        self.classes = classes_with_images(splits.validation)
         self._resume()
 
     def _build(self) -> None:
         recipe, space = self.recipe, self.splits.space
-        if self.levels is not None and not self.levels.depths:
-            raise RecipeError("The classes have no level with two of them; there is nothing to choose between.")
+        if self.levels is not None and not self.levels.depths and recipe.loss.kind == "semantic_softmax":
+            raise RecipeError(
+                "Each class is above or below the others, so no level has two to choose between; set loss.kind to "
+                "single_label."
+            )
         network = build_network(recipe, len(self.splits.class_names), space, self.levels)
         self.module = Normalized(network, recipe.model.mean, recipe.model.std).to(self.device)
         if recipe.model.channels_last:
@@ -208,10 +211,13 @@ class _Run:
         """What is about to happen, in one line."""
         data = self.splits
         ranks = f"{self.world.size} x {self.device.type}" if self.world.size > 1 else self.device.type
+        classes = f"{len(data.class_names):,} classes"
+        if missing := len(data.class_names) - len(self.classes):
+            classes += f" ({missing:,} without images for validation)"
         begin = f"going on at step {self.step:,} of {self.total:,}" if self.step else f"{self.total:,} steps"
         return (
             f"{self.recipe.name}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
-            f"{len(data.class_names):,} classes; {begin} of {self.recipe.data.batch_size} images on {ranks}"
+            f"{classes}; {begin} of {self.recipe.data.batch_size} images on {ranks}"
         )
 
     def _named(self, problem: Exception) -> Exception:
@@ -242,6 +248,7 @@ class _Run:
             self._steps(iter(self.loaders[0]), min(self.steps_per_epoch - within, self.total - self.step))
 
     def _finish_epoch(self, epoch: int) -> None:
+        self._check_weights()
         is_last = self.step >= self.total
         is_best = False
         if is_last or epoch % self.recipe.run.evaluate_every == 0:
@@ -319,13 +326,16 @@ class _Run:
 
     def _save(self, best: bool = False, wait: bool = False) -> None:
         self._saved_at = time.monotonic()
+        self._check_weights()
+        if self.writer is not None:
+            self.writer.save(self._state(), best=best, wait=wait)
+
+    def _check_weights(self) -> None:
         if not get_total_norm([each.detach() for each in self.module.parameters()]).isfinite():  # alike on all ranks
             raise NonFiniteError(
                 f"The weights after step {self.step:,} are not finite, although its loss was; the last checkpoint is "
                 "as it was. A lower learning rate or optimizer.clip_norm may help."
             )
-        if self.writer is not None:
-            self.writer.save(self._state(), best=best, wait=wait)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -367,8 +377,6 @@ class _Run:
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, Any]:
-        if self.classes is None:
-            self.classes = classes_with_images(self.splits.validation)
         module = (self.average.module if self.average is not None else self.module).eval()
         if self.world.size > 1:
             for buffer in module.buffers():  # each rank's batch statistics are its own until the next step
@@ -384,6 +392,8 @@ class _Run:
         self.loaders[1].load_state_dict({"epoch": 0, "samples_seen": 0})
         begin = time.perf_counter()
         for batch in self._while_wanted(self.loaders[1]):
+            if not len(batch):  # all its images are damaged
+                continue
             with self._autocast():
                 logits = module(batch.images)
             evaluation.update(logits, batch.targets)

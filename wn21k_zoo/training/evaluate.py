@@ -33,6 +33,7 @@ from wn21k_zoo.training.data import (
 from wn21k_zoo.training.engines import count_cores
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.export import load_run
+from wn21k_zoo.training.folder import is_divided
 from wn21k_zoo.training.network import Normalized
 from wn21k_zoo.training.splits import evaluation_resize
 from wn21k_zoo.tree import SemanticTree
@@ -44,7 +45,9 @@ def evaluate(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str],
     *,
-    split: str = "validation",
+    split: str | None = None,
+    which: str = "best",
+    label_space: str | None = None,
     batch_size: int = 64,
     workers: int | None = None,
     device: str = "auto",
@@ -58,7 +61,10 @@ def evaluate(
         model: A run's folder, a record's or timm's name, an exported folder, or ``hf-hub:ORG/NAME``.
         data: Shards or a URL of them, mapped to the model's classes by synset; or a folder of class folders named by
             wnids (for a run on classes of one's own, by its classes).
-        split: ``train``, ``validation``, or for class folders ``all``.
+        split: ``train``, ``validation``, or for class folders ``all``. Default: ``validation``; but all images of a
+            folder that is not divided, unless the model is a run, which has seen nine in ten of them.
+        which: Checkpoint of a run, ``best`` or ``last``.
+        label_space: Classes of a folder's model, when it does not say.
         batch_size: Images at a time.
         workers: Processes that load images; default: the cores of this machine, at most 16.
         device: auto, cpu, cuda or mps.
@@ -68,12 +74,14 @@ def evaluate(
 
     Returns:
         What :meth:`wn21k_zoo.training.evaluation.Evaluation.compute` gives, with ``images_per_second``, ``model``,
-        ``label_space``, ``head``, ``split`` and ``bad_samples``.
+        ``label_space``, ``classes``, ``head``, ``split``, ``bad_samples`` and ``device``. Semantic and hierarchical
+        figures are over the tree of the model's own classes; where that has one level (ImageNet-1K) there are none.
 
     Raises:
         ModelError, UnknownModelError, RunError: The model cannot be loaded.
         DataError: The data cannot be read, or has none of the model's classes.
         InvalidArgumentError: A number is out of range.
+        NonFiniteError: The model's outputs are not finite.
     """
     if batch_size < 1 or (workers is not None and workers < 0):
         raise InvalidArgumentError("batch_size must be at least 1, workers at least 0.")
@@ -81,7 +89,9 @@ def evaluate(
     if precision not in dtypes:
         raise InvalidArgumentError(f"precision is {precision!r}; it can be {', '.join(dtypes)}.")
     chosen = select_device(device)
-    subject = _subject(model)
+    subject = _subject(model, which, label_space)
+    if split is None:
+        split = "validation" if subject.is_run or not is_class_folder(data) or is_divided(data) else "all"
     dataset = _dataset(data, split, subject)
     tree = SemanticTree.from_label_space(subject.space) if subject.space else None
     module = subject.module.eval().to(chosen).to(memory_format=torch.channels_last)
@@ -100,6 +110,8 @@ def evaluate(
         for number, batch in enumerate(loader):
             if number >= total:
                 break
+            if not len(batch):  # all its images are damaged
+                continue
             with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
                 logits = module(batch.images)
             evaluation.update(logits, batch.targets)
@@ -108,6 +120,7 @@ def evaluate(
     return {
         "model": subject.name,
         "label_space": subject.space.name if subject.space else None,
+        "classes": len(subject.class_names),
         "head": subject.head,
         "split": split,
         **figures,
@@ -125,11 +138,14 @@ class _Subject:
     class_names: tuple[str, ...]
     head: Head
     resize: Augmentation
+    is_run: bool = False
 
 
-def _subject(model: str | os.PathLike[str]) -> _Subject:
-    if (Path(model).expanduser() / "recipe.json").is_file():
-        trained = load_run(Path(model).expanduser())
+def _subject(model: str | os.PathLike[str], which: str, label_space: str | None) -> _Subject:
+    if (Path(model) / "recipe.json").is_file():
+        if label_space is not None:
+            raise InvalidArgumentError(f"{model} is a run and says what its classes are; leave out label_space.")
+        trained = load_run(model, which)
         recipe = trained.recipe
         return _Subject(
             name=recipe.name,
@@ -138,8 +154,11 @@ def _subject(model: str | os.PathLike[str]) -> _Subject:
             class_names=trained.class_names,
             head=recipe.loss.head,
             resize=evaluation_resize(recipe),
+            is_run=True,
         )
-    loaded = load_model(model)
+    if which != "best":
+        raise InvalidArgumentError(f"{model} is no run, and has no {which} checkpoint.")
+    loaded = load_model(model, label_space=label_space)
     config = dict(loaded.data_config or {})
     module = Normalized(loaded.module, config.get("mean", (0.0,) * 3), config.get("std", (1.0,) * 3))
     return _Subject(loaded.name, module, loaded.label_space, loaded.label_space.wnids, loaded.head, _OwnResize(config))

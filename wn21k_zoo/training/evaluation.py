@@ -17,7 +17,7 @@ from wn21k_zoo.hierarchy import Decoder
 from wn21k_zoo.training.dataset import ShardedDataset
 from wn21k_zoo.training.folder import FolderDataset
 from wn21k_zoo.training.levels import Levels, Order
-from wn21k_zoo.training.metrics import Calibration, HierarchicalDistances, LeafAccuracy, SemanticAccuracy
+from wn21k_zoo.training.metrics import BrokenRows, Calibration, HierarchicalDistances, LeafAccuracy, SemanticAccuracy
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["Evaluation", "classes_with_images"]
@@ -28,8 +28,10 @@ class Evaluation(nn.Module):
 
     A node's score is what :class:`wn21k_zoo.hierarchy.Decoder` says for the kind of head: for a semantic softmax its
     probability within its level, for a softmax the sum over its subtree. Semantic top-1 is over these; the published
-    protocol takes the largest raw logit of each level, which for a semantic softmax is the same. A leaf's score is its
-    confidence, among the classes with images only.
+    protocol takes the largest raw logit of each level, which for a semantic softmax is the same.
+
+    Leaves are the classes with images that have no descendant with images: since no class is more certain than its
+    ancestors, only among them does the highest confidence choose. Where no class with images is above another, all are.
 
     Args:
         tree: The classes and their hierarchy; None: a plain softmax over classes of one's own.
@@ -50,12 +52,15 @@ class Evaluation(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.leaf, self.raw = LeafAccuracy(classes), LeafAccuracy(classes)
+        self._levels = Levels(tree, order) if tree is not None and order == "level" else None
+        if tree is not None and not (tree.depths.max() and Levels(tree).depths):
+            tree = None  # nothing is above anything, or nothing beside it: no more to say than which class it is
+        self.leaf, self.raw = LeafAccuracy(_leaves(tree, classes)), LeafAccuracy(classes)
         self.calibration = Calibration()
+        self.broken = BrokenRows()
         self.semantic = SemanticAccuracy(tree, "level") if tree is not None else None
         self.raw_semantic = SemanticAccuracy(tree) if tree is not None and head != "semantic_softmax" else None
         self.distances = HierarchicalDistances(tree) if tree is not None else None
-        self._levels = Levels(tree, order) if tree is not None and order == "level" else None
         self._decoder = Decoder(tree, tree.label_space, head, device) if tree is not None else None
         self._head, self.num_classes = head, num_classes
         self.to(device)
@@ -66,38 +71,55 @@ class Evaluation(nn.Module):
         if not len(targets_b):
             return
         logits_bn = logits_bn.float()
+        self.broken.update(logits_bn)
         if self._levels is not None:
             logits_bn = logits_bn.index_select(1, self._levels.positions)
         self.raw.update(logits_bn, targets_b)
         if self._decoder is None or self.semantic is None or self.distances is None:
-            p = logits_bn.sigmoid() if self._head == "sigmoid" else logits_bn.softmax(1)
-            predictions = self.leaf.update(p, targets_b)
-            self.calibration.update(p.gather(1, predictions[:, None])[:, 0], predictions == targets_b)
-            return
-        if self.raw_semantic is not None:
-            self.raw_semantic.update(logits_bn, targets_b)
-        scores = self._decoder(logits_bn)
-        self.semantic.update(scores.probability, targets_b)
-        confidence = scores.confidence.index_select(1, self.semantic.levels.positions)
-        predictions = self.leaf.update(confidence, targets_b)
-        self.distances.update(predictions, targets_b)
-        self.calibration.update(confidence.gather(1, predictions[:, None])[:, 0], predictions == targets_b)
+            confidence = logits_bn.sigmoid() if self._head == "sigmoid" else logits_bn.softmax(1)
+            predictions = self.leaf.update(confidence, targets_b)
+        else:
+            if self.raw_semantic is not None:
+                self.raw_semantic.update(logits_bn, targets_b)
+            scores = self._decoder(logits_bn)
+            self.semantic.update(scores.probability, targets_b)
+            confidence = scores.confidence.index_select(1, self.semantic.levels.positions)
+            predictions = self.leaf.update(confidence, targets_b)
+            self.distances.update(predictions, targets_b)
+        sure = confidence.gather(1, predictions[:, None])[:, 0]
+        self.calibration.update(sure, predictions == targets_b, self.leaf.has(targets_b))
 
     def compute(self) -> dict[str, Any]:
         """All figures, in percent where they are shares; waits for all ranks.
 
-        ``top1``, ``top5`` and the hierarchical ones are of the leaf with the highest confidence; ``raw_top1`` is of the
-        highest logit, and ``raw_semantic_top1`` of the highest logit of each level, the published protocol.
+        ``top1`` and ``top5`` are of the images of leaves, which ``leaf_images`` counts, for the leaf with the highest
+        confidence, as are calibration and, over all ``images``, the hierarchical ones. ``raw_top1`` is of the highest
+        logit of all classes with images, and ``raw_semantic_top1`` of the highest logit of each level, the published
+        protocol.
+
+        Raises:
+            NonFiniteError: Logits were not finite.
         """
+        self.broken.check()
         figures: dict[str, Any] = {}
         if self.semantic is not None and self.distances is not None:
             figures |= self.semantic.compute()
             figures["raw_semantic_top1"] = (self.raw_semantic or self.semantic).compute()["semantic_top1"]
-        figures |= self.leaf.compute()
-        figures["raw_top1"] = self.raw.compute()["top1"]
+        leaf, raw = self.leaf.compute(), self.raw.compute()
+        figures |= {"top1": leaf["top1"], "top5": leaf["top5"], "raw_top1": raw["top1"]}
         if self.distances is not None:
             figures |= self.distances.compute()
-        return figures | self.calibration.compute()
+        figures |= self.calibration.compute()
+        counts = {"images": raw["images"], "leaf_images": leaf["images"]}
+        return figures | counts | {"classes_with_images": len(self.raw.classes), "leaves": len(self.leaf.classes)}
+
+
+def _leaves(tree: SemanticTree | None, classes: Sequence[int]) -> list[int]:
+    """The classes that are no ancestor of another one of them."""
+    if tree is None:
+        return list(classes)
+    above = {ancestor for index in classes for ancestor in tree.class_tree_list[index][1:]}
+    return [index for index in classes if index not in above]
 
 
 def classes_with_images(dataset: ShardedDataset | FolderDataset) -> list[int]:

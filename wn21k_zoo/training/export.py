@@ -12,10 +12,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from wn21k_zoo import convert, publish
+from wn21k_zoo import convert, publish, registry
 from wn21k_zoo.building import pretrained_config
 from wn21k_zoo.checkpoints import Checkpoint, Metric
-from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
+from wn21k_zoo.errors import (
+    InvalidArgumentError,
+    RunError,
+    UnknownModelError,
+    UnresolvedLabelSpaceError,
+    first_line,
+)
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.network import reorder_head
@@ -34,6 +40,7 @@ class Trained:
         module: The network; the moving average where the run keeps one.
         space: Its classes, None where they are no synsets.
         class_names: A wnid, or a folder's name, per output.
+        run: Name of its folder.
         step: Of the checkpoint.
         figures: Of the evaluation at that step, empty when there was none.
     """
@@ -41,6 +48,7 @@ class Trained:
     def __init__(self, folder: RunFolder, state: dict[str, Any]) -> None:
         data = folder.data()
         self.recipe: Recipe = folder.recipe()
+        self.run = folder.path.name
         self.step: int = state["step"]
         self.figures: dict[str, Any] = state["figures"] if state["figures"].get("step") == self.step else {}
         name = data["label_space"]
@@ -66,26 +74,33 @@ class Trained:
         return module.eval()
 
     def checkpoint(self, name: str | None = None) -> Checkpoint:
-        """The draft of a record: what the run knows of itself."""
+        """The draft of a record: what the run knows of itself.
+
+        Raises:
+            InvalidArgumentError: The name is that of published weights.
+        """
         recipe = self.recipe
-        known = cast(Any, self.module).pretrained_cfg or {}
+        if name is None:  # the recipe of a published checkpoint has its name, but its weights are others
+            name = f"{recipe.model.architecture}.{self.run}" if _is_published(recipe.name) else recipe.name
+        elif _is_published(name):
+            raise InvalidArgumentError(f"{name} is the name of published weights; give --name another one.")
         metrics = tuple(
             Metric(
                 name=label,
                 value=round(self.figures[key], 2),
-                dataset=f"{self.figures['images']:,} validation images",
+                dataset=f"{self.figures[images]:,} validation images",
                 protocol=protocol,
                 measured_by="wn21k_zoo.training",
             )
-            for key, label, protocol in (
-                ("semantic_top1", "semantic top-1", "micro-average over valid (image, level) pairs"),
-                ("top1", "top-1", "among the classes with images, by confidence"),
+            for key, label, images, protocol in (
+                ("raw_semantic_top1", "semantic top-1", "images", "micro-average over valid (image, level) pairs"),
+                ("top1", "top-1", "leaf_images", "among the leaves with images, by confidence"),
             )
             if key in self.figures
         )
         size = recipe.data.size
         return Checkpoint(
-            name=name or recipe.name,
+            name=name,
             architecture=recipe.model.architecture,
             label_space=self.space.name if self.space else "own",
             head=recipe.loss.head,
@@ -98,9 +113,19 @@ class Trained:
             sources=(),
             license=None,
             paper=None,
-            origin=known.get("origin_url") if recipe.model.start is None else None,
+            origin=None,
             metrics=metrics,
         )
+
+
+def _is_published(name: str) -> bool:
+    try:
+        registry.resolve_checkpoint(name)
+    except UnresolvedLabelSpaceError:
+        return True
+    except UnknownModelError:
+        return False
+    return True
 
 
 def load_run(run: str | os.PathLike[str], which: str = "best") -> Trained:
@@ -145,7 +170,8 @@ def export_run(
         run: Output folder of the run.
         folder: Where to.
         which: ``best`` or ``last``.
-        name: Of the record; default: the recipe's.
+        name: Of the record; default: the recipe's, or, where that is the name of published weights, the architecture's
+            with that of the run's folder.
         dtype: Of the weights, by default as they are.
         force: Replace a folder of a former export.
 

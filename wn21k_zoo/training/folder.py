@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from wn21k_zoo.errors import DataError, LabelSpaceError, UnknownSynsetError, did_you_mean
 from wn21k_zoo.labels import LabelSpace
 
-__all__ = ["FolderDataset", "is_class_folder", "open_folder"]
+__all__ = ["FolderDataset", "is_class_folder", "is_divided", "open_folder"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 _VALIDATION = ("validation", "val", "valid", "test")
@@ -143,7 +143,7 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
 
     Args:
         place: The folder.
-        split: ``train``, ``validation``, or ``all`` images where they are not divided.
+        split: ``train``, ``validation``, or ``all``.
 
     Raises:
         DataError: It holds no classes or images, or the splits' classes differ.
@@ -153,14 +153,20 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
         raise DataError(f"{root} has the splits {', '.join(_SPLITS)}, not {split!r}.{did_you_mean(split, _SPLITS)}")
     below = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     validation = next((name for name in _VALIDATION if name in below), None)
-    if "train" in below and split != "all":
+    if "train" in below:
         if validation is None:
             raise DataError(f"{root} has a folder train, but none for validation: {', '.join(_VALIDATION)}.")
         classes = _classes(root / "train")
-        top = "train" if split == "train" else validation
-        if unknown := set(_classes(root / top)) - set(classes):
-            raise DataError(f"{root / top} has the class {min(unknown)}, which {root / 'train'} lacks.")
-        files = [(name, target) for target, each in enumerate(classes) for name in _images(root, f"{top}/{each}")]
+        tops = {"train": ["train"], "validation": [validation], "all": ["train", validation]}[split]
+        for top in tops:
+            if unknown := set(_classes(root / top)) - set(classes):
+                raise DataError(f"{root / top} has the class {min(unknown)}, which {root / 'train'} lacks.")
+        files = [
+            (name, target)
+            for top in tops
+            for target, each in enumerate(classes)
+            for name in _images(root, f"{top}/{each}")
+        ]
     else:
         classes = _classes(root)
         files = [(name, target) for target, each in enumerate(classes) for name in _chosen(_images(root, each), split)]
@@ -169,6 +175,11 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
         raise DataError(f"{root}, {split}: the class {empty[0]} has no images ({', '.join(SUFFIXES)}).")
     files.sort(key=lambda file: _hash(file[0]))  # groups are mixed, as shards are
     return FolderDataset(root=root, split=split, class_names=tuple(classes), files=tuple(files))
+
+
+def is_divided(place: str | os.PathLike[str]) -> bool:
+    """Whether a folder of class folders is divided into training and validation."""
+    return (Path(place).expanduser() / "train").is_dir()
 
 
 def _classes(folder: Path) -> list[str]:

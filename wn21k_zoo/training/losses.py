@@ -282,9 +282,12 @@ class MultiLabelLoss(nn.Module):
         logits_bn = logits_bn.float()
         p = logits_bn.sigmoid()
         false = (1 - p + self.clip).clamp(max=1)
-        log_true, log_false = F.logsigmoid(logits_bn), false.clamp(min=1e-8).log()
-        positive = log_true * (1 - p).pow(self.gamma_positive)
-        negative = log_false * (1 - false).pow(self.gamma_negative)
+        # Without a clip the probability would round to 0 long before its logarithm is large.
+        log_true = F.logsigmoid(logits_bn)
+        log_false = false.log() if self.clip else F.logsigmoid(-logits_bn)
+        # Exponents below 1 have no gradient at 0.
+        positive = log_true * (1 - p).clamp(min=1e-8).pow(self.gamma_positive)
+        negative = log_false * (1 - false).clamp(min=1e-8).pow(self.gamma_negative)
         loss = -torch.where(truth, positive, negative).sum(1).mean()
         _check_finite(loss, logits_bn)
         return loss.where(all_in_range, math.nan)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wn21k_zoo.errors import InvalidArgumentError
+from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
 from wn21k_zoo.training.levels import Levels, Order
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["Calibration", "HierarchicalDistances", "LeafAccuracy", "SemanticAccuracy"]
+__all__ = ["BrokenRows", "Calibration", "HierarchicalDistances", "LeafAccuracy", "SemanticAccuracy"]
 
 
 class _Counts(nn.Module):
@@ -40,6 +40,32 @@ class _Counts(nn.Module):
             total = total.clone()
             torch.distributed.all_reduce(total)
         return [int(value) for value in total.flatten().tolist()]
+
+
+class BrokenRows(_Counts):
+    """How many rows of logits are not finite."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    @torch.no_grad()
+    def update(self, logits_bn: Tensor) -> None:
+        """Count a batch of logits [B, N]."""
+        broken = ~logits_bn.isfinite().all(1)
+        self.counts += torch.stack([broken.sum(), torch.ones_like(broken, dtype=torch.int64).sum()])
+
+    def check(self) -> None:
+        """See that there were none, over all ranks.
+
+        Raises:
+            NonFiniteError: There were.
+        """
+        broken, images = self._total()
+        if broken:
+            raise NonFiniteError(
+                f"The logits of {broken:,} of {images:,} images are NaN or infinite; if fp16 is too narrow for this "
+                "network, take bf16 or fp32."
+            )
 
 
 class SemanticAccuracy(_Counts):
@@ -83,10 +109,10 @@ class SemanticAccuracy(_Counts):
 
 
 class LeafAccuracy(_Counts):
-    """Top-1 and top-5 among a choice of classes, such as those that have images.
+    """Top-1 and top-5 among a choice of classes, over the images of these classes.
 
     Args:
-        classes: Indices in the label space.
+        classes: Indices in the label space, such as those that have images.
 
     Raises:
         InvalidArgumentError: No classes.
@@ -106,11 +132,15 @@ class LeafAccuracy(_Counts):
         chosen = scores_bn.index_select(1, self.classes)
         best = self.classes[chosen.topk(min(5, len(self.classes)), 1).indices]
         hits = best == targets_b[:, None]
-        self.counts += torch.stack([hits[:, :1].sum(), hits.sum(), hits.new_tensor(len(hits), dtype=torch.int64)])
+        self.counts += torch.stack([hits[:, :1].sum(), hits.sum(), self.has(targets_b).sum()])
         return best[:, 0]
 
+    def has(self, targets_b: Tensor) -> Tensor:
+        """Whether each target is one of the classes, [B] bool."""
+        return torch.isin(targets_b, self.classes)
+
     def compute(self) -> dict[str, float]:
-        """Percentages over all ranks: ``top1``, ``top5``; and ``images``."""
+        """Percentages over all ranks: ``top1``, ``top5``; and ``images`` of the classes."""
         first, any_of_five, count = self._total()
         return {"top1": 100 * first / max(1, count), "top5": 100 * any_of_five / max(1, count), "images": count}
 
@@ -181,12 +211,12 @@ class Calibration(_Counts):
         self.bins = bins
 
     @torch.no_grad()
-    def update(self, confidence_b: Tensor, right_b: Tensor) -> None:
-        """Count a batch: confidences in [0, 1] [B], and whether each prediction was right [B] bool."""
+    def update(self, confidence_b: Tensor, right_b: Tensor, counted_b: Tensor) -> None:
+        """Count a batch: confidences in [0, 1], whether each prediction was right, and which images count, [B] each."""
         at = (confidence_b * self.bins).long().clamp_(0, self.bins - 1)
         millionths = (confidence_b.float() * 1e6).round().long()  # whole, so that sums are exact in any order
         for column, values in enumerate((torch.ones_like(at), right_b.long(), millionths)):
-            self.counts[:, column].scatter_add_(0, at, values)
+            self.counts[:, column].scatter_add_(0, at, values * counted_b)
 
     def compute(self) -> dict[str, float | list[dict[str, float]]]:
         """``calibration_error``: the expected one in percent; ``reliability``: per bin that has images, its figures."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import DataOutputError, MissingExtraError, RunError
-from wn21k_zoo.training.state import RunFolder, read_lines
+from wn21k_zoo.training.state import RunFolder, names_of, read_lines
 
 __all__ = ["check_pictures", "check_writable", "plot_reliability", "plot_runs"]
 
@@ -21,32 +21,32 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
         DataOutputError: The picture cannot be written.
         MissingExtraError: Without matplotlib.
     """
-    metrics = {run: _metrics(run) for run in runs}
+    metrics = [_metrics(run) for run in runs]
     figure, axes = _figure(2, 2, (11, 7))
     panels = (
-        ("train", "loss", "training loss"),
-        ("train", "lr", "learning rate"),
-        ("evaluation", "semantic_top1", "semantic top-1 (dashed: top-1), %"),
-        ("train", "images_per_second", "images per second"),
+        ("train", "loss", "training loss", "-"),
+        ("train", "lr", "learning rate", "-"),
+        ("evaluation", "semantic_top1", "semantic top-1 (dashed: top-1), %", "-"),
+        ("evaluation", "top1", "", "--"),
+        ("train", "images_per_second", "images per second", "-"),
     )
-    for place, (kind, name, title) in zip(axes.flat, panels, strict=True):
-        for color, (run, lines) in zip(_colors(), metrics.items(), strict=False):
+    places = [axes.flat[number] for number in (0, 1, 2, 2, 3)]  # both accuracies in one
+    for place, (kind, name, title, style) in zip(places, panels, strict=True):
+        for number, lines in enumerate(metrics):
             points = [(line["step"], line[name]) for line in lines if line["kind"] == kind and name in line]
-            label = run.resolve().name
-            marker = "o" if kind == "evaluation" else ""
+            marker = ("o", "s", "^", "v")[number // 10 % 4] if kind == "evaluation" or number > 9 else ""
             if points:
-                place.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, markersize=3)
-            if kind == "evaluation":
-                leaf = [(line["step"], line["top1"]) for line in lines if line["kind"] == kind]
-                if leaf:
-                    place.plot(
-                        *zip(*leaf, strict=True), color=color, linestyle="--", marker=marker, markersize=3,
-                        label=None if points else label,
-                    )  # fmt: skip
-        place.set_title(title, fontsize=10)
+                place.plot(
+                    *zip(*points, strict=True), color=f"C{number % 10}", linestyle=style, marker=marker, markersize=3
+                )
+        if title:
+            place.set_title(title, fontsize=10)
         place.set_xlabel("step", fontsize=8)
-        place.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=7)
+        place.grid(True, alpha=0.3)
+    handles = [
+        axes.flat[0].plot([], [], color=f"C{number % 10}", label=name)[0] for number, name in enumerate(names_of(runs))
+    ]
+    axes.flat[0].legend(handles=handles, fontsize=7)
     return _save(figure, output)
 
 
@@ -120,10 +120,6 @@ def check_pictures() -> Any:
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     figure = check_pictures()(figsize=size, layout="constrained")  # without pyplot: no window, no global state
     return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _colors() -> list[str]:
-    return [f"C{number}" for number in range(10)] * 10
 
 
 def _save(figure: Any, output: Path) -> Path:

@@ -20,7 +20,7 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +211,14 @@ class RunFolder:
         for key in ("classes", "images"):
             if before.get(key) != data.get(key):
                 raise RunError(f"{self.path} holds a run on other data ({key} differ); name another --output.")
+
+
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """What tells the folders of runs apart: the last part of each path, or more of it."""
+    paths = [run.expanduser().absolute() for run in runs]
+    if len({path.name for path in paths}) == len(set(paths)):
+        return [path.name for path in paths]
+    return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 
-from wn21k_zoo.errors import RecipeError, Wn21kError
+from wn21k_zoo.errors import InvalidArgumentError, RecipeError, Wn21kError
 
 __all__ = ["main"]
 
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return end.code
     except Wn21kError as error:
         sys.stderr.write(f"wn21k: {error}\n")
-        return 2 if isinstance(error, RecipeError) else 1
+        return 2 if isinstance(error, (InvalidArgumentError, RecipeError)) else 1
     except KeyboardInterrupt:
         sys.stderr.write("wn21k: interrupted\n")
         return 130
