@@ -269,7 +269,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(data, tmp_path, monke
     ("sections", "message"),
     [
         ({"data": {"batch_size": 64}}, "fewer than data.batch_size 64"),
-        ({"data": {"label_space": "fall11"}}, "is a folder of class folders, but the recipe is for fall11"),
+        ({"data": {"label_space": "imagenet1k"}}, r"no class of imagenet1k; .* set data\.label_space to null"),
         ({"loss": {"teacher": "resnet50.miil_in21k"}}, "distillation_weight is 0"),
         ({"model": {"arguments": {"no_such": 1}}}, "test_convnext cannot be built: .*no_such"),
         ({"model": {"start": "resnet50.a1_in1kk"}}, "Did you mean"),
@@ -647,3 +647,20 @@ def test_a_last_batch_without_an_image_that_can_be_read(tmp_path, loader):
     if loader == "evaluation":
         figures = evaluate(tmp_path / "run", data, workers=0, batch_size=11)
     assert figures["images"] == 11
+
+
+def test_class_folders_named_by_wnids_take_the_classes_of_a_label_space(tmp_path, capsys):
+    data = make_folder(tmp_path / "images", names=("n01443537", "n02123045", "n02099601"), images=12)
+    figures = run(small_recipe(data={"label_space": "imagenet1k"}), data, tmp_path / "run")
+    assert figures["classes_with_images"] == 3
+    assert "1,000 classes (997 without images for validation)" in capsys.readouterr().err
+    assert final(tmp_path / "run")["model"]["head.fc.weight"].shape[0] == 1000
+
+
+def test_the_gradient_is_clipped(data, tmp_path):
+    recipe = small_recipe(optimizer={"name": "sgd", "lr": 1.0, "clip_norm": 1e-4, "momentum": 0.0, "weight_decay": 0.0})
+    recipe.schedule.name, recipe.schedule.warmup, recipe.schedule.max_steps = "constant", 0.0, 1
+    run(recipe, data, tmp_path)
+    begin = build_network(recipe, 6, None, None).state_dict()
+    moved = sum(float(((begin[key] - value) ** 2).sum()) for key, value in final(tmp_path)["model"].items())
+    assert math.sqrt(moved) == pytest.approx(1e-4, rel=0.05)

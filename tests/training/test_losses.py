@@ -286,5 +286,14 @@ def test_on_a_gpu(case, order):
     tree, expected, logits, targets, _ = case
     loss_of = SemanticSoftmaxLoss(tree, order=order).cuda()
     logits = in_order(loss_of.levels, logits.cuda()).requires_grad_()
-    loss = loss_of(logits, targets.cuda())
+    targets = targets.cuda()
+    loss_of(logits, targets)  # what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = loss_of(logits, targets)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(loss.item(), expected["loss"], **CLOSE)
+    gradient = published(loss_of.levels, logits.grad)
+    torch.testing.assert_close(gradient.abs().sum().item(), expected["grad_abs_sum"], **CLOSE)

@@ -28,8 +28,8 @@ To change more than --set can, write a file of your own:
         recipe.data.augmentation = "modern"
         return recipe
 
-Images seen: 20 times your own. Hours: images seen / images per second / 3600; `wn21k train plan FILE --images N
---images-per-second X` computes them, the lines of a run show the X of your machine.
+Images seen: 20 times your own. Hours: images seen / images per second / 3600, where the lines of a run show the images
+per second of all its GPUs; `wn21k train plan FILE --gpus 1 --images N --images-per-second X` computes them before.
 
 Nothing of this is published: learning rates, augmentation and epochs are our choice (wn21k_zoo/training/presets.py).
 """

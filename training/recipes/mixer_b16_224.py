@@ -22,6 +22,9 @@ turn; `wn21k train plan` computes it for others):
     in21k_modern                   1,062 M images    87.8 hours
     in1k                              51 M images     4.2 hours
 
+in1k takes the usual folders, DIR/train/n01440764/... and DIR/val/n01440764/...; the others what `wn21k data prepare`
+makes.
+
 No ImageNet-1K weights of exactly this architecture are published that have not seen ImageNet-21K, so in21k
 begins from scratch with the published settings for that; with weights of one's own: --set model.start=DIR
 --set schedule.epochs=80 --set optimizer.name=adam --set optimizer.lr=3e-4.

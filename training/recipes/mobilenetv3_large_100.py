@@ -22,6 +22,9 @@ turn; `wn21k train plan` computes it for others):
     in21k_modern                   1,062 M images    30.5 hours
     in1k                              51 M images     1.5 hours
 
+in1k takes the usual folders, DIR/train/n01440764/... and DIR/val/n01440764/...; the others what `wn21k data prepare`
+makes.
+
 ImageNet-1K weights to begin with: mobilenetv3_large_100.ra_in1k; which ones the authors took is not published.
 wn21k_zoo/training/presets.py says what is published and what had to be chosen: the weight of the distillation, and all
 of the fine-tuning but its result. None of these recipes has been run to its end by this project.

@@ -10,7 +10,7 @@ Three arms with the same network, images, steps and seeds: single_label, semanti
 Tiny ImageNet as one tar per class, 150 images each; 199 of them are classes of ImageNet-21K-P. The head speaks all
 11,221 classes of fall11, of which 199 have images. training/results/stand_in/ has what came of it.
 
-Images seen: 154,368 per arm. Hours: see the logs there. 8 GPUs, several nodes: not worth starting, but torchrun takes
+Images seen: 155,136 per arm. Hours: see the logs there. 8 GPUs, several nodes: not worth starting, but torchrun takes
 it as any other (training/recipes/resnet50.py). Nothing of this is published; all of it is chosen.
 """
 

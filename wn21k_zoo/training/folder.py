@@ -82,7 +82,7 @@ class FolderDataset:
         if unknown := set(self.class_names) - set(space.wnids):
             raise DataError(
                 f"{self.root} has a folder {min(unknown)}, which is no class of {space.name}; folders must be named by "
-                "the wnids of the model's classes."
+                "the wnids of its classes."
             )
         files = tuple((name, space.index[self.class_names[target]]) for name, target in self.files)
         return dataclasses.replace(self, class_names=space.wnids, files=files)

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from wn21k_zoo.errors import RecipeError
+from wn21k_zoo.errors import DataError, RecipeError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.crops import CenterCrop, RandomCrop
 from wn21k_zoo.training.data import (
@@ -61,25 +61,24 @@ def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
 
     Args:
         recipe: Whose label space the classes are mapped to.
-        data: Shards, or a URL of them, or a folder of class folders.
+        data: Shards, or a URL of them, or a folder of class folders, named by wnids where the recipe has a label space.
 
     Raises:
         DataError, UnknownLabelSpaceError: It cannot be read.
-        RecipeError: The recipe's loss needs a hierarchy, and the classes have none.
+        RecipeError: The recipe's loss needs a hierarchy, and the classes have none; or the name of a folder is no class
+            of its label space.
     """
-    wanted = recipe.data.label_space
-    if wanted is not None:
-        LabelSpace.load(wanted)  # a name that is none is said so before anything else
+    wanted = LabelSpace.load(recipe.data.label_space) if recipe.data.label_space is not None else None
     train: ShardedDataset | FolderDataset
     validation: ShardedDataset | FolderDataset
     if is_class_folder(data):
-        if wanted is not None:
-            raise RecipeError(
-                f"{data} is a folder of class folders, but the recipe is for {wanted}; make shards of it with `wn21k "
-                "data prepare`, or set data.label_space to null for classes of your own."
-            )
         train, validation = open_folder(data), open_folder(data, "validation")
-        space = train.label_space
+        if wanted is not None:
+            try:
+                train, validation = train.mapped_to(wanted), validation.mapped_to(wanted)
+            except DataError as error:
+                raise RecipeError(f"{error} For classes of your own set data.label_space to null.") from None
+        space = wanted or train.label_space
     else:
         train = open_dataset(data, label_space=wanted)
         validation = open_dataset(data, "validation", label_space=wanted)
