@@ -95,7 +95,7 @@ class Evaluation(nn.Module):
         ``top1`` and ``top5`` are of the images of leaves, which ``leaf_images`` counts, for the leaf with the highest
         confidence, as are calibration and, over all ``images``, the hierarchical ones. ``raw_top1`` is of the highest
         logit of all classes with images, and ``raw_semantic_top1`` of the highest logit of each level, the published
-        protocol.
+        protocol. A confidence is what the model gives among all its classes, also where few of them have images.
 
         Raises:
             NonFiniteError: Logits were not finite.
