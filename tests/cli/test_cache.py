@@ -54,6 +54,7 @@ def rows(done):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_download_verify_list_prune(run, tmp_path):
     with hub_server(FILES) as (endpoint, _):
         done = run("download", NAME, EMBEDDED, endpoint=endpoint)
@@ -119,6 +120,7 @@ def test_names_that_no_repository_can_have(run):
     assert f"{len(bad)} could not be fetched" in done.stderr
 
 
+@pytest.mark.slow
 def test_one_bad_name_does_not_stop_the_rest(run):
     with hub_server(FILES) as (endpoint, _):
         done = run("download", "mobilenetv3_large_100.miil_in21", NAME, endpoint=endpoint)

@@ -95,6 +95,7 @@ def test_stdin_and_globs(folder):
     assert "No file matches" in run("predict", folder / "*.webp", *MODEL).stderr
 
 
+@pytest.mark.slow
 def test_the_progress_bar_is_on_stderr_and_the_data_on_stdout(folder):
     (folder / "c.png").write_bytes(b"broken")
     command = [sys.executable, "-m", "wn21k_zoo", "predict", str(folder), *MODEL]
@@ -257,6 +258,7 @@ def test_completion_imports_no_torch():
     assert done.stderr == "False False\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
 def test_interrupt_is_130_without_a_traceback():
     process = start_interruptible([sys.executable, "-m", "wn21k_zoo", "predict", "-", *MODEL])

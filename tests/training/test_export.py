@@ -205,6 +205,7 @@ def test_an_exported_run_has_no_name_of_published_weights_and_its_own_preprocess
         export_run(tmp_path / "mine", tmp_path / "other", name="mobilenetv3_large_100.miil_in21k")
 
 
+@pytest.mark.slow
 def test_a_record_is_evaluated_by_synset_and_with_its_own_preprocessing(tmp_path):
     # Loose images and shards of the same classes: goldfish, tabby and one that ImageNet-1K lacks.
     images = make_folder(tmp_path / "images", names=("n01443537", "n02123045"), images=8)

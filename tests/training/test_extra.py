@@ -20,6 +20,7 @@ def test_a_missing_library_is_an_error_that_names_the_extra(tmp_path, missing):
     assert done.stderr == expected
 
 
+@pytest.mark.slow
 def test_a_plot_names_its_extra(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1}\n')
     command = [sys.executable, "-c", CODE, "matplotlib.figure", "train", "plot", str(tmp_path)]
