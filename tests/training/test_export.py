@@ -22,7 +22,7 @@ from wn21k_zoo.training.export import export_run, load_run
 from wn21k_zoo.training.metrics import SemanticAccuracy
 from wn21k_zoo.training.plots import plot_reliability, plot_runs
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
-from wn21k_zoo.training.recipe import override
+from wn21k_zoo.training.recipe_files import override
 from wn21k_zoo.training.state import names_of
 from wn21k_zoo.tree import SemanticTree
 

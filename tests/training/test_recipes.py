@@ -16,7 +16,8 @@ from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import train
 from wn21k_zoo.training.plan import cost_table, plan
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
-from wn21k_zoo.training.recipe import RANDOM, Recipe, load_recipe, override, recipes_in
+from wn21k_zoo.training.recipe import RANDOM, Recipe
+from wn21k_zoo.training.recipe_files import load_recipe, override, recipes_in
 
 from .archives import WNIDS, jpeg
 from .runs import make_folder, small_recipe

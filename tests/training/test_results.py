@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from wn21k_zoo.training.recipe import Recipe, load_recipe
+from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.recipe_files import load_recipe
 
 FOLDER = Path(__file__).parent.parent.parent / "training" / "results" / "stand_in"
 ARMS = {"single label": "single_label", "semantic softmax": "semantic", "semantic softmax, distilled": "distilled"}

@@ -50,7 +50,7 @@ def list_recipes(
 ) -> None:
     """The recipes of a file or folder."""
     from wn21k_zoo.errors import RecipeError
-    from wn21k_zoo.training.recipe import recipes_in
+    from wn21k_zoo.training.recipe_files import recipes_in
 
     files = sorted(file.glob("*.py")) if file.is_dir() else [file]
     if not files or not files[0].is_file() or files[0].suffix != ".py":
@@ -66,7 +66,7 @@ def list_recipes(
 @app.command()
 def show(recipe: RecipeArgument, set: SetOption = None) -> None:  # noqa: A002
     """All fields of a recipe, as JSON."""
-    from wn21k_zoo.training.recipe import load_recipe, override
+    from wn21k_zoo.training.recipe_files import load_recipe, override
 
     resolved = override(load_recipe(recipe), set or [])
     resolved.check()
@@ -90,7 +90,7 @@ def plan(
 ) -> None:
     """Steps, images, hours, and a guess of the memory."""
     from wn21k_zoo.training.plan import plan as make_plan
-    from wn21k_zoo.training.recipe import load_recipe, override
+    from wn21k_zoo.training.recipe_files import load_recipe, override
 
     resolved = override(load_recipe(recipe), set or [])
     figures = make_plan(resolved, gpus=gpus, images_per_second=images_per_second, images=images)

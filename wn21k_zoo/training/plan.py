@@ -16,7 +16,8 @@ from wn21k_zoo import convert, registry
 from wn21k_zoo.errors import RecipeError, Wn21kError, first_line
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LabelSpace
 from wn21k_zoo.training.presets import ARCHITECTURES
-from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture, recipes_in
+from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
+from wn21k_zoo.training.recipe_files import recipes_in
 
 __all__ = ["IMAGES", "Plan", "cost_table", "plan"]
 

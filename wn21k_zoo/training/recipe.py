@@ -17,18 +17,12 @@ starts.
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import json
-import re
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import MissingExtraError, RecipeError, Wn21kError, did_you_mean, first_line
+from wn21k_zoo.errors import MissingExtraError, RecipeError, did_you_mean, first_line
 from wn21k_zoo.registry import TIMM_PREFIX
 
 try:
@@ -36,10 +30,10 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"Training ({error.name} is missing)", "train") from error
 
-__all__ = ["RANDOM", "Recipe", "check_architecture", "load_recipe", "needs_image_size", "override", "recipes_in"]
+__all__ = ["RANDOM", "Recipe", "Section", "check_architecture", "needs_image_size"]
 
 
-class _Section(pydantic.BaseModel):
+class Section(pydantic.BaseModel):
     """Fields that exist, with values of their types; pydantic's error becomes ours."""
 
     model_config = pydantic.ConfigDict(
@@ -59,7 +53,7 @@ class _Section(pydantic.BaseModel):
             raise _as_recipe_error(type(self), error) from None
 
 
-class Model(_Section):
+class Model(Section):
     """The network.
 
     Attributes:
@@ -86,7 +80,7 @@ class Model(_Section):
     sync_batchnorm: bool = False
 
 
-class Data(_Section):
+class Data(Section):
     """Images, their order and augmentation.
 
     Attributes:
@@ -111,7 +105,7 @@ class Data(_Section):
     max_bad: float = pydantic.Field(default=0.01, ge=0, le=1)
 
 
-class Loss(_Section):
+class Loss(Section):
     """What is minimised.
 
     Attributes:
@@ -133,7 +127,7 @@ class Loss(_Section):
         return heads.get(self.kind, "semantic_softmax")
 
 
-class Optimizer(_Section):
+class Optimizer(Section):
     """How weights are changed.
 
     Attributes:
@@ -156,7 +150,7 @@ class Optimizer(_Section):
     head_lr_factor: float = pydantic.Field(default=1.0, gt=0)
 
 
-class Schedule(_Section):
+class Schedule(Section):
     """How the learning rate goes.
 
     Attributes:
@@ -176,7 +170,7 @@ class Schedule(_Section):
     end_divisor: float = pydantic.Field(default=1e4, ge=1)
 
 
-class Run(_Section):
+class Run(Section):
     """The machine's side of it.
 
     Attributes:
@@ -202,7 +196,7 @@ class Run(_Section):
     deterministic: bool = False
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything that decides what a run computes, save the data and the machine.
 
     Attributes:
@@ -335,115 +329,6 @@ class Recipe(_Section):
 RANDOM = "random:"  # before a name: that network, but without its weights
 
 
-def load_recipe(where: str) -> Recipe:
-    """The recipe of ``FILE.py`` (its first function), ``FILE.py:function``, or a run's ``recipe.json``.
-
-    ``FILE.py:function:text`` gives the text to the function as its argument.
-
-    Raises:
-        RecipeError: No such file or function, or the function fails.
-    """
-    match = re.fullmatch(r"(.+?\.py)(?::(\w*))?(?::(.+))?", where, re.DOTALL)
-    file, name, argument = match.groups() if match else (where, None, None)
-    path = Path(file).expanduser()
-    if not path.is_file() or path.suffix not in (".py", ".json"):
-        what = "is a folder; name a file in it" if path.is_dir() else "is no file"
-        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
-        raise RecipeError(f"{path} {what}; a recipe is FILE.py:function or recipe.json.{near}")
-    if path.suffix == ".json":
-        return Recipe.from_json(_text(path))
-    functions = recipes_in(path)
-    if not functions:
-        raise RecipeError(f"{path} has no function that can be called without arguments and returns a recipe.")
-    if name and name not in functions:
-        raise RecipeError(
-            f"{path} has no recipe {name!r}.{did_you_mean(name, functions)} It has {', '.join(functions)}."
-        )
-    function = functions[name or next(iter(functions))]
-    if argument and not inspect.signature(function).parameters:
-        raise RecipeError(f"The recipe {function.__name__} takes no argument, and {where} gives it {argument!r}.")
-    try:
-        recipe = function(argument) if argument else function()
-    except Wn21kError:
-        raise
-    except Exception as error:
-        raise RecipeError(f"{where} fails with {first_line(error)}.") from error
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(f"{where} returns a {type(recipe).__name__}, not a recipe; does it end with `return recipe`?")
-    return recipe
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {first_line(error)}.") from None
-
-
-def recipes_in(path: Path) -> dict[str, Callable[..., Recipe]]:
-    """The functions of a file that are recipes: public, defined there, without required arguments, in order.
-
-    Raises:
-        RecipeError: The file cannot be run.
-    """
-    spec = importlib.util.spec_from_file_location(f"wn21k_recipe_{path.stem}", path)
-    assert spec is not None  # noqa: S101
-    assert spec.loader is not None  # noqa: S101
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))  # a recipe may import its neighbours
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise error if isinstance(error, RecipeError) else RecipeError(f"{path}: {first_line(error)}") from error
-    finally:
-        sys.path.remove(str(path.parent))
-        sys.dont_write_bytecode = writes
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if inspect.isfunction(value)
-        and not name.startswith("_")
-        and value.__module__ == module.__name__
-        and all(each.default is not each.empty for each in inspect.signature(value).parameters.values())
-    }
-
-
-def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """A copy with fields changed as ``section.field=value``; null and none are None, lists are JSON.
-
-    Raises:
-        RecipeError: No such field, or a value that it cannot have.
-    """
-    changed = recipe.model_copy(deep=True)
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        *sections, field = path.strip().split(".")
-        target: Any = changed
-        for section in sections:
-            target = _field(target, section, path)
-        if not equals or isinstance(_field(target, field, path), _Section):
-            raise RecipeError(f"--set {setting}: write section.field=value, such as optimizer.lr=1e-3.")
-        setattr(target, field, _value(text.strip()))
-    return changed
-
-
-def _field(target: Any, name: str, path: str) -> Any:
-    fields = type(target).model_fields if isinstance(target, _Section) else {}
-    if name not in fields:
-        raise RecipeError(f"A recipe has no field {path}.{did_you_mean(name, fields)}")
-    return getattr(target, name)
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("none", "null"):
-        return None
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def check_architecture(name: str) -> None:
     """See that timm or this package has an architecture.
 
@@ -462,7 +347,7 @@ def needs_image_size(architecture: str) -> bool:
     return architecture.startswith(("vit_", "mixer_", "deit", "beit", "eva", "swin"))
 
 
-def _as_recipe_error(section: type[_Section], error: pydantic.ValidationError) -> RecipeError:
+def _as_recipe_error(section: type[Section], error: pydantic.ValidationError) -> RecipeError:
     first = error.errors(include_url=False)[0]
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, RecipeError):  # of a section within this one

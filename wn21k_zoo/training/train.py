@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from wn21k_zoo.training.distributed import join
         from wn21k_zoo.training.engine import Preempted, train
-        from wn21k_zoo.training.recipe import load_recipe, override
+        from wn21k_zoo.training.recipe_files import load_recipe, override
 
         recipe = override(load_recipe(chosen.recipe), chosen.set)
         if chosen.workers is not None and chosen.workers < 0:

@@ -1,0 +1,49 @@
+"""Runs in this process, and what became of them."""
+
+import json
+
+import torch
+
+from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.engine import train
+from wn21k_zoo.training.network import build_network
+from wn21k_zoo.training.state import RunFolder
+
+from .runs import small_recipe
+
+ALONE = World(0, 1, torch.device("cpu"))
+# A rate at which weights go far in a few steps, by an optimizer that does not blow rounding up as Adam's division does.
+FAST = {"name": "sgd", "lr": 0.05}
+
+
+def run(recipe, data, output, **options):
+    return train(recipe, data, output, ALONE, workers=0, **options)
+
+
+def final(output):
+    return RunFolder(output).newest()
+
+
+def lines(output, kind="train"):
+    return [
+        line
+        for text in (output / "metrics.jsonl").read_text().splitlines()
+        if (line := json.loads(text))["kind"] == kind
+    ]
+
+
+def assert_same_weights(one, other):
+    assert one["step"] == other["step"]
+    for part in ("model", "average"):
+        assert (one[part] is None) == (other[part] is None)
+        for key, value in (one[part] or {}).items():
+            assert torch.equal(value, other[part][key]), key
+
+
+def assert_close_weights(one, other, atol=2e-6):
+    """The same to rounding, after they have gone far from where they began."""
+    begin = build_network(small_recipe(), 6, None, None).state_dict()
+    moved = max(float((begin[key] - value).abs().max()) for key, value in one["model"].items())
+    assert moved > 1e-2
+    for key, value in one["model"].items():
+        torch.testing.assert_close(other["model"][key], value, rtol=0, atol=atol, msg=key)

@@ -1,0 +1,218 @@
+"""Runs in processes of their own: killed, told to stop, and several together."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from wn21k_zoo.training.state import RunFolder
+
+from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, run
+from .runs import (
+    make_folder,
+    measure_on_rank,
+    run_rank_that_breaks,
+    run_rank_told_to_stop,
+    run_until_killed,
+    small_recipe,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.mark.slow
+def test_20_kills_at_random_moments_leave_a_loadable_checkpoint(data, tmp_path):
+    recipe = small_recipe(
+        schedule={"epochs": 400}, run={"checkpoint_minutes": 1e-9, "log_every": 50, "evaluate_every": 9}
+    )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["wn21k_zoo.training.engine", "tests.training.runs"])
+    choose, reached = random.Random(1), 0  # noqa: S311
+    for _ in range(20):
+        process = context.Process(target=run_until_killed, args=(recipe.to_json(), str(data), str(tmp_path / "run")))
+        process.start()
+        deadline = time.monotonic() + 60
+        folder = RunFolder(tmp_path / "run")
+        newer = f"step-{reached + 1:08d}.pt"
+        while not any(path.name >= newer for path in folder.steps()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(choose.random() * 0.2)
+        process.kill()
+        process.join()
+        step = folder.newest()["step"]
+        assert step > reached
+        reached = step
+
+
+def command(recipe, data, output, tmp_path, *, ranks=1, workers=0):
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    start = [sys.executable, "-m"]
+    if ranks > 1:
+        start += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
+        start += ["--rdzv-endpoint", "localhost:0", "-m"]
+    return [
+        *start, "wn21k_zoo.training.train", "--recipe", str(tmp_path / "recipe.json"), "--data", str(data),
+        "--output", str(output), "--workers", str(workers), "--device", "cpu",
+    ]  # fmt: skip
+
+
+# The same number of threads in all: it decides in which order numbers are added up.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def start():
+    """Starts processes, each in a session of its own, and sees that none is left."""
+    started = []
+
+    def begin(arguments):
+        options = {"stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT, "start_new_session": True}
+        started.append(subprocess.Popen(arguments, **options))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            kill_all(process)
+
+
+def kill_all(process):
+    """torchrun and its workers at once."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=30)
+    process.communicate()
+
+
+def wait_for_step(output, step, process):
+    for _ in range(1200):
+        if (output / "metrics.jsonl").exists() and len(lines(output)) >= step:
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    raise AssertionError("no progress")
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_to_rounding(data, tmp_path):
+    recipe = small_recipe(optimizer=FAST)
+    run(recipe, data, tmp_path / "one")
+    subprocess.run(command(recipe, data, tmp_path / "two", tmp_path, ranks=2), check=True, env=ENVIRONMENT)
+    assert_close_weights(final(tmp_path / "one"), final(tmp_path / "two"))
+    evaluations = [lines(tmp_path / name, "evaluation") for name in ("one", "two")]
+    assert [[line["images"] for line in each] for each in evaluations] == [[6, 6], [6, 6]]
+
+
+def in_processes(target, tmp_path, count, *arguments):
+    """What each of so many ranks puts into a queue."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=target, args=(str(tmp_path / f"store{count}"), rank, count, *arguments, results))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=100) for _ in processes]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return found
+
+
+@pytest.mark.slow
+def test_figures_are_added_up_exactly_over_ranks(tmp_path):
+    (alone,) = in_processes(measure_on_rank, tmp_path, 1)
+    assert in_processes(measure_on_rank, tmp_path, 2) == [alone, alone]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_at_that_step(data, tmp_path):
+    output = tmp_path / "run"
+    found = in_processes(run_rank_that_breaks, tmp_path, 2, small_recipe().to_json(), str(data), str(output))
+    assert sorted(rank for rank, _ in found) == [0, 1]
+    assert all("The loss of step 9 is not finite" in message for _, message in found)
+    assert RunFolder(output).status()["state"] == "failed"
+    assert final(output)["step"] == 6
+
+
+@pytest.mark.slow
+def test_one_rank_told_to_stop_while_all_evaluate_stops_all(data, tmp_path):
+    recipe, output = small_recipe(data={"batch_per_device": 1}), tmp_path / "run"
+    found = in_processes(run_rank_told_to_stop, tmp_path, 2, recipe.to_json(), str(data), str(output))
+    assert found == [(143, 1)] * 2  # of three batches each
+    assert RunFolder(output).status() | {"reason": ""} == {"state": "preempted", "step": 6, "total": 12, "reason": ""}
+    assert final(output)["evaluated"] == 0
+    run(recipe, data, output)
+    assert [line["step"] for line in lines(output, "evaluation")] == [6, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_is_bit_for_bit_the_same(data, tmp_path, start, ranks):
+    recipe = small_recipe("test_efficientnet", schedule={"epochs": 15}, run={"checkpoint_minutes": 1e-9})
+    recipe.model.arguments = {"drop_rate": 0.3}
+    subprocess.run(command(recipe, data, tmp_path / "whole", tmp_path, ranks=ranks), check=True, env=ENVIRONMENT)
+    arguments = command(recipe, data, tmp_path / "parts", tmp_path, ranks=ranks)
+    process = start(arguments)
+    wait_for_step(tmp_path / "parts", 10, process)
+    kill_all(process)
+    assert RunFolder(tmp_path / "parts").status()["state"] == "running"
+    subprocess.run(arguments, check=True, env=ENVIRONMENT)
+    assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
+    keys = ("step", "loss", "lr")
+    assert [[line[key] for key in keys] for line in lines(tmp_path / "whole")] == [
+        [line[key] for key in keys] for line in lines(tmp_path / "parts")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everybody", [False, True], ids=["the process", "with its loader's"])
+@pytest.mark.parametrize(("ranks", "number", "code"), [(1, "SIGTERM", 143), (1, "SIGINT", 130), (2, "SIGTERM", 1)])
+def test_told_to_stop_it_writes_a_checkpoint(data, tmp_path, start, ranks, number, code, everybody):
+    recipe = small_recipe(schedule={"epochs": 500})
+    process = start(command(recipe, data, tmp_path / "run", tmp_path, ranks=ranks, workers=int(everybody)))
+    wait_for_step(tmp_path / "run", 10, process)
+    begin = time.monotonic()
+    family = psutil.Process(process.pid).children(recursive=True) if everybody else []
+    for pid in (process.pid, *(member.pid for member in family)):
+        os.kill(pid, getattr(signal, number))
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 30
+    assert process.returncode == code, errors
+    assert "stopped with a checkpoint; the same command goes on" in errors
+    status = RunFolder(tmp_path / "run").status()
+    assert status["state"] == "preempted"
+    assert final(tmp_path / "run")["step"] == status["step"]
+
+
+@pytest.mark.slow
+def test_mistakes_on_the_command_line_are_one_line(data, tmp_path):
+    for changes, message in (
+        (["--set", "optimizer.lrr=1"], "A recipe has no field optimizer.lrr. Did you mean lr?"),
+        (["--data", str(tmp_path / "nowhere")], "nowhere"),
+    ):
+        arguments = [*command(small_recipe(), data, tmp_path / "run", tmp_path), *changes]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.returncode in (1, 2)
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr

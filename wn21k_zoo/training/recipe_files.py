@@ -1,0 +1,126 @@
+"""Recipes from files of one's own or of runs, and other values for their fields."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
+from wn21k_zoo.training.recipe import Recipe, Section
+
+__all__ = ["load_recipe", "override", "recipes_in"]
+
+
+def load_recipe(where: str) -> Recipe:
+    """The recipe of ``FILE.py`` (its first function), ``FILE.py:function``, or a run's ``recipe.json``.
+
+    ``FILE.py:function:text`` gives the text to the function as its argument.
+
+    Raises:
+        RecipeError: No such file or function, or the function fails.
+    """
+    match = re.fullmatch(r"(.+?\.py)(?::(\w*))?(?::(.+))?", where, re.DOTALL)
+    file, name, argument = match.groups() if match else (where, None, None)
+    path = Path(file).expanduser()
+    if not path.is_file() or path.suffix not in (".py", ".json"):
+        what = "is a folder; name a file in it" if path.is_dir() else "is no file"
+        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+        raise RecipeError(f"{path} {what}; a recipe is FILE.py:function or recipe.json.{near}")
+    if path.suffix == ".json":
+        return Recipe.from_json(_text(path))
+    functions = recipes_in(path)
+    if not functions:
+        raise RecipeError(f"{path} has no function that can be called without arguments and returns a recipe.")
+    if name and name not in functions:
+        raise RecipeError(
+            f"{path} has no recipe {name!r}.{did_you_mean(name, functions)} It has {', '.join(functions)}."
+        )
+    function = functions[name or next(iter(functions))]
+    if argument and not inspect.signature(function).parameters:
+        raise RecipeError(f"The recipe {function.__name__} takes no argument, and {where} gives it {argument!r}.")
+    try:
+        recipe = function(argument) if argument else function()
+    except Wn21kError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"{where} fails with {first_line(error)}.") from error
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"{where} returns a {type(recipe).__name__}, not a recipe; does it end with `return recipe`?")
+    return recipe
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {first_line(error)}.") from None
+
+
+def recipes_in(path: Path) -> dict[str, Callable[..., Recipe]]:
+    """The functions of a file that are recipes: public, defined there, without required arguments, in order.
+
+    Raises:
+        RecipeError: The file cannot be run.
+    """
+    spec = importlib.util.spec_from_file_location(f"wn21k_recipe_{path.stem}", path)
+    assert spec is not None  # noqa: S101
+    assert spec.loader is not None  # noqa: S101
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # a recipe may import its neighbours
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(f"{path}: {first_line(error)}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+        sys.dont_write_bytecode = writes
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and not name.startswith("_")
+        and value.__module__ == module.__name__
+        and all(each.default is not each.empty for each in inspect.signature(value).parameters.values())
+    }
+
+
+def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """A copy with fields changed as ``section.field=value``; null and none are None, lists are JSON.
+
+    Raises:
+        RecipeError: No such field, or a value that it cannot have.
+    """
+    changed = recipe.model_copy(deep=True)
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        *sections, field = path.strip().split(".")
+        target: Any = changed
+        for section in sections:
+            target = _field(target, section, path)
+        if not equals or isinstance(_field(target, field, path), Section):
+            raise RecipeError(f"--set {setting}: write section.field=value, such as optimizer.lr=1e-3.")
+        setattr(target, field, _value(text.strip()))
+    return changed
+
+
+def _field(target: Any, name: str, path: str) -> Any:
+    fields = type(target).model_fields if isinstance(target, Section) else {}
+    if name not in fields:
+        raise RecipeError(f"A recipe has no field {path}.{did_you_mean(name, fields)}")
+    return getattr(target, name)
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
