@@ -34,6 +34,25 @@ def test_the_table_is_what_was_measured():
         assert cells == [f"{figures[column]:.2f}" for column in COLUMNS], arm
 
 
+def test_the_repeated_runs_are_what_was_measured():
+    columns = ("semantic_top1", "raw_semantic_top1", "top1", "top5", "mean_lca_error_of_mistakes")
+    found = [row for row in rows() if len(row) == 7 and row[1] in ("0", "1")]
+    assert len(found) == 4
+    for arm, seed, *cells in found:
+        name = f"{ARMS[arm]}-{seed}"
+        assert cells == [f"{last(f'repeat/{name}')[column]:.2f}" for column in columns], arm
+        recipe = (FOLDER / "repeat" / name / "recipe.json").read_text()
+        assert Recipe.from_json(recipe) == Recipe.from_json((FOLDER / name / "recipe.json").read_text())
+
+
+def test_as_many_images_were_seen_as_is_said():
+    seen = {last(f"{arm}-{seed}")["step"] for arm in ARMS.values() for seed in (0, 1)}
+    recipe = load_recipe(f"{FOLDER.parent.parent / 'recipes' / 'stand_in.py'}:semantic")
+    (steps,) = seen
+    said = f"{steps * recipe.data.batch_size:,} images seen"
+    assert said in (FOLDER / "README.md").read_text()
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_levels_are_the_mean_of_two_seeds(arm):
     (row,) = [row for row in rows() if row[0] == arm and len(row) == 11]
