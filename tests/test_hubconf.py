@@ -72,6 +72,7 @@ print(json.dumps([listed, helped, len(tree), model.num_classes]))
     assert (nodes, outputs) == (11_221, 7)
 
 
+@pytest.mark.slow
 def test_load_of_a_local_checkout_and_predictions_afterwards(tmp_path, photographs, embedded):
     code = f"""
 predict = torch.hub.load({str(CHECKOUT)!r}, "predictor", {EMBEDDED!r}, source="local")

@@ -229,6 +229,7 @@ def test_default_is_downloaded_with_a_progress_bar_and_then_cached(tmp_path):
     assert offline.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_refusal_of_the_hub_in_predict(tmp_path):
     """The other answers: test_transfer.py."""
     environment = {**os.environ, "HF_HOME": str(tmp_path), "WN21K_MODEL": "convnext_tiny.in12k"}

@@ -91,6 +91,7 @@ def published_hub():
         yield endpoint
 
 
+@pytest.mark.slow
 def test_weights_come_through_our_fetch_into_the_named_cache(published_hub, tmp_path):
     code = f"""
 import json, timm, wn21k_zoo, wn21k_zoo.timm_models

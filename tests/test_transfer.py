@@ -379,6 +379,7 @@ def wait_for_part(root, num_bytes, process):
     raise AssertionError("the download did not get that far")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_60_percent_over_https_it_goes_on(kind, root, tmp_path):
     trustme = pytest.importorskip("trustme")
