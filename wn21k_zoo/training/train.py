@@ -38,11 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
     leads = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="wn21k: %(message)s", level=logging.WARNING)
     try:
-        from wn21k_zoo.training.distributed import join
-        from wn21k_zoo.training.engine import Preempted, train
         from wn21k_zoo.training.recipe_files import load_recipe, override
 
         recipe = override(load_recipe(chosen.recipe), chosen.set)
+        # After the recipe, whose extra has all that the others need.
+        from wn21k_zoo.training.distributed import join
+        from wn21k_zoo.training.engine import Preempted, train
+
         if chosen.workers is not None and chosen.workers < 0:
             raise RecipeError("--workers must be at least 0.")
         if chosen.debug:
