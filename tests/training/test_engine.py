@@ -22,18 +22,7 @@ from .runs import (
     small_recipe,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("images"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

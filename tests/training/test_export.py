@@ -32,11 +32,6 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     """A run with a moving average, on classes that are synsets."""
     recipe = small_recipe(optimizer={"lr": 3e-3}, run={"ema_decay": 0.5}, schedule={"epochs": 4})

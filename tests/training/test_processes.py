@@ -10,13 +10,11 @@ import time
 
 import psutil
 import pytest
-import torch
 
 from wn21k_zoo.training.state import RunFolder
 
 from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, run
 from .runs import (
-    make_folder,
     measure_on_rank,
     run_rank_that_breaks,
     run_rank_told_to_stop,
@@ -24,18 +22,7 @@ from .runs import (
     small_recipe,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("images"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.slow
