@@ -27,6 +27,8 @@ from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.progress import Reporter
 from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.rescue import Rescue
+from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.splits import Splits
 from wn21k_zoo.training.state import RunFolder
 from wn21k_zoo.tree import SemanticTree
@@ -108,7 +110,8 @@ class _Synthetic:
 
 def _engine(recipe, splits, folder, device):
     world = World(0, 1, device)
-    run = engine._Run(recipe, splits, RunFolder(folder), world, Agreement(world), 0)
+    folder = RunFolder(folder)
+    run = engine._Run(recipe, splits, folder, world, Agreement(world, Signals()), Rescue(folder, world), 0)
     run.reporter, run.writer, run._saved_at = Reporter(run.folder, run.total, 0), None, time.monotonic()
     return run
 

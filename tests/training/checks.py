@@ -7,6 +7,7 @@ import torch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import train
 from wn21k_zoo.training.network import build_network
+from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.state import RunFolder
 
 from .runs import small_recipe
@@ -16,8 +17,15 @@ ALONE = World(0, 1, torch.device("cpu"))
 FAST = {"name": "sgd", "lr": 0.05}
 
 
-def run(recipe, data, output, **options):
-    return train(recipe, data, output, ALONE, workers=0, **options)
+def run(recipe, data, output, world=ALONE, **options):
+    return train(recipe, data, output, world, workers=0, **options)
+
+
+def run_told(recipe, data, output, world=ALONE, **options):
+    """A run that listens to signals, and would not end this process for their sake."""
+    signals = Signals(patience=300)
+    with signals.listening():
+        return run(recipe, data, output, world, signals=signals, **options)
 
 
 def final(output):

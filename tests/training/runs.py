@@ -108,6 +108,7 @@ def run_rank_told_to_stop(store, rank, world_size, recipe_json, data, output, re
     from wn21k_zoo.training.distributed import World
     from wn21k_zoo.training.engine import Preempted, train
     from wn21k_zoo.training.evaluation import Evaluation
+    from wn21k_zoo.training.signals import Signals
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     update, calls = Evaluation.update, []
@@ -120,8 +121,44 @@ def run_rank_told_to_stop(store, rank, world_size, recipe_json, data, output, re
 
     Evaluation.update = stopping
     world = World(rank, world_size, torch.device("cpu"))
+    signals = Signals()
     try:
-        train(Recipe.from_json(recipe_json), data, Path(output), world, workers=0, handle_signals=True)
+        with signals.listening():
+            train(Recipe.from_json(recipe_json), data, Path(output), world, workers=0, signals=signals)
     except Preempted as end:
         results.put((end.code, len(calls)))
     dist.destroy_process_group()
+
+
+def run_that_is_stuck(store, rank, world_size, recipe_json, data, output):
+    """A rank of a run whose ninth step does not end: it is inside one call of C++, where no handler runs."""
+    import sys
+
+    import torch
+    import torch.distributed as dist
+
+    from wn21k_zoo.training.distributed import World
+    from wn21k_zoo.training.engine import Preempted, train
+    from wn21k_zoo.training.network import Criterion
+    from wn21k_zoo.training.signals import Signals
+
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    forward, calls = Criterion.forward, []
+
+    def stuck(self, logits, targets, teacher=None):
+        calls.append(1)
+        if len(calls) == 9:
+            Path(f"{store}.stuck{rank}").touch()
+            torch.linalg.svd(torch.rand(9000, 9000))
+        return forward(self, logits, targets, teacher)
+
+    Criterion.forward = stuck
+    signals = Signals(patience=1)
+    with signals.listening():
+        try:
+            world = World(rank, world_size, torch.device("cpu"))
+            train(Recipe.from_json(recipe_json), data, Path(output), world, workers=0, signals=signals)
+        except Preempted as end:
+            sys.exit(end.code)

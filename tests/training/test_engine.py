@@ -15,7 +15,7 @@ from wn21k_zoo.training.folder import open_folder
 from wn21k_zoo.training.network import Criterion, build_network
 from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
 
-from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, run
+from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, run, run_told
 from .runs import (
     BATCH,
     make_folder,
@@ -76,12 +76,12 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(data, tmp_path, stop_at, st
     run(recipe, data, tmp_path / "whole")
     stop_at(stop)
     with pytest.raises(Preempted) as end:
-        run(recipe, data, tmp_path / "parts", handle_signals=True)
+        run_told(recipe, data, tmp_path / "parts")
     assert end.value.code == 143
     status = RunFolder(tmp_path / "parts").status()
     assert (status["state"], status["step"]) == ("preempted", stop)
     stop_at(-1)
-    run(recipe, data, tmp_path / "parts", handle_signals=True)
+    run_told(recipe, data, tmp_path / "parts")
     assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
     for kind in ("train", "evaluation"):
         whole, parts = lines(tmp_path / "whole", kind), lines(tmp_path / "parts", kind)
@@ -100,11 +100,11 @@ def test_told_to_stop_before_its_first_step_it_stops(data, tmp_path, monkeypatch
 
     monkeypatch.setattr(engine._Run, "_build", told)
     with pytest.raises(Preempted):
-        run(small_recipe(), data, tmp_path, handle_signals=True)
+        run_told(small_recipe(), data, tmp_path)
     assert RunFolder(tmp_path).status()["state"] == "preempted"
     assert not lines(tmp_path)
     monkeypatch.undo()
-    run(small_recipe(), data, tmp_path, handle_signals=True)
+    run_told(small_recipe(), data, tmp_path)
     assert final(tmp_path)["step"] == 12
 
 
@@ -285,9 +285,9 @@ def test_on_a_gpu(data, tmp_path, stop_at, precision):
     recipe = small_recipe(run={"precision": precision, "ema_decay": 0.9}, optimizer={"clip_norm": 1.0})
     stop_at(7)
     with pytest.raises(Preempted):
-        train(recipe, data, tmp_path, gpu, workers=1, handle_signals=True)
+        run_told(recipe, data, tmp_path, gpu)
     stop_at(-1)
-    figures = train(recipe, data, tmp_path, gpu, workers=1)
+    figures = run(recipe, data, tmp_path, gpu)
     assert figures["images"] == 6
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
 
@@ -362,7 +362,7 @@ def test_damaged_checkpoints_do_not_push_out_good_ones(data, tmp_path):
 def test_another_layout_is_told(data, tmp_path, stop_at, capsys):
     stop_at(3)
     with pytest.raises(Preempted):
-        run(small_recipe(), data, tmp_path, handle_signals=True)
+        run_told(small_recipe(), data, tmp_path)
     stop_at(-1)
     run(small_recipe(data={"batch_per_device": 4}), data, tmp_path)
     assert "with 8 images at a time, and goes on in 1 with 4" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Runs in processes of their own: killed, told to stop, and several together."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -7,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from wn21k_zoo.training.state import RunFolder
+from wn21k_zoo.training.status import mark_preempted, read_status
 
 from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, run
 from .runs import (
     measure_on_rank,
     run_rank_that_breaks,
     run_rank_told_to_stop,
+    run_that_is_stuck,
     run_until_killed,
     small_recipe,
 )
@@ -190,6 +194,83 @@ def test_told_to_stop_it_writes_a_checkpoint(data, tmp_path, start, ranks, numbe
     status = RunFolder(tmp_path / "run").status()
     assert status["state"] == "preempted"
     assert final(tmp_path / "run")["step"] == status["step"]
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_told_to_stop_inside_a_step_that_does_not_end_it_loses_that_step_alone(data, tmp_path, ranks):
+    recipe = small_recipe("test_efficientnet", run={"ema_decay": 0.9})  # with batch statistics, which a step changes
+    output, store = tmp_path / "parts", tmp_path / "store"
+    context = multiprocessing.get_context("spawn")
+    arguments = recipe.to_json(), str(data), str(output)
+    processes = [
+        context.Process(target=run_that_is_stuck, args=(str(store), rank, ranks, *arguments)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    wait_for(lambda: all((tmp_path / f"store.stuck{rank}").exists() for rank in range(ranks)))
+    begin = time.monotonic()
+    for process in processes:
+        os.kill(process.pid, signal.SIGTERM)
+    for process in processes:
+        process.join(60)
+    assert time.monotonic() - begin < 26
+    assert [process.exitcode for process in processes] == [143] * ranks
+    assert RunFolder(output).status() == {"state": "preempted", "step": 8, "total": 12}
+    assert final(output)["step"] == 8
+    for name in ("whole", "parts"):
+        subprocess.run(command(recipe, data, tmp_path / name, tmp_path, ranks=ranks), check=True, env=ENVIRONMENT)
+    assert_same_weights(final(tmp_path / "whole"), final(output))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says whether a process handles a signal")
+def test_told_to_stop_before_it_begins_it_says_so(data, tmp_path, start):
+    process = start(command(small_recipe(), data, tmp_path / "run", tmp_path))
+
+    def handles():
+        status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        caught = next(line for line in status if line.startswith("SigCgt"))
+        return int(caught.split()[1], 16) & 1 << signal.SIGTERM - 1
+
+    wait_for(handles)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors == "wn21k: told to stop before the run began; the same command begins it\n"
+    assert RunFolder(tmp_path / "run").status() == {"state": "preempted", "step": 0}
+
+
+@pytest.mark.parametrize(
+    ("there", "state"),
+    [
+        ({}, "preempted"),
+        ({"recipe.json": "{}"}, "preempted"),
+        ({"status.json": '{"state": "running", "step": 7, "total": 9}'}, "preempted"),
+        ({"status.json": '{"state": "finished", "step": 9, "total": 9}'}, "finished"),
+        ({"photos.txt": "mine"}, None),
+    ],
+)
+def test_the_mark_is_set_where_it_belongs(tmp_path, there, state):
+    for name, text in there.items():
+        (tmp_path / name).write_text(text)
+    mark_preempted(tmp_path)
+    status = read_status(tmp_path)
+    assert status.get("state") == state
+    if "status.json" in there:
+        assert status | {"state": ""} == json.loads(there["status.json"]) | {"state": ""}
+
+
+def test_a_file_is_no_folder_to_mark(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    mark_preempted(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.slow

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.signals import Signals
 
 __all__ = ["Agreement", "Answer"]
 
@@ -37,24 +34,29 @@ class Agreement:
 
     Args:
         world: The processes of the run.
+        signals: What this one was told.
     """
 
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._signal = 0
+    def __init__(self, world: World, signals: Signals) -> None:
+        self._world, self._signals = world, signals
         self._pending: tuple[Tensor, Any, int] | None = None
+
+    @property
+    def told(self) -> bool:
+        """Whether this process was told to stop."""
+        return bool(self._signals.number)
 
     @property
     def code(self) -> int:
         """The exit code of a process that was told to stop."""
-        return 128 + (self._signal or signal.SIGTERM)
+        return self._signals.code
 
     def ask(self, loss: Tensor, step: int, save: bool) -> Answer:
         """All ranks call it after a step with its loss, and whether they want a checkpoint.
 
         On a GPU the answer is that of the step before.
         """
-        wishes = torch.tensor([bool(self._signal), save], dtype=torch.float32)
+        wishes = torch.tensor([self.told, save], dtype=torch.float32)
         flags = torch.cat([wishes.to(loss.device, non_blocking=True), (~loss.isfinite()).float()[None]])
         if self._world.size > 1:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
@@ -78,23 +80,7 @@ class Agreement:
 
     def stops(self) -> bool:
         """Whether any rank was told to stop; all ranks call it, and wait for each other."""
-        return self._world.maximum(bool(self._signal))[0]
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within, SIGTERM and the first Ctrl-C are wishes to stop; a second Ctrl-C ends the process at once."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            del frame
-            self._signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return self._world.maximum(self.told)[0]
 
 
 def _answer(flags: Tensor, step: int) -> Answer:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError, first_line
+from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError, Wn21kError, first_line
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.data import Batch, Loader
 from wn21k_zoo.training.distributed import World
@@ -42,6 +42,8 @@ from wn21k_zoo.training.network import (
 )
 from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.rescue import Rescue
+from wn21k_zoo.training.signals import LIMIT_SECONDS, Signals
 from wn21k_zoo.training.splits import Splits, open_loaders, open_splits
 from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
 
@@ -66,7 +68,7 @@ def train(
     world: World,
     *,
     workers: int | None = None,
-    handle_signals: bool = False,
+    signals: Signals | None = None,
 ) -> dict[str, Any]:
     """Run a recipe, or go on where a run in the same folder was.
 
@@ -76,7 +78,7 @@ def train(
         output: Folder of the run; all ranks see it.
         world: The processes that run it together.
         workers: Processes per rank that load images; default: the cores of this machine over its ranks, at most 16.
-        handle_signals: On SIGTERM and Ctrl-C write a checkpoint and raise :class:`Preempted`.
+        signals: On those that come in its context, write a checkpoint and raise :class:`Preempted`.
 
     Returns:
         The figures of the last evaluation.
@@ -90,12 +92,12 @@ def train(
     recipe = resolved(recipe)
     folder, splits = RunFolder(Path(output)), open_splits(recipe, data)
     world.lead(lambda: folder.check(recipe, splits.describe()))
-    agreement = Agreement(world)
     with contextlib.ExitStack() as stack:
         world.lead(lambda: stack.enter_context(folder.locked()))
-        if handle_signals:
-            stack.enter_context(agreement.listening())
-        return _Run(recipe, splits, folder, world, agreement, workers).go()
+        rescue = Rescue(folder, world)
+        if signals is not None:
+            stack.enter_context(signals.patient(rescue))
+        return _Run(recipe, splits, folder, world, Agreement(world, signals or Signals()), rescue, workers).go()
 
 
 class _Run:
@@ -106,9 +108,11 @@ class _Run:
         folder: RunFolder,
         world: World,
         agreement: Agreement,
+        rescue: Rescue,
         workers: int | None = None,
     ) -> None:
-        self.recipe, self.splits, self.folder, self.world, self.agreement = recipe, splits, folder, world, agreement
+        self.recipe, self.splits, self.folder, self.world = recipe, splits, folder, world
+        self.agreement, self.rescue = agreement, rescue
         self.device = world.device
         if recipe.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
@@ -128,6 +132,8 @@ class _Run:
         world.lead(lambda: folder.begin(recipe, splits.describe()))
         self.loaders = open_loaders(recipe, splits, world, workers)
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
+        self.saved: tuple[int, int] | None = None
+        self.whole, self.statistics = True, dict[str, Tensor]()  # see _rescued
         self.layout = [world.size, self.micro]
         self.figures: dict[str, Any] = {}
         self.classes = classes_with_images(splits.validation)
@@ -156,6 +162,7 @@ class _Run:
         for field, each in (("The network", self.module), ("loss.teacher", self.teacher)):
             if each is not None:
                 try_size(each, recipe.data.size, self.device, field)
+        self.buffers = [*self.module.module.named_buffers()]
         self.criterion = Criterion(recipe, self.splits.tree).to(self.device)
         self.optimizer = build_optimizer(recipe, self.module.module)
         self.schedule = build_schedule(recipe, self.optimizer, self.total)
@@ -179,6 +186,7 @@ class _Run:
             self.folder.cut(self.step)
             self.folder.set_status("running", self.step, total=self.total)
         self.writer = CheckpointWriter(self.folder, self.recipe.run.keep) if leads else None
+        self.rescue.save = self._rescued
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
         self.reporter.say(self._describe())
         if self.layout != [self.world.size, self.micro]:
@@ -192,6 +200,9 @@ class _Run:
                 self._stop()
             self._epochs()
         except Exception as end:
+            if self.agreement.told and not isinstance(end, (Preempted, Wn21kError)):  # such as another rank that is gone
+                self.rescue(time.monotonic() + LIMIT_SECONDS / 2)
+                raise Preempted(self.agreement.code) from end
             problem = self._named(end)
             if leads and not isinstance(end, Preempted):
                 self.folder.set_status("failed", self.step, total=self.total, reason=first_line(problem))
@@ -250,14 +261,17 @@ class _Run:
     def _finish_epoch(self, epoch: int) -> None:
         self._check_weights()
         is_last = self.step >= self.total
+        evaluates = is_last or epoch % self.recipe.run.evaluate_every == 0
+        figures = self._evaluate() if evaluates else {}
         is_best = False
-        if is_last or epoch % self.recipe.run.evaluate_every == 0:
-            self.figures = {"step": self.step, "epoch": epoch, **self._evaluate()}
-            self.reporter.evaluation(self.figures)
-            score = self.figures.get("semantic_top1", self.figures["top1"])
-            is_best, self.best = score > self.best, max(score, self.best)
-        self.evaluated = self.step
-        self._save(best=is_best, wait=is_last)
+        with self.rescue.changing:
+            if evaluates:
+                self.figures = {"step": self.step, "epoch": epoch, **figures}
+                self.reporter.evaluation(self.figures)
+                score = figures.get("semantic_top1", figures["top1"])
+                is_best, self.best = score > self.best, max(score, self.best)
+            self.evaluated = self.step
+            self._save(best=is_best, wait=is_last)
 
     def _steps(self, batches: Iterator[Batch], count: int) -> None:
         self._window = Window(self.device)
@@ -274,6 +288,8 @@ class _Run:
     def _step(self, batches: Iterator[Batch]) -> tuple[Tensor, Answer]:
         recipe = self.recipe
         self.network.train()
+        if self.world.leads:
+            self.statistics = {name: buffer.clone() for name, buffer in self.buffers}
         total = torch.zeros((), device=self.device)
         for number in range(self.group):
             begin = time.perf_counter()
@@ -284,9 +300,16 @@ class _Run:
             total += self._forward_backward(batch, last=number == self.group - 1).detach() / self.group
         overdue = time.monotonic() - self._saved_at > 60 * recipe.run.checkpoint_minutes
         answer = self._finite(self.agreement.ask(total, self.step, overdue and self.world.leads))
-        if recipe.optimizer.clip_norm is not None:
+        with self.rescue.changing:
+            self.whole = False
+            self._update()
+            self.whole, self.statistics = True, {}
+        return total, answer
+
+    def _update(self) -> None:
+        if self.recipe.optimizer.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.module.parameters(), recipe.optimizer.clip_norm)
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.optimizer.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -294,7 +317,6 @@ class _Run:
         if self.average is not None:
             self.average.update_parameters(self.module)
         self.step += 1
-        return total, answer
 
     def _finite(self, answer: Answer) -> Answer:
         """The answer, or the end where it says that a loss is not finite."""
@@ -328,7 +350,24 @@ class _Run:
         self._saved_at = time.monotonic()
         self._check_weights()
         if self.writer is not None:
-            self.writer.save(self._state(), best=best, wait=wait)
+            with self.rescue.changing:
+                self.writer.save(self._state(), best=best, wait=wait)
+                self.saved = self.step, self.evaluated
+
+    def _rescued(self) -> None:
+        """Write the state before the step that is under way, in another thread than the one that is in it.
+
+        Weights are those of the step before until it has computed all gradients; batch statistics were kept.
+        """
+        self._finite(self.agreement.pending())
+        if self.writer is None or not self.whole:  # an update that failed on its way
+            return
+        if self.saved == (self.step, self.evaluated):
+            return self.writer.wait()
+        self._check_weights()
+        state = self._state()
+        state["model"] = {name: self.statistics.get(name, value) for name, value in state["model"].items()}
+        self.writer.save(state, wait=True)
 
     def _check_weights(self) -> None:
         if not get_total_norm([each.detach() for each in self.module.parameters()]).isfinite():  # alike on all ranks

@@ -30,11 +30,12 @@ import torch
 from wn21k_zoo.errors import RunError, first_line
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.shards import atomic_file
+from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status
 
 __all__ = ["CheckpointWriter", "RunFolder", "read_checkpoint"]
 
 _LOG = logging.getLogger(__name__)
-_OURS = {"checkpoints", "data.json", "metrics.jsonl", "recipe.json", "status.json", "tensorboard", "plot.png"}
+_OURS = {"checkpoints", "data.json", "metrics.jsonl", "recipe.json", STATUS_FILE, "tensorboard", "plot.png"}
 # What may differ when a run goes on: it changes where and how fast something is computed, not what.
 _FREE = {
     ("name",),
@@ -149,20 +150,20 @@ class RunFolder:
         return content
 
     def status(self) -> dict[str, Any]:
-        """How it ended; empty when it never began."""
-        try:
-            content: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return content
+        """How it stands; empty when it never began."""
+        return read_status(self.path)
 
     def set_status(self, state: str, step: int, **more: Any) -> None:
-        """Write ``status.json``."""
-        self._write("status.json", json.dumps({"state": state, "step": step, **more}, indent=1) + "\n")
+        """Say how it stands."""
+        write_status(self.path, state, step, **more)
 
     def steps(self) -> list[Path]:
         """The checkpoints of steps, the newest first."""
         return sorted(self.checkpoints.glob("step-*.pt"), reverse=True)
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint, 0 without one."""
+        return next((int(path.stem.removeprefix("step-")) for path in self.steps()), 0)
 
     def newest(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read; one that cannot is passed over with a warning.
@@ -276,8 +277,17 @@ class CheckpointWriter:
             self._queue.join()
         self.check()
 
+    def wait(self) -> None:
+        """Wait until all are written.
+
+        Raises:
+            RunError: One could not be.
+        """
+        self._queue.join()
+        self.check()
+
     def close(self) -> None:
-        """Wait for the last one.
+        """Wait for the last one, and take no more.
 
         Raises:
             RunError: It could not be written.

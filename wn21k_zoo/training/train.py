@@ -10,8 +10,11 @@ import argparse
 import logging
 import os
 import sys
+from pathlib import Path
 
 from wn21k_zoo.errors import InvalidArgumentError, RecipeError, Wn21kError
+from wn21k_zoo.training.signals import Signals
+from wn21k_zoo.training.status import mark_preempted
 
 __all__ = ["main"]
 
@@ -35,34 +38,46 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--workers", type=int, help="processes per rank that load images; default: by cores")
     chosen = parser.parse_args(arguments)
-    leads = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="wn21k: %(message)s", level=logging.WARNING)
-    try:
-        from wn21k_zoo.training.recipe_files import load_recipe, override
+    signals = Signals(lambda until: _leave(chosen.output))
+    with signals.listening():
+        try:
+            return _run(chosen, signals)
+        except Wn21kError as error:
+            sys.stderr.write(f"wn21k: {error}\n")
+            return 2 if isinstance(error, (InvalidArgumentError, RecipeError)) else 1
+        except KeyboardInterrupt:
+            sys.stderr.write("wn21k: interrupted\n")
+            return 130
 
-        recipe = override(load_recipe(chosen.recipe), chosen.set)
-        # After the recipe, whose extra has all that the others need.
-        from wn21k_zoo.training.distributed import join
-        from wn21k_zoo.training.engine import Preempted, train
 
-        if chosen.workers is not None and chosen.workers < 0:
-            raise RecipeError("--workers must be at least 0.")
-        if chosen.debug:
-            recipe = recipe.debug()
-        with join("cpu" if chosen.debug else chosen.device) as world:
-            try:
-                train(recipe, chosen.data, chosen.output, world, workers=chosen.workers, handle_signals=True)
-            except Preempted as end:
-                if leads:
-                    sys.stderr.write("wn21k: stopped with a checkpoint; the same command goes on\n")
-                return end.code
-    except Wn21kError as error:
-        sys.stderr.write(f"wn21k: {error}\n")
-        return 2 if isinstance(error, (InvalidArgumentError, RecipeError)) else 1
-    except KeyboardInterrupt:
-        sys.stderr.write("wn21k: interrupted\n")
-        return 130
+def _run(chosen: argparse.Namespace, signals: Signals) -> int:
+    from wn21k_zoo.training.recipe_files import load_recipe, override
+
+    recipe = override(load_recipe(chosen.recipe), chosen.set)
+    # After the recipe, whose extra has all that the others need.
+    from wn21k_zoo.training.distributed import join
+    from wn21k_zoo.training.engine import Preempted, train
+
+    if chosen.workers is not None and chosen.workers < 0:
+        raise RecipeError("--workers must be at least 0.")
+    if chosen.debug:
+        recipe = recipe.debug()
+    with join("cpu" if chosen.debug else chosen.device) as world:
+        try:
+            train(recipe, chosen.data, chosen.output, world, workers=chosen.workers, signals=signals)
+        except Preempted as end:
+            if world.leads:
+                sys.stderr.write("wn21k: stopped with a checkpoint; the same command goes on\n")
+            return end.code
     return 0
+
+
+def _leave(output: str) -> None:
+    """What a process leaves that is told to stop before its run begins."""
+    if os.environ.get("RANK", "0") == "0":
+        mark_preempted(Path(output).expanduser())
+        sys.stderr.write("wn21k: told to stop before the run began; the same command begins it\n")
 
 
 if __name__ == "__main__":

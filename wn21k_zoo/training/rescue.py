@@ -1,0 +1,61 @@
+"""The end of a run that was told to stop and does not come to it: inside a step of minutes, or waiting for another."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from wn21k_zoo.errors import Wn21kError
+from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.state import RunFolder
+from wn21k_zoo.training.status import mark_preempted
+
+__all__ = ["Rescue"]
+
+
+class Rescue:
+    """Writes, from another thread than the run's, the checkpoint that can be had, and marks the run preempted.
+
+    Args:
+        folder: Of the run.
+        world: Its processes; all but the leading one wait until that is done.
+
+    Attributes:
+        changing: Whoever changes what a checkpoint holds has this lock meanwhile.
+        save: Writes a checkpoint of what is there, called with that lock; None while there is nothing to write.
+    """
+
+    def __init__(self, folder: RunFolder, world: World) -> None:
+        self._folder, self._world = folder, world
+        self.changing = threading.RLock()
+        self.save: Callable[[], None] | None = None
+
+    def __call__(self, until: float) -> None:
+        """Do it.
+
+        Args:
+            until: When to be done, by :func:`time.monotonic`; what is not written then is left.
+
+        Raises:
+            RunError: The mark cannot be written.
+        """
+        if not self._world.leads:
+            while time.monotonic() < until and self._folder.status().get("state") != "preempted":
+                time.sleep(0.1)
+            return
+        thread = threading.Thread(target=self._save, daemon=True)
+        thread.start()
+        thread.join(max(0.0, until - time.monotonic()))
+        step = self._folder.newest_step()
+        mark_preempted(self._folder.path, step)
+        sys.stderr.write(f"wn21k: told to stop, it left what it was in; the same command goes on at step {step:,}\n")
+
+    def _save(self) -> None:
+        try:
+            with self.changing:
+                if self.save is not None:
+                    self.save()
+        except Wn21kError as error:
+            sys.stderr.write(f"wn21k: {error}\n")

@@ -1,0 +1,112 @@
+"""Signals that ask a run to stop, heard even while its main thread is inside one long call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from wn21k_zoo.errors import first_line
+
+__all__ = ["GiveUp", "Signals"]
+
+PATIENCE_SECONDS = 10.0
+LIMIT_SECONDS = 26.0  # torchrun kills its processes 30 seconds after it was told to end them
+
+GiveUp = Callable[[float], None]
+"""What to do at last, until a time of :func:`time.monotonic`."""
+
+
+class Signals:
+    """SIGTERM and, within a run, Ctrl-C as wishes to stop.
+
+    Python runs a handler in the main thread only, between two of its own steps; compiling a network, or a step of many
+    images on a CPU, can keep it from there for minutes. So a thread hears of SIGTERM as well. If the process is still
+    there ``patience`` seconds later, the thread does what is left to do and ends it with 143.
+
+    Args:
+        give_up: What is left to do before anybody else says, see :meth:`patient`.
+        patience: Seconds that a run has to come to its end by itself.
+
+    Attributes:
+        number: Of the signal that came; 0 before.
+    """
+
+    def __init__(self, give_up: GiveUp | None = None, patience: float = PATIENCE_SECONDS) -> None:
+        self.number = 0
+        self._give_up, self._patience = give_up or (lambda until: None), patience
+        self._wait = 0.0
+        self._over = threading.Event()
+
+    @property
+    def code(self) -> int:
+        """The exit code of a process that was told to stop."""
+        return 128 + (self.number or signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, SIGTERM ends the process: at once, or when a run has come to its end; for the main thread."""
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        before = signal.signal(signal.SIGTERM, self._note)
+        wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._watch, args=(ours,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            signal.set_wakeup_fd(wakeup)
+            signal.signal(signal.SIGTERM, before)
+            theirs.close()  # which ends the thread
+            thread.join()
+            ours.close()
+
+    @contextlib.contextmanager
+    def patient(self, give_up: GiveUp) -> Iterator[None]:
+        """Within :meth:`listening`: signals are wishes, for which the main thread looks at :attr:`number`.
+
+        A second Ctrl-C ends the process at once.
+
+        Args:
+            give_up: Called in the thread when the process is still there after its time, or after this.
+        """
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._note(number, frame)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        outer, self._give_up, self._wait = self._give_up, give_up, self._patience
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            self._give_up = outer
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.number = number
+
+    def _watch(self, heard: socket.socket) -> None:
+        while signal.SIGTERM not in (numbers := heard.recv(4096)):
+            if not numbers:
+                return
+        told = time.monotonic()
+        self.number = signal.SIGTERM
+        while time.monotonic() < told + self._wait:
+            if self._over.wait(0.1):
+                return
+        try:
+            self._give_up(told + LIMIT_SECONDS)
+        except Exception as error:
+            sys.stderr.write(f"wn21k: {first_line(error)}\n")
+        finally:
+            sys.stderr.flush()
+            os._exit(self.code)

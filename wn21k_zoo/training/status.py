@@ -1,0 +1,71 @@
+"""How a run stands, in ``status.json`` of its folder: running, preempted, finished or failed, and at which step.
+
+Launch files look at it. Nothing here needs torch, so that it can be written before torch is there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from wn21k_zoo.errors import RunError, first_line
+from wn21k_zoo.training.shards import atomic_file
+
+__all__ = ["STATUS_FILE", "mark_preempted", "read_status", "write_status"]
+
+STATUS_FILE = "status.json"
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """How the run in a folder stands; empty when it never began."""
+    try:
+        content: dict[str, Any] = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
+def write_status(folder: Path, state: str, step: int, **more: Any) -> None:
+    """Say how the run in a folder stands.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    path = folder / STATUS_FILE
+    try:
+        with atomic_file(path) as file:
+            file.write((json.dumps({"state": state, "step": step, **more}, indent=1) + "\n").encode())
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {first_line(error)}.") from None
+
+
+def mark_preempted(folder: Path, step: int | None = None) -> None:
+    """Say that a run was told to stop.
+
+    A finished one stays finished; a folder with something else in it stays as it is.
+
+    Args:
+        folder: Of the run; made where it is not there yet.
+        step: Of its newest checkpoint; by default it stands where it stood.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    status = read_status(folder)
+    if status.get("state") == "finished":
+        return
+    try:
+        if not status and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            if not (folder / "recipe.json").is_file():
+                return
+    except FileNotFoundError:
+        pass
+    except OSError:  # a file
+        return
+    kept = {key: value for key, value in status.items() if key == "total"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be made: {first_line(error)}.") from None
+    write_status(folder, "preempted", status.get("step", 0) if step is None else step, **kept)
