@@ -203,12 +203,21 @@ class Decoder:
         scores = self._aggregate(outputs)
         return NodeScores(outputs=outputs, probability=scores, confidence=scores, unmapped=unmapped)
 
+    def own_mass(self, logits_bk: Tensor) -> Tensor:
+        """For a softmax what belongs to each node and to none below it, [B, K] -> [B, N] in level order."""
+        return self._assigned(logits_bk.float()[:, self._by_wnid].softmax(dim=-1))
+
+    def _assigned(self, outputs_bk: Tensor) -> Tensor:
+        values = outputs_bk[:, self._mapped]
+        nodes = values.new_zeros(len(values), len(self.hierarchy))
+        return nodes.scatter_add_(1, self._targets.expand(len(values), -1), values)
+
     def _aggregate(self, outputs_bk: Tensor) -> Tensor:
+        if self.head == "softmax":
+            summed = self.hierarchy.sum_over_subtree(self._assigned(outputs_bk))
+            return summed.clamp_(max=1.0)  # rounding can carry a sum just above 1
         values = outputs_bk[:, self._mapped]
         nodes = values.new_zeros(len(values), len(self.hierarchy))
         targets = self._targets.expand(len(values), -1)
-        if self.head == "softmax":
-            nodes.scatter_add_(1, targets, values)
-            return self.hierarchy.sum_over_subtree(nodes).clamp_(max=1.0)  # rounding can carry a sum just above 1
         nodes.scatter_reduce_(1, targets, values, reduce="amax")
         return self.hierarchy.maximum_over_subtree(nodes)

@@ -9,7 +9,7 @@ import torch
 from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError
 from wn21k_zoo.training import engine
 from wn21k_zoo.training.distributed import World
-from wn21k_zoo.training.engine import Preempted, train
+from wn21k_zoo.training.engine import Preempted
 from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.folder import open_folder
 from wn21k_zoo.training.network import Criterion, build_network

@@ -35,7 +35,6 @@ from wn21k_zoo.training.network import (
     build_network,
     build_optimizer,
     build_schedule,
-    build_teacher,
     resolved,
     synchronised,
     try_size,
@@ -46,6 +45,7 @@ from wn21k_zoo.training.rescue import Rescue
 from wn21k_zoo.training.signals import LIMIT_SECONDS, Signals
 from wn21k_zoo.training.splits import Splits, open_loaders, open_splits
 from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
+from wn21k_zoo.training.teacher import build_teacher
 
 __all__ = ["Preempted", "train"]
 
@@ -155,8 +155,9 @@ class _Run:
                 raise RecipeError("model.sync_batchnorm needs GPUs; set it to false.")
             self.module = cast(Normalized, synchronised(self.module))
         self.teacher: nn.Module | None = None
+        self.about_teacher = ""
         if recipe.loss.teacher is not None and space is not None and self.levels is not None:
-            self.teacher = build_teacher(recipe, space, self.levels).to(self.device)
+            self.teacher, self.about_teacher = build_teacher(recipe, space, self.levels)
             if recipe.model.channels_last:
                 self.teacher.to(memory_format=torch.channels_last)
         for field, each in (("The network", self.module), ("loss.teacher", self.teacher)):
@@ -189,6 +190,8 @@ class _Run:
         self.rescue.save = self._rescued
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
         self.reporter.say(self._describe())
+        if self.about_teacher:
+            self.reporter.say(self.about_teacher)
         if self.layout != [self.world.size, self.micro]:
             self.reporter.say(
                 f"it went in {self.layout[0]} processes with {self.layout[1]} images at a time, and goes on in "
@@ -200,7 +203,7 @@ class _Run:
                 self._stop()
             self._epochs()
         except Exception as end:
-            if self.agreement.told and not isinstance(end, (Preempted, Wn21kError)):  # such as another rank that is gone
+            if self.agreement.told and not isinstance(end, (Preempted, Wn21kError)):  # another rank is gone, say
                 self.rescue(time.monotonic() + LIMIT_SECONDS / 2)
                 raise Preempted(self.agreement.code) from end
             problem = self._named(end)
@@ -362,12 +365,12 @@ class _Run:
         self._finite(self.agreement.pending())
         if self.writer is None or not self.whole:  # an update that failed on its way
             return
-        if self.saved == (self.step, self.evaluated):
-            return self.writer.wait()
-        self._check_weights()
-        state = self._state()
-        state["model"] = {name: self.statistics.get(name, value) for name, value in state["model"].items()}
-        self.writer.save(state, wait=True)
+        if self.saved != (self.step, self.evaluated):
+            self._check_weights()
+            state = self._state()
+            state["model"] = {name: self.statistics.get(name, value) for name, value in state["model"].items()}
+            self.writer.save(state)
+        self.writer.wait()
 
     def _check_weights(self) -> None:
         if not get_total_norm([each.detach() for each in self.module.parameters()]).isfinite():  # alike on all ranks

@@ -1,4 +1,4 @@
-"""From a recipe to what is trained: network, teacher, loss, optimizer, schedule.
+"""From a recipe to what is trained: network, loss, optimizer, schedule.
 
 Heads over a tree are kept in level order while they are trained (:class:`wn21k_zoo.training.levels.Levels`), for the
 sake of the loss's speed; :func:`reorder_head` goes there and back.
@@ -31,15 +31,13 @@ from wn21k_zoo.errors import (
     InvalidArgumentError,
     NonFiniteError,
     RecipeError,
-    UnknownModelError,
     Wn21kError,
     first_line,
 )
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.models import load_model
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
-from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture, needs_image_size
+from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = [
@@ -49,7 +47,7 @@ __all__ = [
     "build_network",
     "build_optimizer",
     "build_schedule",
-    "build_teacher",
+    "refuse_run",
     "reorder_head",
     "resolved",
     "synchronised",
@@ -121,7 +119,7 @@ def _started(
     levels: Levels | None,
     arguments: dict[str, Any],
 ) -> nn.Module:
-    _refuse_run("model.start", start)
+    refuse_run("model.start", start)
     keeps = space is not None and _space_of(start) == space.wnids
     module = building.create_model(start, num_classes=None if keeps else num_classes, **arguments)
     architecture = str(cast(Any, module).pretrained_cfg.get("architecture", "")).removeprefix(registry.TIMM_PREFIX)
@@ -232,53 +230,16 @@ def reorder_head(module: nn.Module, index: Tensor) -> None:
             parameter.copy_(parameter[index.to(parameter.device)].clone())
 
 
-def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> nn.Module:
-    """The frozen network whose predictions are distilled, with its own normalisation, its head in level order.
+def refuse_run(field: str, name: str) -> None:
+    """See that a name is not the folder of a run.
 
     Raises:
-        RecipeError: It speaks other classes, has a head of another kind, or is the folder of a run.
-        ModelError, UnknownModelError: It cannot be had.
+        RecipeError: It is.
     """
-    name = cast(str, recipe.loss.teacher)
-    teacher: nn.Module
-    if name.startswith(RANDOM):
-        module, (mean, std) = _random_teacher(recipe, name.removeprefix(RANDOM), len(space))
-        wnids = space.wnids
-    else:
-        _refuse_run("loss.teacher", name)
-        loaded = load_model(name)
-        if loaded.head != recipe.loss.head:
-            raise RecipeError(
-                f"The head of the teacher {name} is a {loaded.head}, but loss.kind {recipe.loss.kind} trains a "
-                f"{recipe.loss.head}; their outputs cannot be compared."
-            )
-        module, wnids = loaded.module, loaded.label_space.wnids
-        config = loaded.data_config or {}
-        mean, std = config.get("mean", (0.0, 0.0, 0.0)), config.get("std", (1.0, 1.0, 1.0))
-    if wnids != space.wnids:
-        raise RecipeError(f"The teacher {name} speaks other classes than {space.name}; name one that speaks the same.")
-    if levels.order == "level":
-        reorder_head(module, levels.columns)
-    teacher = Normalized(module, mean, std)
-    return teacher.eval().requires_grad_(False)
-
-
-def _refuse_run(field: str, name: str) -> None:
     if (Path(name).expanduser() / "recipe.json").is_file():
         raise RecipeError(
             f"{field} {name} is the folder of a run; `wn21k train export {name} DIR` makes a model of it, name that."
         )
-
-
-def _random_teacher(recipe: Recipe, name: str, num_classes: int) -> tuple[nn.Module, tuple[Any, Any]]:
-    """A record's network with random weights; the student's where the name is a folder's."""
-    try:
-        record = registry.resolve_checkpoint(name)
-        architecture, normalisation = record.architecture, (record.mean, record.std)
-    except UnknownModelError:
-        architecture, normalisation = recipe.model.architecture, (recipe.model.mean, recipe.model.std)
-    size = {"img_size": recipe.data.size} if needs_image_size(architecture) else {}
-    return convert.build(architecture, num_classes=num_classes, **size), normalisation
 
 
 class Criterion(nn.Module):

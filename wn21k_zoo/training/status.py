@@ -56,9 +56,9 @@ def mark_preempted(folder: Path, step: int | None = None) -> None:
     if status.get("state") == "finished":
         return
     try:
-        if not status and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            if not (folder / "recipe.json").is_file():
-                return
+        names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+        if names and not status and "recipe.json" not in names:
+            return
     except FileNotFoundError:
         pass
     except OSError:  # a file

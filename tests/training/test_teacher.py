@@ -1,0 +1,139 @@
+"""Teachers that speak other classes than the student, or have another kind of head."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from wn21k_zoo import LabelSpace
+from wn21k_zoo.errors import RecipeError
+from wn21k_zoo.training.levels import Levels
+from wn21k_zoo.training.losses import SemanticDistillationLoss
+from wn21k_zoo.training.teacher import Translated, build_teacher
+from wn21k_zoo.tree import SemanticTree
+
+from .checks import lines, run
+from .runs import WNIDS, small_recipe
+
+MAMMAL, PERSON, PLANT, FELINE, CANINE, LION = WNIDS
+TREE = SemanticTree.from_wnids(WNIDS)  # mammal, person, plant; feline, canine; lion
+WOLF = "n02114100"
+
+
+def translated(logits, wnids, head, student="semantic_softmax", tree=TREE):
+    """Probabilities of each of the tree's classes by wnid, one image."""
+    teacher = Translated(nn.Identity(), LabelSpace("theirs", wnids), head, tree, student)
+    found = teacher(torch.tensor([logits])).exp()[0]
+    return dict(zip([tree.wnids[index] for index in Levels(tree).columns], found.tolist(), strict=True)), teacher.known
+
+
+def test_a_softmax_over_finer_classes_is_added_up_and_what_is_missing_is_spread_over_the_level():
+    found, known = translated([0.5, 0.3, 0.2], (LION, WOLF, PERSON), "softmax")
+    lion, wolf, person = torch.tensor([0.5, 0.3, 0.2]).softmax(0).tolist()
+    assert found == pytest.approx(
+        {
+            MAMMAL: lion + wolf, PERSON: person, PLANT: 0.0,
+            FELINE: lion + person / 2, CANINE: wolf + person / 2, LION: 1.0,
+        },
+        abs=1e-6,
+    )  # fmt: skip
+    assert known == 5  # all but plant
+
+
+def test_a_semantic_softmax_over_more_classes_keeps_what_both_have():
+    wnids = (*WNIDS, "n02374451")  # horse, a mammal beside the felines and canines
+    logits = torch.randn(7, generator=torch.Generator().manual_seed(0))
+    found, known = translated(logits.tolist(), wnids, "semantic_softmax")
+    feline, canine, horse = logits[[3, 4, 6]].softmax(0).tolist()
+    expected = dict(zip((MAMMAL, PERSON, PLANT), logits[:3].softmax(0).tolist(), strict=True))
+    expected |= {FELINE: feline + horse / 2, CANINE: canine + horse / 2, LION: 1.0}
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert known == 6
+
+
+def test_a_sigmoid_gives_the_most_probable_of_a_subtree():
+    found, _ = translated([2.0, -1.0], (LION, CANINE), "sigmoid")
+    lion, canine = torch.tensor([2.0, -1.0]).sigmoid().tolist()
+    assert found[MAMMAL] == pytest.approx(lion + (1 - lion) / 3, abs=1e-6)
+    total = lion + canine  # above 1, so nothing is missing; the loss's softmax divides by it
+    assert (found[FELINE], found[CANINE]) == pytest.approx((lion, canine), abs=1e-6)
+    assert total > 1
+
+
+def test_one_softmax_for_a_student_of_one_softmax_is_not_added_up():
+    found, known = translated([0.5, 0.3, 0.2], (LION, WOLF, PERSON), "softmax", "softmax")
+    lion, wolf, person = torch.tensor([0.5, 0.3, 0.2]).softmax(0).tolist()
+    expected = {LION: lion, CANINE: wolf, PERSON: person, MAMMAL: 0.0, PLANT: 0.0, FELINE: 0.0}
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert known == 3
+
+
+@pytest.mark.parametrize("head", ["semantic_softmax", "sigmoid"])
+def test_what_gives_no_distribution_over_all_classes_cannot_teach_one(head):
+    with pytest.raises(RecipeError, match=f"The teacher's head is a {head}"):
+        translated([0.0] * 6, WNIDS, head, "softmax")
+
+
+@pytest.mark.parametrize("head", ["softmax", "semantic_softmax"])
+def test_a_teacher_of_nothing_that_the_student_knows(head):
+    with pytest.raises(RecipeError, match="speaks none of the classes of animals"):
+        translated([0.0, 0.0], (PLANT, PERSON), head, tree=SemanticTree.from_wnids((FELINE, CANINE), name="animals"))
+
+
+@given(
+    st.sampled_from(["softmax", "semantic_softmax", "sigmoid"]),
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4),
+)
+def test_whatever_it_says_is_something_to_learn_from(head, logits):
+    teacher = Translated(
+        nn.Identity(), LabelSpace("theirs", (LION, FELINE, CANINE, PERSON)), head, TREE, "semantic_softmax"
+    )
+    theirs = teacher(torch.tensor([logits]))
+    assert theirs.isfinite().all()
+    for scores in Levels(TREE, "level").split(theirs):
+        assert float(scores.exp().sum()) >= 1 - 1e-5
+    student = torch.zeros(1, 6, requires_grad=True)
+    SemanticDistillationLoss(TREE, "level")(student, theirs).backward()
+    assert student.grad.isfinite().all()
+
+
+def test_a_teacher_that_says_nothing_of_a_level_counts_for_little():
+    sure, unsure = (
+        Translated(nn.Identity(), LabelSpace("theirs", (LION, CANINE, PERSON)), "softmax", TREE, "semantic_softmax")(
+            torch.tensor([logits])
+        )
+        for logits in ([9.0, 0.0, 0.0], [0.0, 0.0, 9.0])  # a feline; a person, who is neither feline nor canine
+    )
+    student = torch.tensor([[0.0, 0.0, 0.0, 5.0, -5.0, 0.0]])  # in level order, sure of one of the second level
+    where = Levels(TREE).slices[1]
+    certain = [float(each[:, where].softmax(1).max()) for each in (sure, unsure)]
+    assert certain[0] > 0.99
+    assert certain[1] == pytest.approx(0.5, abs=1e-3)
+    assert SemanticDistillationLoss(TREE, "level")(student, unsure).isfinite()
+
+
+@pytest.mark.parametrize("space", ["fall11", "winter21"])
+def test_the_embedded_default_teaches_either_release(space):
+    recipe = small_recipe(loss={"teacher": "efficientnet_lite0.embedded_in1k", "distillation_weight": 1.0})
+    tree = SemanticTree.load(space)
+    teacher, about = build_teacher(recipe, tree.label_space, Levels(tree, "level"))
+    assert "is a softmax over imagenet1k; it tells" in about
+    with torch.no_grad():
+        theirs = teacher(torch.rand(2, 3, 64, 64))
+    assert theirs.shape == (2, len(tree))
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("kind", ["semantic_softmax", "single_label"])
+def test_a_run_with_a_teacher_of_other_classes(data, tmp_path, capsys, kind):
+    recipe = small_recipe(
+        loss={"kind": kind, "teacher": "efficientnet_lite0.embedded_in1k", "distillation_weight": 1.0},
+        schedule={"max_steps": 2},
+    )
+    run(recipe, data, tmp_path / "distilled")
+    assert "the teacher efficientnet_lite0.embedded_in1k is a softmax over imagenet1k" in capsys.readouterr().err
+    recipe.loss.teacher, recipe.loss.distillation_weight = None, 0.0
+    run(recipe, data, tmp_path / "alone")
+    assert lines(tmp_path / "distilled")[0]["loss"] > lines(tmp_path / "alone")[0]["loss"]

@@ -1,0 +1,146 @@
+"""The network whose predictions are distilled: any model of the zoo, also one that speaks other classes.
+
+Shape suffixes: B batch, N classes of the student.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wn21k_zoo import convert, registry
+from wn21k_zoo.checkpoints import Head
+from wn21k_zoo.errors import RecipeError, UnknownModelError
+from wn21k_zoo.hierarchy import Decoder, Hierarchy
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.models import load_model
+from wn21k_zoo.training.levels import Levels
+from wn21k_zoo.training.network import Normalized, refuse_run, reorder_head
+from wn21k_zoo.training.recipe import RANDOM, Recipe, needs_image_size
+from wn21k_zoo.tree import SemanticTree
+
+__all__ = ["Translated", "build_teacher"]
+
+_SMALLEST = 1e-30  # a probability whose logarithm is a number
+
+
+class Translated(nn.Module):
+    """A network's predictions as logits of other classes or of another kind of head, in level order.
+
+    A head that is read through the tree (:class:`wn21k_zoo.hierarchy.Decoder`) gives each node of the student's tree a
+    probability; a semantic softmax over other classes gives it to those that both have. For a semantic softmax, what
+    is missing to 1 in a level, because the teacher says that the image has nothing there or does not know its classes,
+    is spread evenly over the level: the loss then gives it little weight. For one softmax over all classes the same is
+    done with the probability of each class alone, without its descendants.
+
+    Args:
+        module: The teacher, images to logits in its own label space.
+        space: Its classes.
+        head: Kind of its head.
+        tree: The student's classes.
+        student: Kind of the student's head, ``semantic_softmax`` or ``softmax``.
+        device: Where the logits are.
+
+    Attributes:
+        known: How many of the student's classes it can tell.
+
+    Raises:
+        RecipeError: Such a head says nothing about such a student, or nothing about its classes.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        space: LabelSpace,
+        head: Head,
+        tree: SemanticTree,
+        student: Head,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        if student != "semantic_softmax" and head != "softmax":
+            raise RecipeError(
+                f"The teacher's head is a {head}, which gives no distribution over all classes; a {student} can be "
+                "distilled from a softmax only. Name another loss.teacher, or set loss.kind to semantic_softmax."
+            )
+        self.module, self._per_level = module, student == "semantic_softmax"
+        hierarchy = Hierarchy(tree)
+        self._slices = hierarchy.depth_slices if self._per_level else [slice(0, len(tree))]
+        self._shared: Tensor | None = None
+        if head == "semantic_softmax":
+            own = SemanticTree.from_label_space(space)
+            self._decoder = Decoder(own, space, head, device)
+            theirs = self._decoder.hierarchy.position
+            at = [theirs[own.label_space.index[wnid]] if wnid in own else -1 for wnid in tree.wnids]
+            self._shared = torch.from_numpy(np.array(at)[hierarchy.order]).to(device)
+        else:
+            self._decoder = Decoder(tree, space, head, device)
+        self.known = int((self._probability(torch.zeros(1, len(space), device=device)) > 0).sum())
+        if not self.known:
+            raise RecipeError(f"The teacher speaks none of the classes of {tree.name}; name another loss.teacher.")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1], [B, 3, height, width], to logarithms of probabilities [B, N] in float32."""
+        probability_bn = self._probability(self.module(images))
+        parts = []
+        for where in self._slices:
+            p = probability_bn[:, where]
+            missing = (1 - p.sum(1, keepdim=True)).clamp_min(0)
+            parts.append(p + missing / p.shape[1])
+        return torch.cat(parts, 1).clamp_min(_SMALLEST).log()
+
+    def _probability(self, logits_bk: Tensor) -> Tensor:
+        if not self._per_level:
+            return self._decoder.own_mass(logits_bk)
+        probability = self._decoder(logits_bk).probability
+        if self._shared is None:
+            return probability
+        return probability.index_select(1, self._shared.clamp_min(0)).where(self._shared >= 0, 0)
+
+
+def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn.Module, str]:
+    """The frozen network whose predictions are distilled, with its own normalisation, and a word about it.
+
+    It takes pixels in [0, 1] and gives logits of the student's classes in level order. The word is empty where it
+    speaks the same classes with the same kind of head.
+
+    Raises:
+        RecipeError: It says nothing about the student's classes, or is the folder of a run.
+        ModelError, UnknownModelError: It cannot be had.
+    """
+    name, head, device = cast(str, recipe.loss.teacher), recipe.loss.head, levels.columns.device
+    theirs, their_head = space, head
+    if name.startswith(RANDOM):
+        module, (mean, std) = _random_teacher(recipe, name.removeprefix(RANDOM), len(space))
+    else:
+        refuse_run("loss.teacher", name)
+        loaded = load_model(name)
+        module, theirs, their_head = loaded.module, loaded.label_space, loaded.head
+        config = loaded.data_config or {}
+        mean, std = config.get("mean", (0.0, 0.0, 0.0)), config.get("std", (1.0, 1.0, 1.0))
+    about = ""
+    teacher: nn.Module
+    if theirs.wnids == space.wnids and their_head == head:
+        reorder_head(module, levels.columns)
+        teacher = Normalized(module, mean, std)
+    else:
+        teacher = Translated(Normalized(module, mean, std), theirs, their_head, levels.tree, head, device)
+        about = (
+            f"the teacher {name} is a {their_head} over {theirs.name}; it tells {teacher.known:,} of the "
+            f"{len(space):,} classes"
+        )
+    return teacher.to(device).eval().requires_grad_(False), about
+
+
+def _random_teacher(recipe: Recipe, name: str, num_classes: int) -> tuple[nn.Module, tuple[Any, Any]]:
+    """A record's network with random weights; the student's where the name is a folder's."""
+    try:
+        record = registry.resolve_checkpoint(name)
+        architecture, normalisation = record.architecture, (record.mean, record.std)
+    except UnknownModelError:
+        architecture, normalisation = recipe.model.architecture, (recipe.model.mean, recipe.model.std)
+    size = {"img_size": recipe.data.size} if needs_image_size(architecture) else {}
+    return convert.build(architecture, num_classes=num_classes, **size), normalisation
