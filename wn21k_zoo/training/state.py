@@ -274,7 +274,7 @@ class CheckpointWriter:
         """
         self._queue.put((_copied(dict(state)), best))
         if wait:
-            self._queue.join()
+            self.wait()
         self.check()
 
     def wait(self) -> None:
