@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
@@ -106,6 +107,9 @@ class _Synthetic:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def index(self, shard):
+        return {"target": np.arange(len(self._images)) % len(self.label_space)}
 
 
 def _engine(recipe, splits, folder, device):

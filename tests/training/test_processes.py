@@ -284,3 +284,12 @@ def test_mistakes_on_the_command_line_are_one_line(data, tmp_path):
         assert done.returncode in (1, 2)
         assert message in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_engine_runs():
+    script = Path(__file__).parent.parent.parent / "benchmarks" / "engine.py"
+    small = ["--size", "32", "--batch", "4", "--steps", "1", "--rounds", "2"]
+    done = subprocess.run([sys.executable, str(script), *small], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "ratio" in done.stdout
