@@ -5,14 +5,17 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.state import RunFolder
 from wn21k_zoo.training.status import mark_preempted, read_status
 
@@ -245,6 +248,23 @@ def test_told_to_stop_before_it_begins_it_says_so(data, tmp_path, start):
     assert process.returncode == 143
     assert errors == "wn21k: told to stop before the run began; the same command begins it\n"
     assert RunFolder(tmp_path / "run").status() == {"state": "preempted", "step": 0}
+
+
+def test_listening_ends_while_children_have_its_socket(monkeypatch):
+    made, kept = socket.socketpair, []
+
+    def pair():
+        both = made()
+        kept.extend(each.dup() for each in both)
+        return both
+
+    monkeypatch.setattr(socket, "socketpair", pair)
+    thread = threading.active_count()
+    with Signals().listening():
+        assert threading.active_count() == thread + 1
+    assert threading.active_count() == thread
+    for each in kept:
+        each.close()
 
 
 @pytest.mark.parametrize(

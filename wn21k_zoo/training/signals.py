@@ -64,8 +64,9 @@ class Signals:
             self._over.set()
             signal.set_wakeup_fd(wakeup)
             signal.signal(signal.SIGTERM, before)
-            theirs.close()  # which ends the thread
+            theirs.shutdown(socket.SHUT_RDWR)  # ends the thread; to close it is not enough while a child has it, too
             thread.join()
+            theirs.close()
             ours.close()
 
     @contextlib.contextmanager
