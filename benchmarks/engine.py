@@ -10,7 +10,6 @@ is read: the loader has its own benchmark.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import tempfile
 import time
@@ -122,18 +121,18 @@ def _engine(recipe, splits, folder, device):
 
 def _bare_steps(run, batch, steps) -> None:
     """What a training loop without anything else does."""
-    run.network.train()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.recipe.run.precision)
+    learner = run.learner
+    learner.network.train()
     for _ in range(steps):
-        with torch.autocast(run.device.type, dtype) if dtype else contextlib.nullcontext():
-            logits = run.module.module(batch.images)
-        loss = run.criterion.loss(logits, batch.targets)
-        run.scaler.scale(loss).backward()
-        run.scaler.unscale_(run.optimizer)
-        clip_grad_norm_(run.module.parameters(), 1.0)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
+        with learner.autocast():
+            logits = learner.module.module(batch.images)
+        loss = learner.criterion.loss(logits, batch.targets)
+        learner.scaler.scale(loss).backward()
+        learner.scaler.unscale_(learner.optimizer)
+        clip_grad_norm_(learner.module.parameters(), 1.0)
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        learner.optimizer.zero_grad(set_to_none=True)
 
 
 def _wait(device) -> None:

@@ -12,7 +12,8 @@ from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import Preempted
 from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.folder import open_folder
-from wn21k_zoo.training.network import Criterion, build_network
+from wn21k_zoo.training.learner import Learner
+from wn21k_zoo.training.network import Criterion, Normalized, build_network
 from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
 
 from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, run, run_told
@@ -92,13 +93,13 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(data, tmp_path, stop_at, st
 
 
 def test_told_to_stop_before_its_first_step_it_stops(data, tmp_path, monkeypatch):
-    build = engine._Run._build
+    build = Learner._build
 
-    def told(self):
+    def told(self, *arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        build(self)
+        build(self, *arguments)
 
-    monkeypatch.setattr(engine._Run, "_build", told)
+    monkeypatch.setattr(Learner, "_build", told)
     with pytest.raises(Preempted):
         run_told(small_recipe(), data, tmp_path)
     assert RunFolder(tmp_path).status()["state"] == "preempted"
@@ -147,7 +148,11 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(data, tmp_path, monkeypatch, bad):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(
+    data, tmp_path, monkeypatch, bad, device
+):
+    world = World(0, 1, torch.device(device))
     forward = Criterion.forward
     calls = []
 
@@ -157,11 +162,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(d
 
     monkeypatch.setattr(Criterion, "forward", breaking)
     with pytest.raises(NonFiniteError, match="The loss of step 9 is not finite"):
-        run(small_recipe(), data, tmp_path)
+        run(small_recipe(), data, tmp_path, world)
     assert RunFolder(tmp_path).status()["state"] == "failed"
     assert final(tmp_path)["step"] == 6
     monkeypatch.undo()
-    run(small_recipe(), data, tmp_path)
+    run(small_recipe(), data, tmp_path, world)
     assert final(tmp_path)["step"] == 12
 
 
@@ -305,6 +310,16 @@ def test_too_little_memory_is_one_line_that_says_what_to_change(data, tmp_path, 
     with pytest.raises(RunError, match=r"not enough for 8 images at a time: set data\.batch_per_device below 8"):
         run(small_recipe(), data, tmp_path)
     assert "not enough" in RunFolder(tmp_path).status()["reason"]
+
+
+def test_too_little_memory_for_the_network_itself(data, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Normalized, "forward", full)
+    with pytest.raises(RunError, match="memory of cpu is not enough for the network itself"):
+        run(small_recipe(), data, tmp_path / "run")
+    assert not (tmp_path / "run" / "recipe.json").exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch):

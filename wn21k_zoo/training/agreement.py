@@ -20,17 +20,17 @@ class Answer(NamedTuple):
         stop: One was told to stop.
         save: A checkpoint is due.
         broken: A loss was not finite.
-        step: Of which step this is.
     """
 
     stop: bool
     save: bool
     broken: bool
-    step: int
 
 
 class Agreement:
-    """Asks all ranks after a step, without waiting for a GPU.
+    """Asks all ranks within a step: before the backward pass, so that the answer is there when that is on its way.
+
+    A GPU has the whole backward pass to do while this process waits for the forward pass; it does not fall idle.
 
     Args:
         world: The processes of the run.
@@ -39,7 +39,8 @@ class Agreement:
 
     def __init__(self, world: World, signals: Signals) -> None:
         self._world, self._signals = world, signals
-        self._pending: tuple[Tensor, Any, int] | None = None
+        self._asked: tuple[Tensor, Any] = torch.zeros(3), None
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def told(self) -> bool:
@@ -51,38 +52,35 @@ class Agreement:
         """The exit code of a process that was told to stop."""
         return self._signals.code
 
-    def ask(self, loss: Tensor, step: int, save: bool) -> Answer:
-        """All ranks call it after a step with its loss, and whether they want a checkpoint.
-
-        On a GPU the answer is that of the step before.
-        """
-        wishes = torch.tensor([self.told, save], dtype=torch.float32)
-        flags = torch.cat([wishes.to(loss.device, non_blocking=True), (~loss.isfinite()).float()[None]])
+    def ask(self, loss: Tensor, save: bool) -> None:
+        """All ranks call it with the loss of a step, a scalar, and whether they want a checkpoint."""
+        wishes = torch.full_like(loss, self.told), torch.full_like(loss, save)
+        flags = torch.stack([*wishes, (~loss.isfinite()).to(loss.dtype)])
+        work: Any = None
         if self._world.size > 1:
-            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        if loss.device.type != "cuda":
-            return _answer(flags, step)
-        before = self.pending()
-        host = torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._pending = host, event, step
-        return before
+            work = torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, async_op=True)
+        self._asked = (flags, work) if loss.device.type != "cuda" else self._copied(flags, work)
 
-    def pending(self) -> Answer:
-        """The last answer, when it was not given yet; waits for it."""
-        if self._pending is None:
-            return Answer(False, False, False, 0)
-        host, event, step = self._pending
-        self._pending = None
-        event.synchronize()
-        return _answer(host, step)
+    def answer(self) -> Answer:
+        """What all said; waits for them, and on a GPU for nothing that was begun after the question."""
+        flags, done = self._asked
+        if done is not None:
+            done.synchronize() if isinstance(done, torch.cuda.Event) else done.wait()
+        stop, save, broken = (bool(flag) for flag in flags.tolist())
+        return Answer(stop, save, broken)
 
     def stops(self) -> bool:
         """Whether any rank was told to stop; all ranks call it, and wait for each other."""
         return self._world.maximum(self.told)[0]
 
-
-def _answer(flags: Tensor, step: int) -> Answer:
-    stop, save, broken = (bool(flag) for flag in flags.tolist())
-    return Answer(stop, save, broken, step)
+    def _copied(self, flags: Tensor, work: Any) -> tuple[Tensor, torch.cuda.Event]:
+        """The flags in the memory of the host, once the event has come, by a stream beside that of the network."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(flags.device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(flags.device))
+        with torch.cuda.stream(self._stream):
+            if work is not None:
+                work.wait()
+            host = torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True)
+        flags.record_stream(self._stream)
+        return host, self._stream.record_event()

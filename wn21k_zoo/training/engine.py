@@ -8,49 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
+from torch import Tensor
 
 from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError, Wn21kError, first_line
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.data import Batch, Loader
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
-from wn21k_zoo.training.levels import Levels
-from wn21k_zoo.training.losses import explain
-from wn21k_zoo.training.network import (
-    Criterion,
-    Normalized,
-    average_of,
-    build_network,
-    build_optimizer,
-    build_schedule,
-    resolved,
-    synchronised,
-    try_size,
-)
+from wn21k_zoo.training.learner import Learner
+from wn21k_zoo.training.network import resolved
 from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.rescue import Rescue
 from wn21k_zoo.training.signals import LIMIT_SECONDS, Signals
 from wn21k_zoo.training.splits import Splits, open_loaders, open_splits
 from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
-from wn21k_zoo.training.teacher import build_teacher
 
 __all__ = ["Preempted", "train"]
-
-_LOG = logging.getLogger(__name__)
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Preempted(Exception):  # noqa: N818
@@ -127,54 +109,15 @@ class _Run:
         self.steps_per_epoch = len(splits.train) // images
         self.total = recipe.schedule.epochs * self.steps_per_epoch
         self.total = min(self.total, recipe.schedule.max_steps or self.total)
-        self.levels = Levels(splits.tree, "level").to(self.device) if splits.tree is not None else None
-        self._build()
+        self.learner = Learner(recipe, splits, world, self.total)
         world.lead(lambda: folder.begin(recipe, splits.describe()))
         self.loaders = open_loaders(recipe, splits, world, workers)
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
         self.saved: tuple[int, int] | None = None
-        self.whole, self.statistics = True, dict[str, Tensor]()  # see _rescued
         self.layout = [world.size, self.micro]
         self.figures: dict[str, Any] = {}
         self.classes = classes_with_images(splits.validation)
         self._resume()
-
-    def _build(self) -> None:
-        recipe, space = self.recipe, self.splits.space
-        if self.levels is not None and not self.levels.depths and recipe.loss.kind == "semantic_softmax":
-            raise RecipeError(
-                "Each class is above or below the others, so no level has two to choose between; set loss.kind to "
-                "single_label."
-            )
-        network = build_network(recipe, len(self.splits.class_names), space, self.levels)
-        self.module = Normalized(network, recipe.model.mean, recipe.model.std).to(self.device)
-        if recipe.model.channels_last:
-            self.module.to(memory_format=torch.channels_last)
-        if recipe.model.sync_batchnorm and self.world.size > 1:
-            if self.device.type != "cuda":
-                raise RecipeError("model.sync_batchnorm needs GPUs; set it to false.")
-            self.module = cast(Normalized, synchronised(self.module))
-        self.teacher: nn.Module | None = None
-        self.about_teacher = ""
-        if recipe.loss.teacher is not None and space is not None and self.levels is not None:
-            self.teacher, self.about_teacher = build_teacher(recipe, space, self.levels)
-            if recipe.model.channels_last:
-                self.teacher.to(memory_format=torch.channels_last)
-        for field, each in (("The network", self.module), ("loss.teacher", self.teacher)):
-            if each is not None:
-                try_size(each, recipe.data.size, self.device, field)
-        self.buffers = [*self.module.module.named_buffers()]
-        self.criterion = Criterion(recipe, self.splits.tree).to(self.device)
-        self.optimizer = build_optimizer(recipe, self.module.module)
-        self.schedule = build_schedule(recipe, self.optimizer, self.total)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.run.precision == "fp16")
-        decay = recipe.run.ema_decay
-        self.average = average_of(self.module, decay) if decay else None
-        wrapped: nn.Module = self.module
-        if self.world.size > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            wrapped = DistributedDataParallel(self.module, device_ids=ids)
-        self.network = cast(nn.Module, torch.compile(wrapped)) if recipe.model.compile else wrapped
 
     def go(self) -> dict[str, Any]:
         leads = self.world.leads
@@ -190,8 +133,8 @@ class _Run:
         self.rescue.save = self._rescued
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
         self.reporter.say(self._describe())
-        if self.about_teacher:
-            self.reporter.say(self.about_teacher)
+        if self.learner.about_teacher:
+            self.reporter.say(self.learner.about_teacher)
         if self.layout != [self.world.size, self.micro]:
             self.reporter.say(
                 f"it went in {self.layout[0]} processes with {self.layout[1]} images at a time, and goes on in "
@@ -262,7 +205,7 @@ class _Run:
             self._steps(iter(self.loaders[0]), min(self.steps_per_epoch - within, self.total - self.step))
 
     def _finish_epoch(self, epoch: int) -> None:
-        self._check_weights()
+        self.learner.check_weights(self.step)
         is_last = self.step >= self.total
         evaluates = is_last or epoch % self.recipe.run.evaluate_every == 0
         figures = self._evaluate() if evaluates else {}
@@ -279,68 +222,45 @@ class _Run:
     def _steps(self, batches: Iterator[Batch], count: int) -> None:
         self._window = Window(self.device)
         for _ in range(count):
-            rate = max(group["lr"] for group in self.optimizer.param_groups)
+            rate = self.learner.rate
             loss, answer = self._step(batches)
             self._window.add(loss, self.recipe.data.batch_size)
             self.reporter.step(self.step)
             if self.step % min(self.recipe.run.log_every, self.steps_per_epoch) == 0 or self.step == self.total:
                 self._log(rate)
             self._react(answer)
-        self._react(self.agreement.pending())
 
     def _step(self, batches: Iterator[Batch]) -> tuple[Tensor, Answer]:
-        recipe = self.recipe
-        self.network.train()
-        if self.world.leads:
-            self.statistics = {name: buffer.clone() for name, buffer in self.buffers}
+        self.learner.begin()
         total = torch.zeros((), device=self.device)
         for number in range(self.group):
             begin = time.perf_counter()
             batch = next(batches)
             self._window.waited += time.perf_counter() - begin
             # Of dropout and its like; after the loader, which draws from it when it begins.
-            torch.manual_seed(_seed(recipe.run.seed, self.step, number, self.world.rank))
-            total += self._forward_backward(batch, last=number == self.group - 1).detach() / self.group
-        overdue = time.monotonic() - self._saved_at > 60 * recipe.run.checkpoint_minutes
-        answer = self._finite(self.agreement.ask(total, self.step, overdue and self.world.leads))
+            torch.manual_seed(_seed(self.recipe.run.seed, self.step, number, self.world.rank))
+            last = number == self.group - 1
+            with self.learner.gathering(last):
+                loss = self.learner.loss(batch)
+                total += loss.detach() / self.group
+                if last:
+                    overdue = time.monotonic() - self._saved_at > 60 * self.recipe.run.checkpoint_minutes
+                    self.agreement.ask(total, overdue and self.world.leads)
+                self.learner.backward(loss / self.group)
+        answer = self.agreement.answer()
+        if answer.broken:
+            why = self.learner.why_not_finite()
+            raise NonFiniteError(f"The loss of step {self.step + 1:,} is not finite: {why}")
         with self.rescue.changing:
-            self.whole = False
-            self._update()
-            self.whole, self.statistics = True, {}
+            self.learner.update()
+            self.step += 1
         return total, answer
 
-    def _update(self) -> None:
-        if self.recipe.optimizer.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.optimizer.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        if self.average is not None:
-            self.average.update_parameters(self.module)
-        self.step += 1
-
-    def _finite(self, answer: Answer) -> Answer:
-        """The answer, or the end where it says that a loss is not finite."""
-        if not answer.broken:
-            return answer
-        loss, logits, targets = self._last
-        why = "on another rank, or in another part of the batch than the last, whose loss is finite here."
-        try:
-            if not loss.isfinite():
-                explain(self.levels, logits, targets)
-        except NonFiniteError as error:
-            why = str(error)
-        raise NonFiniteError(f"The loss of step {answer.step + 1:,} is not finite: {why}")
-
     def _react(self, answer: Answer) -> None:
-        if not self._finite(answer).stop and not answer.save:
-            return
-        self._finite(self.agreement.pending())  # whatever is saved has finite losses behind it
         if answer.stop:
             self._stop()
-        self._save()
+        if answer.save:
+            self._save()
 
     def _stop(self) -> NoReturn:
         self._save(wait=True)
@@ -351,33 +271,20 @@ class _Run:
 
     def _save(self, best: bool = False, wait: bool = False) -> None:
         self._saved_at = time.monotonic()
-        self._check_weights()
+        self.learner.check_weights(self.step)
         if self.writer is not None:
             with self.rescue.changing:
                 self.writer.save(self._state(), best=best, wait=wait)
                 self.saved = self.step, self.evaluated
 
     def _rescued(self) -> None:
-        """Write the state before the step that is under way, in another thread than the one that is in it.
-
-        Weights are those of the step before until it has computed all gradients; batch statistics were kept.
-        """
-        self._finite(self.agreement.pending())
-        if self.writer is None or not self.whole:  # an update that failed on its way
+        """Write the state before the step that is under way, in another thread than the one that is in it."""
+        if self.writer is None or not self.learner.whole:
             return
         if self.saved != (self.step, self.evaluated):
-            self._check_weights()
-            state = self._state()
-            state["model"] = {name: self.statistics.get(name, value) for name, value in state["model"].items()}
-            self.writer.save(state)
+            self.learner.check_weights(self.step)
+            self.writer.save(self._state())
         self.writer.wait()
-
-    def _check_weights(self) -> None:
-        if not get_total_norm([each.detach() for each in self.module.parameters()]).isfinite():  # alike on all ranks
-            raise NonFiniteError(
-                f"The weights after step {self.step:,} are not finite, although its loss was; the last checkpoint is "
-                "as it was. A lower learning rate or optimizer.clip_norm may help."
-            )
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -387,11 +294,7 @@ class _Run:
             "evaluated": self.evaluated,
             "best": self.best,
             "figures": self.figures,
-            "model": self.module.module.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.learner.state_dict(),
         }
 
     def _resume(self) -> None:
@@ -407,28 +310,20 @@ class _Run:
         if step < 0:
             return
         state = found or read_checkpoint(self.folder.checkpoints / f"step-{step:08d}.pt")
-        self.module.module.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.learner.load_state_dict(state)
         self.step, self.evaluated = state["step"], state["evaluated"]
         self.best, self.figures = state["best"], state["figures"]
         self.layout = state["layout"]
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, Any]:
-        module = (self.average.module if self.average is not None else self.module).eval()
-        if self.world.size > 1:
-            for buffer in module.buffers():  # each rank's batch statistics are its own until the next step
-                torch.distributed.broadcast(buffer, 0)
+        module = self.learner.subject()
         evaluation = Evaluation(
             self.splits.tree,
             len(self.splits.class_names),
             self.recipe.loss.head,
             self.classes,
-            "level" if self.levels is not None else "published",
+            "level" if self.splits.tree is not None else "published",
             device=self.device,
         )
         self.loaders[1].load_state_dict({"epoch": 0, "samples_seen": 0})
@@ -436,7 +331,7 @@ class _Run:
         for batch in self._while_wanted(self.loaders[1]):
             if not len(batch):  # all its images are damaged
                 continue
-            with self._autocast():
+            with self.learner.autocast():
                 logits = module(batch.images)
             evaluation.update(logits, batch.targets)
         if self.agreement.stops():
@@ -474,26 +369,6 @@ class _Run:
                 "bad_samples": self.loaders[0].bad_samples,
             }
         )
-
-    def _forward_backward(self, batch: Batch, last: bool) -> Tensor:
-        images = batch.images
-        if self.recipe.model.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        synchronised = last or self.world.size == 1
-        quiet = contextlib.nullcontext() if synchronised else cast(Any, self.network).no_sync()
-        with quiet:
-            with self._autocast():
-                with torch.no_grad():
-                    teacher = self.teacher(images) if self.teacher is not None else None
-                logits = self.network(images)
-            loss: Tensor = self.criterion(logits, batch.targets, teacher)
-            self.scaler.scale(loss / self.group).backward()  # type: ignore[no-untyped-call]
-        self._last = (loss.detach(), logits.detach(), batch.targets)
-        return loss
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        dtype = _DTYPES.get(self.recipe.run.precision)
-        return torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
 
 def _seed(*numbers: int) -> int:

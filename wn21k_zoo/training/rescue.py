@@ -48,6 +48,8 @@ class Rescue:
         thread = threading.Thread(target=self._save, daemon=True)
         thread.start()
         thread.join(max(0.0, until - time.monotonic()))
+        if sys.stderr.isatty():
+            sys.stderr.write("\x1b[?25h\n")  # the bar hides the cursor
         step = self._folder.newest_step()
         mark_preempted(self._folder.path, step)
         sys.stderr.write(f"wn21k: told to stop, it left what it was in; the same command goes on at step {step:,}\n")

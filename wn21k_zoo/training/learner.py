@@ -1,0 +1,215 @@
+"""What a run changes step by step: a network with its optimizer, its schedule and its moving average."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from wn21k_zoo.errors import NonFiniteError, RecipeError, RunError
+from wn21k_zoo.training.data import Batch
+from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.levels import Levels
+from wn21k_zoo.training.losses import explain
+from wn21k_zoo.training.network import (
+    Criterion,
+    Normalized,
+    average_of,
+    build_network,
+    build_optimizer,
+    build_schedule,
+    synchronised,
+    try_size,
+)
+from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.splits import Splits
+from wn21k_zoo.training.teacher import build_teacher
+
+__all__ = ["Learner"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Learner:
+    """Computes losses and gradients, and changes weights by them.
+
+    A step is :meth:`begin`, then for each part of its batch, within :meth:`gathering`, :meth:`loss` and
+    :meth:`backward`, then :meth:`update`.
+
+    Args:
+        recipe: What to build.
+        splits: The data, for its classes.
+        world: The processes that train it together.
+        steps: Of the whole run.
+
+    Attributes:
+        module: The network, as it is saved.
+        network: The same as it computes: compiled, and with its gradients added up over ranks.
+        levels: Of the tree, in the order of the network's outputs; None without one.
+        about_teacher: What is told about the network that is distilled; may be empty.
+        whole: Whether weights and optimizer are those after a step; not when :meth:`update` failed on its way.
+
+    Raises:
+        RecipeError, ModelError: Something does not fit.
+        RunError: There is not enough memory for it.
+    """
+
+    def __init__(self, recipe: Recipe, splits: Splits, world: World, steps: int) -> None:
+        self._recipe, self._world, self._device = recipe, world, world.device
+        self.levels = Levels(splits.tree, "level").to(world.device) if splits.tree is not None else None
+        if self.levels is not None and not self.levels.depths and recipe.loss.kind == "semantic_softmax":
+            raise RecipeError(
+                "Each class is above or below the others, so no level has two to choose between; set loss.kind to "
+                "single_label."
+            )
+        self.whole, self.about_teacher = True, ""
+        self._statistics = dict[str, Tensor]()
+        try:
+            self._build(splits, steps)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"The memory of {world.device} is not enough for the network itself: see whether other processes use "
+                "it, or take a smaller model.architecture."
+            ) from error
+
+    def _build(self, splits: Splits, steps: int) -> None:
+        recipe, space = self._recipe, splits.space
+        network = build_network(recipe, len(splits.class_names), space, self.levels)
+        self.module = Normalized(network, recipe.model.mean, recipe.model.std).to(self._device)
+        if recipe.model.channels_last:
+            self.module.to(memory_format=torch.channels_last)
+        if recipe.model.sync_batchnorm and self._world.size > 1:
+            if self._device.type != "cuda":
+                raise RecipeError("model.sync_batchnorm needs GPUs; set it to false.")
+            self.module = cast(Normalized, synchronised(self.module))
+        self._teacher: nn.Module | None = None
+        if recipe.loss.teacher is not None and space is not None and self.levels is not None:
+            self._teacher, self.about_teacher = build_teacher(recipe, space, self.levels)
+            if recipe.model.channels_last:
+                self._teacher.to(memory_format=torch.channels_last)
+        for field, each in (("The network", self.module), ("loss.teacher", self._teacher)):
+            if each is not None:
+                try_size(each, recipe.data.size, self._device, field)
+        self._buffers = [*self.module.module.named_buffers()]
+        self.criterion = Criterion(recipe, splits.tree).to(self._device)
+        self.optimizer = build_optimizer(recipe, self.module.module)
+        self._schedule = build_schedule(recipe, self.optimizer, steps)
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=recipe.run.precision == "fp16")
+        decay = recipe.run.ema_decay
+        self._average = average_of(self.module, decay) if decay else None
+        wrapped: nn.Module = self.module
+        if self._world.size > 1:
+            ids = [self._device.index] if self._device.type == "cuda" else None
+            wrapped = DistributedDataParallel(self.module, device_ids=ids)
+        self.network = cast(nn.Module, torch.compile(wrapped)) if recipe.model.compile else wrapped
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate of the next step."""
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+    def begin(self) -> None:
+        """A step begins; the leading rank keeps the batch statistics, which it changes, of the one before."""
+        self.network.train()
+        if self._world.leads:
+            self._statistics = {name: buffer.clone() for name, buffer in self._buffers}
+
+    def gathering(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Within, a part of a step's batch goes forward and backward; ranks add up gradients with its last part."""
+        if last or self._world.size == 1:
+            return contextlib.nullcontext()
+        return cast(contextlib.AbstractContextManager[Any], cast(Any, self.network).no_sync())
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Within, networks compute in the precision of the recipe."""
+        dtype = _DTYPES.get(self._recipe.run.precision)
+        return torch.autocast(self._device.type, dtype) if dtype is not None else contextlib.nullcontext()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean over a batch, a scalar; NaN where it cannot be computed."""
+        images = batch.images
+        if self._recipe.model.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self.autocast():
+            with torch.no_grad():
+                teacher = self._teacher(images) if self._teacher is not None else None
+            logits = self.network(images)
+        loss: Tensor = self.criterion(logits, batch.targets, teacher)
+        self._last = loss.detach(), logits.detach(), batch.targets
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients."""
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def update(self) -> None:
+        """Change the weights."""
+        self.whole = False
+        if self._recipe.optimizer.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.module.parameters(), self._recipe.optimizer.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._schedule.step()
+        if self._average is not None:
+            self._average.update_parameters(self.module)
+        self.whole, self._statistics = True, {}
+
+    def why_not_finite(self) -> str:
+        """What was wrong with the last loss."""
+        loss, logits, targets = self._last
+        try:
+            if not math.isfinite(loss):
+                explain(self.levels, logits, targets)
+        except NonFiniteError as error:
+            return str(error)
+        return "on another rank, or in another part of the batch than the last, whose loss is finite here."
+
+    def check_weights(self, step: int) -> None:
+        """See that the weights, which are alike on all ranks, are numbers.
+
+        Raises:
+            NonFiniteError: They are not.
+        """
+        if not get_total_norm([each.detach() for each in self.module.parameters()]).isfinite():
+            raise NonFiniteError(
+                f"The weights after step {step:,} are not finite, although its loss was; the last checkpoint is "
+                "as it was. A lower learning rate or optimizer.clip_norm may help."
+            )
+
+    def subject(self) -> nn.Module:
+        """The network that is evaluated, alike on all ranks: the moving average where there is one."""
+        module = (self._average.module if self._average is not None else self.module).eval()
+        if self._world.size > 1:
+            for buffer in module.buffers():  # each rank's batch statistics are its own until the next step
+                torch.distributed.broadcast(buffer, 0)
+        return module
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it after the last whole step, on the leading rank.
+
+        Within a step the weights are those from before until :meth:`update`, and the batch statistics were kept.
+        """
+        model = self.module.module.state_dict()
+        return {
+            "model": {name: self._statistics.get(name, value) for name, value in model.items()},
+            "average": self._average.state_dict() if self._average is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` said."""
+        self.module.module.load_state_dict(state["model"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
