@@ -1,23 +1,31 @@
-"""Small runs for the tests of the engine: six synsets, five of them roots, networks of a few thousand parameters."""
+"""Small runs for the tests of the engine: six synsets on two levels, networks of a few thousand parameters."""
 
+import io
 import os
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from wn21k_zoo.training.recipe import Recipe
 
-from .archives import jpeg
-
-# mammal, person, plant, cat, dog; tabby
-WNIDS = ("n01861778", "n00007846", "n00017222", "n02121808", "n02084071", "n02123045")
+# feline, canine, plant; cat below the first, wolf and fox below the second
+WNIDS = ("n02120997", "n02083346", "n00017222", "n02121620", "n02114100", "n02118333")
+COLOURS = ((200, 80, 80), (80, 80, 200), (80, 200, 80), (220, 40, 140), (40, 140, 220), (140, 40, 220))
 BATCH = 8
 
 
 def make_folder(folder, images=10, names=WNIDS):
     """A folder of class folders; each class has a colour of its own, so that there is something to learn."""
+    generator = np.random.default_rng(0)
     for number, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         for index in range(images):
-            (folder / name / f"{index}.jpg").write_bytes(jpeg(1000 * number + index, 40, 36))
+            noise = generator.integers(-40, 41, (36, 40, 3))
+            pixels = np.clip(np.array(COLOURS[number]) + noise, 0, 255).astype(np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "JPEG")
+            (folder / name / f"{index}.jpg").write_bytes(file.getvalue())
     return folder
 
 

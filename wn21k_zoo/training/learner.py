@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from typing import Any, cast
 
 import torch
@@ -156,7 +157,10 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._schedule.step()
+        with warnings.catch_warnings():
+            # It goes by steps, also where an overflow in fp16 made the scaler leave out the first ones' updates.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self._schedule.step()
         if self._average is not None:
             self._average.update_parameters(self.module)
         self.whole, self._statistics = True, {}
