@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from wn21k_zoo.errors import InvalidArgumentError, RecipeError, Wn21kError
 from wn21k_zoo.training.signals import Signals
@@ -80,5 +82,20 @@ def _leave(output: str) -> None:
         sys.stderr.write("wn21k: told to stop before the run began; the same command begins it\n")
 
 
+def _end(code: int) -> NoReturn:
+    """End this process; one of several without the end of the interpreter.
+
+    A thread of gloo that still holds a tensor then may abort a process whose run is finished, and torchrun says it
+    failed (https://github.com/pytorch/pytorch/pull/179291). All files are closed by now.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    for child in multiprocessing.active_children():  # they load images, and nobody wants these now
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())
