@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Decoder", "Hierarchy", "NodeScores"]
 
+_SMALLEST = 1e-30  # by which one can divide
+
 
 @dataclass(frozen=True, kw_only=True)
 class NodeScores:
@@ -108,6 +110,28 @@ class Hierarchy:
         result = scores_bn.clone()
         for depth, above in self._edges:
             result.scatter_reduce_(1, above.expand(len(result), -1), result[:, depth].clone(), reduce="amax")
+        return result
+
+    def above_children(self, scores_bn: Tensor) -> Tensor:
+        """For each node its score without the highest of its children's, at least 0, [B, N] -> [B, N]."""
+        highest = scores_bn.new_zeros(scores_bn.shape)
+        for depth, above in self._edges:
+            highest.scatter_reduce_(1, above.expand(len(highest), -1), scores_bn[:, depth], reduce="amax")
+        return (scores_bn - highest).clamp_min(0)
+
+    def leaf_mass(self, probability_bn: Tensor) -> Tensor:
+        """A distribution over the leaves, [B, N] -> [B, N], whose sum is 1.
+
+        The roots share 1, and the children of a node what it has, in the proportion of their p.
+        """
+        p = probability_bn.clamp_min(_SMALLEST)  # also where all children have 0
+        mass = p / p[:, : self.starts[1]].sum(dim=1, keepdim=True)
+        result = mass.clone()
+        for depth, above in reversed(self._edges):
+            of_children = p.new_zeros(p.shape).scatter_add_(1, above.expand(len(p), -1), p[:, depth])
+            mass[:, depth] = mass[:, above] * p[:, depth] / of_children[:, above]
+            result[:, depth] = mass[:, depth]
+            result[:, above] = 0
         return result
 
     def best_path(self, probability_n: NDArray[np.float32], confidence_n: NDArray[np.float32]) -> list[int]:
@@ -204,17 +228,33 @@ class Decoder:
         return NodeScores(outputs=outputs, probability=scores, confidence=scores, unmapped=unmapped)
 
     def own_mass(self, logits_bk: Tensor) -> Tensor:
-        """For a softmax what belongs to each node and to none below it, [B, K] -> [B, N] in level order."""
-        return self._assigned(logits_bk.float()[:, self._by_wnid].softmax(dim=-1))
+        """What belongs to each node and to none below it, [B, K] -> [B, N] in level order; at most 1 in all.
 
-    def _assigned(self, outputs_bk: Tensor) -> Tensor:
+        - ``softmax``: the sum over the classes that count for the node itself.
+        - ``semantic_softmax``: it says nothing of how deep an image's class is, so that is taken to be a leaf; each
+          node passes what it has on to its children in the proportion of their p.
+        - ``sigmoid``: what the node has above the highest of its children, in proportion.
+        """
+        if self.head == "softmax":
+            return self.assigned(logits_bk.float()[:, self._by_wnid].softmax(dim=-1))
+        probability = self(logits_bk).probability
+        if self.head == "semantic_softmax":
+            return self.hierarchy.leaf_mass(probability)
+        own = self.hierarchy.above_children(probability)
+        return own / own.sum(dim=-1, keepdim=True).clamp_min(_SMALLEST)
+
+    def assigned(self, outputs_bk: Tensor) -> Tensor:
+        """For each node the sum over the classes that count for itself, for outputs in :attr:`output_order`.
+
+        It is for what a softmax or a sigmoid gives; [B, K] -> [B, N] in level order.
+        """
         values = outputs_bk[:, self._mapped]
         nodes = values.new_zeros(len(values), len(self.hierarchy))
         return nodes.scatter_add_(1, self._targets.expand(len(values), -1), values)
 
     def _aggregate(self, outputs_bk: Tensor) -> Tensor:
         if self.head == "softmax":
-            summed = self.hierarchy.sum_over_subtree(self._assigned(outputs_bk))
+            summed = self.hierarchy.sum_over_subtree(self.assigned(outputs_bk))
             return summed.clamp_(max=1.0)  # rounding can carry a sum just above 1
         values = outputs_bk[:, self._mapped]
         nodes = values.new_zeros(len(values), len(self.hierarchy))

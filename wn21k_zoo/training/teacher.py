@@ -34,7 +34,8 @@ class Translated(nn.Module):
     probability; a semantic softmax over other classes gives it to those that both have. For a semantic softmax, what
     is missing to 1 in a level, because the teacher says that the image has nothing there or does not know its classes,
     is spread evenly over the level: the loss then gives it little weight. For one softmax over all classes the same is
-    done with the probability of each class alone, without its descendants.
+    done with what belongs to each class alone, without its descendants
+    (:meth:`wn21k_zoo.hierarchy.Decoder.own_mass`).
 
     Args:
         module: The teacher, images to logits in its own label space.
@@ -48,7 +49,7 @@ class Translated(nn.Module):
         known: How many of the student's classes it can tell.
 
     Raises:
-        RecipeError: Such a head says nothing about such a student, or nothing about its classes.
+        RecipeError: It says nothing about the student's classes.
     """
 
     def __init__(
@@ -61,24 +62,25 @@ class Translated(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        if student != "semantic_softmax" and head != "softmax":
-            raise RecipeError(
-                f"The teacher's head is a {head}, which gives no distribution over all classes; a {student} can be "
-                "distilled from a softmax only. Name another loss.teacher, or set loss.kind to semantic_softmax."
-            )
         self.module, self._per_level = module, student == "semantic_softmax"
         hierarchy = Hierarchy(tree)
         self._slices = hierarchy.depth_slices if self._per_level else [slice(0, len(tree))]
         self._shared: Tensor | None = None
-        if head == "semantic_softmax":
-            own = SemanticTree.from_label_space(space)
+        own = SemanticTree.from_label_space(space)
+        if not self._per_level:
+            self._own = Decoder(own, space, head, device)
+            self._decoder = Decoder(tree, space, "softmax", device)
+            by_wnid = self._own.hierarchy.position[self._decoder.output_order]
+            self._by_wnid = torch.from_numpy(by_wnid).to(device)
+        elif head == "semantic_softmax":
             self._decoder = Decoder(own, space, head, device)
             theirs = self._decoder.hierarchy.position
             at = [theirs[own.label_space.index[wnid]] if wnid in own else -1 for wnid in tree.wnids]
             self._shared = torch.from_numpy(np.array(at)[hierarchy.order]).to(device)
         else:
             self._decoder = Decoder(tree, space, head, device)
-        self.known = int((self._probability(torch.zeros(1, len(space), device=device)) > 0).sum())
+        depths = torch.tensor(own.depths, dtype=torch.float32, device=device)
+        self.known = int((self._probability(-depths[None]) > 0).sum())  # parents above children, as sigmoids want it
         if not self.known:
             raise RecipeError(f"The teacher speaks none of the classes of {tree.name}; name another loss.teacher.")
 
@@ -94,7 +96,7 @@ class Translated(nn.Module):
 
     def _probability(self, logits_bk: Tensor) -> Tensor:
         if not self._per_level:
-            return self._decoder.own_mass(logits_bk)
+            return self._decoder.assigned(self._own.own_mass(logits_bk).index_select(1, self._by_wnid))
         probability = self._decoder(logits_bk).probability
         if self._shared is None:
             return probability
