@@ -10,6 +10,7 @@ Shape suffixes: B batch, N classes, K levels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,6 @@ class SemanticSoftmaxLoss(nn.Module):
         levels.check(logits_bn, targets_b)
         if logits_bn.device.type != "cpu":
             return self._plain(logits_bn, targets_b)
-        wants_gradient = torch.is_grad_enabled() and logits_bn.requires_grad
         loss: Tensor = _semantic_softmax(
             logits_bn,
             levels.ancestors.index_select(0, levels.in_range(targets_b)[0]),
@@ -72,7 +72,6 @@ class SemanticSoftmaxLoss(nn.Module):
             [where.stop for where in levels.slices],
             list(levels.weights),
             self.label_smoothing,
-            wants_gradient,
         )[0]
         return loss
 
@@ -99,74 +98,91 @@ def _semantic_softmax(
     stops: list[int],
     weights: list[float],
     smoothing: float,
-    wants_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss, and its gradient by the logits, which is computed on the way while a level's numbers are in the cache.
+    """Loss, and each level's p without its target, one level after the other, while its numbers are in the cache.
 
-    Samples are sorted by depth, so that those that reach a level are adjacent and the others cost nothing.
+    Samples that do not reach a level cost nothing there.
     """
-    rows = (ancestors >= 0).sum(1).argsort(descending=True, stable=True)
-    counts = (ancestors >= 0).sum(0).tolist()
-    ancestors, sorted_logits = ancestors.index_select(0, rows), logits.index_select(0, rows)
-    gradient = torch.zeros(logits.shape if wants_gradient else 0, dtype=torch.float32)
+    if columns is not None:
+        logits = logits.gather(1, columns.expand(len(logits), -1))
+    errors = torch.empty(logits.numel(), dtype=torch.float32)
     loss = torch.zeros((), dtype=torch.float64)
-    for level, (start, stop, weight) in enumerate(zip(starts, stops, weights, strict=True)):
-        if not (count := counts[level]):
-            continue
-        if columns is None:
-            scores = sorted_logits[:count, start:stop].float().contiguous()
-        else:
-            scores = sorted_logits.gather(1, columns[start:stop].expand(count, -1)).float()
-        at = ancestors[:count, level, None]
-        p = scores.softmax(1)
+    for level, rows, error in _reached(errors, ancestors, starts, stops):
+        scores = logits[:, starts[level] : stops[level]].index_select(0, rows).float()
+        at = ancestors[rows, level, None]
+        p = torch.softmax(scores, 1, out=error)
         # The largest p is at least 1 / n, so that its logarithm is exact where that of the target's p is -inf.
         log_sum = scores.amax(1) - p.amax(1).log_()
         smoothed = (1 - smoothing) * scores.gather(1, at)[:, 0] + smoothing * scores.mean(1)
-        share = weight / len(logits)
-        loss += share * (log_sum - smoothed).sum(dtype=torch.float64)
-        if wants_gradient:
-            if smoothing:
-                p.sub_(smoothing / (stop - start))
-            p.scatter_add_(1, at, p.new_full((count, 1), smoothing - 1))
-            torch.mul(p, share, out=gradient[:count, start:stop])
+        loss += weights[level] / len(logits) * (log_sum - smoothed).sum(dtype=torch.float64)
+        if smoothing:
+            p.sub_(smoothing / p.shape[1])
+        p.scatter_add_(1, at, p.new_full(at.shape, smoothing - 1))
     if not math.isfinite(float(loss)):
         raise NonFiniteError(_describe(logits))
-    if wants_gradient:
-        back = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows)))
-        gradient = gradient.to(logits.dtype).index_select(0, back)
-        if positions is not None:
-            gradient = gradient.gather(1, positions.expand(len(gradient), -1))
-    return loss.float(), gradient
+    return loss.float(), errors
 
 
-@_semantic_softmax.register_fake
-def _(
-    logits: Tensor,
+@torch.library.custom_op("wn21k_zoo::semantic_softmax_backward", mutates_args=())
+def _semantic_softmax_backward(
+    loss_gradient: Tensor,
+    errors: Tensor,
     ancestors: Tensor,
-    columns: Tensor | None,
     positions: Tensor | None,
     starts: list[int],
     stops: list[int],
     weights: list[float],
-    smoothing: float,
-    wants_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    return logits.new_empty((), dtype=torch.float32), torch.empty_like(logits) if wants_gradient else logits.new_empty(
-        0
-    )
+    dtype: torch.dtype,
+) -> Tensor:
+    """The gradient by the logits, [B, N]."""
+    gradient = torch.zeros(len(ancestors), len(errors) // len(ancestors), dtype=torch.float32)
+    scale = float(loss_gradient) / len(ancestors)
+    for level, rows, error in _reached(errors, ancestors, starts, stops):
+        gradient[:, starts[level] : stops[level]].index_add_(0, rows, error, alpha=scale * weights[level])
+    gradient = gradient if positions is None else gradient.gather(1, positions.expand(len(gradient), -1))
+    return gradient.to(dtype)
 
 
-def _keep_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    del inputs
-    ctx.save_for_backward(output[1])
+def _reached(
+    errors: Tensor, ancestors: Tensor, starts: list[int], stops: list[int]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each level that some sample reaches, the rows of those, and where their errors are, [rows, classes]."""
+    begin = 0
+    for level, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        rows = (ancestors[:, level] >= 0).nonzero()[:, 0]
+        if len(rows):
+            end = begin + len(rows) * (stop - start)
+            yield level, rows, errors[begin:end].view(len(rows), -1)
+            begin = end
 
 
-def _scale_gradient(ctx, loss_gradient: Tensor, _: Tensor | None):  # type: ignore[no-untyped-def]
-    (gradient,) = ctx.saved_tensors
-    return gradient * loss_gradient, None, None, None, None, None, None, None, None
+@_semantic_softmax.register_fake
+def _(logits, ancestors, columns, positions, starts, stops, weights, smoothing):  # type: ignore[no-untyped-def]
+    del ancestors, columns, positions, starts, stops, weights, smoothing
+    return logits.new_empty((), dtype=torch.float32), logits.new_empty(logits.numel(), dtype=torch.float32)
 
 
-_semantic_softmax.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+@_semantic_softmax_backward.register_fake
+def _(loss_gradient, errors, ancestors, positions, starts, stops, weights, dtype):  # type: ignore[no-untyped-def]
+    del loss_gradient, positions, starts, stops, weights
+    return errors.new_empty((len(ancestors), len(errors) // len(ancestors)), dtype=dtype)
+
+
+def _keep_errors(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    logits, ancestors, _, positions, *ctx.levels, _ = inputs
+    ctx.dtype = logits.dtype
+    ctx.set_materialize_grads(False)  # nobody has one by the errors, and it would be as large as the logits
+    ctx.save_for_backward(output[1], ancestors, positions)
+
+
+def _gradient(ctx, loss_gradient: Tensor | None, _: Tensor | None):  # type: ignore[no-untyped-def]
+    if loss_gradient is None:
+        return (None,) * 8
+    gradient = _semantic_softmax_backward(loss_gradient, *ctx.saved_tensors, *ctx.levels, ctx.dtype)
+    return gradient, None, None, None, None, None, None, None
+
+
+_semantic_softmax.register_autograd(_gradient, setup_context=_keep_errors)
 
 
 class SemanticDistillationLoss(nn.Module):
