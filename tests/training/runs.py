@@ -103,6 +103,37 @@ def run_rank_that_breaks(store, rank, world_size, recipe_json, data, output, res
     dist.destroy_process_group()
 
 
+def run_rank_that_fails_alone(store, rank, world_size, recipe_json, data, output, results):
+    """A rank of a run of which the last one fails in its ninth step, while the others wait for it."""
+    import torch
+    import torch.distributed as dist
+
+    from wn21k_zoo.errors import first_line
+    from wn21k_zoo.training.distributed import World
+    from wn21k_zoo.training.engine import train
+    from wn21k_zoo.training.network import Criterion
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    forward, calls = Criterion.forward, []
+
+    def failing(self, logits, targets, teacher=None):
+        calls.append(1)
+        if len(calls) == 9 and rank == world_size - 1:
+            raise OSError("this rank alone")
+        return forward(self, logits, targets, teacher)
+
+    Criterion.forward = failing
+    try:
+        train(
+            Recipe.from_json(recipe_json), data, Path(output), World(rank, world_size, torch.device("cpu")), workers=0
+        )
+    except Exception as error:
+        results.put((rank, first_line(error)))
+    results.close()
+    results.join_thread()
+    os._exit(0)
+
+
 def run_rank_told_to_stop(store, rank, world_size, recipe_json, data, output, results):
     """A rank of a run in which the last rank alone gets SIGTERM in the first evaluation.
 

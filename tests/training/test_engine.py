@@ -314,6 +314,20 @@ def test_too_little_memory_is_one_line_that_says_what_to_change(data, tmp_path, 
     assert "not enough" in RunFolder(tmp_path).status()["reason"]
 
 
+def test_gradients_that_overflow_at_every_step_end_a_run_in_fp16(data, tmp_path, monkeypatch):
+    backward = Learner.backward
+    monkeypatch.setattr(Learner, "backward", lambda self, loss: backward(self, loss * 1e30))
+    recipe = small_recipe(run={"precision": "fp16"}, schedule={"epochs": 7})
+    with pytest.raises(NonFiniteError, match=r"not finite in fp16.*; set run\.precision to bf16 or fp32"):
+        run(recipe, data, tmp_path)
+
+
+def test_an_architecture_without_gradient_checkpointing(data, tmp_path):
+    recipe = small_recipe("inception_v3", model={"gradient_checkpointing": True})
+    with pytest.raises(RecipeError, match="inception_v3 has no gradient checkpointing"):
+        run(recipe, data, tmp_path / "run")
+
+
 def test_too_little_memory_for_the_network_itself(data, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -15,14 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from wn21k_zoo.training.rescue import Rescue
 from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.state import RunFolder
 from wn21k_zoo.training.status import mark_preempted, read_status
 
-from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, run
+from .checks import ALONE, FAST, assert_close_weights, assert_same_weights, final, lines, run
 from .runs import (
+    BATCH,
     measure_on_rank,
     run_rank_that_breaks,
+    run_rank_that_fails_alone,
     run_rank_told_to_stop,
     run_that_is_stuck,
     run_until_killed,
@@ -107,9 +110,11 @@ def wait_for_step(output, step, process):
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_to_rounding(data, tmp_path):
+@pytest.mark.parametrize("images", [BATCH, 2], ids=["whole", "accumulated"])
+def test_two_ranks_equal_one_to_rounding(data, tmp_path, images):
     recipe = small_recipe(optimizer=FAST)
     run(recipe, data, tmp_path / "one")
+    recipe.data.batch_per_device = images
     subprocess.run(command(recipe, data, tmp_path / "two", tmp_path, ranks=2), check=True, env=ENVIRONMENT)
     assert_close_weights(final(tmp_path / "one"), final(tmp_path / "two"))
     evaluations = [lines(tmp_path / name, "evaluation") for name in ("one", "two")]
@@ -150,6 +155,27 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_at_that_step(data, tmp_p
 
 
 @pytest.mark.slow
+def test_of_a_rank_that_fails_alone_the_reason_is_kept(data, tmp_path):
+    output = tmp_path / "run"
+    found = dict(in_processes(run_rank_that_fails_alone, tmp_path, 2, small_recipe().to_json(), str(data), str(output)))
+    assert found[1] == "OSError: this rank alone"
+    status = RunFolder(output).status()
+    assert (status["state"], status["reason"]) == ("failed", "OSError: this rank alone")
+    assert found[0] != found[1]  # it lost the connection
+
+
+@pytest.mark.parametrize(("begun", "state"), [(True, "failed"), (False, "preempted")])
+def test_a_run_that_failed_is_not_put_back_for_ever(tmp_path, begun, state):
+    folder = RunFolder(tmp_path)
+    folder.begin(small_recipe(), {})
+    folder.set_status("failed", 3, reason="another rank")
+    rescue = Rescue(folder, ALONE)
+    rescue.begun = begun
+    rescue(time.monotonic() + 1)
+    assert folder.status()["state"] == state
+
+
+@pytest.mark.slow
 def test_one_rank_told_to_stop_while_all_evaluate_stops_all(data, tmp_path):
     recipe, output = small_recipe(data={"batch_per_device": 1}), tmp_path / "run"
     found = in_processes(run_rank_told_to_stop, tmp_path, 2, recipe.to_json(), str(data), str(output))
@@ -161,7 +187,7 @@ def test_one_rank_told_to_stop_while_all_evaluate_stops_all(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_killed_and_resumed_is_bit_for_bit_the_same(data, tmp_path, start, ranks):
     recipe = small_recipe("test_efficientnet", schedule={"epochs": 15}, run={"checkpoint_minutes": 1e-9})
     recipe.model.arguments = {"drop_rate": 0.3}

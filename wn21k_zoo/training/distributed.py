@@ -118,7 +118,5 @@ def join(device: str | torch.device = "auto") -> Iterator[World]:
         )
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"The other processes cannot be reached: {str(error).splitlines()[0]}") from error
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), chosen)
-    finally:
-        dist.destroy_process_group()
+    yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    dist.destroy_process_group()  # not after an error: it might wait for ranks that wait for this one

@@ -130,7 +130,8 @@ class _Run:
             self.folder.cut(self.step)
             self.folder.set_status("running", self.step, total=self.total)
         self.writer = CheckpointWriter(self.folder, self.recipe.run.keep) if leads else None
-        self.rescue.save = self._rescued
+        self.world.maximum(False)  # no rank looks at the status before it is of this time
+        self.rescue.save, self.rescue.begun = self._rescued, True
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
         self.reporter.say(self._describe())
         if self.learner.about_teacher:
@@ -150,13 +151,16 @@ class _Run:
                 self.rescue(time.monotonic() + LIMIT_SECONDS / 2)
                 raise Preempted(self.agreement.code) from end
             problem = self._named(end)
-            if leads and not isinstance(end, Preempted):
+            # Of several that failed the first says why; the others may have lost the connection to it.
+            if not isinstance(end, Preempted) and self.folder.status().get("state") != "failed":
                 self.folder.set_status("failed", self.step, total=self.total, reason=first_line(problem))
             if problem is not end:
                 raise problem from end
             raise
         finally:
             self.reporter.close()
+            with self.rescue.changing:
+                self.rescue.save = None
             if self.writer is not None:
                 self.writer.close()
         if leads:
@@ -231,7 +235,8 @@ class _Run:
             self._react(answer)
 
     def _step(self, batches: Iterator[Batch]) -> tuple[Tensor, Answer]:
-        self.learner.begin()
+        with self.rescue.changing:
+            self.learner.begin()
         total = torch.zeros((), device=self.device)
         for number in range(self.group):
             begin = time.perf_counter()
@@ -356,6 +361,7 @@ class _Run:
     def _log(self, rate: float) -> None:
         if self.writer is not None:
             self.writer.check()
+        self.learner.check_scale()
         loss, speed, wait = self._window.read()
         loss, speed, wait = self.world.mean(loss, speed, wait)
         self.reporter.train(

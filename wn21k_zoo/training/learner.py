@@ -33,6 +33,7 @@ from wn21k_zoo.training.teacher import build_teacher
 
 __all__ = ["Learner"]
 
+_SMALLEST_SCALE = 2.0**-20  # 36 steps after the first, which has 2 ** 16, if none of them was right
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -106,7 +107,9 @@ class Learner:
         wrapped: nn.Module = self.module
         if self._world.size > 1:
             ids = [self._device.index] if self._device.type == "cuda" else None
-            wrapped = DistributedDataParallel(self.module, device_ids=ids)
+            # So that it keeps its buckets. Else it makes them anew after the first step, also the first after a
+            # resume, and where ranks add up in other places, three of them and more add up to other bits.
+            wrapped = DistributedDataParallel(self.module, device_ids=ids, find_unused_parameters=True)
         self.network = cast(nn.Module, torch.compile(wrapped)) if recipe.model.compile else wrapped
 
     @property
@@ -185,6 +188,18 @@ class Learner:
             raise NonFiniteError(
                 f"The weights after step {step:,} are not finite, although its loss was; the last checkpoint is "
                 "as it was. A lower learning rate or optimizer.clip_norm may help."
+            )
+
+    def check_scale(self) -> None:
+        """See that gradients in fp16 can be had; waits for the device.
+
+        Raises:
+            NonFiniteError: They were too large again and again, so that no step changed anything.
+        """
+        if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_SCALE:
+            raise NonFiniteError(
+                "The gradients are not finite in fp16, however small the loss is made; set run.precision to bf16 or "
+                "fp32."
             )
 
     def subject(self) -> nn.Module:

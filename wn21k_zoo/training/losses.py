@@ -276,6 +276,8 @@ class MultiLabelLoss(nn.Module):
         NonFiniteError: As :class:`SemanticSoftmaxLoss`.
     """
 
+    starts: Tensor
+
     def __init__(
         self,
         tree: SemanticTree,
@@ -288,6 +290,8 @@ class MultiLabelLoss(nn.Module):
         if gamma_negative < 0 or gamma_positive < 0 or not 0 <= clip < 1:
             raise InvalidArgumentError("The exponents of MultiLabelLoss must be at least 0, its clip in [0, 1).")
         self.levels = Levels(tree, order)
+        starts = torch.tensor([where.start for where in self.levels.slices], dtype=torch.int64)
+        self.register_buffer("starts", starts, persistent=False)
         self.gamma_negative, self.gamma_positive, self.clip = gamma_negative, gamma_positive, clip
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
@@ -312,9 +316,8 @@ class MultiLabelLoss(nn.Module):
         """For each sample and output whether it is the class or one of its ancestors, [B, N] bool."""
         levels = self.levels
         truth = torch.zeros(len(targets_b), levels.num_classes + 1, dtype=torch.bool, device=targets_b.device)
-        starts = torch.tensor([where.start for where in levels.slices], device=targets_b.device)
         ancestors = levels.ancestors[targets_b]
-        positions = torch.where(ancestors >= 0, ancestors + starts, levels.num_classes)
+        positions = torch.where(ancestors >= 0, ancestors + self.starts, levels.num_classes)
         own = levels.positions[targets_b][:, None]  # a class that is alone on its depth has no level
         truth.scatter_(1, torch.cat([positions, own], 1), True)
         truth = truth[:, :-1]

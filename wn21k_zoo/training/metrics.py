@@ -119,12 +119,15 @@ class LeafAccuracy(_Counts):
     """
 
     classes: Tensor
+    chosen: Tensor
 
     def __init__(self, classes: Sequence[int]) -> None:
         super().__init__(3)
         if not len(classes):
             raise InvalidArgumentError("LeafAccuracy needs at least one class.")
         self.register_buffer("classes", torch.tensor(sorted(classes)), persistent=False)
+        self.register_buffer("chosen", torch.zeros(max(classes) + 1, dtype=torch.bool), persistent=False)
+        self.chosen[self.classes] = True
 
     @torch.no_grad()
     def update(self, scores_bn: Tensor, targets_b: Tensor) -> Tensor:
@@ -137,7 +140,8 @@ class LeafAccuracy(_Counts):
 
     def has(self, targets_b: Tensor) -> Tensor:
         """Whether each target is one of the classes, [B] bool."""
-        return torch.isin(targets_b, self.classes)
+        last = len(self.chosen) - 1
+        return self.chosen[targets_b.clamp_max(last)] & (targets_b <= last)
 
     def compute(self) -> dict[str, float]:
         """Percentages over all ranks: ``top1``, ``top5``; and ``images`` of the classes."""

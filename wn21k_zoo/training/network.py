@@ -107,7 +107,12 @@ def build_network(recipe: Recipe, num_classes: int, space: LabelSpace | None, le
     except Exception as error:  # timm has many ways to refuse an argument
         raise RecipeError(f"{recipe.model.architecture} cannot be built: {str(error).splitlines()[0]}") from error
     if recipe.model.gradient_checkpointing:
-        cast(Any, module).set_grad_checkpointing()
+        try:
+            cast(Any, module).set_grad_checkpointing()
+        except (AssertionError, AttributeError):
+            raise RecipeError(
+                f"{recipe.model.architecture} has no gradient checkpointing; set model.gradient_checkpointing to false."
+            ) from None
     return module
 
 

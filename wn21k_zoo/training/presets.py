@@ -119,7 +119,10 @@ def without_distillation(recipe: Recipe) -> Recipe:
 
 
 def winter21(recipe: Recipe) -> Recipe:
-    """On the release of winter 2021, without a teacher: the published ones speak the classes of fall11."""
+    """On the release of winter 2021, without a teacher: the published ones were trained on fall11.
+
+    ``loss.teacher`` may be one all the same: it is read through the tree.
+    """
     recipe = without_distillation(recipe)
     recipe.name = f"{recipe.name}_winter21"
     recipe.data.label_space = "winter21"

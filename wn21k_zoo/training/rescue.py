@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from wn21k_zoo.errors import Wn21kError
+from wn21k_zoo.errors import first_line
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.state import RunFolder
 from wn21k_zoo.training.status import mark_preempted
@@ -25,15 +25,17 @@ class Rescue:
     Attributes:
         changing: Whoever changes what a checkpoint holds has this lock meanwhile.
         save: Writes a checkpoint of what is there, called with that lock; None while there is nothing to write.
+        begun: Whether the status of the run is of this time, and not of one before.
     """
 
     def __init__(self, folder: RunFolder, world: World) -> None:
         self._folder, self._world = folder, world
         self.changing = threading.RLock()
         self.save: Callable[[], None] | None = None
+        self.begun = False
 
     def __call__(self, until: float) -> None:
-        """Do it.
+        """Do it; a run that failed on another rank is not marked.
 
         Args:
             until: When to be done, by :func:`time.monotonic`; what is not written then is left.
@@ -42,7 +44,7 @@ class Rescue:
             RunError: The mark cannot be written.
         """
         if not self._world.leads:
-            while time.monotonic() < until and self._folder.status().get("state") != "preempted":
+            while time.monotonic() < until and not self._failed() and self._state() != "preempted":
                 time.sleep(0.1)
             return
         thread = threading.Thread(target=self._save, daemon=True)
@@ -50,14 +52,22 @@ class Rescue:
         thread.join(max(0.0, until - time.monotonic()))
         if sys.stderr.isatty():
             sys.stderr.write("\x1b[?25h\n")  # the bar hides the cursor
+        if self._failed():  # on another rank, for whose sake torchrun ends this one
+            return
         step = self._folder.newest_step()
         mark_preempted(self._folder.path, step)
         sys.stderr.write(f"wn21k: told to stop, it left what it was in; the same command goes on at step {step:,}\n")
+
+    def _state(self) -> str | None:
+        return self._folder.status().get("state")
+
+    def _failed(self) -> bool:
+        return self.begun and self._state() == "failed"
 
     def _save(self) -> None:
         try:
             with self.changing:
                 if self.save is not None:
                     self.save()
-        except Wn21kError as error:
-            sys.stderr.write(f"wn21k: {error}\n")
+        except Exception as error:
+            sys.stderr.write(f"wn21k: {first_line(error)}\n")

@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -90,6 +91,7 @@ def _end(code: int) -> NoReturn:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(code)
+    logging.shutdown()
     for child in multiprocessing.active_children():  # they load images, and nobody wants these now
         child.kill()
     sys.stdout.flush()
@@ -98,4 +100,9 @@ def _end(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _end(main())
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    _end(code)
