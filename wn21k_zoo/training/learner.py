@@ -107,9 +107,8 @@ class Learner:
         wrapped: nn.Module = self.module
         if self._world.size > 1:
             ids = [self._device.index] if self._device.type == "cuda" else None
-            # So that it keeps its buckets. Else it makes them anew after the first step, also the first after a
-            # resume, and where ranks add up in other places, three of them and more add up to other bits.
-            wrapped = DistributedDataParallel(self.module, device_ids=ids, find_unused_parameters=True)
+            wrapped = DistributedDataParallel(self.module, device_ids=ids)
+            _settle(wrapped, recipe.data.size, self._device)
         self.network = cast(nn.Module, torch.compile(wrapped)) if recipe.model.compile else wrapped
 
     @property
@@ -232,3 +231,13 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def _settle(network: DistributedDataParallel, size: int, device: torch.device) -> None:
+    """Let the backward pass come by which the order of what ranks add up together is chosen.
+
+    Else that is the first after a resume, too, and its step adds up in another order than in a run without an end
+    between: to other bits where there are three ranks or more. It changes no weights and no statistics.
+    """
+    network.eval()(torch.zeros(1, 3, size, size, device=device)).sum().backward()
+    network.zero_grad(set_to_none=True)
