@@ -1,6 +1,9 @@
+import io
 import math
 import os
+import re
 import signal
+import sys
 import time
 
 import pytest
@@ -59,6 +62,23 @@ def test_a_run_leaves_what_it_should(data, tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
+def test_on_a_terminal_it_has_a_bar(data, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    run(small_recipe(schedule={"epochs": 1}), data, tmp_path)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "6/6" in shown
+    assert re.search(r"loss \d.*images/s.*data .*left", shown)
+    assert "wn21k: epoch 1  semantic_top1" in shown
+    assert terminal.getvalue().rindex("\x1b[?25h") > terminal.getvalue().rindex("\x1b[?25l")  # the cursor is back
+
+
 def test_it_learns(data, tmp_path):
     recipe = small_recipe(schedule={"epochs": 12}, optimizer={"lr": 3e-3}, data={"augmentation": "none"})
     figures = run(recipe, data, tmp_path)
@@ -92,6 +112,22 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(data, tmp_path, stop_at, st
         assert [[line.get(key) for key in keys] for line in whole] == [
             [line.get(key) for key in keys] for line in parts
         ]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_resumed_with_a_teacher_in_half_precision_it_is_bit_for_bit_the_same(data, tmp_path, stop_at, precision):
+    recipe = small_recipe(run={"precision": precision})
+    recipe.loss.teacher, recipe.loss.distillation_weight = "random:resnet10t", 1.0
+    run(recipe, data, tmp_path / "whole")
+    stop_at(7)
+    with pytest.raises(Preempted):
+        run_told(recipe, data, tmp_path / "parts")
+    stop_at(-1)
+    run_told(recipe, data, tmp_path / "parts")
+    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
+    assert_same_weights(whole, parts)
+    assert whole["scaler"] == parts["scaler"]
+    assert bool(whole["scaler"]) == (precision == "fp16")
 
 
 def test_told_to_stop_before_its_first_step_it_stops(data, tmp_path, monkeypatch):
