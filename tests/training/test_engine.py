@@ -321,6 +321,20 @@ def test_compiled_it_computes_the_same_to_rounding(data, tmp_path):
     assert_close_weights(final(tmp_path / "False"), final(tmp_path / "True"), 1e-5)
 
 
+def test_an_operation_that_is_not_deterministic_is_one_line(data, tmp_path, monkeypatch):
+    forward = Criterion.forward
+
+    def putting(self, logits, targets, teacher=None):
+        torch.zeros(1).put_(torch.zeros(1, dtype=torch.int64), torch.ones(1))
+        return forward(self, logits, targets, teacher)
+
+    monkeypatch.setattr(Criterion, "forward", putting)
+    with pytest.raises(RecipeError, match=r"put_.* has no deterministic .*; set run.deterministic to false"):
+        run(small_recipe(run={"deterministic": True}), data, tmp_path)
+    assert RunFolder(tmp_path).status()["state"] == "failed"
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_on_a_gpu(data, tmp_path, stop_at, precision):

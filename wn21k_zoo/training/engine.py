@@ -23,7 +23,7 @@ from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.data import Batch, Loader
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
-from wn21k_zoo.training.learner import Learner
+from wn21k_zoo.training.learner import Learner, not_deterministic
 from wn21k_zoo.training.network import resolved
 from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
@@ -189,7 +189,7 @@ class _Run:
                 "fewer --workers; the same command then goes on."
             )
         if not isinstance(problem, torch.OutOfMemoryError):
-            return problem
+            return not_deterministic(problem) or problem
         return RunError(
             f"The memory of {self.device} is not enough for {self.micro} images at a time: set data.batch_per_device "
             f"below {self.micro} (a step keeps its {self.recipe.data.batch_size} images) or "

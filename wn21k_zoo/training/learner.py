@@ -31,7 +31,7 @@ from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits
 from wn21k_zoo.training.teacher import build_teacher
 
-__all__ = ["Learner"]
+__all__ = ["Learner", "not_deterministic"]
 
 _SMALLEST_SCALE = 2.0**-20  # 36 steps after the first, which has 2 ** 16, if none of them was right
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,7 +70,7 @@ class Learner:
                 "single_label."
             )
         self.whole, self.about_teacher = True, ""
-        self._statistics = dict[str, Tensor]()
+        self._within = False  # a step, whose beginning kept the batch statistics
         try:
             self._build(splits, steps)
         except torch.OutOfMemoryError as error:
@@ -78,6 +78,8 @@ class Learner:
                 f"The memory of {world.device} is not enough for the network itself: see whether other processes use "
                 "it, or take a smaller model.architecture."
             ) from error
+        except RuntimeError as error:  # _settle goes backward
+            raise not_deterministic(error) or error from None
 
     def _build(self, splits: Splits, steps: int) -> None:
         recipe, space = self._recipe, splits.space
@@ -97,7 +99,8 @@ class Learner:
         for field, each in (("The network", self.module), ("loss.teacher", self._teacher)):
             if each is not None:
                 try_size(each, recipe.data.size, self._device, field)
-        self._buffers = [*self.module.module.named_buffers()]
+        self._buffers = dict(self.module.module.named_buffers()) if self._world.leads else {}
+        self._kept = {name: buffer.clone() for name, buffer in self._buffers.items()}
         self.criterion = Criterion(recipe, splits.tree).to(self._device)
         self.optimizer = build_optimizer(recipe, self.module.module)
         self._schedule = build_schedule(recipe, self.optimizer, steps)
@@ -119,8 +122,10 @@ class Learner:
     def begin(self) -> None:
         """A step begins; the leading rank keeps the batch statistics, which it changes, of the one before."""
         self.network.train()
-        if self._world.leads:
-            self._statistics = {name: buffer.clone() for name, buffer in self._buffers}
+        for dtype in {buffer.dtype for buffer in self._buffers.values()}:  # all at once goes within one type only
+            names = [name for name, buffer in self._buffers.items() if buffer.dtype == dtype]
+            torch._foreach_copy_([self._kept[name] for name in names], [self._buffers[name] for name in names])
+        self._within = True
 
     def gathering(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Within, a part of a step's batch goes forward and backward; ranks add up gradients with its last part."""
@@ -165,7 +170,7 @@ class Learner:
             self._schedule.step()
         if self._average is not None:
             self._average.update_parameters(self.module)
-        self.whole, self._statistics = True, {}
+        self.whole, self._within = True, False
 
     def why_not_finite(self) -> str:
         """What was wrong with the last loss."""
@@ -214,9 +219,9 @@ class Learner:
 
         Within a step the weights are those from before until :meth:`update`, and the batch statistics were kept.
         """
-        model = self.module.module.state_dict()
+        model, kept = self.module.module.state_dict(), self._kept if self._within else {}
         return {
-            "model": {name: self._statistics.get(name, value) for name, value in model.items()},
+            "model": {name: kept.get(name, value) for name, value in model.items()},
             "average": self._average.state_dict() if self._average is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
@@ -231,6 +236,17 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def not_deterministic(error: Exception) -> RecipeError | None:
+    """What torch says of an operation that run.deterministic forbids, as an error of ours; else None."""
+    operation, forbidden, _ = str(error).partition(" does not have a deterministic implementation")
+    if not forbidden:
+        return None
+    return RecipeError(
+        f"{operation}, which the network needs, has no deterministic implementation on this device; set "
+        "run.deterministic to false."
+    )
 
 
 def _settle(network: DistributedDataParallel, size: int, device: torch.device) -> None:

@@ -1,0 +1,55 @@
+"""A GPU that there is not: tensors that are on it and have no values, so that whatever would wait for one fails.
+
+Two kinds: fake ones on ``cuda``, which also tell devices apart, but cannot go backward where torch finds no GPU; and
+those of the device ``meta``, which can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["fake_gpu", "moved"]
+
+
+class _NoTransfer(TorchDispatchMode):
+    """An operation that takes a tensor of one device and gives one of another makes the host wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            devices = {each.device.type for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor)}
+            assert len(devices) == 1, f"{func} from one device to the other"
+        return result
+
+
+@contextlib.contextmanager
+def fake_gpu() -> Iterator[None]:
+    """Within, ``device="cuda"`` gives tensors of a device, shape and type, without values.
+
+    Errors are: what the host would have to know, as in ``if tensor.any()``, what has as many elements as values say, as
+    ``tensor.nonzero()``, tensors of two devices together, and copies between devices.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=False), _NoTransfer():
+        yield
+
+
+def moved(thing, device="cuda"):
+    """Something with all tensors in it on such a device, as if it had been built there; objects change in place."""
+    if isinstance(thing, Tensor):
+        there = torch.empty(thing.shape, dtype=thing.dtype, device=device)
+        return nn.Parameter(there, thing.requires_grad) if isinstance(thing, nn.Parameter) else there
+    if isinstance(thing, (list, tuple)):
+        return type(thing)(moved(each, device) for each in thing)
+    if isinstance(thing, dict):
+        for key in thing:
+            thing[key] = moved(thing[key], device)
+    elif isinstance(thing, nn.Module) or type(thing).__module__ == "wn21k_zoo.hierarchy":
+        moved(getattr(thing, "__dict__", {}), device)
+    return thing

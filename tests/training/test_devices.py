@@ -1,0 +1,109 @@
+"""What each step of a training asks of a device, seen without a GPU: none of it may make the host wait for one."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
+
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.data import Batch
+from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.evaluation import Evaluation
+from wn21k_zoo.training.learner import Learner
+from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
+from wn21k_zoo.training.splits import open_splits
+from wn21k_zoo.training.teacher import Translated
+from wn21k_zoo.tree import SemanticTree
+
+from .fake_gpu import fake_gpu, moved
+from .runs import make_folder, small_recipe
+
+TREE = SemanticTree.load("fall11")
+CLASSES = len(TREE)
+HEADS = ("semantic_softmax", "softmax", "sigmoid")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def batch(dtype=torch.float32, classes=CLASSES, device="cuda"):
+    logits = torch.empty(8, classes, dtype=dtype, device=device, requires_grad=True)
+    return logits, torch.empty(8, dtype=torch.int64, device=device)
+
+
+def forward_and_backward(loss_of, *inputs, dtype):
+    """What a loss needs of a GPU; ``inputs`` are numbers of those that :func:`batch` gives."""
+    with fake_gpu():
+        loss = moved(loss_of)(*(batch(dtype)[which] for which in inputs))
+        assert (loss.dtype, loss.shape, loss.device.type) == (torch.float32, (), "cuda")
+    given = [batch(dtype, device="meta")[which] for which in inputs]
+    moved(loss_of, "meta")(*given).backward()
+    assert (given[0].grad.dtype, given[0].grad.shape) == (dtype, given[0].shape)
+    return given
+
+
+def test_it_notices_what_waits():
+    with fake_gpu():
+        logits, targets = batch()
+        for waits in (
+            lambda: float(logits.sum()),
+            lambda: bool(targets.any()),
+            lambda: targets.nonzero(),
+            lambda: logits[targets > 3],
+        ):
+            with pytest.raises((DataDependentOutputException, RuntimeError)):
+                waits()
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            logits + torch.ones(8, 1)
+        for copies in (lambda: targets.cpu(), lambda: torch.ones(8).cuda(), lambda: targets.copy_(torch.ones(8))):
+            with pytest.raises(AssertionError, match="to the other"):
+                copies()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["published", "level"])
+@pytest.mark.parametrize("kind", [SemanticSoftmaxLoss, SingleLabelLoss, MultiLabelLoss])
+def test_losses_wait_for_nothing(kind, order, dtype):
+    forward_and_backward(kind(TREE, order=order), 0, 1, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["published", "level"])
+@pytest.mark.parametrize("per_level", [True, False])
+def test_distillation_waits_for_nothing(per_level, order, dtype):
+    _, teacher = forward_and_backward(SemanticDistillationLoss(TREE, order, per_level), 0, 0, dtype=dtype)
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize(("tree", "order"), [(TREE, "published"), (TREE, "level"), (None, "published")])
+@pytest.mark.parametrize("head", HEADS)
+def test_metrics_wait_for_nothing(head, tree, order):
+    evaluation = Evaluation(tree, CLASSES, head, range(0, CLASSES, 50), order)
+    with fake_gpu():
+        logits, targets = batch()
+        moved(evaluation).update(logits.detach(), targets)
+
+
+@pytest.mark.parametrize("student", ["semantic_softmax", "softmax"])
+@pytest.mark.parametrize("head", HEADS)
+def test_teachers_wait_for_nothing(head, student):
+    space = LabelSpace.load("winter21")
+    teacher = Translated(nn.Identity(), space, head, TREE, student)
+    with fake_gpu():
+        found = moved(teacher)(batch(classes=len(space))[0].detach())
+        assert (found.shape, found.device.type) == ((8, CLASSES), "cuda")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "lamb", "sgd"])
+def test_a_step_waits_for_nothing(tmp_path, optimizer):
+    recipe = small_recipe(
+        "test_resnet",
+        data={"label_space": "fall11"},
+        optimizer={"name": optimizer, "clip_norm": 1.0},
+        run={"ema_decay": 0.9},
+    )
+    splits = open_splits(recipe, make_folder(tmp_path, 10))
+    learner = Learner(recipe, splits, World(0, 1, torch.device("meta")), 10)
+    images, targets = torch.empty(8, 3, 32, 32, device="meta"), torch.empty(8, dtype=torch.int64, device="meta")
+    for _ in range(2):
+        learner.begin()
+        learner.backward(learner.loss(Batch(images, targets, torch.arange(8))))
+        learner.update()
