@@ -109,12 +109,13 @@ def in21k(architecture: str) -> Recipe:
     recipe = Recipe(name=known.record, model=Model(architecture=architecture, start=known.start))
     recipe.run.precision = "fp16"
     recipe.loss.teacher, recipe.loss.distillation_weight = known.teacher, DISTILLATION_WEIGHT
-    return recipe if known.start else from_scratch(recipe)
+    return recipe if known.start else _from_random_weights(recipe)
 
 
 def without_distillation(recipe: Recipe) -> Recipe:
     """The same without a teacher."""
-    recipe.loss.teacher, recipe.loss.distillation_weight = None, 0.0
+    recipe = _without_teacher(recipe)
+    recipe.name = f"{recipe.name}_without_distillation"
     return recipe
 
 
@@ -123,7 +124,7 @@ def winter21(recipe: Recipe) -> Recipe:
 
     ``loss.teacher`` may be one all the same: it is read through the tree.
     """
-    recipe = without_distillation(recipe)
+    recipe = _without_teacher(recipe)
     recipe.name = f"{recipe.name}_winter21"
     recipe.data.label_space = "winter21"
     return recipe
@@ -131,22 +132,21 @@ def winter21(recipe: Recipe) -> Recipe:
 
 def from_scratch(recipe: Recipe) -> Recipe:
     """From random weights: 140 epochs, SGD, learning rate 1e-2."""
-    recipe.model.start = None
-    recipe.schedule.epochs = 140
-    recipe.optimizer.name, recipe.optimizer.lr = "sgd", 1e-2
+    recipe = _from_random_weights(recipe)
+    recipe.name = f"{recipe.name}_from_scratch"
     return recipe
 
 
 def single_label(recipe: Recipe) -> Recipe:
     """The paper's first baseline: one softmax over all classes."""
-    recipe = without_distillation(recipe)
+    recipe = _without_teacher(recipe)
     recipe.name, recipe.loss.kind = f"{recipe.name}_single_label", "single_label"
     return recipe
 
 
 def multi_label(recipe: Recipe) -> Recipe:
     """The paper's second baseline: a sigmoid per class and ancestor, with the asymmetric loss."""
-    recipe = without_distillation(recipe)
+    recipe = _without_teacher(recipe)
     recipe.name, recipe.loss.kind = f"{recipe.name}_multi_label", "multi_label"
     recipe.loss.label_smoothing = 0.0
     return recipe
@@ -158,7 +158,7 @@ def modern(architecture: str) -> Recipe:
     LAMB for the networks with batch normalisation, as in arXiv 2110.00476; AdamW and stochastic depth for the others,
     as in arXiv 2106.10270.
     """
-    recipe = without_distillation(in21k(architecture))
+    recipe = _without_teacher(in21k(architecture))
     recipe.name = f"{architecture}.modern_in21k"
     recipe.data.augmentation, recipe.data.batch_size, recipe.data.batch_per_device = "modern", 1024, 128
     recipe.schedule.name, recipe.schedule.epochs, recipe.schedule.warmup = "cosine", 90, 0.05
@@ -204,6 +204,18 @@ def finetune(record: str = "mobilenetv3_large_100.miil_in21k") -> Recipe:
     recipe.optimizer.head_lr_factor, recipe.optimizer.clip_norm = 10.0, 1.0
     recipe.schedule.name, recipe.schedule.epochs = "cosine", 20
     recipe.run.precision = "fp32"
+    return recipe
+
+
+def _without_teacher(recipe: Recipe) -> Recipe:
+    recipe.loss.teacher, recipe.loss.distillation_weight = None, 0.0
+    return recipe
+
+
+def _from_random_weights(recipe: Recipe) -> Recipe:
+    recipe.model.start = None
+    recipe.schedule.epochs = 140
+    recipe.optimizer.name, recipe.optimizer.lr = "sgd", 1e-2
     return recipe
 
 

@@ -269,9 +269,12 @@ class CheckpointWriter:
     def save(self, state: Mapping[str, Any], best: bool = False, wait: bool = False) -> None:
         """Copy a state and write it; waits for the one before, and for this one when told to.
 
+        So there is one copy in memory at most.
+
         Raises:
             RunError: One could not be written.
         """
+        self._queue.join()
         self._queue.put((_copied(dict(state)), best))
         if wait:
             self.wait()
