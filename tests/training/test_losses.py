@@ -154,7 +154,8 @@ def test_half_precision_is_reduced_in_float32(dtype, order):
     targets, teacher = torch.arange(16) * 600, torch.randn(16, len(tree), generator=generator)
     semantic, distillation = SemanticSoftmaxLoss(tree, 0.2, order), SemanticDistillationLoss(tree, order)
     half, single = logits.clone().requires_grad_(), logits.float().requires_grad_()
-    for loss_of, other in ((semantic, targets), (distillation, teacher), (SingleLabelLoss(tree), targets)):
+    others = SingleLabelLoss(tree, order=order), MultiLabelLoss(tree, order=order)
+    for loss_of, other in ((semantic, targets), (distillation, teacher), *((each, targets) for each in others)):
         loss, expected = loss_of(half, other), loss_of(single, other)
         assert loss.dtype is torch.float32
         torch.testing.assert_close(loss, expected)

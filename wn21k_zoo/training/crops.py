@@ -47,7 +47,7 @@ class RandomCrop:
 
     def __call__(self, image: Image, random: Random) -> Image:
         """Augment: [height, width, 3] to [size, size, 3], an array of its own."""
-        top, left, height, width = _rectangle(image.shape[:2], (self.scale, 1.0), _ASPECTS, random)
+        top, left, height, width = _part(image.shape[:2], self.scale, random)
         part = np.ascontiguousarray(image[top : top + height, left : left + width])
         shrinks = height > self.size or width > self.size
         part = cv2.resize(
@@ -60,10 +60,12 @@ class RandomCrop:
             name, index = names[int(random.random() * len(names))], 1 + int(random.random() * 9)
             part = OPERATIONS[name](part, index, random)
         if self.erase and random.random() < self.erase:
-            part = part.copy()
-            top, left, height, width = _rectangle(part.shape[:2], _ERASED, _ERASED_ASPECTS, random)
+            drawn = _rectangle(part.shape[:2], _ERASED, _ERASED_ASPECTS, random)
             noise = np.random.Generator(np.random.Philox(key=int(random.random() * 2**53)))
-            part[top : top + height, left : left + width] = noise.integers(0, 256, (height, width, 3), np.uint8)
+            if drawn is not None:
+                part = part.copy()
+                top, left, height, width = drawn
+                part[top : top + height, left : left + width] = noise.integers(0, 256, (height, width, 3), np.uint8)
         return part
 
 
@@ -106,8 +108,8 @@ def _shrink(image: Image, height: int, width: int) -> Image:
 
 def _rectangle(
     shape: tuple[int, ...], scale: tuple[float, float], aspects: tuple[float, float], random: Random
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random rectangle; the whole, or its middle, where ten draws do not fit."""
+) -> tuple[int, int, int, int] | None:
+    """Top, left, height and width of a random rectangle; None where ten draws do not fit, as in torchvision."""
     height, width = shape
     for _ in range(10):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * random.random())
@@ -121,5 +123,14 @@ def _rectangle(
                 tall,
                 wide,
             )
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
+    return None
+
+
+def _part(shape: tuple[int, ...], scale: float, random: Random) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop; the largest in the middle where ten draws do not fit."""
+    if drawn := _rectangle(shape, (scale, 1.0), _ASPECTS, random):
+        return drawn
+    height, width = shape
+    wide = min(width, max(1, round(height * _ASPECTS[1])))
+    tall = min(height, max(1, round(width / _ASPECTS[0])))
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
