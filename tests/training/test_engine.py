@@ -372,6 +372,19 @@ def test_gradients_that_overflow_at_every_step_end_a_run_in_fp16(data, tmp_path,
         run(recipe, data, tmp_path)
 
 
+@pytest.mark.parametrize("architecture", ["test_efficientnet", "test_vit"])
+@pytest.mark.parametrize("images", [BATCH, 4], ids=["whole", "accumulated"])
+def test_gradient_checkpointing_changes_no_bit(data, tmp_path, architecture, images):
+    recipe = small_recipe(architecture, data={"batch_per_device": images})
+    recipe.run.ema_decay = 0.9
+    if architecture == "test_vit":
+        recipe.model.arguments = {"img_size": 32}
+    for checkpointing in (False, True):
+        recipe.model.gradient_checkpointing = checkpointing
+        run(recipe, data, tmp_path / str(checkpointing))
+    assert_same_weights(final(tmp_path / "False"), final(tmp_path / "True"))
+
+
 def test_an_architecture_without_gradient_checkpointing(data, tmp_path):
     recipe = small_recipe("inception_v3", model={"gradient_checkpointing": True})
     with pytest.raises(RecipeError, match="inception_v3 has no gradient checkpointing"):

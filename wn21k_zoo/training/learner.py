@@ -99,7 +99,7 @@ class Learner:
         for field, each in (("The network", self.module), ("loss.teacher", self._teacher)):
             if each is not None:
                 try_size(each, recipe.data.size, self._device, field)
-        self._buffers = dict(self.module.module.named_buffers()) if self._world.leads else {}
+        self._buffers = dict(self.module.module.named_buffers())
         self._kept = {name: buffer.clone() for name, buffer in self._buffers.items()}
         self.criterion = Criterion(recipe, splits.tree).to(self._device)
         self.optimizer = build_optimizer(recipe, self.module.module)
@@ -122,9 +122,8 @@ class Learner:
     def begin(self) -> None:
         """A step begins; the leading rank keeps the batch statistics, which it changes, of the one before."""
         self.network.train()
-        for dtype in {buffer.dtype for buffer in self._buffers.values()}:  # all at once goes within one type only
-            names = [name for name, buffer in self._buffers.items() if buffer.dtype == dtype]
-            torch._foreach_copy_([self._kept[name] for name in names], [self._buffers[name] for name in names])
+        if self._world.leads:
+            _copy(self._kept, self._buffers)
         self._within = True
 
     def gathering(self, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -153,7 +152,14 @@ class Learner:
 
     def backward(self, loss: Tensor) -> None:
         """Add to the gradients."""
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaled = self.scaler.scale(loss)
+        if not self._recipe.model.gradient_checkpointing:
+            scaled.backward()  # type: ignore[no-untyped-call]
+            return
+        # What is computed a second time must not go into the batch statistics a second time.
+        counted = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        scaled.backward()  # type: ignore[no-untyped-call]
+        _copy(self._buffers, counted)
 
     def update(self) -> None:
         """Change the weights."""
@@ -247,6 +253,13 @@ def not_deterministic(error: Exception) -> RecipeError | None:
         f"{operation}, which the network needs, has no deterministic implementation on this device; set "
         "run.deterministic to false."
     )
+
+
+def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
+    """Copy tensors into those of the same names, with one call per type of numbers."""
+    for dtype in {each.dtype for each in targets.values()}:
+        names = [name for name, each in targets.items() if each.dtype == dtype]
+        torch._foreach_copy_([targets[name] for name in names], [sources[name] for name in names])
 
 
 def _settle(network: DistributedDataParallel, size: int, device: torch.device) -> None:
