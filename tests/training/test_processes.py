@@ -110,11 +110,15 @@ def wait_for_step(output, step, process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("images", [BATCH, 2], ids=["whole", "accumulated"])
-def test_two_ranks_equal_one_to_rounding(data, tmp_path, images):
+@pytest.mark.parametrize(
+    ("images", "model"),
+    [(BATCH, {}), (2, {}), (2, {"compile": True}), (2, {"gradient_checkpointing": True})],
+    ids=["whole", "accumulated", "compiled", "checkpointed"],
+)
+def test_two_ranks_equal_one_to_rounding(data, tmp_path, images, model):
     recipe = small_recipe(optimizer=FAST)
     run(recipe, data, tmp_path / "one")
-    recipe.data.batch_per_device = images
+    recipe = small_recipe(optimizer=FAST, model=model, data={"batch_per_device": images})
     subprocess.run(command(recipe, data, tmp_path / "two", tmp_path, ranks=2), check=True, env=ENVIRONMENT)
     assert_close_weights(final(tmp_path / "one"), final(tmp_path / "two"))
     evaluations = [lines(tmp_path / name, "evaluation") for name in ("one", "two")]
