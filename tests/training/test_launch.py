@@ -1,4 +1,4 @@
-"""The launch files: their syntax, and that they start what there is. Nothing here has seen a cluster."""
+"""The launch files: their syntax, and that they start what there is. Nothing here sees a cluster."""
 
 import json
 import os
