@@ -1,6 +1,7 @@
 """What each step of a training asks of a device, seen without a GPU: none of it may make the host wait for one."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
@@ -11,6 +12,7 @@ from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.evaluation import Evaluation
 from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
+from wn21k_zoo.training.network import average_of
 from wn21k_zoo.training.splits import open_splits
 from wn21k_zoo.training.teacher import Translated
 from wn21k_zoo.tree import SemanticTree
@@ -98,7 +100,6 @@ def test_a_step_waits_for_nothing(tmp_path, optimizer):
         "test_resnet",
         data={"label_space": "fall11"},
         optimizer={"name": optimizer, "clip_norm": 1.0},
-        run={"ema_decay": 0.9},
     )
     splits = open_splits(recipe, make_folder(tmp_path, 10))
     learner = Learner(recipe, splits, World(0, 1, torch.device("meta")), 10)
@@ -107,3 +108,12 @@ def test_a_step_waits_for_nothing(tmp_path, optimizer):
         learner.begin()
         learner.backward(learner.loss(Batch(images, targets, torch.arange(8))))
         learner.update()
+
+
+def test_the_moving_average_waits_for_nothing():
+    module = timm.create_model("test_resnet", num_classes=3)
+    average = average_of(module, 0.9)
+    with fake_gpu():
+        moved(module), moved(average)
+        for step in (1, 2):
+            average.update(module, step)

@@ -516,6 +516,6 @@ def test_the_gradient_is_clipped(data, tmp_path):
     recipe = small_recipe(optimizer={"name": "sgd", "lr": 1.0, "clip_norm": 1e-4, "momentum": 0.0, "weight_decay": 0.0})
     recipe.schedule.name, recipe.schedule.warmup, recipe.schedule.max_steps = "constant", 0.0, 1
     run(recipe, data, tmp_path)
-    begin = build_network(recipe, 6, None, None).state_dict()
+    begin = build_network(recipe, "abcdef", None).state_dict()
     moved = sum(float(((begin[key] - value) ** 2).sum()) for key, value in final(tmp_path)["model"].items())
     assert math.sqrt(moved) == pytest.approx(1e-4, rel=0.05)

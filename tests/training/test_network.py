@@ -5,16 +5,19 @@ import torch
 from wn21k_zoo import LabelSpace, create_model
 from wn21k_zoo.errors import RecipeError
 from wn21k_zoo.training import presets
+from wn21k_zoo.training.export import export_run, load_run
 from wn21k_zoo.training.network import (
     average_of,
     build_network,
     build_optimizer,
     build_schedule,
+    reorder_head,
     synchronised,
     try_size,
 )
 
-from .runs import small_recipe
+from .checks import run
+from .runs import make_folder, small_recipe
 
 
 def rates(steps=10, **sections):
@@ -42,6 +45,21 @@ def test_the_rate_reaches_what_is_asked_for_and_ends_where_it_should(warmup):
     assert cycle[0] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("factor", "divisor"), [(0.01, 10.0), (10.0, 1.0)])
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_the_heads_rate_keeps_its_proportion_to_the_end(schedule, factor, divisor):
+    recipe = small_recipe(
+        optimizer={"lr": 1.0, "head_lr_factor": factor}, schedule={"name": schedule, "end_divisor": divisor}
+    )
+    optimizer = build_optimizer(recipe, timm.create_model("test_convnext", num_classes=3))
+    schedule = build_schedule(recipe, optimizer, 20)
+    for _ in range(19):
+        found = {group["lr"] for group in optimizer.param_groups}
+        assert max(found) / min(found) == pytest.approx(max(factor, 1 / factor))
+        optimizer.step()
+        schedule.step()
+
+
 @pytest.mark.parametrize("architecture", ["mobilenetv3_small_050", "tresnet_m", "resnet10t"])
 def test_batch_statistics_over_ranks_change_nothing_else(architecture):
     torch.manual_seed(0)
@@ -56,13 +74,23 @@ def test_batch_statistics_over_ranks_change_nothing_else(architecture):
 def test_an_average_has_averaged_batch_statistics():
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     average = average_of(module, 0.5)
-    average.update_parameters(module)  # the first is a copy
+    average.update(module, 1)  # the first is a copy
     before = module[1].running_mean.clone()
     module(torch.rand(2, 3, 4, 4))
-    average.update_parameters(module)
+    average.update(module, 2)
     expected = (before + module[1].running_mean) / 2
     torch.testing.assert_close(average.module[1].running_mean, expected)
-    assert average.module[1].num_batches_tracked.dtype is torch.int64
+    assert average.module[1].num_batches_tracked == module[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_an_average_keeps_indices(persistent):
+    module = torch.nn.Linear(1, 1)
+    module.register_buffer("index", torch.arange(1000), persistent=persistent)
+    average = average_of(module, 0.9999)
+    for step in range(1, 4):
+        average.update(module, step)
+    assert torch.equal(average.module.index, torch.arange(1000))
 
 
 def test_images_of_a_size_that_a_network_does_not_take():
@@ -85,8 +113,8 @@ def test_a_new_head_begins_with_small_logits_and_a_kept_one_as_it_was():
     space = LabelSpace.load("imagenet1k")
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        new = build_network(recipe, 3, None, None).eval()(images)
-        kept = build_network(recipe, len(space), space, None).eval()(images)
+        new = build_network(recipe, ("a", "b", "c"), None).eval()(images)
+        kept = build_network(recipe, space.wnids, None).eval()(images)
         expected = create_model("efficientnet_lite0.embedded_in1k").eval()(images)
     assert new.std() < 0.5
     torch.testing.assert_close(kept, expected)
@@ -105,3 +133,49 @@ def test_biases_and_what_has_one_dimension_do_not_decay():
             assert group["weight_decay"] == (0.3 if decays else 0.0), name
             assert group["lr"] == pytest.approx(6e-4 if name.startswith("classifier.") else 3e-4), name
     assert seen == set(names.values())
+
+
+def test_the_heads_of_a_distilled_transformer_have_their_rate():
+    module = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, depth=1)
+    groups = build_optimizer(small_recipe(optimizer={"head_lr_factor": 10.0}), module).param_groups
+    fast = sum(len(group["params"]) for group in groups if group["lr"] == pytest.approx(3e-3))
+    assert fast == 4
+    without = timm.create_model("test_convnext", num_classes=0)
+    with pytest.raises(RecipeError, match=r"no classifier that optimizer\.head_lr_factor"):
+        build_optimizer(small_recipe(optimizer={"head_lr_factor": 10.0}), without)
+
+
+@pytest.mark.parametrize("architecture", ["test_convnext", "dla46_c", "deit_tiny_distilled_patch16_224"])
+def test_a_head_goes_into_another_order_and_back(architecture):
+    module = timm.create_model(architecture, num_classes=5).eval()
+    size = module.default_cfg["input_size"][1]
+    images, index = torch.rand(2, 3, size, size), torch.tensor([3, 0, 4, 1, 2])
+    with torch.no_grad():
+        before = module(images)
+        reorder_head(module, index)
+        torch.testing.assert_close(module(images), before[:, index])
+        reorder_head(module, index.argsort())
+        assert torch.equal(module(images), before)
+
+
+def test_a_head_that_cannot_have_another_order_is_refused_before_anything_starts(tmp_path):
+    folder = make_folder(tmp_path / "data")
+    with pytest.raises(RecipeError, match="The classifier of LevitDistilled is no linear layer of 6 outputs"):
+        run(small_recipe("levit_128s", data={"size": 224}), folder, tmp_path / "run")
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name != ".lock"]
+
+
+def test_a_start_of_the_same_classes_of_ones_own_keeps_its_head(tmp_path):
+    names = ("cats", "dogs", "owls", "bats", "emus", "newts")
+    folder = make_folder(tmp_path / "data", names=names)
+    recipe = small_recipe(loss={"kind": "single_label"}, schedule={"max_steps": 2})
+    run(recipe, folder, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "model")
+    recipe.model.start = str(tmp_path / "model")
+    trained = load_run(tmp_path / "run").module.state_dict()
+    started = build_network(recipe, sorted(names), None).state_dict()
+    assert all(torch.equal(started[key], value) for key, value in trained.items())
+    other = build_network(recipe, (*sorted(names)[1:], "yaks"), None).state_dict()
+    assert [key for key, value in trained.items() if not torch.equal(other[key], value)] == [
+        "head.fc.weight", "head.fc.bias",
+    ]  # fmt: skip

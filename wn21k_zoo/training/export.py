@@ -65,7 +65,7 @@ class Trained:
         module = convert.build(model.architecture, num_classes=len(self.class_names), **model.arguments)
         weights = state["model"]
         if state["average"] is not None:
-            prefix = "module.module."  # of AveragedModel, and of Normalized within it
+            prefix = "module.module."  # of ModelEmaV3, and of Normalized within it
             average = state["average"]
             weights = {key: average[f"{prefix}{key}"] for key in weights}
         module.load_state_dict(weights)

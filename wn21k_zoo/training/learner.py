@@ -83,7 +83,7 @@ class Learner:
 
     def _build(self, splits: Splits, steps: int) -> None:
         recipe, space = self._recipe, splits.space
-        network = build_network(recipe, len(splits.class_names), space, self.levels)
+        network = build_network(recipe, splits.class_names, self.levels)
         self.module = Normalized(network, recipe.model.mean, recipe.model.std).to(self._device)
         if recipe.model.channels_last:
             self.module.to(memory_format=torch.channels_last)
@@ -175,7 +175,7 @@ class Learner:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             self._schedule.step()
         if self._average is not None:
-            self._average.update_parameters(self.module)
+            self._average.update(self.module, self._schedule.last_epoch)  # the first is a copy
         self.whole, self._within = True, False
 
     def why_not_finite(self) -> str:

@@ -8,27 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    LinearLR,
-    LRScheduler,
-    OneCycleLR,
-    SequentialLR,
-)
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from wn21k_zoo import building, convert, download, registry
 from wn21k_zoo.errors import (
-    InvalidArgumentError,
     NonFiniteError,
     RecipeError,
     Wn21kError,
@@ -40,6 +31,9 @@ from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, 
 from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
 from wn21k_zoo.tree import SemanticTree
 
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
+
 __all__ = [
     "Criterion",
     "Normalized",
@@ -47,6 +41,8 @@ __all__ = [
     "build_network",
     "build_optimizer",
     "build_schedule",
+    "check_head",
+    "heads_of",
     "refuse_run",
     "reorder_head",
     "resolved",
@@ -81,17 +77,17 @@ class Normalized(nn.Module):
         return logits
 
 
-def build_network(recipe: Recipe, num_classes: int, space: LabelSpace | None, levels: Levels | None) -> nn.Module:
+def build_network(recipe: Recipe, class_names: Sequence[str], levels: Levels | None) -> nn.Module:
     """The network of a recipe, with the weights that it starts from, on the CPU.
 
     Args:
         recipe: Its architecture, start and arguments.
-        num_classes: Of the head.
-        space: Its classes, None when they are no synsets.
+        class_names: Of the head's outputs, wnids where they are synsets.
         levels: In whose order the head is to be.
 
     Raises:
-        RecipeError: There is no such architecture, or the start is of another one or the folder of a run.
+        RecipeError: There is no such architecture, its classifier cannot have such an order, or the start is of another
+            one or the folder of a run.
         ModelError, UnknownModelError: The start cannot be had.
     """
     check_architecture(recipe.model.architecture)
@@ -99,9 +95,11 @@ def build_network(recipe: Recipe, num_classes: int, space: LabelSpace | None, le
     start, arguments = recipe.model.start, dict(recipe.model.arguments)
     try:
         if start is None or start.startswith(RANDOM):
-            module = convert.build(recipe.model.architecture, num_classes=num_classes, **arguments)
+            module = convert.build(recipe.model.architecture, num_classes=len(class_names), **arguments)
         else:
-            module = _started(recipe, start, num_classes, space, levels, arguments)
+            module = _started(recipe, start, class_names, levels, arguments)
+        if levels is not None:
+            check_head(module, len(class_names))
     except Wn21kError:
         raise
     except Exception as error:  # timm has many ways to refuse an argument
@@ -119,14 +117,13 @@ def build_network(recipe: Recipe, num_classes: int, space: LabelSpace | None, le
 def _started(
     recipe: Recipe,
     start: str,
-    num_classes: int,
-    space: LabelSpace | None,
+    class_names: Sequence[str],
     levels: Levels | None,
     arguments: dict[str, Any],
 ) -> nn.Module:
     refuse_run("model.start", start)
-    keeps = space is not None and _space_of(start) == space.wnids
-    module = building.create_model(start, num_classes=None if keeps else num_classes, **arguments)
+    keeps = _classes_of(start) == tuple(class_names)
+    module = building.create_model(start, num_classes=None if keeps else len(class_names), **arguments)
     architecture = str(cast(Any, module).pretrained_cfg.get("architecture", "")).removeprefix(registry.TIMM_PREFIX)
     if architecture and architecture != recipe.model.architecture:
         raise RecipeError(f"model.start {start} is a {architecture}, not a {recipe.model.architecture}.")
@@ -143,18 +140,20 @@ def _calm_head(module: nn.Module) -> None:
     The initialisation of some of timm's networks depends on the number of outputs: with few of them the first logits
     are so large, and so wrong, that the first steps ruin the features.
     """
-    head = cast(Any, module).get_classifier()
-    if isinstance(head, nn.Linear):
-        nn.init.trunc_normal_(head.weight, std=0.01)
-        if head.bias is not None:
-            nn.init.zeros_(head.bias)
+    for head in heads_of(module):
+        if isinstance(head, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(head.weight, std=0.01)
+            if head.bias is not None:
+                nn.init.zeros_(head.bias)
 
 
-def _space_of(start: str) -> tuple[str, ...] | None:
+def _classes_of(start: str) -> tuple[str, ...] | None:
     """The classes of weights, None when they are not known before they are there."""
     try:
         if (labels := _beside(start, building.LABELS_FILE)) is not None:
             return tuple(labels["wnids"])
+        if (config := _beside(start, building.CONFIG_FILE)) is not None:
+            return tuple(config["label_names"])
         return LabelSpace.load(registry.resolve_checkpoint(start).label_space).wnids
     except (Wn21kError, KeyError, TypeError):
         return None
@@ -197,9 +196,15 @@ def synchronised(module: nn.Module) -> nn.Module:
     return cast(nn.Module, convert_sync_batchnorm(module))
 
 
-def average_of(module: nn.Module, decay: float) -> AveragedModel:
-    """Its moving average, batch statistics included: those of the live weights do not fit averaged ones."""
-    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
+def average_of(module: nn.Module, decay: float) -> ModelEmaV3:
+    """Its moving average, batch statistics included: those of the live weights do not fit averaged ones.
+
+    What is no floating-point number is copied. torch's own averages that, too, and rounds down: indices into tables of
+    position biases then are wrong. And it makes the host wait for a GPU at each update.
+    """
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(module, decay)
 
 
 @torch.no_grad()
@@ -221,18 +226,41 @@ def try_size(module: nn.Module, size: int, device: torch.device, what: str) -> N
         module.train(training)
 
 
+def heads_of(module: nn.Module) -> list[nn.Module]:
+    """Its classifier; or several, whose logits it adds up, such as those of a distilled transformer."""
+    head = cast(Any, module).get_classifier()
+    several = isinstance(head, (tuple, list, nn.ModuleList))
+    return [each for each in (head if several else [head]) if isinstance(each, nn.Module)]
+
+
+def check_head(module: nn.Module, num_classes: int) -> None:
+    """See that :func:`reorder_head` can do its work.
+
+    Raises:
+        RecipeError: It cannot.
+    """
+    heads = heads_of(module)
+    for head in heads:
+        if not isinstance(head, (nn.Linear, nn.Conv2d)) or len(head.weight) != num_classes:
+            heads = []
+    if not heads:
+        raise RecipeError(
+            f"The classifier of {type(module).__name__} is no linear layer of {num_classes:,} outputs, which classes "
+            "in a tree need; take another model.architecture."
+        )
+
+
 def reorder_head(module: nn.Module, index: Tensor) -> None:
     """Give the classifier's outputs another order: output i becomes what output index[i] was.
 
     Raises:
-        InvalidArgumentError: Its classifier is no linear layer with as many outputs.
+        RecipeError: Its classifier is no linear layer with as many outputs.
     """
-    head = cast(Any, module).get_classifier()
-    if not isinstance(head, nn.Linear) or head.out_features != len(index):
-        raise InvalidArgumentError(f"The classifier is {head}; a linear layer of {len(index)} outputs is needed.")
+    check_head(module, len(index))
     with torch.no_grad():
-        for parameter in head.parameters(recurse=False):
-            parameter.copy_(parameter[index.to(parameter.device)].clone())
+        for head in heads_of(module):
+            for parameter in head.parameters(recurse=False):
+                parameter.copy_(parameter[index.to(parameter.device)].clone())
 
 
 def refuse_run(field: str, name: str) -> None:
@@ -291,8 +319,9 @@ class Criterion(nn.Module):
 def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     """The optimizer of a recipe; biases and one-dimensional parameters have no weight decay, as published."""
     settings = recipe.optimizer
-    head = cast(Any, module).get_classifier()
-    of_head = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+    of_head = {id(parameter) for head in heads_of(module) for parameter in head.parameters()}
+    if settings.head_lr_factor != 1 and not of_head:
+        raise RecipeError("The network has no classifier that optimizer.head_lr_factor could be for; set it to 1.")
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -331,11 +360,15 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRSchedu
             final_div_factor=settings.end_divisor,
             cycle_momentum=False,
         )
-    lowest = min(group["lr"] for group in optimizer.param_groups) / settings.end_divisor
-    # The constructor of LinearLR lowers the rates at once, so there must be none without a rise.
-    rise = LinearLR(optimizer, 1 / settings.start_divisor, total_iters=warmup) if warmup else None
-    if settings.name == "cosine" and steps > warmup:
-        fall: LRScheduler = CosineAnnealingLR(optimizer, steps - warmup, eta_min=lowest)
-    else:
-        fall = ConstantLR(optimizer, 1.0)
-    return SequentialLR(optimizer, [rise, fall], [warmup]) if rise is not None else fall
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            first = 1 / settings.start_divisor
+            return first + (1 - first) * step / warmup
+        if settings.name == "constant":
+            return 1.0
+        last = 1 / settings.end_divisor
+        fallen = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return last + (1 - last) * (1 + math.cos(math.pi * fallen)) / 2
+
+    return LambdaLR(optimizer, factor)
