@@ -1,4 +1,5 @@
 import io
+import json
 import math
 import os
 import re
@@ -96,6 +97,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(data, tmp_path, stop_at, st
         recipe.model.arguments = {"drop_rate": 0.3, "drop_path_rate": 0.2}
         recipe.run.ema_decay, recipe.optimizer.clip_norm, recipe.data.batch_per_device = 0.9, 1.0, 4
         recipe.data.augmentation, recipe.schedule.name, recipe.optimizer.name = "modern", "cosine", "adamw"
+        recipe.run.log_every = 4  # lines over the ends of epochs and of the first part
     run(recipe, data, tmp_path / "whole")
     stop_at(stop)
     with pytest.raises(Preempted) as end:
@@ -502,6 +504,70 @@ def test_a_last_batch_without_an_image_that_can_be_read(tmp_path, loader):
     if loader == "evaluation":
         figures = evaluate(tmp_path / "run", data, workers=0, batch_size=11)
     assert figures["images"] == 11
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_damaged_image_counts_the_same_however_a_step_is_divided(tmp_path, images):
+    data = make_folder(tmp_path / "images")
+    (data / open_folder(data, "train").files[7][0]).write_bytes(b"nothing")
+    for micro in (BATCH, images):
+        recipe = small_recipe(optimizer=FAST, data={"batch_per_device": micro, "batch_size": BATCH})
+        run(recipe, data, tmp_path / str(micro))
+    assert_close_weights(final(tmp_path / str(BATCH)), final(tmp_path / str(images)))
+    assert lines(tmp_path / str(images))[-1]["bad_samples"] == 2  # once in each epoch
+
+
+def test_the_best_on_fewer_images_is_not_the_best(data, tmp_path, stop_at):
+    recipe = small_recipe(schedule={"epochs": 3}, run={"evaluate_batches": 1}, data={"batch_per_device": 4})
+    stop_at(7)
+    with pytest.raises(Preempted):
+        run_told(recipe, data, tmp_path)
+    stop_at(-1)
+    assert final(tmp_path)["best"] == [lines(tmp_path, "evaluation")[0]["semantic_top1"], 4]
+    (best,) = [RunFolder(tmp_path).best]
+    recipe.run.evaluate_batches = None
+    state = final(tmp_path)
+    state["best"][0] = 200.0  # more than there can be
+    torch.save(state, RunFolder(tmp_path).steps()[0])
+    run(recipe, data, tmp_path)
+    assert read_checkpoint(best)["step"] > 6
+    assert final(tmp_path)["best"] == [max(line["semantic_top1"] for line in lines(tmp_path, "evaluation")[1:]), 6]
+
+
+def test_what_will_be_computed_again_is_cut(tmp_path):
+    folder = RunFolder(tmp_path)
+    kinds = [("train", 6), ("evaluation", 6), ("train", 12), ("evaluation", 12), ("train", 13)]
+    folder.metrics.write_text("".join(json.dumps({"kind": kind, "step": step}) + "\n" for kind, step in kinds))
+    folder.cut(12, 6)
+    assert [(line["kind"], line["step"]) for line in map(json.loads, folder.metrics.read_text().splitlines())] == [
+        ("train", 6), ("evaluation", 6), ("train", 12),
+    ]  # fmt: skip
+
+
+def test_tensorboard_has_every_step_of_a_resumed_run(data, tmp_path, stop_at):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    stop_at(6)
+    with pytest.raises(Preempted):
+        run_told(small_recipe(), data, tmp_path)
+    stop_at(-1)
+    run(small_recipe(), data, tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [*range(1, 13)]
+    assert [event.step for event in events.Scalars("evaluation/top1")] == [6, 12]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features_only": True}, "test_convnext has no classifier so; see model.arguments"),
+        ({"global_pool": ""}, r"The network gives \[1, 6, 1, 1\] for an image, not \[1, 6\]"),
+    ],
+)
+def test_a_network_that_gives_no_logits(data, tmp_path, arguments, message):
+    with pytest.raises(RecipeError, match=message):
+        run(small_recipe(model={"arguments": arguments}), data, tmp_path / "run")
+    assert not (tmp_path / "run" / "recipe.json").exists()
 
 
 def test_class_folders_named_by_wnids_take_the_classes_of_a_label_space(tmp_path, capsys):

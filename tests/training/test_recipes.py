@@ -58,6 +58,7 @@ def test_every_recipe_can_be_had_and_goes_together(where):
     small = recipe.debug()
     small.check()
     assert small.schedule.max_steps == 2
+    assert recipe.debug(3).micro_batches(3) == (2, 1)
     assert all(name is None or name.startswith(RANDOM) for name in (small.model.start, small.loss.teacher))
 
 
@@ -284,6 +285,20 @@ def _resnet():
     import timm
 
     return timm.create_model("resnet50", num_classes=11_221)
+
+
+@pytest.mark.parametrize(
+    "change", [{"data": {"size": 448}}, {"run": {"precision": "fp32"}}, {"model": {"gradient_checkpointing": True}}]
+)
+def test_a_speed_is_not_taken_for_that_of_another_training(change):
+    recipe = presets.in21k("resnet50")
+    assert plan(recipe).hours == 68.0
+    for section, fields in change.items():
+        for name, value in fields.items():
+            setattr(getattr(recipe, section), name, value)
+    figures = plan(recipe)
+    assert figures.hours is None
+    assert "224 pixels in half precision" in figures.assumed
 
 
 def test_the_folder_of_classes_is_what_the_finetuning_takes(tmp_path):

@@ -87,7 +87,7 @@ class Loader:
     smaller, or missing.
 
     A damaged sample is logged with shard and key, counted in ``bad_samples`` and left out; its batch is smaller by one,
-    so that no other rank waits.
+    or empty, so that no other rank waits.
 
     Args:
         dataset: From :func:`open_dataset` or :func:`open_folder`.
@@ -223,8 +223,6 @@ class Loader:
                 f"{self.bad_samples:,} of {self.bad_samples + self.good_samples:,} samples are damaged, more than "
                 f"{self.max_bad:.1%} (the last: {shard}, {key}: {reason}); `wn21k data verify` tells which shards are."
             )
-        if self.training and not len(raw["targets"]):
-            raise BadImagesError("All samples of a batch are damaged; `wn21k data verify` tells which shards are.")
 
 
 class _Plan(Sampler[_Task]):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError, Wn21kError, first_line
 from wn21k_zoo.training.agreement import Agreement, Answer
@@ -113,10 +112,13 @@ class _Run:
         world.lead(lambda: folder.begin(recipe, splits.describe()))
         self.loaders = open_loaders(recipe, splits, world, workers)
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
+        self.window = Window(self.device)
         self.saved: tuple[int, int] | None = None
         self.layout = [world.size, self.micro]
         self.figures: dict[str, Any] = {}
         self.classes = classes_with_images(splits.validation)
+        evaluated = (recipe.run.evaluate_batches or sys.maxsize) * self.loaders[1].batch_size * world.size
+        self.best_of = min(evaluated, len(splits.validation))
         self._resume()
 
     def go(self) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class _Run:
                 sys.stderr.write(f"wn21k: finished before, at step {self.step:,}; nothing to do\n")
             return self.figures
         if leads:
-            self.folder.cut(self.step)
+            self.folder.cut(self.step, self.evaluated)
             self.folder.set_status("running", self.step, total=self.total)
         self.writer = CheckpointWriter(self.folder, self.recipe.run.keep) if leads else None
         self.world.maximum(False)  # no rank looks at the status before it is of this time
@@ -224,34 +226,35 @@ class _Run:
             self._save(best=is_best, wait=is_last)
 
     def _steps(self, batches: Iterator[Batch], count: int) -> None:
-        self._window = Window(self.device)
+        self.window.begin()
         for _ in range(count):
             rate = self.learner.rate
-            loss, answer = self._step(batches)
-            self._window.add(loss, self.recipe.data.batch_size)
+            answer = self._step(batches)
             self.reporter.step(self.step)
             if self.step % min(self.recipe.run.log_every, self.steps_per_epoch) == 0 or self.step == self.total:
                 self._log(rate)
             self._react(answer)
+        self.window.pause()
 
-    def _step(self, batches: Iterator[Batch]) -> tuple[Tensor, Answer]:
+    def _step(self, batches: Iterator[Batch]) -> Answer:
         with self.rescue.changing:
             self.learner.begin()
         total = torch.zeros((), device=self.device)
         for number in range(self.group):
             begin = time.perf_counter()
             batch = next(batches)
-            self._window.waited += time.perf_counter() - begin
+            self.window.waited += time.perf_counter() - begin
             # Of dropout and its like; after the loader, which draws from it when it begins.
             torch.manual_seed(_seed(self.recipe.run.seed, self.step, number, self.world.rank))
             last = number == self.group - 1
             with self.learner.gathering(last):
-                loss = self.learner.loss(batch)
-                total += loss.detach() / self.group
+                # An image that is damaged counts as if its loss were 0, however the step's images are divided.
+                loss = self.learner.loss(batch) * (len(batch) / self.micro) / self.group
+                total += loss.detach()
                 if last:
                     overdue = time.monotonic() - self._saved_at > 60 * self.recipe.run.checkpoint_minutes
                     self.agreement.ask(total, overdue and self.world.leads)
-                self.learner.backward(loss / self.group)
+                self.learner.backward(loss)
         answer = self.agreement.answer()
         if answer.broken:
             why = self.learner.why_not_finite()
@@ -259,7 +262,8 @@ class _Run:
         with self.rescue.changing:
             self.learner.update()
             self.step += 1
-        return total, answer
+            self.window.add(total, self.recipe.data.batch_size)
+        return answer
 
     def _react(self, answer: Answer) -> None:
         if answer.stop:
@@ -297,7 +301,8 @@ class _Run:
             "step": self.step,
             "layout": [self.world.size, self.micro],
             "evaluated": self.evaluated,
-            "best": self.best,
+            "best": [self.best, self.best_of],
+            "window": self.window.state_dict(),
             "figures": self.figures,
             **self.learner.state_dict(),
         }
@@ -317,8 +322,11 @@ class _Run:
         state = found or read_checkpoint(self.folder.checkpoints / f"step-{step:08d}.pt")
         self.learner.load_state_dict(state)
         self.step, self.evaluated = state["step"], state["evaluated"]
-        self.best, self.figures = state["best"], state["figures"]
-        self.layout = state["layout"]
+        self.layout, self.figures = state["layout"], state["figures"]
+        self.window.load_state_dict(state["window"])
+        best, best_of = state["best"]
+        if best_of == self.best_of:  # on fewer or more images it says nothing about now
+            self.best = best
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, Any]:
@@ -362,8 +370,8 @@ class _Run:
         if self.writer is not None:
             self.writer.check()
         self.learner.check_scale()
-        loss, speed, wait = self._window.read()
-        loss, speed, wait = self.world.mean(loss, speed, wait)
+        loss, speed, wait = self.window.read()
+        loss, speed, wait, bad = self.world.mean(loss, speed, wait, self.loaders[0].bad_samples)
         self.reporter.train(
             {
                 "step": self.step,
@@ -372,7 +380,7 @@ class _Run:
                 "lr": rate,
                 "images_per_second": round(speed, 1),
                 "data_wait": round(wait, 4),
-                "bad_samples": self.loaders[0].bad_samples,
+                "bad_samples": round(bad * self.world.size),  # of all ranks, since the last start
             }
         )
 

@@ -98,7 +98,7 @@ class Learner:
                 self._teacher.to(memory_format=torch.channels_last)
         for field, each in (("The network", self.module), ("loss.teacher", self._teacher)):
             if each is not None:
-                try_size(each, recipe.data.size, self._device, field)
+                try_size(each, recipe.data.size, self._device, field, len(splits.class_names))
         self._buffers = dict(self.module.module.named_buffers())
         self._kept = {name: buffer.clone() for name, buffer in self._buffers.items()}
         self.criterion = Criterion(recipe, splits.tree).to(self._device)
@@ -138,7 +138,9 @@ class Learner:
         return torch.autocast(self._device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean over a batch, a scalar; NaN where it cannot be computed."""
+        """Mean over a batch, a scalar; NaN where it cannot be computed, 0 of a batch without images."""
+        if not len(batch):
+            return self._nothing()
         images = batch.images
         if self._recipe.model.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -149,6 +151,14 @@ class Learner:
         loss: Tensor = self.criterion(logits, batch.targets, teacher)
         self._last = loss.detach(), logits.detach(), batch.targets
         return loss
+
+    def _nothing(self) -> Tensor:
+        """A zero that goes backward through the network, for ranks wait for each other there; it changes nothing."""
+        size = self._recipe.data.size
+        logits = self.network.eval()(torch.zeros(1, 3, size, size, device=self._device))
+        self.network.train()
+        self._last = logits.detach().sum() * 0, logits.detach(), torch.zeros(1, dtype=torch.int64, device=logits.device)
+        return cast(Tensor, logits.sum() * 0)
 
     def backward(self, loss: Tensor) -> None:
         """Add to the gradients."""

@@ -98,6 +98,8 @@ def build_network(recipe: Recipe, class_names: Sequence[str], levels: Levels | N
             module = convert.build(recipe.model.architecture, num_classes=len(class_names), **arguments)
         else:
             module = _started(recipe, start, class_names, levels, arguments)
+        if not hasattr(module, "get_classifier"):
+            raise RecipeError(f"{recipe.model.architecture} has no classifier so; see model.arguments.")
         if levels is not None:
             check_head(module, len(class_names))
     except Wn21kError:
@@ -208,15 +210,15 @@ def average_of(module: nn.Module, decay: float) -> ModelEmaV3:
 
 
 @torch.no_grad()
-def try_size(module: nn.Module, size: int, device: torch.device, what: str) -> None:
-    """See that a network takes images of a size.
+def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_classes: int) -> None:
+    """See that a network takes images of a size and gives a logit for each class.
 
     Raises:
         RecipeError: It does not.
     """
     training = module.training
     try:
-        module.eval()(torch.zeros(1, 3, size, size, device=device))
+        logits = module.eval()(torch.zeros(1, 3, size, size, device=device))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -224,6 +226,9 @@ def try_size(module: nn.Module, size: int, device: torch.device, what: str) -> N
         raise RecipeError(f"{what} does not take images of {size} pixels: {first_line(error)}{hint}.") from error
     finally:
         module.train(training)
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise RecipeError(f"{what} gives {got} for an image, not [1, {num_classes}]; see its model.arguments.")
 
 
 def heads_of(module: nn.Module) -> list[nn.Module]:

@@ -125,6 +125,8 @@ def _published_speed(recipe: Recipe) -> tuple[float | None, str]:
     known = ARCHITECTURES.get(recipe.model.architecture)
     if known is None:
         return None, "unknown; give images per second"
+    if recipe.data.size != 224 or recipe.run.precision == "fp32" or recipe.model.gradient_checkpointing:
+        return None, "published for 224 pixels in half precision only; give images per second"
     seconds = 1 / known.train_speed
     if recipe.loss.teacher is None:
         return known.train_speed, "published training speed of a V100"

@@ -153,7 +153,7 @@ def multi_label(recipe: Recipe) -> Recipe:
 
 
 def modern(architecture: str) -> Recipe:
-    """What we would do today: decoupled weight decay, cosine, moving average, bf16, stronger augmentation; not tried.
+    """What we would do today: AdamW or LAMB, cosine, moving average, bf16, stronger augmentation; not tried.
 
     LAMB for the networks with batch normalisation, as in arXiv 2110.00476; AdamW and stochastic depth for the others,
     as in arXiv 2106.10270.

@@ -101,7 +101,7 @@ class Reporter:
 
 
 class Window:
-    """Sums between two lines of metrics.
+    """Sums since the last line of metrics.
 
     Args:
         device: Where the losses are.
@@ -111,13 +111,17 @@ class Window:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._reset()
+        self.waited, self._elapsed, self._images, self._steps = 0.0, 0.0, 0, 0
+        self._loss = torch.zeros((), device=device)
+        self._begin = time.perf_counter()
 
-    def _reset(self) -> None:
-        self.waited = 0.0
-        self._begin, self._steps, self._images = time.perf_counter(), 0, 0
-        self._loss = torch.zeros((), device=self._device)
+    def begin(self) -> None:
+        """Steps begin, or go on after something else."""
+        self._begin = time.perf_counter()
+
+    def pause(self) -> None:
+        """Something else begins, such as an evaluation."""
+        self._elapsed += time.perf_counter() - self._begin
 
     def add(self, loss: Tensor, images: int) -> None:
         """Count a step of so many images."""
@@ -127,10 +131,20 @@ class Window:
     def read(self) -> tuple[float, float, float]:
         """Mean loss, images per second of all ranks, share of the time spent waiting for images; begins anew."""
         loss = float(self._loss) / self._steps  # waits for the device, so that the clock below is right
-        elapsed = time.perf_counter() - self._begin
+        now = time.perf_counter()
+        elapsed = self._elapsed + now - self._begin
         figures = loss, self._images / elapsed, self.waited / elapsed
-        self._reset()
+        self.waited, self._elapsed, self._images, self._steps, self._begin = 0.0, 0.0, 0, 0, now
+        self._loss = torch.zeros_like(self._loss)
         return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """What of it does not depend on the clock."""
+        return {"loss": self._loss, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` said."""
+        self._loss, self._steps = state["loss"].to(self._loss.device), state["steps"]
 
 
 def _tensorboard(folder: RunFolder, first: int) -> Any:
@@ -138,7 +152,8 @@ def _tensorboard(folder: RunFolder, first: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # not installed
         return None
-    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=first)
+    # Readers leave out what a former start has said of this step and later ones.
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=first + 1)
 
 
 def _bar() -> Progress:

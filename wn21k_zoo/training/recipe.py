@@ -132,8 +132,9 @@ class Optimizer(Section):
     """How weights are changed.
 
     Attributes:
-        name: ``adam`` with weight decay as an L2 term of the gradient, as published; ``adamw`` and ``lamb`` with
-            decoupled decay; ``sgd`` with Nesterov momentum and the L2 term.
+        name: ``adam`` with weight decay as an L2 term of the gradient, as published; ``adamw`` with decoupled decay;
+            ``lamb``, whose decay is part of what the trust ratio scales (arXiv 1904.00962); ``sgd`` with Nesterov
+            momentum and the L2 term.
         lr: Highest learning rate.
         weight_decay: Of weights with two dimensions or more; biases and one-dimensional parameters have none.
         momentum: Of SGD.
@@ -296,10 +297,10 @@ class Recipe(Section):
             )
         return micro, mine // micro
 
-    def debug(self) -> Recipe:
+    def debug(self, processes: int = 1) -> Recipe:
         """Two steps of it on the CPU in seconds: few and small images, start and teacher with random weights."""
         small = self.model_copy(deep=True)
-        small.data.batch_size, small.data.batch_per_device, small.data.size = 4, 2, 32
+        small.data.batch_size, small.data.batch_per_device, small.data.size = max(4, 2 * processes), 2, 32
         small.data.window = 1
         small.schedule.epochs, small.schedule.max_steps = 1, 2
         small.run.precision, small.run.evaluate_batches, small.run.log_every = "fp32", 1, 1

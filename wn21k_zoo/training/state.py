@@ -182,14 +182,17 @@ class RunFolder:
             raise RunError(f"No checkpoint of {self.path} can be read; name another --output to begin anew. {problem}")
         return None
 
-    def cut(self, step: int) -> None:
-        """Leave out what came after a step, which will be computed again: metrics, and checkpoints that are damaged."""
+    def cut(self, step: int, evaluated: int) -> None:
+        """Leave out what will be computed again: what came after a step, or after the last evaluation that counts."""
         for path in self.steps():
             if path.name > f"step-{step:08d}.pt":
                 path.rename(path.with_suffix(".damaged"))
         if not self.metrics.is_file():
             return
-        kept = [line for line in read_lines(self.metrics) if line.get("step", 0) <= step]
+        last = {"evaluation": evaluated}
+        kept = [
+            line for line in read_lines(self.metrics) if line.get("step", 0) <= last.get(line.get("kind", ""), step)
+        ]
         with atomic_file(self.metrics) as file:
             file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 

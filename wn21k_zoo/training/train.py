@@ -65,7 +65,7 @@ def _run(chosen: argparse.Namespace, signals: Signals) -> int:
     if chosen.workers is not None and chosen.workers < 0:
         raise RecipeError("--workers must be at least 0.")
     if chosen.debug:
-        recipe = recipe.debug()
+        recipe = recipe.debug(int(os.environ.get("WORLD_SIZE", "1")))
     with join("cpu" if chosen.debug else chosen.device) as world:
         try:
             train(recipe, chosen.data, chosen.output, world, workers=chosen.workers, signals=signals)
