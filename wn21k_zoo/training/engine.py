@@ -97,7 +97,8 @@ class _Run:
         self.device = world.device
         if recipe.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-        torch.use_deterministic_algorithms(recipe.run.deterministic)
+        if recipe.run.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
+            torch.use_deterministic_algorithms(recipe.run.deterministic)
         torch.backends.cudnn.benchmark = not recipe.run.deterministic  # all images have one size
         self.micro, self.group = recipe.micro_batches(world.size)
         images = recipe.data.batch_size
