@@ -240,6 +240,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if (folder / "recipe.json").is_file():
+            raise ModelError(
+                f"{folder} is the folder of a run; `wn21k train export {folder} DIR` makes a model of it, name that."
+            ) from error
         raise ModelError(f"{folder} has no {CONFIG_FILE}; a folder as timm or the Hub writes it is needed.") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / CONFIG_FILE} cannot be read: {first_line(error)}") from error

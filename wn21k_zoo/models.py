@@ -189,8 +189,11 @@ def select_device(device: str | torch.device = "auto") -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except Exception as error:
+        # torch lists all devices that there can be, or all that it was compiled for.
+        known = str(device).partition(":")[0] in ("cpu", "cuda", "mps")
+        why = f" ({first_line(error).partition('. ')[0][:160]})" if known else ""
         raise InvalidArgumentError(
-            f"The device {str(device)!r} cannot be used here; use auto, cpu, cuda, cuda:N or mps ({first_line(error)})"
+            f"The device {str(device)!r} cannot be used here; use auto, cpu, cuda, cuda:N or mps{why}"
         ) from error
     return chosen
 
@@ -290,7 +293,12 @@ def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, 
         try:
             return LabelSpace(folder.name, tuple(names))
         except LookupError:
-            known = None  # names of its own: not the classes of the checkpoint it was made from
+            # Names of its own: not the classes of the checkpoint it was made from.
+            raise UnresolvedLabelSpaceError(
+                f"{folder} has classes of its own, such as {names[0]!r}, which are no WordNet synsets: load it with "
+                f"timm.create_model('local-dir:{folder}', pretrained=True), or, if they are other names of synsets, "
+                "give label_space (a name or wnids)."
+            ) from None
     if known is None:
         raise UnresolvedLabelSpaceError(
             f"{folder} does not say which WordNet synsets its outputs are; give label_space (a name or wnids)."

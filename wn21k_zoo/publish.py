@@ -276,6 +276,8 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     It lies beside a target that is new, and takes its place; and within one that is there, which may be a mount point
     or the current folder.
     """
+    from safetensors import SafetensorError
+
     exists = target.is_dir()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -289,7 +291,7 @@ def _whole_folder(target: Path) -> Iterator[Path]:
         else:
             temporary.chmod(0o755)
             temporary.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise PublishError(f"{target} cannot be written ({first_line(error)}); choose another place.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

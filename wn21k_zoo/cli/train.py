@@ -134,7 +134,8 @@ def compare(
         lines = read_lines(folder.metrics) if folder.metrics.is_file() else []
         evaluations = [line for line in lines if line.get("kind") == "evaluation"]
         if not evaluations:
-            say(f"{folder.path} holds no run that was evaluated yet")
+            what = "holds no run that was evaluated yet" if folder.path.is_dir() else "is no folder"
+            say(f"{folder.path} {what}")
             continue
         last = evaluations[-1]
         figures = {name: round(last[name], 2) if name in last else None for name in _COMPARED}
@@ -188,7 +189,10 @@ def evaluate(
         str, typer.Argument(metavar="MODEL", help="A run, a record's or timm's name, a folder, hf-hub:ORG/NAME.")
     ],
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Shards, a URL of them, or class folders named by wnids.")
+        str,
+        typer.Argument(
+            metavar="DATA", help="Shards, a URL of them, or class folders, named by wnids or as the model's own."
+        ),
     ],
     split: Annotated[
         str | None,
@@ -235,6 +239,8 @@ def evaluate(
             precision=precision.value,
             progress=advance,
         )
+    if figures["left_out"]:
+        say(f"{figures['left_out']:,} images have classes that the model does not know; they are left out")
     _print_figures(figures, format)
     if output is not None:
         try:

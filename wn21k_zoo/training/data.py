@@ -221,7 +221,12 @@ class Loader:
             shard, key, reason = raw["bad"][-1] if raw["bad"] else ("", "", "")
             raise BadImagesError(
                 f"{self.bad_samples:,} of {self.bad_samples + self.good_samples:,} samples are damaged, more than "
-                f"{self.max_bad:.1%} (the last: {shard}, {key}: {reason}); `wn21k data verify` tells which shards are."
+                f"{self.max_bad:.1%} (the last: {shard}, {key}: {reason}). "
+                + (
+                    "Each was named above: remove them, or raise max_bad."
+                    if isinstance(self.dataset, FolderDataset)
+                    else "`wn21k data verify` tells which shards are; or raise max_bad."
+                )
             )
 
 

@@ -9,14 +9,14 @@ import io
 import os
 import tarfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, did_you_mean, first_line
+from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
 from wn21k_zoo.training.shards import INFO_FILE, DatasetInfo, index_path, read_index, write_index
@@ -38,13 +38,17 @@ class _ShardRef:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ShardedDataset:
-    """A split of a data set; can be pickled. Made by :func:`open_dataset`."""
+    """A split of a data set; can be pickled. Made by :func:`open_dataset`.
+
+    ``left_out``: samples whose classes the label space lacks, 0 where that is not known (data sets of others).
+    """
 
     storage: Storage
     split: str
     label_space: LabelSpace
     stage: Stage
     shards: tuple[_ShardRef, ...]
+    left_out: int = 0
 
     def __len__(self) -> int:
         return sum(self.lengths)
@@ -192,12 +196,17 @@ def open_dataset(
         if info is not None:
             return _open_ours(storage, info, split, label_space, stage, progress)
         names = [name for name in storage.names() if name.endswith((".tar", ".parquet"))]
-    except OSError as error:
+    except Wn21kError:
+        raise
+    except Exception as error:  # each storage has its own
         raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from None
     mine = [name for name in names if split_of(name) == split]
     if not mine:
         there = sorted({found for name in names if (found := split_of(name))})
-        what = f"its splits are {', '.join(there)}" if there else "it holds no shards (SPLIT-*.tar or SPLIT-*.parquet)"
+        other = ", nor folders of classes (CLASS/photo.jpg)" if storage.local is not None else ", or is out of reach"
+        what = (
+            f"its splits are {', '.join(there)}" if there else f"it holds no shards (SPLIT-*.tar or *.parquet){other}"
+        )
         raise DataError(f"{storage.url} has no split {split!r}: {what}.{did_you_mean(split, there)}")
     space = _space(label_space or "fall11")
     classes = space.index
@@ -261,7 +270,8 @@ def _open_ours(
 
     names = [shard.name for shard in shards]
     indexes = _indexes(storage, names, space.digest, build, progress)
-    return _dataset(storage, split, space, stage, names, indexes, hashes)
+    dataset = _dataset(storage, split, space, stage, names, indexes, hashes)
+    return replace(dataset, left_out=sum(shard.num_samples for shard in shards) - len(dataset))
 
 
 def _dataset(

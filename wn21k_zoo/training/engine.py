@@ -29,7 +29,7 @@ from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.rescue import Rescue
 from wn21k_zoo.training.signals import LIMIT_SECONDS, Signals
 from wn21k_zoo.training.splits import Splits, open_loaders, open_splits
-from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
+from wn21k_zoo.training.state import FORMAT, CheckpointWriter, RunFolder, read_checkpoint
 
 __all__ = ["Preempted", "train"]
 
@@ -298,7 +298,7 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "format": 1,
+            "format": FORMAT,
             "step": self.step,
             "layout": [self.world.size, self.micro],
             "evaluated": self.evaluated,

@@ -16,8 +16,9 @@ import torch
 from PIL import Image as PILImage
 from torch import nn
 
+from wn21k_zoo import building
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import DataError, InvalidArgumentError
+from wn21k_zoo.errors import DataError, InvalidArgumentError, UnresolvedLabelSpaceError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model, select_device
 from wn21k_zoo.training.augment import Image
@@ -74,8 +75,9 @@ def evaluate(
 
     Returns:
         What :meth:`wn21k_zoo.training.evaluation.Evaluation.compute` gives, with ``images_per_second``, ``model``,
-        ``label_space``, ``classes``, ``head``, ``split``, ``bad_samples`` and ``device``. Semantic and hierarchical
-        figures are over the tree of the model's own classes; where that has one level (ImageNet-1K) there are none.
+        ``label_space``, ``classes``, ``head``, ``split``, ``bad_samples``, ``left_out`` (images of classes that the
+        model does not know) and ``device``. Semantic and hierarchical figures are over the tree of the model's own
+        classes; where that has one level (ImageNet-1K) there are none.
 
     Raises:
         ModelError, UnknownModelError, RunError: The model cannot be loaded.
@@ -125,6 +127,7 @@ def evaluate(
         "split": split,
         **figures,
         "bad_samples": loader.bad_samples,
+        "left_out": dataset.left_out if isinstance(dataset, ShardedDataset) else 0,
         "images_per_second": figures["images"] / (time.perf_counter() - begin),
         "device": chosen.type,
     }
@@ -158,10 +161,29 @@ def _subject(model: str | os.PathLike[str], which: str, label_space: str | None)
         )
     if which != "best":
         raise InvalidArgumentError(f"{model} is no run, and has no {which} checkpoint.")
-    loaded = load_model(model, label_space=label_space)
+    try:
+        loaded = load_model(model, label_space=label_space)
+    except UnresolvedLabelSpaceError:
+        if (own := _of_own_classes(model)) is None:
+            raise
+        return own
     config = dict(loaded.data_config or {})
     module = Normalized(loaded.module, config.get("mean", (0.0,) * 3), config.get("std", (1.0,) * 3))
     return _Subject(loaded.name, module, loaded.label_space, loaded.label_space.wnids, loaded.head, _OwnResize(config))
+
+
+def _of_own_classes(model: str | os.PathLike[str]) -> _Subject | None:
+    """An exported folder whose classes are no synsets, None for anything else."""
+    folder = building.as_folder(model)
+    names = building.read_config(folder).get("label_names") if folder is not None else None
+    if folder is None or not names:
+        return None
+    from timm.data import resolve_model_data_config
+
+    module = building.create_model(folder)
+    config = resolve_model_data_config(module)
+    normalized = Normalized(module, config["mean"], config["std"])
+    return _Subject(folder.name, normalized, None, tuple(names), "softmax", _OwnResize(config))
 
 
 @dataclass(frozen=True)

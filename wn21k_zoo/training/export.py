@@ -144,13 +144,18 @@ def load_run(run: str | os.PathLike[str], which: str = "best") -> Trained:
     if which not in ("best", "last"):
         raise InvalidArgumentError(f"which is {which!r}; it can be best or last.")
     if which == "best" and folder.best.is_file():
-        state: dict[str, Any] | None = read_checkpoint(folder.best)
+        try:
+            state: dict[str, Any] | None = read_checkpoint(folder.best)
+        except RunError as error:
+            raise RunError(f"{error} The last one may be whole: take that (--checkpoint last).") from None
     else:
         state = folder.newest()
     if state is None:
         raise RunError(f"{folder.path} has no checkpoint yet.")
     try:
         return Trained(folder, state)
+    except RunError:
+        raise
     except (KeyError, RuntimeError, TypeError) as error:
         raise RunError(f"The checkpoint of {folder.path} does not fit its recipe: {first_line(error)}") from error
 

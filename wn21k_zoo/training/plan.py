@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ def plan(recipe: Recipe, *, gpus: int = 8, images_per_second: float | None = Non
         RecipeError: The images are not known, or the batch cannot be shared.
     """
     recipe.check()
+    if images_per_second is not None and not 0 < images_per_second < math.inf:
+        raise RecipeError(f"{images_per_second} images per second are no speed; give a number above 0.")
     space = LABEL_SPACE_ALIASES.get(recipe.data.label_space or "", recipe.data.label_space)
     images = images or IMAGES.get(space or "")
     if images is None:

@@ -133,7 +133,7 @@ def _refuse_space(expected: float, have: int, output: Path) -> None:
     free = shutil.disk_usage(output).free
     if 2 * expected - have > free:
         raise DiskSpaceError(
-            f"About {(2 * expected - have) / 1e9:,.1f} GB more are needed at {output} and {free / 1e9:,.1f} GB are "
-            f"free (the output takes about {expected / 1e9:,.1f} GB, and as much again while it is made). What is "
+            f"About {(2 * expected - have) / 1e9:,.3g} GB more are needed at {output} and {free / 1e9:,.3g} GB are "
+            f"free (the output takes about {expected / 1e9:,.3g} GB, and as much again while it is made). What is "
             "finished is kept: make room, or name another disk."
         )

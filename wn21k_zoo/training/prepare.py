@@ -199,6 +199,9 @@ def _prepare_classes(
             "run the same command again, or go on without the rest by --allow-truncated."
         )
     if not any(result.train + result.validation for result in results.values()):
+        for folder in ("classes", "shards"):  # nothing is lost, and other options may follow
+            shutil.rmtree(work / folder, ignore_errors=True)
+        (work / "options.json").unlink(missing_ok=True)
         fewer = Counter(result.decision for result in results.values())
         what = "; ".join(f"{count:,} classes {decision}" for decision, count in sorted(fewer.items()))
         raise DataSourceError(

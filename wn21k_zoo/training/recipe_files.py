@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
-from wn21k_zoo.training.recipe import Recipe, Section
+from wn21k_zoo.training.recipe import Model, Recipe, Section
 
 __all__ = ["load_recipe", "override", "recipes_in"]
 
@@ -28,12 +28,17 @@ def load_recipe(where: str) -> Recipe:
     match = re.fullmatch(r"(.+?\.py)(?::(\w*))?(?::(.+))?", where, re.DOTALL)
     file, name, argument = match.groups() if match else (where, None, None)
     path = Path(file).expanduser()
+    if (path / "recipe.json").is_file():
+        path /= "recipe.json"
     if not path.is_file() or path.suffix not in (".py", ".json"):
         what = "is a folder; name a file in it" if path.is_dir() else "is no file"
         near = did_you_mean(path.name, [each.name for each in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
         raise RecipeError(f"{path} {what}; a recipe is FILE.py:function or recipe.json.{near}")
     if path.suffix == ".json":
-        return Recipe.from_json(_text(path))
+        try:
+            return Recipe.from_json(_text(path))
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
     functions = recipes_in(path)
     if not functions:
         raise RecipeError(f"{path} has no function that can be called without arguments and returns a recipe.")
@@ -113,7 +118,15 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 def _field(target: Any, name: str, path: str) -> Any:
     fields = type(target).model_fields if isinstance(target, Section) else {}
     if name not in fields:
-        raise RecipeError(f"A recipe has no field {path}.{did_you_mean(name, fields)}")
+        leaf = path.rpartition(".")[2]
+        known = [
+            f"{section}.{each}" if isinstance(value, Section) else section
+            for section, value in Recipe(name="any", model=Model(architecture="any"))
+            for each in (type(value).model_fields if isinstance(value, Section) else ("",))
+        ]
+        same = [each for each in known if leaf == each.rpartition(".")[2]]
+        near = f" Did you mean {' or '.join(same)}?" if same else did_you_mean(path, known)
+        raise RecipeError(f"A recipe has no field {path!r}.{near}")
     return getattr(target, name)
 
 

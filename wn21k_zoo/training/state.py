@@ -27,12 +27,15 @@ from typing import Any
 import filelock
 import torch
 
-from wn21k_zoo.errors import RunError, first_line
+from wn21k_zoo.errors import RecipeError, RunError, first_line
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.shards import atomic_file
 from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status
 
-__all__ = ["CheckpointWriter", "RunFolder", "read_checkpoint"]
+__all__ = ["FORMAT", "CheckpointWriter", "RunFolder", "read_checkpoint"]
+
+FORMAT = 2
+"""Of a checkpoint's content; another number when something in it means something else."""
 
 _LOG = logging.getLogger(__name__)
 _OURS = {"checkpoints", "data.json", "metrics.jsonl", "recipe.json", STATUS_FILE, "tensorboard", "plot.png"}
@@ -116,6 +119,9 @@ class RunFolder:
         lock = filelock.FileLock(self.path / ".lock")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another --output.") from None
+        try:
             lock.acquire(timeout=2)
         except filelock.Timeout:
             raise RunError(f"Another run is writing to {self.path}; wait for it, or name another --output.") from None
@@ -132,10 +138,13 @@ class RunFolder:
         Raises:
             RunError: There is no run.
         """
+        file = self.path / "recipe.json"
         try:
-            return Recipe.from_json((self.path / "recipe.json").read_text(encoding="utf-8"))
+            return Recipe.from_json(file.read_text(encoding="utf-8"))
         except OSError:
             raise RunError(f"{self.path} holds no run (no recipe.json).") from None
+        except (RecipeError, UnicodeDecodeError) as error:
+            raise RunError(f"{file} is damaged ({first_line(error)}); put it right, or name another run.") from None
 
     def data(self) -> dict[str, Any]:
         """What the run is trained on.
@@ -145,8 +154,10 @@ class RunFolder:
         """
         try:
             content: dict[str, Any] = json.loads((self.path / "data.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except OSError:
             raise RunError(f"{self.path} holds no run (no data.json).") from None
+        except ValueError as error:
+            raise RunError(f"{self.path / 'data.json'} is damaged ({first_line(error)}).") from None
         return content
 
     def status(self) -> dict[str, Any]:
@@ -249,8 +260,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} cannot be read: {first_line(error)}") from None
     except Exception as error:  # a truncated zip, a damaged pickle: torch has many words, and advice not to be followed
         raise RunError(f"{path} cannot be read: it is damaged, or no checkpoint ({type(error).__name__}).") from None
-    if written != 1:
-        raise RunError(f"{path} cannot be read: its format is {written}, this version reads 1.")
+    if written != FORMAT:
+        raise RunError(f"{path} cannot be read: its format is {written}, this version reads {FORMAT}.")
     return content
 
 
@@ -310,8 +321,11 @@ class CheckpointWriter:
             RunError: One could not be written.
         """
         if self._problem is not None:
+            why = first_line(self._problem)
+            if shutil.disk_usage(self._folder.path).free < 10**8:  # torch.save does not say so
+                why = f"no space is left on the disk of {self._folder.path}; make room and run the same command again"
             raise RunError(
-                f"The checkpoint cannot be written: {first_line(self._problem)}; the ones before are as they were."
+                f"The checkpoint cannot be written: {why}; the ones before are as they were."
             ) from self._problem
 
     def _work(self) -> None:

@@ -98,12 +98,14 @@ def open_storage(place: str | os.PathLike[str]) -> Storage:
         local = Path(text)
         if not local.is_dir():
             what = "is a file" if local.exists() else "does not exist"
-            raise DataError(f"{local} {what}; name a folder of shards, or a URL such as s3://bucket/folder.")
+            raise DataError(
+                f"{local} {what}; name a folder of shards or of class folders, or a URL such as s3://bucket/folder."
+            )
         return Storage(str(local), local)
     storage = Storage(text, None)
     try:
         storage._filesystem()
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # each storage has its own
         raise DataError(f"{text} cannot be reached: {first_line(error)}") from None
     return storage
 
