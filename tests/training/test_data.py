@@ -235,6 +235,8 @@ def test_what_cannot_be_is_refused(shards, tmp_path):
         (shards, "validaton", "Did you mean validation"),
         (tmp_path, "train", "no shards"),
         ("nosuch://bucket/folder", "train", "cannot be reached"),
+        ("ftp://127.0.0.1:9/folder", "train", "cannot be reached"),
+        ("http://127.0.0.1:9/folder", "train", "or is out of reach"),
     ):
         with pytest.raises(DataError, match=message):
             open_dataset(place, split)

@@ -18,7 +18,7 @@ from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.folder import open_folder
 from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.network import Criterion, Normalized, build_network
-from wn21k_zoo.training.state import CheckpointWriter, RunFolder, read_checkpoint
+from wn21k_zoo.training.state import FORMAT, CheckpointWriter, RunFolder, read_checkpoint
 
 from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, run, run_told
 from .runs import (
@@ -182,7 +182,7 @@ def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(data, tmp_path):
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
-    torch.save({"format": 1, "harm": os.system}, tmp_path / "step-00000001.pt")
+    torch.save({"format": FORMAT, "harm": os.system}, tmp_path / "step-00000001.pt")
     with pytest.raises(RunError, match="cannot be read"):
         read_checkpoint(tmp_path / "step-00000001.pt")
 
@@ -245,7 +245,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(data, tmp_path, monke
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RunError, match="No space left on device; the ones before are as they were"):
-        writer.save({"format": 1, "step": 99}, wait=True)
+        writer.save({"format": FORMAT, "step": 99}, wait=True)
     with pytest.raises(RunError):
         writer.close()
     assert_same_weights(final(tmp_path), before)
@@ -351,6 +351,14 @@ def test_on_a_gpu(data, tmp_path, stop_at, precision):
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
 
 
+def test_a_damaged_recipe_of_a_run_is_named(data, tmp_path):
+    run(small_recipe(schedule={"max_steps": 1}), data, tmp_path)
+    for text in ('{"name', "[1]"):
+        (tmp_path / "recipe.json").write_text(text)
+        with pytest.raises(RunError, match=r"recipe\.json is damaged \(.*\); put it right"):
+            run(small_recipe(schedule={"max_steps": 1}), data, tmp_path)
+
+
 def test_data_that_is_not_there(tmp_path):
     with pytest.raises(DataError):
         run(small_recipe(), tmp_path / "nowhere", tmp_path / "run")
@@ -438,7 +446,7 @@ def test_the_best_has_its_name_before_the_state_that_says_so(data, tmp_path, mon
     writer = CheckpointWriter(folder, keep=2)
     monkeypatch.setattr(type(tmp_path), "replace", killed)
     with pytest.raises(RunError):
-        writer.save({"format": 1, "step": 6, "best": 1.0}, best=True, wait=True)
+        writer.save({"format": FORMAT, "step": 6, "best": 1.0}, best=True, wait=True)
     assert read_checkpoint(folder.best)["step"] == 6
     assert not folder.steps()
 

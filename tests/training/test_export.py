@@ -12,7 +12,14 @@ from PIL import Image
 
 import wn21k_zoo
 from wn21k_zoo import LabelSpace, create_model, create_transform, publish
-from wn21k_zoo.errors import DataError, InvalidArgumentError, RecipeError, RunError
+from wn21k_zoo.errors import (
+    DataError,
+    InvalidArgumentError,
+    ModelError,
+    RecipeError,
+    RunError,
+    UnresolvedLabelSpaceError,
+)
 from wn21k_zoo.models import load_model
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.data import Loader, Squash, open_folder
@@ -240,6 +247,31 @@ def test_all_images_of_a_divided_folder(run, data, tmp_path):
         shutil.copytree(data, tmp_path / "divided" / split)
     assert evaluate(run, tmp_path / "divided", workers=0, split="all")["images"] == 120
     assert evaluate(run, tmp_path / "divided", workers=0)["images"] == 60
+
+
+def test_classes_of_ones_own_are_evaluated_and_loaded_by_timm_but_not_predicted(tmp_path):
+    images = make_folder(tmp_path / "images", names=("gold fish", "käse", "b:c"))
+    recipe = small_recipe(loss={"kind": "single_label"})
+    train(recipe, images, tmp_path / "run", ALONE, workers=0)
+    folder = export_run(tmp_path / "run", tmp_path / "model")
+    ours, theirs = (
+        evaluate(each, images, split="validation", workers=0, batch_size=3) for each in (tmp_path / "run", folder)
+    )
+    assert ours["images"] == 3
+    assert all(ours[name] == pytest.approx(theirs[name], abs=0.5) for name in ("images", "top1", "calibration_error"))
+    with pytest.raises(
+        UnresolvedLabelSpaceError, match=r"classes of its own, such as 'b:c', .* timm.create_model\('local-dir:"
+    ):
+        wn21k_zoo.predict(images / "käse" / "1.jpg", model=folder)
+    with pytest.raises(ModelError, match="is the folder of a run; `wn21k train export"):
+        wn21k_zoo.predict(images / "käse" / "1.jpg", model=tmp_path / "run")
+
+
+def test_images_of_other_classes_are_counted(run, data, tmp_path):
+    more = make_folder(tmp_path / "more", names=(*WNIDS, "n00007846")[1:])
+    prepare(more, tmp_path / "shards", PrepareOptions(min_images=0, val_per_class=2, size=32), workers=1)
+    figures = evaluate(run, tmp_path / "shards", workers=0)
+    assert (figures["images"], figures["left_out"]) == (10, 2)
 
 
 def test_runs_of_the_same_name_are_told_apart():

@@ -433,8 +433,11 @@ def test_wrong_sources_and_outputs_are_one_line_each(tmp_path):
     with pytest.raises(DataOutputError, match="size 32 then and 224 now"):
         prepare(source, tmp_path / "out", PrepareOptions(min_images=10, val_per_class=3, shard_size=7))
     (tmp_path / "other.tar").write_bytes(source.read_bytes())
+    source.write_bytes(source.read_bytes()[: source.stat().st_size * 2 // 3])
+    with pytest.raises(DataSourceError, match="get the whole file"):
+        prepare(source, tmp_path / "begun", OPTIONS, workers=1)
     with pytest.raises(DataOutputError, match=r"source 'nested.tar' then and 'other.tar' now"):
-        prepare(tmp_path / "other.tar", tmp_path / "none", PrepareOptions(), workers=1)
+        prepare(tmp_path / "other.tar", tmp_path / "begun", OPTIONS, workers=1)
     for wrong in ({"quality": 0}, {"resize": "crop"}, {"shard_size": 0}):
         with pytest.raises(InvalidArgumentError):
             PrepareOptions(**wrong)
@@ -491,3 +494,10 @@ def test_tar_headers_are_those_that_tarfile_writes(size):
             archive.addfile(member, io.BytesIO(content))
     assert expected.getvalue()[: len(record)] == record
     assert record[offset : offset + size] == data
+
+
+def test_where_nothing_is_to_be_used_other_options_may_follow(tmp_path):
+    classes = {WNIDS[0]: {f"{WNIDS[0]}_{index}.JPEG": jpeg(index, 20, 10) for index in range(4)}}
+    with pytest.raises(DataSourceError, match="No image of the source is to be used"):
+        prepared(tmp_path, classes, PrepareOptions(min_images=500, size=32))
+    assert prepared(tmp_path, classes, PrepareOptions(min_images=0, val_per_class=1, size=32)).is_dir()

@@ -257,6 +257,30 @@ def test_a_recipe_may_import_its_neighbours(tmp_path):
     assert not (tmp_path / "__pycache__").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "near"),
+    [("lr=1", "Did you mean optimizer.lr?"), ("optimiser.lr=1", "Did you mean optimizer.lr?"), ("seed=1", "run.seed")],
+)
+def test_a_field_in_the_wrong_place_is_found(setting, near):
+    with pytest.raises(RecipeError, match=re.escape(near)):
+        override(presets.in21k("resnet50"), [setting])
+
+
+def test_the_folder_of_a_run_stands_for_its_recipe(tmp_path):
+    recipe = presets.in21k("resnet50")
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    assert load_recipe(str(tmp_path)) == recipe
+    (tmp_path / "recipe.json").write_text("[1]")
+    with pytest.raises(RecipeError, match=r"recipe\.json: No recipe"):
+        load_recipe(str(tmp_path))
+
+
+@pytest.mark.parametrize("speed", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_speed_that_is_none(speed):
+    with pytest.raises(RecipeError, match="are no speed"):
+        plan(presets.in21k("resnet50"), images_per_second=speed)
+
+
 def test_a_plan_counts_what_a_run_does():
     recipe = presets.in21k("resnet50")
     for gpus, accumulation in ((1, 8), (8, 1), (16, 1)):

@@ -5,7 +5,7 @@
     OUTPUT/
       recipe.json          all fields, as they were resolved
       data.json            what it is trained on: classes, images
-      status.json          running, preempted, finished or failed, and at which step
+      status.json          running, and since which step; or preempted, finished or failed, and at which
       metrics.jsonl        a line per logged step and per evaluation
       checkpoints/step-00001234.pt, best.pt
       tensorboard/         when TensorBoard is installed

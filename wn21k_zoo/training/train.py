@@ -47,8 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             return _run(chosen, signals)
         except Wn21kError as error:
-            sys.stderr.write(f"wn21k: {error}\n")
-            return 2 if isinstance(error, (InvalidArgumentError, RecipeError)) else 1
+            usage = isinstance(error, (InvalidArgumentError, RecipeError))
+            if not usage or os.environ.get("RANK", "0") == "0":  # all ranks have the same recipe
+                sys.stderr.write(f"wn21k: {error}\n")
+            return 2 if usage else 1
         except KeyboardInterrupt:
             sys.stderr.write("wn21k: interrupted\n")
             return 130
