@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from wn21k_zoo.training.folder import open_folder
 from wn21k_zoo.training.rescue import Rescue
 from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.state import RunFolder
@@ -23,6 +24,7 @@ from wn21k_zoo.training.status import mark_preempted, read_status
 from .checks import ALONE, FAST, assert_close_weights, assert_same_weights, final, lines, run
 from .runs import (
     BATCH,
+    make_folder,
     measure_on_rank,
     run_rank_that_breaks,
     run_rank_that_fails_alone,
@@ -123,6 +125,18 @@ def test_two_ranks_equal_one_to_rounding(data, tmp_path, images, model):
     assert_close_weights(final(tmp_path / "one"), final(tmp_path / "two"))
     evaluations = [lines(tmp_path / name, "evaluation") for name in ("one", "two")]
     assert [[line["images"] for line in each] for each in evaluations] == [[6, 6], [6, 6]]
+
+
+@pytest.mark.slow
+def test_a_rank_without_an_image_changes_nothing(tmp_path):
+    folder = make_folder(tmp_path / "images")
+    (folder / open_folder(folder, "train").files[7][0]).write_bytes(b"nothing")
+    recipe = small_recipe(optimizer=FAST, data={"batch_size": 2, "batch_per_device": 2}, schedule={"epochs": 1})
+    run(recipe, folder, tmp_path / "one")
+    recipe.data.batch_per_device = 1
+    subprocess.run(command(recipe, folder, tmp_path / "two", tmp_path, ranks=2), check=True, env=ENVIRONMENT)
+    assert_close_weights(final(tmp_path / "one"), final(tmp_path / "two"), 1e-5)
+    assert [lines(tmp_path / name)[-1]["bad_samples"] for name in ("one", "two")] == [1, 1]
 
 
 def in_processes(target, tmp_path, count, *arguments):
