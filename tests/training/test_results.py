@@ -34,6 +34,14 @@ def test_the_table_is_what_was_measured():
         assert cells == [f"{figures[column]:.2f}" for column in COLUMNS], arm
 
 
+def test_the_table_of_the_longer_training_is_what_was_measured():
+    found = [row for row in rows() if row[0].endswith(", 18 epochs")]
+    assert len(found) == 2
+    for arm, *cells in found:
+        figures = last(f"{ARMS[arm.removesuffix(', 18 epochs')]}-long")
+        assert (cells, figures["epoch"]) == ([f"{figures[column]:.2f}" for column in COLUMNS], 18), arm
+
+
 def test_as_many_images_were_seen_as_is_said():
     seen = {last(f"{arm}-{seed}")["step"] for arm in ARMS.values() for seed in (0, 1)}
     recipe = load_recipe(f"{FOLDER.parent.parent / 'recipes' / 'stand_in.py'}:semantic")

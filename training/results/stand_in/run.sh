@@ -15,26 +15,28 @@ export OMP_NUM_THREADS=1 # of the order in which numbers are added up, so of the
 
 [ -d shards ] || wn21k data prepare "$archive" shards --min-images 100 --val-per-class 20 --size 64
 
-train() { # function and seed of each run, one after the other
-    local each name
+train() { # function and seed of each run, one after the other; long: seed 0, three times the epochs
+    local each name settings
     for each in "$@"; do
         name=${each/teacher-0/teacher}
+        settings=(--set "run.seed=${each##*-}")
+        [ "${each##*-}" = long ] && settings=(--set run.seed=0 --set schedule.epochs=18)
         python -m wn21k_zoo.training.train --recipe "$recipes:${each%-*}" --data shards --output "runs/$name" \
-            --set "run.seed=${each##*-}" --workers 1 2>>"logs/$name"
+            "${settings[@]}" --workers 1 2>>"logs/$name"
     done
 }
-train single_label-0 semantic-0 single_label-1 semantic-1 &
+train single_label-0 semantic-0 single_label-1 semantic-1 single_label-long &
 train teacher-0
 [ -d runs/teacher-model ] || wn21k train export runs/teacher runs/teacher-model
-train distilled-0 distilled-1
+train distilled-0 distilled-1 semantic-long
 wait $!
 
 runs=()
-for run in single_label-0 single_label-1 semantic-0 semantic-1 distilled-0 distilled-1 teacher; do
+for run in {single_label,semantic,distilled}-{0,1} teacher {single_label,semantic}-long; do
     mkdir -p "results/$run"
     cp "runs/$run/metrics.jsonl" "runs/$run/recipe.json" "results/$run/"
     echo "== $run" && cat "logs/$run"
-    runs+=("runs/$run")
+    [[ $run == *-long ]] || runs+=("runs/$run")
 done >results/log.txt
 wn21k train plot "${runs[@]}" --output results/plot.png
 wn21k train export runs/distilled-1 runs/model --force
