@@ -195,6 +195,18 @@ def test_either_kind_of_head_teaches_one_softmax(exported, data, tmp_path, capsy
     train(small_recipe(loss=single, schedule={"max_steps": 2}), data, tmp_path / "run", ALONE, workers=0)
 
 
+def test_a_checkpoint_teaches_as_its_export_does(run, exported, data, tmp_path):
+    for name, teacher in (("export", exported), ("file", run / "checkpoints" / "best.pt")):
+        recipe = small_recipe(loss={"teacher": str(teacher), "distillation_weight": 1.0}, schedule={"max_steps": 3})
+        train(recipe, data, tmp_path / name, ALONE, workers=0)
+    ours, theirs = (load_run(tmp_path / name).module.state_dict() for name in ("file", "export"))
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    for wrong, message in ((run / "checkpoints" / "none.pt", "cannot be read"), (tmp_path / "x.pt", "holds no run")):
+        recipe.loss.teacher = str(wrong)
+        with pytest.raises(RunError, match=message):
+            train(recipe, data, tmp_path / "other", ALONE, workers=0)
+
+
 def test_an_exported_run_has_no_name_of_published_weights_and_its_own_preprocessing(data, tmp_path):
     recipe = presets.in21k("mobilenetv3_large_100").debug()
     recipe.data.label_space, recipe.loss.teacher, recipe.loss.distillation_weight = None, None, 0.0

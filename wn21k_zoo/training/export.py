@@ -29,7 +29,7 @@ from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["Trained", "export_run", "load_run"]
+__all__ = ["Trained", "export_run", "load_checkpoint", "load_run"]
 
 
 class Trained:
@@ -152,6 +152,22 @@ def load_run(run: str | os.PathLike[str], which: str = "best") -> Trained:
         state = folder.newest()
     if state is None:
         raise RunError(f"{folder.path} has no checkpoint yet.")
+    return _trained(folder, state)
+
+
+def load_checkpoint(file: str | os.PathLike[str]) -> Trained:
+    """The network of one checkpoint of a run, ``RUN/checkpoints/step-00001234.pt``.
+
+    Raises:
+        RunError: There is no such file, it is damaged, or it does not lie in a run.
+    """
+    path = Path(file).expanduser().absolute()
+    folder = RunFolder(path.parent.parent)
+    folder.recipe()
+    return _trained(folder, read_checkpoint(path))
+
+
+def _trained(folder: RunFolder, state: dict[str, Any]) -> Trained:
     try:
         return Trained(folder, state)
     except RunError:

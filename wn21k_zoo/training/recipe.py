@@ -111,8 +111,9 @@ class Loss(Section):
     Attributes:
         kind: A softmax per level of the tree, one over all classes, or a sigmoid per class and ancestor.
         label_smoothing: Share of the target that is spread over the level's, or all, classes.
-        teacher: Whose predictions are distilled: a record, a folder (such as an exported run) or a Hub repository;
-            of other classes or another kind of head, it is read through the tree.
+        teacher: Whose predictions are distilled: a record, a folder (such as an exported run), a Hub repository, or a
+            checkpoint of a run (``RUN/checkpoints/best.pt``, which must stay as it is); of other classes or another
+            kind of head, it is read through the tree.
         distillation_weight: Of the distillation loss, summed over classes and levels and averaged over images.
     """
 

@@ -17,6 +17,7 @@ from wn21k_zoo.errors import RecipeError, UnknownModelError
 from wn21k_zoo.hierarchy import Decoder, Hierarchy
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model
+from wn21k_zoo.training.export import load_checkpoint
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.network import Normalized, refuse_run, reorder_head
 from wn21k_zoo.training.recipe import RANDOM, Recipe, needs_image_size
@@ -111,12 +112,18 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
 
     Raises:
         RecipeError: It says nothing about the student's classes, or is the folder of a run.
-        ModelError, UnknownModelError: It cannot be had.
+        ModelError, UnknownModelError, RunError: It cannot be had.
     """
     name, head, device = cast(str, recipe.loss.teacher), recipe.loss.head, levels.columns.device
     theirs, their_head = space, head
     if name.startswith(RANDOM):
         module, (mean, std) = _random_teacher(recipe, name.removeprefix(RANDOM), len(space))
+    elif name.endswith(".pt"):
+        trained = load_checkpoint(name)
+        if trained.space is None:
+            raise RecipeError(f"The classes of {name} are no synsets, which those of a loss.teacher must be.")
+        module, theirs, their_head = trained.module, trained.space, trained.recipe.loss.head
+        mean, std = trained.recipe.model.mean, trained.recipe.model.std
     else:
         refuse_run("loss.teacher", name)
         loaded = load_model(name)
