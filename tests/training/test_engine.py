@@ -1,17 +1,20 @@
+import gc
 import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
+import weakref
 
 import pytest
 import torch
 
 from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError
-from wn21k_zoo.training import engine
+from wn21k_zoo.training import engine, state
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import Preempted
 from wn21k_zoo.training.evaluate import evaluate
@@ -512,6 +515,58 @@ def test_a_last_batch_without_an_image_that_can_be_read(tmp_path, loader):
     if loader == "evaluation":
         figures = evaluate(tmp_path / "run", data, workers=0, batch_size=11)
     assert figures["images"] == 11
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["test_efficientnet", "test_vit"])
+def test_a_batch_without_an_image(tmp_path, architecture, checkpointing):
+    data = make_folder(tmp_path / "images")
+    (data / open_folder(data, "train").files[7][0]).write_bytes(b"nothing")
+    recipe = small_recipe(architecture, data={"batch_per_device": 1, "batch_size": 4, "size": 64})
+    recipe.model.gradient_checkpointing = checkpointing
+    recipe.model.arguments = {"drop_path_rate": 0.1, **({"img_size": 64} if architecture == "test_vit" else {})}
+    recipe.schedule.epochs = 1
+    run(recipe, data, tmp_path / "run")
+    assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
+    assert lines(tmp_path / "run")[-1]["bad_samples"] == 1
+
+
+def test_one_copy_of_a_checkpoint_is_in_memory(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    writer, copies = CheckpointWriter(folder, 2), []
+    copied = state._copied
+
+    def remembering(value):
+        if isinstance(value, torch.Tensor):
+            gc.collect()
+            assert not [each for each in copies if each() is not None]
+            mine = copied(value)
+            copies.append(weakref.ref(mine))
+            return mine
+        return copied(value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "_copied", remembering)
+        for step in range(3):
+            writer.save({"format": FORMAT, "step": step, "weights": torch.zeros(1000)})
+    writer.close()
+    assert len(copies) == 3
+
+
+def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    writer = CheckpointWriter(folder, 2)
+
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 768 vs 662")
+
+    monkeypatch.setattr(torch, "save", full)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda _: usage._replace(free=3999))
+    with pytest.raises(RunError, match="cannot be written: no space is left on the disk of"):
+        writer.save({"format": FORMAT, "step": 1, "weights": torch.zeros(1000)}, wait=True)
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, Wn21kError, did_you_mean, first_line
+from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, did_you_mean, first_line
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
 from wn21k_zoo.training.shards import INFO_FILE, DatasetInfo, index_path, read_index, write_index
@@ -191,15 +191,16 @@ def open_dataset(
     storage = open_storage(place)
     stage = stage or Stage(data_cache_dir() / "stage")
     try:
-        text = storage.read_text(INFO_FILE)
-        info = _ours(text)
-        if info is not None:
-            return _open_ours(storage, info, split, label_space, stage, progress)
-        names = [name for name in storage.names() if name.endswith((".tar", ".parquet"))]
-    except Wn21kError:
-        raise
+        info = _ours(storage.read_text(INFO_FILE))
+        names = storage.names() if info is None else []
     except Exception as error:  # each storage has its own
-        raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from None
+        raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from error
+    if info is not None:
+        try:
+            return _open_ours(storage, info, split, label_space, stage, progress)
+        except OSError as error:
+            raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from None
+    names = [name for name in names if name.endswith((".tar", ".parquet"))]
     mine = [name for name in names if split_of(name) == split]
     if not mine:
         there = sorted({found for name in names if (found := split_of(name))})

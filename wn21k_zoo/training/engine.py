@@ -303,7 +303,8 @@ class _Run:
             "layout": [self.world.size, self.micro],
             "evaluated": self.evaluated,
             "best": [self.best, self.best_of],
-            "window": self.window.state_dict(),
+            # Of several ranks each has its own losses: the first line after a resume is then of the steps since.
+            "window": (self.window if self.world.size == 1 else Window(self.device)).state_dict(),
             "figures": self.figures,
             **self.learner.state_dict(),
         }

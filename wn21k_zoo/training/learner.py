@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from wn21k_zoo.errors import NonFiniteError, RecipeError, RunError
+from wn21k_zoo.errors import BadImagesError, NonFiniteError, RecipeError, RunError
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.levels import Levels
@@ -79,7 +79,9 @@ class Learner:
                 "it, or take a smaller model.architecture."
             ) from error
         except RuntimeError as error:  # _settle goes backward
-            raise not_deterministic(error) or error from None
+            if (known := not_deterministic(error)) is not None:
+                raise known from error
+            raise
 
     def _build(self, splits: Splits, steps: int) -> None:
         recipe, space = self._recipe, splits.space
@@ -138,9 +140,15 @@ class Learner:
         return torch.autocast(self._device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean over a batch, a scalar; NaN where it cannot be computed, 0 of a batch without images."""
+        """Mean over a batch, a scalar; NaN where it cannot be computed, 0 of a batch without images.
+
+        Raises:
+            BadImagesError: There are none, and other ranks wait for batch statistics of theirs.
+        """
         if not len(batch):
             return self._nothing()
+        if not self.network.training:  # after a batch without images
+            self.network.train()
         images = batch.images
         if self._recipe.model.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -153,10 +161,19 @@ class Learner:
         return loss
 
     def _nothing(self) -> Tensor:
-        """A zero that goes backward through the network, for ranks wait for each other there; it changes nothing."""
+        """A zero that goes backward through the network, for ranks wait for each other there; it changes nothing.
+
+        Raises:
+            BadImagesError: The other ranks wait for its batch statistics, which it has none of.
+        """
+        if self._recipe.model.sync_batchnorm and self._world.size > 1:
+            raise BadImagesError(
+                "All images of a batch are damaged, and model.sync_batchnorm needs one: remove them (they are named "
+                "above), or raise data.batch_per_device."
+            )
         size = self._recipe.data.size
+        # Until it has gone backward: gradient checkpointing computes it again there.
         logits = self.network.eval()(torch.zeros(1, 3, size, size, device=self._device))
-        self.network.train()
         self._last = logits.detach().sum() * 0, logits.detach(), torch.zeros(1, dtype=torch.int64, device=logits.device)
         return cast(Tensor, logits.sum() * 0)
 

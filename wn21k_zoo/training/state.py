@@ -277,6 +277,7 @@ class CheckpointWriter:
         self._folder, self._keep = folder, keep
         self._queue: queue.Queue[tuple[dict[str, Any], bool] | None] = queue.Queue(maxsize=1)
         self._problem: BaseException | None = None
+        self._is_full = False
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -322,7 +323,7 @@ class CheckpointWriter:
         """
         if self._problem is not None:
             why = first_line(self._problem)
-            if shutil.disk_usage(self._folder.path).free < 10**8:  # torch.save does not say so
+            if self._is_full:
                 why = f"no space is left on the disk of {self._folder.path}; make room and run the same command again"
             raise RunError(
                 f"The checkpoint cannot be written: {why}; the ones before are as they were."
@@ -334,7 +335,10 @@ class CheckpointWriter:
                 self._write(*task)
             except BaseException as error:
                 self._problem = error
+                with contextlib.suppress(OSError):  # torch.save does not say so
+                    self._is_full = shutil.disk_usage(self._folder.path).free < _bytes_of(task[0])
             finally:
+                del task  # the next one is copied as soon as this one is done
                 self._queue.task_done()
         self._queue.task_done()
 
@@ -357,6 +361,14 @@ class CheckpointWriter:
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
         temporary.replace(self._folder.best)
+
+
+def _bytes_of(value: Any) -> int:
+    """What the tensors in it take."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(_bytes_of(part) for part in parts)
 
 
 def _copied(value: Any) -> Any:

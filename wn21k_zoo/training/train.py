@@ -47,10 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             return _run(chosen, signals)
         except Wn21kError as error:
-            usage = isinstance(error, (InvalidArgumentError, RecipeError))
-            if not usage or os.environ.get("RANK", "0") == "0":  # all ranks have the same recipe
-                sys.stderr.write(f"wn21k: {error}\n")
-            return 2 if usage else 1
+            rank = os.environ.get("RANK", "0")
+            sys.stderr.write(f"wn21k: {f'rank {rank}: ' if rank != '0' else ''}{error}\n")
+            return 2 if isinstance(error, (InvalidArgumentError, RecipeError)) else 1
         except KeyboardInterrupt:
             sys.stderr.write("wn21k: interrupted\n")
             return 130
