@@ -137,6 +137,8 @@ class _Run:
         self.rescue.save, self.rescue.begun = self._rescued, True
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
         self.reporter.say(self._describe())
+        if self.device.type == "cpu" and self.recipe.run.precision == "fp16":
+            self.reporter.say("fp16 is slow on a CPU; --set run.precision=fp32 is not")
         if self.learner.about_teacher:
             self.reporter.say(self.learner.about_teacher)
         if self.layout != [self.world.size, self.micro]:

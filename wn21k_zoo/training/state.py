@@ -144,7 +144,7 @@ class RunFolder:
         except OSError:
             raise RunError(f"{self.path} holds no run (no recipe.json).") from None
         except (RecipeError, UnicodeDecodeError) as error:
-            raise RunError(f"{file} is damaged ({first_line(error)}); put it right, or name another run.") from None
+            raise RunError(f"{file} is damaged ({error}); put it right, or name another run.") from None
 
     def data(self) -> dict[str, Any]:
         """What the run is trained on.
