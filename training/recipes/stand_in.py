@@ -13,8 +13,9 @@ classes of Tiny ImageNet as one tar per class, 150 images each; 199 of them are 
 speaks all 11,221 classes of fall11, of which 199 have images. training/results/stand_in/run.sh does all of it, and has
 beside it what came of it.
 
-Images seen: 155,136 per arm, 51,712 for the teacher. Hours: on one core of a CPU about 0.25 each, as the logs there
-have it; more than one GPU is not worth starting. Nothing of this is published; all of it is chosen.
+Images seen: 155,136 per arm, 51,712 for the teacher. Hours: images seen / images per second / 3600, which the log there
+has: 0.2 to 0.6 on one core of a busy CPU; more than one GPU is not worth starting. Nothing of this is published; all of
+it is chosen.
 """
 
 from wn21k_zoo.training.recipe import Recipe

@@ -232,7 +232,7 @@ def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_
 
 
 def heads_of(module: nn.Module) -> list[nn.Module]:
-    """Its classifier; or several, whose logits it adds up, such as those of a distilled transformer."""
+    """Its classifier; or several, whose logits it averages, such as those of a distilled transformer."""
     head = cast(Any, module).get_classifier()
     several = isinstance(head, (tuple, list, nn.ModuleList))
     return [each for each in (head if several else [head]) if isinstance(each, nn.Module)]

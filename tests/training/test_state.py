@@ -1,0 +1,193 @@
+"""The folder of a run and its checkpoints: damaged, foreign, on a full disk."""
+
+import gc
+import json
+import os
+import shutil
+import weakref
+
+import pytest
+import torch
+
+from wn21k_zoo.errors import RunError
+from wn21k_zoo.training import state
+from wn21k_zoo.training.state import FORMAT, CheckpointWriter, RunFolder, read_checkpoint
+
+from .checks import assert_same_weights, final, run
+from .runs import (
+    make_folder,
+    small_recipe,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, caplog):
+    run(small_recipe(), data, tmp_path)
+    whole = final(tmp_path)
+    newest = RunFolder(tmp_path).steps()[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (tmp_path / "status.json").unlink()
+    run(small_recipe(), data, tmp_path)
+    assert "step-00000012.pt cannot be read" in caplog.text
+    assert_same_weights(final(tmp_path), whole)
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(data, tmp_path):
+    run(small_recipe(), data, tmp_path)
+    for path in RunFolder(tmp_path).steps():
+        path.write_bytes(b"nothing")
+    with pytest.raises(RunError, match="name another --output to begin anew"):
+        run(small_recipe(), data, tmp_path)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    torch.save({"format": FORMAT, "harm": os.system}, tmp_path / "step-00000001.pt")
+    with pytest.raises(RunError, match="cannot be read"):
+        read_checkpoint(tmp_path / "step-00000001.pt")
+
+
+def test_another_recipe_or_other_data_are_not_mixed_into_a_run(data, tmp_path):
+    run(small_recipe(), data, tmp_path / "run")
+    with pytest.raises(RunError, match=r"holds a run with optimizer\.lr = 0.0003, not 0.1"):
+        run(small_recipe(optimizer={"lr": 0.1}), data, tmp_path / "run")
+    other = make_folder(tmp_path / "other", images=12)
+    with pytest.raises(RunError, match="holds a run on other data"):
+        run(small_recipe(), other, tmp_path / "run")
+    run(small_recipe(data={"batch_per_device": 4}, run={"keep": 1}), data, tmp_path / "run")  # may differ
+
+
+def test_what_is_no_place_for_a_run(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file; name a folder as --output"):
+        run(small_recipe(), data, tmp_path / "file")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(RunError, match=r"holds holiday\.jpg, which is of no run"):
+        run(small_recipe(), data, tmp_path / "photos")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
+    with RunFolder(tmp_path / "busy").locked(), pytest.raises(RunError, match="Another run is writing"):
+        run(small_recipe(), data, tmp_path / "busy")
+    with pytest.raises(RunError, match="holds no run"):
+        RunFolder(tmp_path / "nowhere").recipe()
+
+
+def test_a_full_disk_is_an_error_and_leaves_what_was_there(data, tmp_path, monkeypatch):
+    run(small_recipe(), data, tmp_path)
+    before = final(tmp_path)
+    writer = CheckpointWriter(RunFolder(tmp_path), keep=2)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match="No space left on device; the ones before are as they were"):
+        writer.save({"format": FORMAT, "step": 99}, wait=True)
+    with pytest.raises(RunError):
+        writer.close()
+    assert_same_weights(final(tmp_path), before)
+
+
+def test_a_damaged_recipe_of_a_run_is_named(data, tmp_path):
+    run(small_recipe(schedule={"max_steps": 1}), data, tmp_path)
+    for text in ('{"name', "[1]"):
+        (tmp_path / "recipe.json").write_text(text)
+        with pytest.raises(RunError, match=r"recipe\.json is damaged \(.*\); put it right"):
+            run(small_recipe(schedule={"max_steps": 1}), data, tmp_path)
+
+
+def test_files_beside_those_of_a_run_are_in_nobodys_way(data, tmp_path):
+    run(small_recipe(), data, tmp_path)
+    (tmp_path / "figures.json").write_text("{}")
+    run(small_recipe(), data, tmp_path)
+
+
+def test_the_best_has_its_name_before_the_state_that_says_so(data, tmp_path, monkeypatch):
+    replace = type(tmp_path).replace
+
+    def killed(self, target):
+        if target.name.startswith("step-"):
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    folder = RunFolder(tmp_path)
+    folder.begin(small_recipe(), {})
+    writer = CheckpointWriter(folder, keep=2)
+    monkeypatch.setattr(type(tmp_path), "replace", killed)
+    with pytest.raises(RunError):
+        writer.save({"format": FORMAT, "step": 6, "best": 1.0}, best=True, wait=True)
+    assert read_checkpoint(folder.best)["step"] == 6
+    assert not folder.steps()
+
+
+def test_damaged_checkpoints_do_not_push_out_good_ones(data, tmp_path):
+    run(small_recipe(), data, tmp_path)
+    folder = RunFolder(tmp_path)
+    for name in ("step-00000012.pt", "step-00000999.pt"):
+        (folder.checkpoints / name).write_bytes(b"nothing")
+    (tmp_path / "status.json").unlink()
+    run(small_recipe(run={"keep": 1}), data, tmp_path)
+    assert [path.name for path in folder.steps()] == ["step-00000012.pt"]
+    assert final(tmp_path)["step"] == 12
+    assert (folder.checkpoints / "step-00000999.damaged").is_file()
+
+
+def test_an_output_that_cannot_be_written_or_named(data, tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="home directory"):
+        run(small_recipe(), data, "~nobody-of-that-name/run")
+
+    def denied(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(type(tmp_path), "iterdir", denied)
+    with pytest.raises(RunError, match="cannot be read"):
+        RunFolder(tmp_path / "run").check(small_recipe(), {})
+
+
+def test_one_copy_of_a_checkpoint_is_in_memory(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    writer, copies = CheckpointWriter(folder, 2), []
+    copied = state._copied
+
+    def remembering(value):
+        if isinstance(value, torch.Tensor):
+            gc.collect()
+            assert not [each for each in copies if each() is not None]
+            mine = copied(value)
+            copies.append(weakref.ref(mine))
+            return mine
+        return copied(value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "_copied", remembering)
+        for step in range(3):
+            writer.save({"format": FORMAT, "step": step, "weights": torch.zeros(1000)})
+    writer.close()
+    assert len(copies) == 3
+
+
+def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    writer = CheckpointWriter(folder, 2)
+
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 768 vs 662")
+
+    monkeypatch.setattr(torch, "save", full)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda _: usage._replace(free=3999))
+    with pytest.raises(RunError, match="cannot be written: no space is left on the disk of"):
+        writer.save({"format": FORMAT, "step": 1, "weights": torch.zeros(1000)}, wait=True)
+
+
+def test_what_will_be_computed_again_is_cut(tmp_path):
+    folder = RunFolder(tmp_path)
+    kinds = [("train", 6), ("evaluation", 6), ("train", 12), ("evaluation", 12), ("train", 13)]
+    folder.metrics.write_text("".join(json.dumps({"kind": kind, "step": step}) + "\n" for kind, step in kinds))
+    folder.cut(12, 6)
+    assert [(line["kind"], line["step"]) for line in map(json.loads, folder.metrics.read_text().splitlines())] == [
+        ("train", 6), ("evaluation", 6), ("train", 12),
+    ]  # fmt: skip
