@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,31 @@ def test_compare(run):
     (row,) = [json.loads(line) for line in wn21k("train", "compare", run).stdout.splitlines()]
     assert (row["run"], row["loss"], row["epoch"]) == ("run", "semantic_softmax", 2)
     assert 0 <= row["top1"] <= row["top5"] <= 100
+
+
+def test_compared_runs_stand_side_by_side_and_fit_a_terminal():
+    results = RECIPES.parent / "results" / "stand_in"
+    runs = sorted(folder for folder in results.iterdir() if (folder / "metrics.jsonl").is_file())
+    assert len(runs) > 6  # more than stand beside each other
+    shown = wn21k("train", "compare", *runs, "-f", "table").stdout
+    assert max(map(len, shown.splitlines())) <= 120
+    assert all(run.name in shown for run in runs)  # not folded
+    rows = [json.loads(line) for line in wn21k("train", "compare", *runs).stdout.splitlines()]
+    lines = [line.split() for line in shown.splitlines()]
+    for part in (rows[:6], rows[6:]):
+        assert ["top1", *(str(row["top1"]) for row in part)] in lines
+
+
+def test_a_damaged_image_is_a_message_like_others(run, data, tmp_path):
+    copy = tmp_path / "images"
+    shutil.copytree(data, copy)
+    damaged = min(each for each in copy.rglob("*") if each.is_file())
+    damaged.write_bytes(b"no image")
+    done = wn21k("evaluate", run, copy, "-j", 0, "--split", "all")
+    assert done.exit_code == 0
+    (line,) = [line for line in done.stderr.splitlines() if "sample left out" in line]
+    assert line.startswith("wn21k: sample left out: ")
+    assert damaged.name in line
 
 
 def test_evaluation_of_what_is_not_there(run, data, tmp_path):

@@ -219,6 +219,10 @@ def test_an_exported_run_has_no_name_of_published_weights_and_its_own_preprocess
     assert not {"license", "origin_url", "paper_ids"} & set(config)
     with pytest.raises(InvalidArgumentError, match="is the name of published weights"):
         export_run(tmp_path / "mine", tmp_path / "other", name="mobilenetv3_large_100.miil_in21k")
+    for name in ("", "../mine", "a b", "-x"):
+        with pytest.raises(InvalidArgumentError, match="is no name for a record"):
+            export_run(tmp_path / "mine", tmp_path / "other", name=name)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow

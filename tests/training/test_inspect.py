@@ -48,6 +48,8 @@ def test_info_counts(prepared):
     assert sum(level["images"] for level in levels) == 24
     shown = run("info", prepared, "-f", "json")
     assert json.loads(shown.stdout) == json.loads(json.dumps(described))
+    (line,) = run("info", prepared, "-f", "jsonl").stdout.splitlines()
+    assert json.loads(line) == json.loads(shown.stdout)
     assert "imbalance" in run("info", prepared, "-f", "table").stdout
 
 

@@ -215,6 +215,8 @@ def test_any_field_can_be_overridden():
         ("x = 1\n", "has no function"),
         ("def f():\n    pass\n", "returns a NoneType, not a recipe"),
         ("def f():\n    return 1 / 0\n", "fails with ZeroDivisionError"),
+        ("def f():\n    exit(3)\n", "fails with SystemExit: 3"),
+        ("raise SystemExit('not here')\n", "SystemExit: not here"),
         ("def f(x):\n    pass\n", "has no function"),
     ],
 )

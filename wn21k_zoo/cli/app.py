@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from wn21k_zoo import __version__
 from wn21k_zoo.cli import cache, cards, convert, data, predict, publish, train, tree, zoo
-from wn21k_zoo.cli.output import say
+from wn21k_zoo.cli.output import log_as_messages, say
 from wn21k_zoo.errors import InvalidArgumentError, RecipeError, Wn21kError
 
 __all__ = ["app"]
@@ -73,5 +73,6 @@ def _options(
     ] = False,
 ) -> None:
     """ImageNet-21K pretrained models with labels at every level of the WordNet hierarchy."""
+    log_as_messages()
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the libraries that this command uses, too

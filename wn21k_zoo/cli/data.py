@@ -120,8 +120,8 @@ def info(
     from wn21k_zoo.training.inspect import describe
 
     described = describe(folder)
-    if choose_format(format) in (Format.json, Format.jsonl):
-        print_json(described)
+    if (chosen := choose_format(format)) in (Format.json, Format.jsonl):
+        print_json(described, indent=2 if chosen is Format.json else None)
         return
     rows = [{"split": split, **values} for split, values in described["splits"].items()]
     print_table(rows, tuple(rows[0]), format)

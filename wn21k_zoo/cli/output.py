@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ __all__ = [
     "Format",
     "ResultWriter",
     "choose_format",
+    "log_as_messages",
     "print_json",
     "print_table",
     "say",
@@ -60,6 +62,18 @@ def say(message: str) -> None:
     sys.stderr.flush()
 
 
+class _Messages(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
+def log_as_messages() -> None:
+    """From now on what the package logs as a warning is one line on stderr, like any other message."""
+    logger = logging.getLogger("wn21k_zoo")
+    if not any(isinstance(handler, _Messages) for handler in logger.handlers):
+        logger.addHandler(_Messages(logging.WARNING))
+
+
 def choose_format(chosen: Format | None) -> Format:
     """The format that was asked for; else a table on a terminal, jsonl in a pipe."""
     return chosen or (Format.table if sys.stdout.isatty() else Format.jsonl)
@@ -92,8 +106,17 @@ def print_json(value: Any, indent: int | None = 2) -> None:
     sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], chosen: Format | None) -> None:
-    """Rows of plain values in a format; None is shown as 'unknown' in a table."""
+def print_table(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], chosen: Format | None, heads: Sequence[str] | None = None
+) -> None:
+    """Rows of plain values in a format; None is shown as 'unknown' in a table.
+
+    Args:
+        rows: Each with a value per column.
+        columns: Keys of the rows, in order.
+        chosen: The format.
+        heads: Of a table; by default the columns, in words.
+    """
     chosen = choose_format(chosen)
     if chosen is Format.json:
         print_json(list(rows))
@@ -110,8 +133,8 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], chose
         from rich.text import Text
 
         # Nothing is cut off: a path or a URL goes on in the next line.
-        heads = (Column(column.replace("_", " "), overflow="fold") for column in columns)
-        table = Table(*heads, box=box.SIMPLE_HEAD)
+        heads = heads or [column.replace("_", " ") for column in columns]
+        table = Table(*(Column(Text(head), overflow="fold") for head in heads), box=box.SIMPLE_HEAD)
         for row in rows:
             table.add_row(*(Text("unknown" if row[column] is None else str(row[column])) for column in columns))
         console().print(table)

@@ -142,7 +142,18 @@ def compare(
         rows.append({"run": names[run], "loss": folder.recipe().loss.kind, "epoch": last["epoch"], **figures})
     if not rows:
         raise RunError("There is nothing to compare.")
-    print_table(rows, tuple(rows[0]), format)
+    if choose_format(format) is not Format.table:
+        print_table(rows, tuple(rows[0]), format)
+        return
+    for begin in range(0, len(rows), _BESIDE):
+        few = rows[begin : begin + _BESIDE]
+        columns = tuple(str(number) for number in range(len(few) + 1))
+        values = [[field.replace("_", " "), *(row[field] for row in few)] for field in few[0]]
+        first, *others = (dict(zip(columns, line, strict=True)) for line in values)
+        print_table(others, columns, format, heads=tuple(first.values()))
+
+
+_BESIDE = 6  # runs with a column each, on a terminal
 
 
 _COMPARED = (

@@ -6,6 +6,7 @@ The folder loads in timm, in transformers and here: ``wn21k_zoo.predict("photo.j
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,11 +78,13 @@ class Trained:
         """The draft of a record: what the run knows of itself.
 
         Raises:
-            InvalidArgumentError: The name is that of published weights.
+            InvalidArgumentError: The name is that of published weights, or none.
         """
         recipe = self.recipe
         if name is None:  # the recipe of a published checkpoint has its name, but its weights are others
             name = f"{recipe.model.architecture}.{self.run}" if _is_published(recipe.name) else recipe.name
+        elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise InvalidArgumentError(f"{name!r} is no name for a record; letters, digits, dots, - and _ make one.")
         elif _is_published(name):
             raise InvalidArgumentError(f"{name} is the name of published weights; give --name another one.")
         metrics = tuple(

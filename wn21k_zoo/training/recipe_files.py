@@ -53,7 +53,7 @@ def load_recipe(where: str) -> Recipe:
         recipe = function(argument) if argument else function()
     except Wn21kError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RecipeError(f"{where} fails with {first_line(error)}.") from error
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{where} returns a {type(recipe).__name__}, not a recipe; does it end with `return recipe`?")
@@ -81,7 +81,7 @@ def recipes_in(path: Path) -> dict[str, Callable[..., Recipe]]:
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{path}: {first_line(error)}") from error
     finally:
         sys.path.remove(str(path.parent))
