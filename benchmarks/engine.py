@@ -136,8 +136,8 @@ def _bare_steps(run, batch, steps) -> None:
 
 
 def _wait(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 if __name__ == "__main__":

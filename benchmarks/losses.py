@@ -3,7 +3,8 @@
     python benchmarks/losses.py
 
 Interleaved rounds, medians, several runs: the first to see one's machine settle, the spread to see how noisy it is. On
-a GPU it also says how far the loss is from reading and writing the logits once.
+a GPU it also compiles the losses, and says how long reading the logits and writing their gradient once takes at the
+bandwidth of a large copy: no loss can be faster.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ def main() -> None:
         cases[f"semantic softmax, {order} order"] = lambda loss=semantic: loss(logits, targets)
         cases[f"  in plain operations, {order} order"] = lambda loss=semantic: loss._plain(logits, targets)
         cases[f"distillation, {order} order"] = lambda loss=distillation: loss(logits, teacher)
+        if arguments.device.startswith("cuda"):
+            for name, loss, other in (("semantic softmax", semantic, targets), ("distillation", distillation, teacher)):
+                compiled = torch.compile(loss)
+                cases[f"  {name} compiled, {order} order"] = lambda loss=compiled, other=other: loss(logits, other)
 
     def step(case) -> float:
         logits.grad = None
@@ -59,21 +64,29 @@ def main() -> None:
         print(f"run {run + 1}")
         for case, median in medians.items():
             print(f"  {case:44} {median * 1e3:8.2f} ms {median / medians['cross_entropy']:6.2f} times")
-    if arguments.device != "cpu":
-        source, target = torch.empty_like(logits), torch.empty_like(logits)
-        times = []
-        for _ in range(arguments.rounds):
-            _wait(arguments.device)
-            begin = time.perf_counter()
-            target.copy_(source)
-            _wait(arguments.device)
-            times.append(time.perf_counter() - begin)
-        print(f"reading and writing the logits once: {statistics.median(times) * 1e3:.3f} ms")
+    if arguments.device.startswith("cuda"):
+        bandwidth = _bandwidth(arguments.device)
+        print(f"bandwidth of a copy: {bandwidth / 1e9:,.0f} GB/s; reading the logits and writing their gradient once:")
+        print(f"  {2 * logits.nbytes / bandwidth * 1e3:.3f} ms")
+
+
+def _bandwidth(device: str) -> float:
+    """Bytes per second that are read and written by a copy of far more than a cache holds."""
+    source = torch.zeros(2**28, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(13):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return 2 * source.nbytes / statistics.median(times[3:])
 
 
 def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    if device != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 if __name__ == "__main__":

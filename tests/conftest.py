@@ -65,6 +65,11 @@ def start_interruptible(command, **options):
         signal.signal(signal.SIGINT, former)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def fall11():
     return SemanticTree.load("fall11")

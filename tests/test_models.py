@@ -167,6 +167,25 @@ def test_bad_names():
         models.load_model(EMBEDDED_CHECKPOINT, label_space="imagenet1k")
 
 
+def test_a_gpu_that_is_too_old_for_this_torch_is_none(monkeypatch):
+    built = ["sm_75", "sm_80", "sm_90a", "compute_120"]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    for capability, is_too_old in (((7, 0), True), ((7, 5), False), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, known=capability: known)
+        if is_too_old:
+            assert models.select_device().type == "cpu"
+            with pytest.raises(InvalidArgumentError, match=r"Tesla V100 is older than .*; install a torch"):
+                models.select_device("cuda")
+        else:
+            assert models.select_device().type == models.select_device("cuda").type == "cuda"
+    built[:] = ["gfx90a"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert models.select_device().type == "cuda"
+
+
 def test_devices():
     assert models.select_device("cpu").type == "cpu"
     for name in ("gpu", "cuda:99", "meta:x"):

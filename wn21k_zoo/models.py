@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -176,13 +177,15 @@ def build_transform(data_config: Mapping[str, Any], training: bool = False) -> A
 def select_device(device: str | torch.device = "auto") -> torch.device:
     """A device by its name; 'auto' is CUDA, else Apple's MPS, else the CPU.
 
+    A GPU that is older than all for which torch was built is none.
+
     Raises:
         InvalidArgumentError: torch does not know the device or this machine does not have it.
     """
     import torch
 
     if device == "auto":
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not _is_too_old(torch.device("cuda")):
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
@@ -195,7 +198,20 @@ def select_device(device: str | torch.device = "auto") -> torch.device:
         raise InvalidArgumentError(
             f"The device {str(device)!r} cannot be used here; use auto, cpu, cuda, cuda:N or mps{why}"
         ) from error
+    if chosen.type == "cuda" and _is_too_old(chosen):
+        raise InvalidArgumentError(
+            f"{torch.cuda.get_device_name(chosen)} is older than the GPUs for which torch {torch.__version__} was "
+            f"built ({', '.join(torch.cuda.get_arch_list())}); install a torch for it, or use cpu."
+        )
     return chosen
+
+
+def _is_too_old(device: torch.device) -> bool:
+    import torch
+
+    built = [int(digits) for name in torch.cuda.get_arch_list() for digits in re.findall(r"^sm_(\d+)", name)]
+    major, minor = torch.cuda.get_device_capability(device)
+    return bool(built) and 10 * major + minor < min(built)  # none where it was built for AMD
 
 
 @functools.cache

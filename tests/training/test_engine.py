@@ -4,13 +4,11 @@ import os
 import re
 import signal
 import sys
-import time
 
 import pytest
 import torch
 
 from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError
-from wn21k_zoo.training import engine
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import Preempted
 from wn21k_zoo.training.evaluate import evaluate
@@ -27,25 +25,6 @@ from .runs import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Makes a run get SIGTERM after a step."""
-
-    def at(step):
-        react = engine._Run._react
-
-        def stopping(self, answer):
-            if self.step == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0)  # the handler runs before the next line
-                answer = answer._replace(stop=self.agreement.stops())
-            react(self, answer)
-
-        monkeypatch.setattr(engine._Run, "_react", stopping)
-
-    return at
 
 
 def test_a_run_leaves_what_it_should(data, tmp_path):

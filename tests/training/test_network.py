@@ -102,6 +102,15 @@ def test_images_of_a_size_that_a_network_does_not_take():
     try_size(vit, 224, cpu, "The network", 3)
 
 
+def test_a_gpu_that_fails_is_not_blamed_on_the_size():
+    class Failing(torch.nn.Module):
+        def forward(self, images):
+            raise torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device")
+
+    with pytest.raises(torch.AcceleratorError, match="no kernel image"):
+        try_size(Failing(), 32, torch.device("cpu"), "The network", 3)
+
+
 def test_lamb_clips_no_more_than_is_asked_for():
     recipe = small_recipe(optimizer={"name": "lamb"})
     optimizer = build_optimizer(recipe, timm.create_model("test_convnext", num_classes=3))

@@ -149,7 +149,7 @@ def test_one_copy_of_a_checkpoint_is_in_memory(tmp_path):
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     writer, copies = CheckpointWriter(folder, 2), []
-    copied = state._copied
+    copied = state.copied
 
     def remembering(value):
         if isinstance(value, torch.Tensor):
@@ -161,7 +161,7 @@ def test_one_copy_of_a_checkpoint_is_in_memory(tmp_path):
         return copied(value)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state, "_copied", remembering)
+        patch.setattr(state, "copied", remembering)
         for step in range(3):
             writer.save({"format": FORMAT, "step": step, "weights": torch.zeros(1000)})
     writer.close()

@@ -198,7 +198,7 @@ class Loader:
             self._count(raw)
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                 images = _to_unit(raw["images"], self.device).permute(0, 3, 1, 2).to(self.dtype)
-                targets = raw["targets"].to(self.device, non_blocking=True)
+                targets = raw["targets"].to(self.device, non_blocking=stream is not None)
             now = raw["seen"], Batch(images, targets, raw["samples"])
             if stream is None:
                 yield now
@@ -406,7 +406,8 @@ def _random(seed: int, epoch: int, sample: int) -> random.Random:
 def _to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Bytes to numbers in [0, 1] on the device, as torchvision's ToTensor has them."""
     if device.type != "cpu" or not len(images):
-        return images.to(device, non_blocking=True).div(255)
+        # Where memory is not pinned the device may read it when it holds something else.
+        return images.to(device, non_blocking=device.type == "cuda").div(255)
     rows = images.numpy().reshape(-1, *images.shape[2:])
     return torch.from_numpy(cv2.LUT(rows, _UNIT).reshape(images.shape))  # twice as fast as torch's arithmetic
 

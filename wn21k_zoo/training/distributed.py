@@ -99,7 +99,7 @@ def join(device: str | torch.device = "auto") -> Iterator[World]:
     if chosen.type == "mps" and size > 1:
         chosen = torch.device("cpu")
     if chosen.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", str(chosen.index or 0)))
+        local = int(os.environ.get("LOCAL_RANK", "0")) if chosen.index is None else chosen.index
         if local >= torch.cuda.device_count():
             raise TrainingError(
                 f"Local rank {local} has no GPU, there are {torch.cuda.device_count()}; start as many processes per "

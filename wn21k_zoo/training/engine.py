@@ -22,14 +22,14 @@ from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.data import Batch, Loader
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
-from wn21k_zoo.training.learner import Learner, not_deterministic
+from wn21k_zoo.training.learner import Learner, check_finite, not_deterministic
 from wn21k_zoo.training.network import resolved
 from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.rescue import Rescue
 from wn21k_zoo.training.signals import LIMIT_SECONDS, Signals
 from wn21k_zoo.training.splits import Splits, open_loaders, open_splits
-from wn21k_zoo.training.state import FORMAT, CheckpointWriter, RunFolder, read_checkpoint
+from wn21k_zoo.training.state import FORMAT, CheckpointWriter, RunFolder, copied, read_checkpoint
 
 __all__ = ["Preempted", "train"]
 
@@ -139,6 +139,9 @@ class _Run:
         self.reporter.say(self._describe())
         if self.device.type == "cpu" and self.recipe.run.precision == "fp16":
             self.reporter.say("fp16 is slow on a CPU; --set run.precision=fp32 is not")
+        emulated = self.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        if emulated and self.recipe.run.precision == "bf16":
+            self.reporter.say("this GPU has no bf16 of its own; --set run.precision=fp16 is faster")
         if self.learner.about_teacher:
             self.reporter.say(self.learner.about_teacher)
         if self.layout != [self.world.size, self.micro]:
@@ -263,9 +266,9 @@ class _Run:
             why = self.learner.why_not_finite()
             raise NonFiniteError(f"The loss of step {self.step + 1:,} is not finite: {why}")
         with self.rescue.changing:
+            self.window.add(total, self.recipe.data.batch_size)  # before what says that all of a state is there
             self.learner.update()
             self.step += 1
-            self.window.add(total, self.recipe.data.batch_size)
         return answer
 
     def _react(self, answer: Answer) -> None:
@@ -294,8 +297,11 @@ class _Run:
         if self.writer is None or not self.learner.whole:
             return
         if self.saved != (self.step, self.evaluated):
-            self.learner.check_weights(self.step)
-            self.writer.save(self._state())
+            self.writer.wait()
+            with self.learner.beside():
+                state = copied(self._state())
+            check_finite(state["model"].values(), self.step)
+            self.writer.write(state)
         self.writer.wait()
 
     def _state(self) -> dict[str, Any]:
@@ -306,7 +312,7 @@ class _Run:
             "evaluated": self.evaluated,
             "best": [self.best, self.best_of],
             # Of several ranks each has its own losses: the first line after a resume is then of the steps since.
-            "window": (self.window if self.world.size == 1 else Window(self.device)).state_dict(),
+            "window": (self.window if self.world.size == 1 else Window(torch.device("cpu"))).state_dict(),
             "figures": self.figures,
             **self.learner.state_dict(),
         }

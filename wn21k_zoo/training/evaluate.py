@@ -91,6 +91,8 @@ def evaluate(
     if precision not in dtypes:
         raise InvalidArgumentError(f"precision is {precision!r}; it can be {', '.join(dtypes)}.")
     chosen = select_device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # for the thread that pins memory, too
     subject = _subject(model, which, label_space)
     if split is None:
         split = "validation" if subject.is_run or not is_class_folder(data) or is_divided(data) else "all"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,7 @@ from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits
 from wn21k_zoo.training.teacher import build_teacher
 
-__all__ = ["Learner", "not_deterministic"]
+__all__ = ["Learner", "check_finite", "not_deterministic"]
 
 _SMALLEST_SCALE = 2.0**-20  # 36 steps after the first, which has 2 ** 16, if none of them was right
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,6 +72,7 @@ class Learner:
             )
         self.whole, self.about_teacher = True, ""
         self._within = False  # a step, whose beginning kept the batch statistics
+        self._there: torch.cuda.Event | None = None
         try:
             self._build(splits, steps)
         except torch.OutOfMemoryError as error:
@@ -112,7 +114,8 @@ class Learner:
         wrapped: nn.Module = self.module
         if self._world.size > 1:
             ids = [self._device.index] if self._device.type == "cuda" else None
-            wrapped = DistributedDataParallel(self.module, device_ids=ids)
+            # Gradients lie where they are added up over ranks, not there and a second time.
+            wrapped = DistributedDataParallel(self.module, device_ids=ids, gradient_as_bucket_view=True)
             _settle(wrapped, recipe.data.size, self._device)
         self.network = cast(nn.Module, torch.compile(wrapped)) if recipe.model.compile else wrapped
 
@@ -127,6 +130,27 @@ class Learner:
         if self._world.leads:
             _copy(self._kept, self._buffers)
         self._within = True
+        self._mark()
+
+    def _mark(self) -> None:
+        """What a checkpoint holds is there as soon as a GPU has done all it was asked until now."""
+        if self._device.type == "cuda":
+            self._there = torch.cuda.current_stream(self._device).record_event()
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Within, what a checkpoint holds is read without waiting for the step that a GPU is in.
+
+        That may wait for a rank that never comes. If that one went within a backward pass, the weights after it never
+        are there, and who reads them waits, too.
+        """
+        if self._there is None:
+            yield
+            return
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_event(self._there)
+        with torch.cuda.stream(stream):
+            yield
 
     def gathering(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Within, a part of a step's batch goes forward and backward; ranks add up gradients with its last part."""
@@ -204,6 +228,7 @@ class Learner:
         if self._average is not None:
             self._average.update(self.module, self._schedule.last_epoch)  # the first is a copy
         self.whole, self._within = True, False
+        self._mark()
 
     def why_not_finite(self) -> str:
         """What was wrong with the last loss."""
@@ -221,11 +246,7 @@ class Learner:
         Raises:
             NonFiniteError: They are not.
         """
-        if not get_total_norm([each.detach() for each in self.module.parameters()]).isfinite():
-            raise NonFiniteError(
-                f"The weights after step {step:,} are not finite, although its loss was; the last checkpoint is "
-                "as it was. A lower learning rate or optimizer.clip_norm may help."
-            )
+        check_finite(self.module.parameters(), step)
 
     def check_scale(self) -> None:
         """See that gradients in fp16 can be had; waits for the device.
@@ -269,6 +290,19 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def check_finite(weights: Iterable[Tensor], step: int) -> None:
+    """See that weights are numbers.
+
+    Raises:
+        NonFiniteError: They are not.
+    """
+    if not get_total_norm([each.detach() for each in weights if each.is_floating_point()]).isfinite():
+        raise NonFiniteError(
+            f"The weights after step {step:,} are not finite, although its loss was; the last checkpoint is "
+            "as it was. A lower learning rate or optimizer.clip_norm may help."
+        )
 
 
 def not_deterministic(error: Exception) -> RecipeError | None:

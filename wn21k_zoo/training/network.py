@@ -219,7 +219,7 @@ def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_
     training = module.training
     try:
         logits = module.eval()(torch.zeros(1, 3, size, size, device=device))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (RuntimeError, AssertionError, ValueError) as error:
         hint = f'; set data.size, or model.arguments={{"img_size": {size}}} where the architecture takes that'

@@ -32,7 +32,7 @@ from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.shards import atomic_file
 from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status
 
-__all__ = ["FORMAT", "CheckpointWriter", "RunFolder", "read_checkpoint"]
+__all__ = ["FORMAT", "CheckpointWriter", "RunFolder", "copied", "names_of", "read_checkpoint", "read_lines"]
 
 FORMAT = 2
 """Of a checkpoint's content; another number when something in it means something else."""
@@ -290,10 +290,14 @@ class CheckpointWriter:
             RunError: One could not be written.
         """
         self._queue.join()
-        self._queue.put((_copied(dict(state)), best))
+        self.write(copied(dict(state)), best)
         if wait:
             self.wait()
         self.check()
+
+    def write(self, state: dict[str, Any], best: bool = False) -> None:
+        """Write a state whose tensors nobody changes; :meth:`wait` says how that went."""
+        self._queue.put((state, best))
 
     def wait(self) -> None:
         """Wait until all are written.
@@ -371,14 +375,14 @@ def _bytes_of(value: Any) -> int:
     return sum(_bytes_of(part) for part in parts)
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """The same with tensors of its own on the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
+        return {key: copied(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_copied(each) for each in value)
+        return type(value)(copied(each) for each in value)
     return value
 
 

@@ -1,0 +1,120 @@
+"""All that ranks do together, on the device of one: gloo on the CPU and, where there is a GPU, NCCL.
+
+NCCL takes no GPU for two ranks. So this is the first of two, of which the second never says anything: what they add up
+is that of the first, and what they wait for is there at once.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from wn21k_zoo.training.data import Batch
+from wn21k_zoo.training.distributed import World, join
+from wn21k_zoo.training.engine import Preempted
+from wn21k_zoo.training.learner import Learner, check_finite
+from wn21k_zoo.training.splits import open_splits
+from wn21k_zoo.training.state import RunFolder, copied
+
+from .checks import assert_close_weights, assert_same_weights, final, lines, run, run_told
+from .runs import small_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture
+def world(request, monkeypatch):
+    # A port of 0 is any that is free.
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with join(request.param) as alone:
+        assert dist.get_backend() == ("nccl" if request.param == "cuda" else "gloo")
+        yield World(0, 2, alone.device)
+
+
+def recipe_for_two(architecture="test_efficientnet", **model):
+    recipe = small_recipe(architecture, model=model, run={"ema_decay": 0.9}, optimizer={"clip_norm": 1.0})
+    recipe.data.batch_per_device = 2  # twice for a step of this one
+    return recipe
+
+
+@pytest.mark.parametrize("world", ["cpu", GPU], indirect=True)
+def test_what_it_says_to_others_comes_back(world):
+    assert world.maximum(True, False) == [True, False]
+    assert world.mean(3.0, math.pi) == pytest.approx([1.5, math.pi / 2])  # of two, one of which said nothing
+    assert world.whole(2**40 + 1) == 2**40 + 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("world", ["cpu", GPU], indirect=True)
+def test_told_to_stop_it_goes_on_to_the_same_bits(world, data, tmp_path, stop_at, precision):
+    recipe = recipe_for_two()
+    recipe.run.precision, recipe.run.deterministic = precision, world.device.type == "cuda"
+    figures = run(recipe, data, tmp_path / "whole", world)
+    assert figures["images"] == 3  # of 6, of which the other has 3
+    stop_at(7)
+    with pytest.raises(Preempted):
+        run_told(recipe, data, tmp_path / "parts", world)
+    assert RunFolder(tmp_path / "parts").status()["state"] == "preempted"
+    stop_at(-1)
+    assert run(recipe, data, tmp_path / "parts", world) | {"images_per_second": 0} == figures | {"images_per_second": 0}
+    assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
+    assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"gradient_checkpointing": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+        pytest.param({"sync_batchnorm": True}, marks=pytest.mark.gpu),
+    ],
+    ids=lambda model: next(iter(model)),
+)
+@pytest.mark.parametrize("world", ["cpu", GPU], indirect=True)
+def test_what_a_network_may_do_in_a_step(world, data, tmp_path, model):
+    if "sync_batchnorm" in model and world.device.type != "cuda":
+        pytest.skip("batch statistics over ranks need GPUs")
+    run(recipe_for_two(**model), data, tmp_path / "run", world)
+    run(recipe_for_two(), data, tmp_path / "plain", world)
+    assert len(lines(tmp_path / "run")) == 12
+    assert final(tmp_path / "run")["step"] == 12
+    for line, plain in zip(lines(tmp_path / "run")[:2], lines(tmp_path / "plain")[:2], strict=True):
+        assert line["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_as_a_cpu_does(data, tmp_path):
+    recipe = small_recipe(optimizer={"name": "sgd", "lr": 0.05}, run={"deterministic": True})
+    run(recipe, data, tmp_path / "cpu")
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        run(recipe, data, tmp_path / "gpu", World(0, 1, torch.device("cuda", 0)))
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+    assert_close_weights(final(tmp_path / "cpu"), final(tmp_path / "gpu"), atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_what_a_checkpoint_holds_can_be_read_beside_a_step(data, device):
+    recipe = small_recipe("test_efficientnet", run={"ema_decay": 0.9})
+    learner = Learner(recipe, open_splits(recipe, data), World(0, 1, torch.device(device)), 10)
+    expected = copied(learner.state_dict())
+    batch = Batch(torch.rand(4, 3, 32, 32, device=device), torch.arange(4, device=device), torch.arange(4))
+    learner.begin()
+    if device != "cpu":
+        torch.cuda._sleep(10**10)  # cycles: some seconds, as if no other rank came
+    learner.backward(learner.loss(batch))
+    after = torch.cuda.current_stream().record_event() if device != "cpu" else None
+    with learner.beside():
+        state = copied(learner.state_dict())
+    assert after is None or not after.query()  # it did not wait
+    check_finite(state["model"].values(), 0)
+    for part in ("model", "average"):
+        for key, value in expected[part].items():
+            assert torch.equal(value, state[part][key]), key
+    assert any((learner.module.module.state_dict()[key].cpu() != value).any() for key, value in state["model"].items())
