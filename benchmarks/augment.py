@@ -2,7 +2,7 @@
 
 Same process, one thread, rounds interleaved; the medians and their ratio are printed. Both sides get and return what
 they would in a loader of their own: arrays here, Pillow images there, so no conversion is counted. The whole
-augmentation draws the same on both sides; from 256 px, Pillow's resize (with antialiasing) is part of its time.
+augmentation draws the same on both sides; from 256 px, Pillow's resize is part of both.
 
     python benchmarks/augment.py [--size 224] [--rounds 15] [--images 300]
 """

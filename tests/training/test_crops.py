@@ -8,13 +8,15 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data import create_transform
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 
 stats = pytest.importorskip("scipy.stats")
 pytest.importorskip("cv2")
 
 from wn21k_zoo.training import crops  # noqa: E402
-from wn21k_zoo.training.augment import OPERATIONS, Operation  # noqa: E402
+from wn21k_zoo.training.augment import OPERATIONS, Operation, Squash  # noqa: E402
 from wn21k_zoo.training.crops import CenterCrop, RandomCrop  # noqa: E402
 
 COUNT = 4000
@@ -112,6 +114,19 @@ def test_the_centre_stays_in_the_centre(shape):
     rows, columns = np.nonzero(cropped[:, :, 0] > 100)
     assert abs(rows.mean() - 15.5) < 1.1
     assert abs(columns.mean() - 15.5) < 1.1
+
+
+@pytest.mark.parametrize("crop_pct", [None, 0.875, 0.9, 0.95, 1.0])
+@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (480, 481), (64, 64), (40, 90), (512, 512), (73, 73)])
+def test_evaluation_resizes_as_timm_does(shape, crop_pct):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    transform = create_transform(
+        (3, 64, 64), interpolation="bilinear", crop_pct=crop_pct or 1.0,
+        crop_mode="center" if crop_pct else "squash", use_prefetcher=True,
+    )  # fmt: skip
+    theirs = np.asarray(transform(Image.fromarray(image))).transpose(1, 2, 0)
+    ours = (CenterCrop(64, crop_pct) if crop_pct else Squash(64))(image, Random(0))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_crops_out_of_range():

@@ -6,7 +6,7 @@ https://github.com/Alibaba-MIIL/ImageNet21K (``src_files/data_loading``), and of
 that it uses; both work on Pillow images. Here images are uint8 arrays [height, width, 3] in RGB.
 
 Every operation of :data:`OPERATIONS` gives the bytes that Pillow's gives; tests/training/test_augment.py says for which
-images that was seen. The squash is OpenCV's bilinear resize, which is not Pillow's (no antialiasing).
+images that was seen. The squash is Pillow's own.
 
 OpenCV's number of threads belongs to the process: a worker that shares its machine calls ``cv2.setNumThreads(1)``.
 """
@@ -23,11 +23,12 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image as PILImage
 
 from wn21k_zoo.errors import InvalidArgumentError
 from wn21k_zoo.training.extra import cv2
 
-__all__ = ["OPERATIONS", "Operation", "PublishedAugmentation", "Squash", "cutout", "squash"]
+__all__ = ["OPERATIONS", "Operation", "PublishedAugmentation", "Squash", "cutout", "resize", "squash"]
 
 Image: TypeAlias = NDArray[np.uint8]
 
@@ -41,7 +42,7 @@ _VALUES = 32768
 
 
 def squash(image: Image, size: int) -> Image:
-    """Resize to a square without regard to the aspect ratio, bilinear and without antialiasing.
+    """Resize to a square without regard to the aspect ratio: Pillow's bilinear, as torchvision's ``Resize`` takes it.
 
     Args:
         image: uint8 [height, width, 3].
@@ -50,9 +51,14 @@ def squash(image: Image, size: int) -> Image:
     Returns:
         uint8 [size, size, 3]; ``image`` itself where it has that size already.
     """
-    if image.shape[:2] == (size, size):
+    return resize(image, size, size)
+
+
+def resize(image: Image, height: int, width: int) -> Image:
+    """Pillow's bilinear resize, with antialiasing: uint8 [height, width, 3]; the same array where it has that size."""
+    if image.shape[:2] == (height, width):
         return image
-    return _image(cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR))
+    return np.array(PILImage.fromarray(image).resize((width, height), PILImage.Resampling.BILINEAR))
 
 
 def cutout(image: Image, centre: tuple[int, int], colour: tuple[int, int, int]) -> None:

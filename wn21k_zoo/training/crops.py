@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 
 from wn21k_zoo.errors import InvalidArgumentError
-from wn21k_zoo.training.augment import OPERATIONS, Image, squash
+from wn21k_zoo.training.augment import OPERATIONS, Image, resize
 from wn21k_zoo.training.extra import cv2
 
 __all__ = ["CenterCrop", "RandomCrop"]
@@ -71,7 +71,7 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """What evaluation does with a ``crop_pct``: the shorter side to size / crop_pct, then the centre.
+    """What evaluation does with a ``crop_pct``: the shorter side to size / crop_pct, then the centre, as timm does.
 
     Args:
         size: Side of the result in pixels.
@@ -91,19 +91,10 @@ class CenterCrop:
     def __call__(self, image: Image, random: Random) -> Image:
         """Crop: [height, width, 3] to [size, size, 3]; nothing is drawn from ``random``."""
         height, width = image.shape[:2]
-        if height == width:
-            wanted = round(self.size / self.crop_pct)
-            resized = squash(image, wanted) if wanted >= height else _shrink(image, wanted, wanted)
-        else:
-            factor = self.size / self.crop_pct / min(height, width)
-            resized = _shrink(image, max(self.size, round(height * factor)), max(self.size, round(width * factor)))
-        top, left = (resized.shape[0] - self.size) // 2, (resized.shape[1] - self.size) // 2
+        wanted, shorter = math.floor(self.size / self.crop_pct), min(height, width)
+        resized = resize(image, wanted * height // shorter, wanted * width // shorter)
+        top, left = (round((side - self.size) / 2) for side in resized.shape[:2])
         return np.ascontiguousarray(resized[top : top + self.size, left : left + self.size])
-
-
-def _shrink(image: Image, height: int, width: int) -> Image:
-    kind = cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_LINEAR
-    return cv2.resize(image, (width, height), interpolation=kind).astype(np.uint8, copy=False)
 
 
 def _rectangle(
