@@ -7,6 +7,7 @@ from wn21k_zoo.errors import RecipeError
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.export import export_run, load_run
 from wn21k_zoo.training.network import (
+    _moved,
     average_of,
     build_network,
     build_optimizer,
@@ -100,6 +101,18 @@ def test_images_of_a_size_that_a_network_does_not_take():
         try_size(vit, 32, cpu, "The network", 3)
     assert vit.training
     try_size(vit, 224, cpu, "The network", 3)
+
+
+def test_weights_of_another_architecture_are_taken_if_none_are_missing(caplog):
+    vit, small = "vit_tiny_patch16_224", {"depth": 1, "embed_dim": 12}
+    begun = timm.create_model(vit, num_classes=3, **small)
+    moved = _moved(begun, "deit", "deit_tiny", vit, 3, {**small, "qkv_bias": False})
+    assert moved.blocks[0].attn.qkv.bias is None
+    for name, value in moved.state_dict().items():
+        assert torch.equal(value, begun.state_dict()[name]), name
+    assert "vit_tiny_patch16_224 has no place for blocks.0.attn.qkv.bias and others like it (1)" in caplog.text
+    with pytest.raises(RecipeError, match=r"model\.start plain is a plain, not a vit_tiny_patch16_224"):
+        _moved(moved, "plain", "plain", vit, 3, small)
 
 
 def test_a_gpu_that_fails_is_not_blamed_on_the_size():

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from wn21k_zoo import registry
@@ -26,6 +27,9 @@ FOLDER = Path(__file__).parent.parent.parent / "training" / "recipes"
 ALL = [f"{path}:{name}" for path in sorted(FOLDER.glob("*.py")) for name in recipes_in(path)]
 
 
+WITHOUT_START = [name for name, known in presets.ARCHITECTURES.items() if known.start is None]
+
+
 def short(where):
     return where.removeprefix(f"{FOLDER}/")
 
@@ -43,6 +47,15 @@ def images(tmp_path_factory):
     return folder
 
 
+def fits(begun, architecture):
+    """Whether weights of one architecture are all that another needs."""
+    if begun == architecture:
+        return True
+    with torch.device("meta"):
+        given, wanted = (timm.create_model(name, num_classes=3).state_dict() for name in (begun, architecture))
+    return all(name in given and given[name].shape == value.shape for name, value in wanted.items())
+
+
 @pytest.mark.parametrize("where", ALL, ids=short)
 def test_every_recipe_can_be_had_and_goes_together(where):
     recipe = load_recipe(where)
@@ -51,7 +64,7 @@ def test_every_recipe_can_be_had_and_goes_together(where):
     for name in (recipe.model.start, recipe.loss.teacher):
         if name is not None and not name.startswith("runs/"):
             checkpoint = registry.resolve_checkpoint(name)
-            assert name == recipe.loss.teacher or checkpoint.architecture == recipe.model.architecture
+            assert name == recipe.loss.teacher or fits(checkpoint.architecture, recipe.model.architecture)
     if recipe.loss.teacher is not None and not recipe.loss.teacher.startswith("runs/"):
         spoken = LabelSpace.load(registry.resolve_checkpoint(recipe.loss.teacher).label_space)
         assert spoken.digest == LabelSpace.load(recipe.data.label_space).digest
@@ -69,12 +82,24 @@ def test_no_two_recipes_have_one_name():
 
 def test_there_is_a_recipe_for_every_published_checkpoint():
     recipes = {load_recipe(where).name for where in ALL}
+    recipes |= {load_recipe(f"{FOLDER / architecture}.py:in21k:DIR").name for architecture in WITHOUT_START}
     assert {checkpoint.name for checkpoint in CHECKPOINTS if "miil" in checkpoint.name} <= recipes
     for architecture in presets.ARCHITECTURES:
         mine = set(recipes_in(FOLDER / f"{architecture}.py"))
-        assert mine == {
-            "in21k", "in21k_without_distillation", "in21k_winter21", "in21k_from_scratch", "in21k_modern", "in1k",
+        scratch = set() if architecture in WITHOUT_START else {"in21k_from_scratch"}
+        assert mine == scratch | {
+            "in21k", "in21k_without_distillation", "in21k_winter21", "in21k_modern", "in1k",
+            "in1k_without_distillation",
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", WITHOUT_START)
+def test_what_begins_with_random_weights_says_so_unless_it_is_given_some(architecture):
+    where = f"{FOLDER / architecture}.py"
+    assert load_recipe(where) == presets.from_scratch(presets.in21k(architecture, "x"))
+    assert load_recipe(where).name == f"{presets.ARCHITECTURES[architecture].record}_from_scratch"
+    given = load_recipe(f"{where}:in21k:folder/of weights")
+    assert (given.model.start, given.optimizer.name, given.schedule.epochs) == ("folder/of weights", "adam", 80)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
@@ -126,7 +151,13 @@ def test_what_is_published_is_in_the_published_recipe():
     assert (recipe.data.augmentation, recipe.data.size, recipe.model.mean) == ("published", 224, (0, 0, 0))
     scratch = presets.from_scratch(recipe)
     assert (scratch.model.start, scratch.schedule.epochs) == (None, 140)
-    assert (scratch.optimizer.name, scratch.optimizer.lr) == ("sgd", 1e-2)
+    assert (scratch.optimizer.name, scratch.optimizer.lr, scratch.optimizer.momentum) == ("sgd", 1e-2, 0)
+    alone = load_recipe(f"{FOLDER / 'baselines.py'}:single_label_from_scratch")
+    assert (alone.loss.kind, alone.loss.teacher, alone.loss.label_smoothing) == ("single_label", None, 0.2)
+    assert (alone.optimizer, alone.schedule, alone.data) == (scratch.optimizer, scratch.schedule, scratch.data)
+    tuned = presets.in1k("resnet50")
+    assert (tuned.optimizer.name, tuned.optimizer.lr, tuned.optimizer.weight_decay) == ("adam", 2e-4, 1e-4)
+    assert tuned.loss.teacher == "tresnet_v2_l.miil_in21k_ft_in1k"
 
 
 def test_nothing_is_known_of_other_architectures():

@@ -18,27 +18,27 @@ turn; `wn21k train plan` computes it for others):
     in21k                          1,652 M images   154.0 hours
     in21k_without_distillation     1,652 M images   114.7 hours
     in21k_winter21                 1,548 M images   107.5 hours
-    in21k_from_scratch             1,652 M images   154.0 hours
     in21k_modern                   1,062 M images    73.7 hours
-    in1k                              51 M images     3.6 hours
+    in1k                              51 M images     4.8 hours
+    in1k_without_distillation         51 M images     3.6 hours
 
 in1k takes the usual folders, DIR/train/n01440764/... and DIR/val/n01440764/...; the others what `wn21k data prepare`
-makes.
+makes. The published speeds are the highest there are, in half precision; a V100 has no bf16, which in21k_modern takes.
 
-No ImageNet-1K weights of exactly this architecture are published that have not seen ImageNet-21K, so in21k
-begins from scratch with the published settings for that; with weights of one's own: --set model.start=DIR
---set schedule.epochs=80 --set optimizer.name=adam --set optimizer.lr=3e-4.
-wn21k_zoo/training/presets.py says what is published and what had to be chosen: the weight of the distillation, and all
-of the fine-tuning but its result. None of these recipes has been run to its end by this project.
+No ImageNet-1K weights of this architecture are known to us that have not seen ImageNet-21K. With some of your own
+(a folder, for one) the published settings are ofa_flops_595m_s.py:in21k:DIR; without, all begins with random
+weights, and with the settings that are published for that.
+wn21k_zoo/training/presets.py says what is published and what had to be chosen, above all the weight of the distillation
+and most of the fine-tuning. None of these recipes has been run to its end by this project.
 """
 
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.recipe import Recipe
 
 
-def in21k() -> Recipe:
-    """Semantic softmax with distillation, from random weights (published: from ImageNet-1K weights, see above)."""
-    return presets.in21k("ofa_flops_595m_s")
+def in21k(start: str | None = None) -> Recipe:
+    """Semantic softmax with distillation, from the ImageNet-1K weights that are named, else from random ones."""
+    return presets.in21k("ofa_flops_595m_s", start)
 
 
 def in21k_without_distillation() -> Recipe:
@@ -51,16 +51,16 @@ def in21k_winter21() -> Recipe:
     return presets.winter21(in21k())
 
 
-def in21k_from_scratch() -> Recipe:
-    """From random weights."""
-    return presets.from_scratch(in21k())
-
-
 def in21k_modern() -> Recipe:
     """With what has become common since; not tried."""
     return presets.modern("ofa_flops_595m_s")
 
 
 def in1k() -> Recipe:
-    """The published 21K-P checkpoint, fine-tuned on ImageNet-1K."""
+    """The published 21K-P checkpoint, fine-tuned on ImageNet-1K with distillation."""
     return presets.in1k("ofa_flops_595m_s")
+
+
+def in1k_without_distillation() -> Recipe:
+    """The same without a teacher."""
+    return presets.without_distillation(in1k())

@@ -15,21 +15,21 @@ The batch of a step stays the same on any number of GPUs. What each one takes on
 over the published 340 images per second and GPU, with a teacher at its published inference speed in
 turn; `wn21k train plan` computes it for others):
 
-    in21k                          1,652 M images   208.0 hours
-    in21k_without_distillation     1,652 M images   168.7 hours
-    in21k_winter21                 1,548 M images   158.1 hours
+    in21k                            944 M images   118.8 hours
+    in21k_without_distillation       944 M images    96.4 hours
+    in21k_winter21                   885 M images    90.4 hours
     in21k_from_scratch             1,652 M images   208.0 hours
     in21k_modern                   1,062 M images   108.4 hours
-    in1k                              51 M images     5.2 hours
+    in1k                              51 M images     6.5 hours
+    in1k_without_distillation         51 M images     5.2 hours
 
 in1k takes the usual folders, DIR/train/n01440764/... and DIR/val/n01440764/...; the others what `wn21k data prepare`
-makes.
+makes. The published speeds are the highest there are, in half precision; a V100 has no bf16, which in21k_modern takes.
 
-No ImageNet-1K weights of exactly this architecture are published that have not seen ImageNet-21K, so in21k
-begins from scratch with the published settings for that; with weights of one's own: --set model.start=DIR
---set schedule.epochs=80 --set optimizer.name=adam --set optimizer.lr=3e-4.
-wn21k_zoo/training/presets.py says what is published and what had to be chosen: the weight of the distillation, and all
-of the fine-tuning but its result. None of these recipes has been run to its end by this project.
+ImageNet-1K weights to begin with: deit_base_patch16_224.fb_in1k, without the biases of queries, keys and
+values, for which this network has no place; which ones the authors took is not published.
+wn21k_zoo/training/presets.py says what is published and what had to be chosen, above all the weight of the distillation
+and most of the fine-tuning. None of these recipes has been run to its end by this project.
 """
 
 from wn21k_zoo.training import presets
@@ -37,7 +37,7 @@ from wn21k_zoo.training.recipe import Recipe
 
 
 def in21k() -> Recipe:
-    """Semantic softmax with distillation, from random weights (published: from ImageNet-1K weights, see above)."""
+    """Semantic softmax with distillation, from ImageNet-1K weights."""
     return presets.in21k("vit_base_patch16_224_miil")
 
 
@@ -62,5 +62,10 @@ def in21k_modern() -> Recipe:
 
 
 def in1k() -> Recipe:
-    """The published 21K-P checkpoint, fine-tuned on ImageNet-1K."""
+    """The published 21K-P checkpoint, fine-tuned on ImageNet-1K with distillation."""
     return presets.in1k("vit_base_patch16_224_miil")
+
+
+def in1k_without_distillation() -> Recipe:
+    """The same without a teacher."""
+    return presets.without_distillation(in1k())

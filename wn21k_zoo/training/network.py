@@ -7,7 +7,9 @@ sake of the loss's speed; :func:`reorder_head` goes there and back.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -49,6 +51,9 @@ __all__ = [
     "synchronised",
     "try_size",
 ]
+
+
+_LOG = logging.getLogger(__name__)
 
 
 class Normalized(nn.Module):
@@ -128,12 +133,27 @@ def _started(
     module = building.create_model(start, num_classes=None if keeps else len(class_names), **arguments)
     architecture = str(cast(Any, module).pretrained_cfg.get("architecture", "")).removeprefix(registry.TIMM_PREFIX)
     if architecture and architecture != recipe.model.architecture:
-        raise RecipeError(f"model.start {start} is a {architecture}, not a {recipe.model.architecture}.")
+        module = _moved(module, start, architecture, recipe.model.architecture, len(class_names), arguments)
     if keeps and levels is not None and levels.order == "level":
         reorder_head(module, levels.columns)
     if not keeps:
         _calm_head(module)
     return module
+
+
+def _moved(
+    module: nn.Module, start: str, begun: str, architecture: str, num_classes: int, arguments: dict[str, Any]
+) -> nn.Module:
+    """The weights of one architecture in another that needs no others; the published code, too, takes what fits."""
+    target = convert.build(architecture, num_classes=num_classes, **arguments)
+    weights, wanted = module.state_dict(), target.state_dict()
+    if any(name not in weights or weights[name].shape != value.shape for name, value in wanted.items()):
+        raise RecipeError(f"model.start {start} is a {begun}, not a {architecture}.")
+    target.load_state_dict({name: weights[name] for name in wanted})
+    if (unused := sorted(set(weights) - set(wanted))) and os.environ.get("RANK", "0") == "0":
+        text = "model.start %s: %s has no place for %s and others like it (%d)"
+        _LOG.warning(text, start, architecture, unused[0], len(unused))
+    return target
 
 
 def _calm_head(module: nn.Module) -> None:
