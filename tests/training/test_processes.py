@@ -214,7 +214,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(data, tmp_path, start, ranks
     process = start(arguments)
     wait_for_step(tmp_path / "parts", 10, process)
     kill_all(process)
-    assert RunFolder(tmp_path / "parts").status()["state"] == "running"
+    killed = RunFolder(tmp_path / "parts")
+    assert killed.status()["state"] == "running"
+    assert killed.status()["step"] >= killed.newest_step() >= 9
     subprocess.run(arguments, check=True, env=ENVIRONMENT)
     assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
     keys = ("step", "loss", "lr")

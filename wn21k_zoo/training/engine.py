@@ -288,6 +288,8 @@ class _Run:
         self._saved_at = time.monotonic()
         self.learner.check_weights(self.step)
         if self.writer is not None:
+            if self.folder.status().get("state") == "running":  # and no other rank has failed
+                self.folder.set_status("running", self.step, total=self.total)
             with self.rescue.changing:
                 self.writer.save(self._state(), best=best, wait=wait)
                 self.saved = self.step, self.evaluated

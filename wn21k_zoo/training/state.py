@@ -5,7 +5,7 @@
     OUTPUT/
       recipe.json          all fields, as they were resolved
       data.json            what it is trained on: classes, images
-      status.json          running, and since which step; or preempted, finished or failed, and at which
+      status.json          running, with the step of the newest checkpoint; or preempted, finished, failed, and where
       metrics.jsonl        a line per logged step and per evaluation
       checkpoints/step-00001234.pt, best.pt
       tensorboard/         when TensorBoard is installed

@@ -1,5 +1,7 @@
 """How a run stands, in ``status.json`` of its folder: running, preempted, finished or failed, and at which step.
 
+While it runs that is the step of its newest checkpoint, which may still be being written.
+
 Launch files look at it. Nothing here needs torch, so that it can be written before torch is there.
 """
 
