@@ -116,6 +116,19 @@ def test_perfect_predictions_are_perfect_whatever_the_head(head, order):
         assert figures["raw_top1"] >= 40
 
 
+@pytest.mark.parametrize("order", ["published", "level"])
+@pytest.mark.parametrize("target", [0, 1, 2])
+def test_of_classes_below_one_that_is_less_certain_the_likeliest_is_chosen(target, order):
+    # feline and canine; wolf, fox and hyena below the second
+    tree = SemanticTree.from_wnids(["n02114100", "n02118333", "n02117135", "n02083346", "n02120997"])
+    logits = torch.zeros(1, 5)
+    logits[0, target], logits[0, 4] = 3.0, 9.0  # canine is less likely than any of the three among themselves
+    evaluation = Evaluation(tree, 5, "semantic_softmax", range(3), order)
+    columns = evaluation._levels.columns if order == "level" else slice(None)
+    evaluation.update(logits[:, columns], torch.tensor([target]))
+    assert evaluation.compute()["top1"] == 100
+
+
 def test_classes_without_a_hierarchy_have_no_figures_of_one():
     flat = SemanticTree.from_wnids(["n02123045", "n02084071", "n00017222"])
     evaluation = Evaluation(flat, 3, "softmax", range(3), "level")

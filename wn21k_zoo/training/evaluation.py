@@ -23,6 +23,9 @@ from wn21k_zoo.tree import SemanticTree
 __all__ = ["Evaluation", "classes_with_images"]
 
 
+_TIE = 1e-6  # what a class's own probability counts for beside its confidence
+
+
 class Evaluation(nn.Module):
     """Counts batches of logits.
 
@@ -32,6 +35,7 @@ class Evaluation(nn.Module):
 
     Leaves are the classes with images that have no descendant with images: since no class is more certain than its
     ancestors, only among them does the highest confidence choose. Where no class with images is above another, all are.
+    Of several that are as certain as a common ancestor the one with the highest probability within its level is chosen.
 
     Args:
         tree: The classes and their hierarchy; None: a plain softmax over classes of one's own.
@@ -84,7 +88,10 @@ class Evaluation(nn.Module):
             scores = self._decoder(logits_bn)
             self.semantic.update(scores.probability, targets_b)
             confidence = scores.confidence.index_select(1, self.semantic.levels.positions)
-            predictions = self.leaf.update(confidence, targets_b)
+            order = confidence
+            if self._head == "semantic_softmax":  # classes below one that is less certain than they are have its
+                order = confidence + _TIE * scores.probability.index_select(1, self.semantic.levels.positions)
+            predictions = self.leaf.update(order, targets_b)
             self.distances.update(predictions, targets_b)
         sure = confidence.gather(1, predictions[:, None])[:, 0]
         self.calibration.update(sure, predictions == targets_b, self.leaf.has(targets_b))
