@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -96,26 +97,34 @@ def mark(folder, state):
 
 @needs_bash
 @pytest.mark.parametrize(
-    ("before", "after", "code", "expected"),
+    ("before", "elsewhere", "after", "code", "expected", "state"),
     [
-        ("preempted", None, 1, 1),  # it failed before it began: the old mark must not put it back for ever
-        ("preempted", "failed", 1, 1),
-        ("preempted", "preempted", 1, 143),
-        (None, "preempted", 1, 143),
-        (None, "finished", 0, 0),
-        (None, None, 2, 2),
+        ("preempted", False, None, 1, 1, "waiting"),  # it failed before it began: an old mark must not put it back
+        ("preempted", False, "failed", 1, 1, "failed"),
+        ("preempted", True, "failed", 1, 1, "failed"),
+        ("preempted", True, "preempted", 1, 143, "preempted"),
+        (None, True, "preempted", 1, 143, "preempted"),
+        (None, False, "preempted", 1, 1, "failed"),  # torchrun stopped the others when one was gone
+        (None, False, "running", 1, 1, "failed"),
+        (None, False, "finished", 0, 0, "finished"),
+        (None, False, None, 2, 2, None),
     ],
 )
-def test_the_exit_code_says_whether_this_run_was_told_to_stop(tmp_path, before, after, code, expected):
+def test_the_exit_code_says_whether_this_run_was_told_to_stop(
+    tmp_path, before, elsewhere, after, code, expected, state
+):
     output = tmp_path / "run"
     if before is not None:
         mark(output, before)
     mark(tmp_path / "other", after or "")
     write = f"mkdir -p {output}; cp {tmp_path}/other/status.json {output}" if after is not None else ":"
+    if elsewhere:  # by the run.sh of another machine
+        write += f"; touch {output}/.asked-to-stop"
     environment = with_programs(tmp_path, torchrun=f'echo "$@" > {tmp_path}/arguments; {write}; exit {code}')
     done = subprocess.run(["bash", LAUNCH / "run.sh", output, "-m", "a b"], env=environment, capture_output=True)
     assert done.returncode == expected, done.stderr
     assert (tmp_path / "arguments").read_text() == "-m a b\n"
+    assert state is None or json.loads((output / "status.json").read_text())["state"] == state
 
 
 @needs_bash
@@ -133,6 +142,22 @@ def test_told_to_stop_before_the_run_can_say_anything(tmp_path, state, expected)
         time.sleep(0.02)
     process.terminate()
     assert process.wait(30) == expected
+    assert (output / ".asked-to-stop").exists()
+
+
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
+
+
+def launched(tmp_path, data, output):
+    return [
+        "bash", str(LAUNCH / "run.sh"), str(output), "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "localhost:0", "-m", "wn21k_zoo.training.train", "--recipe", str(tmp_path / "recipe.json"),
+        "--data", str(data), "--output", str(output), "--workers", "0", "--device", "cpu",
+    ]  # fmt: skip
 
 
 @needs_bash
@@ -140,16 +165,10 @@ def test_told_to_stop_before_the_run_can_say_anything(tmp_path, state, expected)
 def test_a_run_told_to_stop_ends_with_143_and_goes_on(tmp_path):
     data, output = make_folder(tmp_path / "data"), tmp_path / "run"
     (tmp_path / "recipe.json").write_text(small_recipe(schedule={"epochs": 300}).to_json())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    command = [
-        "bash", str(LAUNCH / "run.sh"), str(output), "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "localhost:0", "-m", "wn21k_zoo.training.train", "--recipe", str(tmp_path / "recipe.json"),
-        "--data", str(data), "--output", str(output), "--workers", "0", "--device", "cpu",
-    ]  # fmt: skip
+    command = launched(tmp_path, data, output)
     reached = 0
     for _ in range(2):
-        process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.PIPE, text=True)
         while not (output / "metrics.jsonl").exists() or len((output / "metrics.jsonl").read_text()) <= reached:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
@@ -158,3 +177,25 @@ def test_a_run_told_to_stop_ends_with_143_and_goes_on(tmp_path):
         assert process.returncode == 143, errors
         assert json.loads((output / "status.json").read_text())["state"] == "preempted"
         reached = len((output / "metrics.jsonl").read_text())
+
+
+@needs_bash
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_a_failure_although_torchrun_stops_the_other(tmp_path):
+    data, output = make_folder(tmp_path / "data"), tmp_path / "run"
+    (tmp_path / "recipe.json").write_text(small_recipe(schedule={"epochs": 300}).to_json())
+    process = subprocess.Popen(
+        launched(tmp_path, data, output), env=ENVIRONMENT, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while not (output / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    workers = [
+        each
+        for each in psutil.Process(process.pid).children(recursive=True)
+        if each.environ().get("RANK") == "1" and "wn21k_zoo.training.train" in each.cmdline()
+    ]
+    workers[0].kill()
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 1, errors
+    assert json.loads((output / "status.json").read_text())["state"] == "failed"

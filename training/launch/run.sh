@@ -3,28 +3,35 @@
 #
 #     run.sh OUTPUT ARGUMENTS_OF_TORCHRUN...
 #
-# It passes SIGTERM on, and ends with 143 when the run in OUTPUT says that it was told to stop and has its checkpoint, or
-# when it was told so itself before the run could say anything: torchrun then ends with 1, as it does after any failure.
+# It passes SIGTERM on, and ends with 143 when it was told to stop, here or on another machine, and the run did not fail
+# for a reason of its own: torchrun then ends with 1, as it does after any failure. A worker that is gone without that
+# (killed for want of memory, say) makes torchrun stop the others, which look preempted; that is a failure.
 set -u
 status="$1/status.json"
+asked="$1/.asked-to-stop"
 shift
-preempted='"state": "preempted"'
 
-# The mark of another time says nothing about this one.
+# The marks of another time say nothing about this one.
 [ -f "$status" ] && sed -i 's/"state": "\(preempted\|failed\)"/"state": "waiting"/' "$status"
+rm -f "$asked"
 
 set -m # a process group of its own: a signal to the group of this shell reaches torchrun once, from here
 torchrun "$@" &
 child=$!
 told=no
-trap 'trap "" TERM; told=yes; kill -TERM "$child"' TERM
-trap 'kill -INT "$child"' INT
+trap 'trap "" TERM; told=yes; : 2>/dev/null >"$asked"; kill -TERM "$child"' TERM
+trap 'told=yes; kill -INT "$child"' INT
 wait "$child"
 code=$?
 while kill -0 "$child" 2>/dev/null; do # the signal ended the waiting, not the child
     wait "$child"
     code=$?
 done
-grep -q "$preempted" "$status" 2>/dev/null && exit 143
-[ "$told" = yes ] && [ "$code" -ne 0 ] && ! grep -q '"state": "failed"' "$status" 2>/dev/null && exit 143
-exit "$code"
+[ "$code" -eq 0 ] && exit 0
+if [ "$told" = no ] && [ ! -e "$asked" ]; then
+    # Before any other machine is told to stop because this one failed.
+    [ -f "$status" ] && sed -i 's/"state": "\(running\|preempted\)"/"state": "failed"/' "$status"
+    exit "$code"
+fi
+grep -q '"state": "failed"' "$status" 2>/dev/null && exit "$code"
+exit 143
