@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError
+from wn21k_zoo.errors import BadImagesError, DataError, NonFiniteError, RecipeError, RunError
+from wn21k_zoo.training import engine
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import Preempted
 from wn21k_zoo.training.evaluate import evaluate
@@ -261,6 +262,21 @@ def test_on_a_gpu(data, tmp_path, stop_at, precision):
     figures = run(recipe, data, tmp_path, gpu)
     assert figures["images"] == 6
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
+
+
+def test_an_evaluation_that_fails_costs_no_training(data, tmp_path, monkeypatch):
+    def damaged(self):
+        raise BadImagesError("All of them.")
+
+    monkeypatch.setattr(engine._Run, "_evaluate", damaged)
+    with pytest.raises(BadImagesError):
+        run(small_recipe(), data, tmp_path)
+    assert (final(tmp_path)["step"], final(tmp_path)["evaluated"]) == (6, 0)
+    monkeypatch.undo()
+    run(small_recipe(), data, tmp_path)
+    assert [line["step"] for line in lines(tmp_path, "evaluation")] == [6, 12]
+    run(small_recipe(), data, tmp_path / "whole")
+    assert_same_weights(final(tmp_path / "whole"), final(tmp_path))
 
 
 def test_data_that_is_not_there(tmp_path):

@@ -139,7 +139,14 @@ def compare(
             continue
         last = evaluations[-1]
         figures = {name: round(last[name], 2) if name in last else None for name in _COMPARED}
-        rows.append({"run": names[run], "loss": folder.recipe().loss.kind, "epoch": last["epoch"], **figures})
+        recipe = folder.recipe()
+        of = {
+            "loss": recipe.loss.kind,
+            "epoch": float(last["epoch"]),
+            "classes": recipe.data.label_space or "own",
+            "images": last["images"],
+        }
+        rows.append({"run": names[run], **of, **figures})
     if not rows:
         raise RunError("There is nothing to compare.")
     if choose_format(format) is not Format.table:

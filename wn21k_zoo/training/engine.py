@@ -218,13 +218,16 @@ class _Run:
 
     def _finish_epoch(self, epoch: int) -> None:
         self.learner.check_weights(self.step)
+        self.window.share(self.world)
         is_last = self.step >= self.total
         evaluates = is_last or epoch % self.recipe.run.evaluate_every == 0
+        if evaluates and (self.saved is None or self.saved[0] != self.step):
+            self._save()  # an evaluation that fails, over damaged images, say, costs no training
         figures = self._evaluate() if evaluates else {}
         is_best = False
         with self.rescue.changing:
             if evaluates:
-                self.figures = {"step": self.step, "epoch": epoch, **figures}
+                self.figures = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **figures}
                 self.reporter.evaluation(self.figures)
                 score = figures.get("semantic_top1", figures["top1"])
                 is_best, self.best = score > self.best, max(score, self.best)
@@ -275,9 +278,11 @@ class _Run:
         if answer.stop:
             self._stop()
         if answer.save:
+            self.window.share(self.world)
             self._save()
 
     def _stop(self) -> NoReturn:
+        self.window.share(self.world)
         self._save(wait=True)
         if self.world.leads:  # before any process is gone: launch files look for the mark as soon as one is
             self.folder.set_status("preempted", self.step, total=self.total)
@@ -292,7 +297,7 @@ class _Run:
                 self.folder.set_status("running", self.step, total=self.total)
             with self.rescue.changing:
                 self.writer.save(self._state(), best=best, wait=wait)
-                self.saved = self.step, self.evaluated
+        self.saved = self.step, self.evaluated
 
     def _rescued(self) -> None:
         """Write the state before the step that is under way, in another thread than the one that is in it."""
@@ -313,8 +318,7 @@ class _Run:
             "layout": [self.world.size, self.micro],
             "evaluated": self.evaluated,
             "best": [self.best, self.best_of],
-            # Of several ranks each has its own losses: the first line after a resume is then of the steps since.
-            "window": (self.window if self.world.size == 1 else Window(torch.device("cpu"))).state_dict(),
+            "window": self.window.state_dict(),
             "figures": self.figures,
             **self.learner.state_dict(),
         }
@@ -336,6 +340,7 @@ class _Run:
         self.step, self.evaluated = state["step"], state["evaluated"]
         self.layout, self.figures = state["layout"], state["figures"]
         self.window.load_state_dict(state["window"])
+        self.saved = self.step, self.evaluated
         best, best_of = state["best"]
         if best_of == self.best_of:  # on fewer or more images it says nothing about now
             self.best = best

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.state import RunFolder
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Reporter:
         self._record({"kind": "evaluation", **values})
         shown = ("semantic_top1", "top1", "top5", "mean_lca_error")
         self.say(
-            f"epoch {values['epoch']}  "
+            f"epoch {values['epoch']:g}  "
             + "  ".join(f"{name} {values[name]:.2f}" for name in shown if values.get(name) is not None)
         )
 
@@ -137,6 +138,11 @@ class Window:
         self.waited, self._elapsed, self._images, self._steps, self._begin = 0.0, 0.0, 0, 0, now
         self._loss = torch.zeros_like(self._loss)
         return figures
+
+    def share(self, world: World) -> None:
+        """Make the losses until now the mean of all ranks' on each; they call it together."""
+        if world.size > 1:
+            self._loss.fill_(world.mean(float(self._loss))[0])
 
     def state_dict(self) -> dict[str, Any]:
         """What of it does not depend on the clock."""
