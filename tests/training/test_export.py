@@ -150,8 +150,19 @@ def test_classes_of_ones_own(tmp_path):
     assert figures["images"] == 4
     assert "semantic_top1" not in figures
     other = make_folder(tmp_path / "other", names=("cats", "mice"))
-    with pytest.raises(DataError, match="other class folders"):
+    with pytest.raises(DataError, match="has a folder mice, which is no class of small"):
         evaluate(tmp_path / "run", other, workers=0)
+
+
+def test_some_of_the_classes_of_ones_own_can_be_evaluated(tmp_path):
+    data = make_folder(tmp_path / "images", names=("ants", "cats", "dogs"), images=20)
+    recipe = small_recipe(loss={"kind": "single_label"}, optimizer={"lr": 3e-3}, schedule={"epochs": 6})
+    train(recipe, data, tmp_path / "run", ALONE, workers=0)
+    every = evaluate(tmp_path / "run", data, split="all", workers=0)
+    assert (every["images"], every["top1"]) == (60, 100)
+    shutil.rmtree(data / "cats")
+    some = evaluate(tmp_path / "run", data, split="all", workers=0)
+    assert (some["images"], some["classes"], some["classes_with_images"], some["top1"]) == (40, 3, 2, 100)
 
 
 def test_a_published_architecture_is_evaluated_as_it_wants(exported, data, tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from wn21k_zoo.errors import DataError
+from wn21k_zoo.errors import BadImagesError, DataError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.crops import CenterCrop
 from wn21k_zoo.training.data import Loader, is_class_folder, open_folder
@@ -30,6 +30,25 @@ def test_divided_as_the_user_divided_it(tmp_path):
     make_folder(tmp_path / "val", images=1, names=("c",))
     with pytest.raises(DataError, match="has the class c, which"):
         open_folder(tmp_path, "validation")
+
+
+def test_a_class_may_have_no_image_for_validation(tmp_path):
+    make_folder(tmp_path / "x", images=10, names=("a", "b"))
+    make_folder(tmp_path / "x", images=1, names=("c",))
+    assert len(open_folder(tmp_path / "x")) == 19
+    validation = open_folder(tmp_path / "x", "validation")
+    assert (len(validation), validation.class_names) == (2, ("a", "b", "c"))
+    make_folder(tmp_path / "y", images=1, names=("a", "b"))
+    with pytest.raises(DataError, match="validation: the class a has no images"):
+        open_folder(tmp_path / "y", "validation")
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    make_folder(tmp_path, images=2, names=("a", "b"))
+    (tmp_path / "a" / "._0.jpg").write_bytes(b"of macOS")
+    (tmp_path / "a" / ".cache").mkdir()
+    (tmp_path / "a" / ".cache" / "x.jpg").write_bytes(jpeg(1))
+    assert len(open_folder(tmp_path, "all")) == 4
 
 
 def test_what_is_no_data_set(tmp_path):
@@ -68,3 +87,29 @@ def test_a_damaged_file_is_left_out_and_named(tmp_path, caplog):
     for batch in batches:
         for sample, target in zip(batch.samples.tolist(), batch.targets.tolist(), strict=True):
             assert folder.files[sample][1] == target
+
+
+def test_one_damaged_file_of_a_few_is_endured_in_every_epoch(tmp_path, caplog):
+    make_folder(tmp_path, images=10)
+    (tmp_path / WNIDS[0] / "3.jpg").write_bytes(b"no image")
+    loader = Loader(open_folder(tmp_path, "all"), batch_size=60, augmentation=CenterCrop(8))
+    for epoch in range(25):
+        assert [len(batch) for batch in loader] == [59], epoch
+    assert loader.bad_samples == 25
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 21  # and what follows is not named
+    assert messages[-1] == "further damaged samples are not named"
+
+
+def test_more_damaged_files_than_allowed_end_the_epoch(tmp_path):
+    make_folder(tmp_path, images=10)
+    for name in WNIDS[:2]:
+        for path in (tmp_path / name).iterdir():
+            path.write_bytes(b"no image")
+    loader = Loader(open_folder(tmp_path, "all"), batch_size=4, training=False, augmentation=CenterCrop(8))
+    with pytest.raises(BadImagesError, match=r"1\d of the 60 samples of an epoch are damaged, more than 1\.0%"):
+        list(loader)
+    loader = Loader(
+        open_folder(tmp_path, "all"), batch_size=4, training=False, augmentation=CenterCrop(8), max_bad=0.02
+    )
+    assert sum(len(batch) for batch in loader) == 40

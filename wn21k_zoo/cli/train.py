@@ -230,6 +230,7 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     precision: Annotated[_Precision, typer.Option("--precision", help="Of the forward pass.")] = _Precision.fp32,
+    max_bad: Annotated[float, typer.Option("--max-bad", min=0, max=1, help="Allowed share of damaged images.")] = 0.01,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="All figures as a JSON file.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="A reliability diagram as PNG (extra plot).")] = None,
     format: FormatOption = None,  # noqa: A002
@@ -255,6 +256,7 @@ def evaluate(
             workers=workers,
             device=device,
             precision=precision.value,
+            max_bad=max_bad,
             progress=advance,
         )
     if figures["left_out"]:

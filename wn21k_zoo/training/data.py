@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger(__name__)
+_NAMED = 20  # damaged samples, in the log
 Augmentation = Callable[[NDArray[np.uint8], random.Random], NDArray[np.uint8]]
 _Task = tuple[int, int, int, int]  # epoch, first position, end, samples seen after the whole batch
 
@@ -102,7 +103,7 @@ class Loader:
         device: Batches come as tensors there, the next one on its way while one is worked on.
         dtype: Of the images.
         window: So many shards are mixed with each other.
-        max_bad: Share of damaged samples that is endured.
+        max_bad: Share of an epoch's samples that may be damaged; ten of a thousand always may, for 0.01.
         group: In training, so many batches of each rank make a step; what is left of an epoch and less than a step is
             left out.
 
@@ -147,7 +148,7 @@ class Loader:
         self.dataset, self.batch_size, self.training = dataset, batch_size, training
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype, self.max_bad = torch.device(device), dtype, max_bad
-        self.bad_samples = self.good_samples = 0
+        self.bad_samples = self.good_samples = self._bad_of_epoch = 0
         self._order = SampleOrder(dataset.lengths, window if training else 0, seed)
         self._plan = _Plan(len(dataset), batch_size, training, rank, world_size, group)
         reader = _Reader(dataset, self._order, augmentation or (PublishedAugmentation() if training else Squash()))
@@ -169,6 +170,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         with _shielded():
             loaded = iter(self._batches)
+        self._bad_of_epoch = 0
         for seen, batch in self._on_device(loaded):
             self._plan.samples_seen = seen
             yield batch
@@ -213,17 +215,21 @@ class Loader:
             yield before
 
     def _count(self, raw: dict[str, Any]) -> None:
-        for shard, key, reason in raw["bad"]:
+        for shard, key, reason in raw["bad"][: max(0, _NAMED - self.bad_samples)]:
             _LOG.warning("sample left out: %s, %s: %s", shard, key, reason)
+        if self.bad_samples < _NAMED <= self.bad_samples + len(raw["bad"]):
+            _LOG.warning("further damaged samples are not named")
         self.bad_samples += len(raw["bad"])
         self.good_samples += len(raw["targets"])
-        if self.bad_samples > self.max_bad * max(1000, self.bad_samples + self.good_samples):
-            shard, key, reason = raw["bad"][-1] if raw["bad"] else ("", "", "")
+        self._bad_of_epoch += len(raw["bad"])
+        share = len(self.dataset) / self.world_size
+        if self._bad_of_epoch > self.max_bad * max(1000, share):
+            shard, key, reason = raw["bad"][-1]
             raise BadImagesError(
-                f"{self.bad_samples:,} of {self.bad_samples + self.good_samples:,} samples are damaged, more than "
+                f"{self._bad_of_epoch:,} of the {share:,.0f} samples of an epoch are damaged, more than "
                 f"{self.max_bad:.1%} (the last: {shard}, {key}: {reason}). "
                 + (
-                    "Each was named above: remove them, or raise max_bad."
+                    "Remove those that were named above, or raise max_bad."
                     if isinstance(self.dataset, FolderDataset)
                     else "`wn21k data verify` tells which shards are; or raise max_bad."
                 )

@@ -54,6 +54,7 @@ def evaluate(
     device: str = "auto",
     precision: str = "fp32",
     max_batches: int | None = None,
+    max_bad: float = 0.01,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Figures of a model on a split of a data set.
@@ -71,6 +72,7 @@ def evaluate(
         device: auto, cpu, cuda or mps.
         precision: fp32, bf16 or fp16.
         max_batches: End early.
+        max_bad: Share of damaged images that is endured.
         progress: Told of batches done and to do.
 
     Returns:
@@ -107,6 +109,7 @@ def evaluate(
         augmentation=subject.resize,
         workers=min(16, count_cores()) if workers is None else workers,
         device=chosen,
+        max_bad=max_bad,
     )
     total = min(len(loader), max_batches or len(loader))
     begin, dtype = time.perf_counter(), dtypes[precision]
@@ -220,6 +223,4 @@ def _dataset(data: str | os.PathLike[str], split: str, subject: _Subject) -> Sha
     folder = open_folder(data, split)
     if subject.space is not None:
         return folder.mapped_to(subject.space)
-    if folder.class_names != subject.class_names:
-        raise DataError(f"{data} has other class folders than {subject.name} was trained on.")
-    return folder
+    return folder.mapped(subject.class_names, f"class of {subject.name}")

@@ -79,13 +79,19 @@ class FolderDataset:
         Raises:
             DataError: A folder's name is no class of it.
         """
-        if unknown := set(self.class_names) - set(space.wnids):
-            raise DataError(
-                f"{self.root} has a folder {min(unknown)}, which is no class of {space.name}; folders must be named by "
-                "the wnids of its classes."
-            )
-        files = tuple((name, space.index[self.class_names[target]]) for name, target in self.files)
-        return dataclasses.replace(self, class_names=space.wnids, files=files)
+        return self.mapped(space.wnids, f"class of {space.name}; folders must be named by the wnids of its classes")
+
+    def mapped(self, class_names: tuple[str, ...], what: str) -> FolderDataset:
+        """The same with the targets of other classes, by name.
+
+        Raises:
+            DataError: A folder's name is none of them; ``what`` says of what.
+        """
+        if unknown := set(self.class_names) - set(class_names):
+            raise DataError(f"{self.root} has a folder {min(unknown)}, which is no {what}.")
+        index = {name: number for number, name in enumerate(class_names)}
+        files = tuple((name, index[self.class_names[target]]) for name, target in self.files)
+        return dataclasses.replace(self, class_names=class_names, files=files)
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -171,7 +177,9 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
         classes = _classes(root)
         files = [(name, target) for target, each in enumerate(classes) for name in _chosen(_images(root, each), split)]
     counts = Counter(target for _, target in files)
-    if empty := [each for target, each in enumerate(classes) if not counts[target]]:
+    empty = [each for target, each in enumerate(classes) if not counts[target]]
+    # A class of few images may have none for validation.
+    if empty and (split != "validation" or not files):
         raise DataError(f"{root}, {split}: the class {empty[0]} has no images ({', '.join(SUFFIXES)}).")
     files.sort(key=lambda file: _hash(file[0]))  # groups are mixed, as shards are
     return FolderDataset(root=root, split=split, class_names=tuple(classes), files=tuple(files))
@@ -193,8 +201,13 @@ def _images(root: Path, below: str) -> list[str]:
     return sorted(
         path.relative_to(root).as_posix()
         for path in (root / below).rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file()
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not _is_hidden(path.relative_to(root / below))
     )
+
+
+def _is_hidden(path: Path) -> bool:
+    """Such as the ``._photo.jpg`` beside each photo.jpg that macOS copies to other file systems."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _chosen(names: list[str], split: str) -> list[str]:
