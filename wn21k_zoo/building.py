@@ -180,7 +180,8 @@ def as_folder(name: str | os.PathLike[str]) -> Path | None:
     else:
         return None
     if folder.is_file():
-        raise UnknownModelError(f"{folder} is a file; name the folder that holds {CONFIG_FILE} and the weights.")
+        how = "; `wn21k train export RUN DIR` makes one of a run" if folder.suffix == ".pt" else ""
+        raise UnknownModelError(f"{folder} is a file; name the folder that holds {CONFIG_FILE} and the weights{how}.")
     if not folder.is_dir():
         raise UnknownModelError(f"There is no folder {folder}. For a repository on the Hub write hf-hub:ORG/NAME.")
     return folder

@@ -242,8 +242,14 @@ def test_what_cannot_be_is_refused(shards, tmp_path):
             open_dataset(place, split)
     (tmp_path / "missing").mkdir()
     shutil.copy(shards / "_info.json", tmp_path / "missing")
-    with pytest.raises(DataError, match="cannot be read"):
-        batches(loader(tmp_path / "missing"))
+    with pytest.raises(DataError, match=r"train-00000\.tar is missing; copy it anew"):
+        open_dataset(tmp_path / "missing")
+    shutil.copytree(shards, tmp_path / "short")
+    last = max((tmp_path / "short").glob("train-*.tar"))
+    os.truncate(last, last.stat().st_size - 512)
+    with pytest.raises(DataError, match=rf"{last.name} has [\d,]+ bytes, and had [\d,]+ when it was written"):
+        open_dataset(tmp_path / "short")
+    open_dataset(tmp_path / "short", "validation")  # whose shards are whole
 
 
 def test_a_data_set_can_be_pickled(shards):

@@ -143,5 +143,5 @@ def test_outputs_that_are_not_finite_give_no_figures():
     logits = torch.zeros(3, 5)
     logits[1, 2] = torch.nan
     evaluation.update(logits, torch.tensor([0, 1, 2]))
-    with pytest.raises(NonFiniteError, match="The logits of 1 of 3 images are NaN or infinite; if fp16"):
+    with pytest.raises(NonFiniteError, match="The logits of 1 of 3 images are NaN or infinite: the network"):
         evaluation.compute()

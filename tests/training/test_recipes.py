@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS
-from wn21k_zoo.errors import RecipeError, UnknownModelError
+from wn21k_zoo.errors import ModelError, RecipeError, UnknownModelError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.distributed import World
@@ -249,6 +250,11 @@ def test_any_field_can_be_overridden():
         ("def f():\n    exit(3)\n", "fails with SystemExit: 3"),
         ("raise SystemExit('not here')\n", "SystemExit: not here"),
         ("def f(x):\n    pass\n", "has no function"),
+        (
+            "from wn21k_zoo.training import presets\ndef f():\n    recipe = presets.in21k('resnet50')\n"
+            "    recipe.optimiser.lr = 1\n    return recipe\n",
+            r"fails with AttributeError: .*'optimiser'.* Did you mean optimizer\?",
+        ),
     ],
 )
 def test_a_recipe_file_that_does_not_work(tmp_path, text, message):
@@ -276,11 +282,44 @@ def test_what_follows_a_recipe_is_its_argument(tmp_path):
     assert load_recipe(f"{FOLDER / 'finetune.py'}::resnet50.miil_in21k") == presets.finetune("resnet50.miil_in21k")
     with pytest.raises(UnknownModelError, match="Did you mean"):
         load_recipe(f"{where}:resnet50.mil_in21k")
+    mine = tmp_path / "mine.py"
+    mine.write_text("def first():\n    pass\n\n\nfrom wn21k_zoo.training import presets\n\n\n"
+                    "def of(start):\n    return presets.finetune(start)\n")  # fmt: skip
+    assert load_recipe(f"{mine}:of:resnet50.miil_in21k") == presets.finetune("resnet50.miil_in21k")
+    assert list(recipes_in(mine)) == ["first"]
+    with pytest.raises(RecipeError, match=r"The recipe of takes an argument: .*mine\.py:of:TEXT"):
+        load_recipe(f"{mine}:of")
     with pytest.raises(RecipeError, match="in1k takes no argument"):
         load_recipe(f"{FOLDER / 'resnet50.py'}:in1k:x")
     (tmp_path / "recipe.json").write_bytes(b"\xff\xfe")
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(str(tmp_path / "recipe.json"))
+
+
+def test_finetuning_begins_with_any_folder_that_says_what_it_is(tmp_path):
+    model = timm.create_model("test_vit", num_classes=3, img_size=32)
+    settings = {"input_size": (3, 32, 32), "mean": (0.1,) * 3, "std": (0.2,) * 3, "crop_pct": 0.9}
+    save_for_hf(model, tmp_path / "model", model_config={"pretrained_cfg": settings}, model_args={"img_size": 32})
+    recipe = load_recipe(f"{FOLDER / 'finetune.py'}:finetune:{tmp_path / 'model'}/")
+    assert (recipe.name, recipe.model.architecture) == ("model_finetuned", "test_vit")
+    assert (recipe.data.size, recipe.data.crop_pct, recipe.model.mean, recipe.model.std) == (
+        32, 0.9, (0.1,) * 3, (0.2,) * 3,
+    )  # fmt: skip
+    recipe.schedule.max_steps = 2
+    data = make_folder(tmp_path / "images", images=10)
+    assert train(recipe, data, tmp_path / "run", World(0, 1, torch.device("cpu")), workers=0)["images"] == 6
+    squashed = settings | {"crop_mode": "squash"}
+    save_for_hf(model, tmp_path / "squashed", model_config={"pretrained_cfg": squashed})
+    assert presets.finetune(str(tmp_path / "squashed")).data.crop_pct is None
+    (tmp_path / "squashed" / "config.json").write_text('{"architecture": "test_vit"}')
+    with pytest.raises(ModelError, match="pretrained_cfg does not say input_size"):
+        presets.finetune(str(tmp_path / "squashed"))
+    with pytest.raises(ModelError, match="is the folder of a run; `wn21k train export"):
+        presets.finetune(str(tmp_path / "run"))
+    with pytest.raises(UnknownModelError, match=r"is a file; .* makes one of a run"):
+        presets.finetune(str(next((tmp_path / "run" / "checkpoints").iterdir())))
+    with pytest.raises(UnknownModelError, match="There is no folder"):
+        presets.finetune("nowhere/at/all")
 
 
 def test_a_recipe_may_import_its_neighbours(tmp_path):

@@ -14,10 +14,11 @@ r"""Fine-tune a record on a folder of class folders of your own.
 A step has 32 images on any number of GPUs unless --set says otherwise, as for 8 and 32 GPUs above, where that would
 leave too few to each; the learning rate then grows with the root of the batch.
 
-The first recipe begins with MobileNetV3-L, and with any other record or timm model whose name follows it:
+The first recipe begins with MobileNetV3-L, and with any other record, timm model or folder that follows it:
 
     --recipe training/recipes/finetune.py:finetune:tresnet_v2_l.miil_in21k
     --recipe training/recipes/finetune.py:finetune:convnext_tiny.in12k
+    --recipe training/recipes/finetune.py:finetune:./my_resnet50
 
 To change more than --set can, write a file of your own:
 
@@ -28,8 +29,9 @@ To change more than --set can, write a file of your own:
         recipe.data.augmentation = "modern"
         return recipe
 
-Images seen: 20 times your own. Hours: images seen / images per second / 3600, where the lines of a run show the images
-per second of all its GPUs; `wn21k train plan FILE --gpus 1 --images N --images-per-second X` computes them before.
+Images seen: 20 times those for training. Hours: images seen / images per second / 3600, where the lines of a run show
+the images per second of all its GPUs; `wn21k train plan FILE --gpus 1 --images N --images-per-second X` computes them
+before.
 
 Nothing of this is published: learning rates, augmentation and epochs are our choice (wn21k_zoo/training/presets.py).
 """
@@ -39,7 +41,7 @@ from wn21k_zoo.training.recipe import Recipe
 
 
 def finetune(record: str = "mobilenetv3_large_100.miil_in21k") -> Recipe:
-    """MobileNetV3-L, pretrained on ImageNet-21K-P, or the record that is named."""
+    """MobileNetV3-L, pretrained on ImageNet-21K-P, or the record, timm model or folder that is named."""
     return presets.finetune(record)
 
 

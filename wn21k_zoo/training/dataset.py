@@ -8,7 +8,7 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, did_you_mean, first_line
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
-from wn21k_zoo.training.shards import INFO_FILE, DatasetInfo, index_path, read_index, write_index
+from wn21k_zoo.training.shards import INFO_FILE, DatasetInfo, Shard, index_path, read_index, write_index
 from wn21k_zoo.training.storage import Stage, Storage, data_cache_dir, open_storage
 
 __all__ = ["Images", "ShardedDataset", "open_dataset"]
@@ -247,6 +247,8 @@ def _open_ours(
             f"{did_you_mean(split, info.splits)}"
         )
     shards = info.splits[split]
+    if storage.local is not None:
+        _check_sizes(storage.local, shards)
     try:
         own = LabelSpace.load(info.label_space)
     except UnknownLabelSpaceError as error:
@@ -273,6 +275,24 @@ def _open_ours(
     indexes = _indexes(storage, names, space.digest, build, progress)
     dataset = _dataset(storage, split, space, stage, names, indexes, hashes)
     return replace(dataset, left_out=sum(shard.num_samples for shard in shards) - len(dataset))
+
+
+def _check_sizes(folder: Path, shards: Sequence[Shard]) -> None:
+    """See that the shards of a folder are there, and whole as far as their sizes tell.
+
+    Raises:
+        DataError: One is not.
+    """
+    for shard in shards:
+        try:
+            size = (folder / shard.name).stat().st_size
+        except OSError:
+            raise DataError(f"{folder / shard.name} is missing; copy it anew, or prepare the data anew.") from None
+        if size != shard.num_bytes:
+            raise DataError(
+                f"{folder / shard.name} has {size:,} bytes, and had {shard.num_bytes:,} when it was written; copy it "
+                "anew, or prepare the data anew."
+            )
 
 
 def _dataset(

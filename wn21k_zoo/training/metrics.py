@@ -63,8 +63,8 @@ class BrokenRows(_Counts):
         broken, images = self._total()
         if broken:
             raise NonFiniteError(
-                f"The logits of {broken:,} of {images:,} images are NaN or infinite; if fp16 is too narrow for this "
-                "network, take bf16 or fp32."
+                f"The logits of {broken:,} of {images:,} images are NaN or infinite: the network diverged (a lower "
+                "optimizer.lr may help), or is too wide for fp16 (take bf16 or fp32)."
             )
 
 

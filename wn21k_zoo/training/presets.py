@@ -18,12 +18,12 @@ softmax and distillation from scratch; the ``modern`` family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from wn21k_zoo import registry
-from wn21k_zoo.errors import RecipeError, did_you_mean
+from wn21k_zoo import building, download, registry
+from wn21k_zoo.errors import ModelError, RecipeError, did_you_mean
 from wn21k_zoo.training.recipe import Model, Recipe
 
 __all__ = [
@@ -200,26 +200,47 @@ def in1k(architecture: str) -> Recipe:
     return recipe
 
 
-def finetune(record: str = "mobilenetv3_large_100.miil_in21k") -> Recipe:
-    """A record fine-tuned on a folder of class folders of one's own.
+def finetune(start: str = "mobilenetv3_large_100.miil_in21k") -> Recipe:
+    """Weights fine-tuned on a folder of class folders of one's own.
+
+    Args:
+        start: A record, timm's name, a folder such as an exported run, or ``hf-hub:ORG/NAME``.
 
     Raises:
         UnknownModelError: There are no such weights.
+        ModelError: The folder or repository does not say what they are.
     """
-    checkpoint = registry.resolve_checkpoint(record)
-    recipe = Recipe(
-        name=f"{checkpoint.name}_finetuned", model=Model(architecture=checkpoint.architecture, start=record)
-    )
-    recipe.model.mean, recipe.model.std = _three(checkpoint.mean), _three(checkpoint.std)
-    recipe.data.label_space, recipe.data.size = None, checkpoint.input_size[1]
+    name, architecture, size, mean, std, crop_pct = _described(start)
+    recipe = Recipe(name=f"{name}_finetuned", model=Model(architecture=architecture, start=start))
+    recipe.model.mean, recipe.model.std = _three(mean), _three(std)
+    recipe.data.label_space, recipe.data.size, recipe.data.crop_pct = None, size, crop_pct
     recipe.data.augmentation, recipe.data.batch_size = "finetune", 32
-    recipe.data.crop_pct = None if checkpoint.resize == "squash" else checkpoint.crop_pct
     recipe.loss.kind, recipe.loss.label_smoothing = "single_label", 0.1
     recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay = "adamw", 1e-4, 0.05
     recipe.optimizer.head_lr_factor, recipe.optimizer.clip_norm = 10.0, 1.0
     recipe.schedule.name, recipe.schedule.epochs = "cosine", 20
     recipe.run.precision = "fp32"
     return recipe
+
+
+def _described(start: str) -> tuple[str, str, int, Sequence[float], Sequence[float], float | None]:
+    """Name, architecture, pixels, mean, std and share of the centre crop of weights; None for a squash."""
+    folder = building.as_folder(start)
+    if start.startswith(building.HUB_PREFIX):
+        folder = download.fetch_file(building.hub_source(start), (building.CONFIG_FILE,)).path.parent
+    if folder is None:
+        checkpoint = registry.resolve_checkpoint(start)
+        crop = None if checkpoint.resize == "squash" else checkpoint.crop_pct
+        name, size = checkpoint.name, checkpoint.input_size[1]
+        return name, checkpoint.architecture, size, checkpoint.mean, checkpoint.std, crop
+    config = building.read_config(folder)
+    settings = config.get("pretrained_cfg", {})
+    if missing := [key for key in ("input_size", "mean", "std") if key not in settings]:
+        raise ModelError(f"{folder / building.CONFIG_FILE}: pretrained_cfg does not say {missing[0]}.")
+    crop = None if settings.get("crop_mode") == "squash" else settings.get("crop_pct", 0.875)
+    architecture = str(config["architecture"]).removeprefix(registry.TIMM_PREFIX)
+    name = start.removeprefix(building.HUB_PREFIX).partition("@")[0].rstrip("/").rpartition("/")[2]
+    return name, architecture, int(settings["input_size"][1]), settings["mean"], settings["std"], crop
 
 
 def _without_teacher(recipe: Recipe) -> Recipe:
@@ -236,6 +257,6 @@ def _known(architecture: str) -> Architecture:
     return ARCHITECTURES[architecture]
 
 
-def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
     red, green, blue = values
     return red, green, blue

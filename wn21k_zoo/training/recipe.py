@@ -72,7 +72,7 @@ class Model(Section):
 
     architecture: str
     start: str | None = None
-    arguments: dict[str, bool | int | float | str] = {}
+    arguments: dict[str, bool | int | float | str | tuple[int | float | str, ...]] = {}
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     channels_last: bool = True

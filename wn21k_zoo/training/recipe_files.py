@@ -39,20 +39,25 @@ def load_recipe(where: str) -> Recipe:
             return Recipe.from_json(_text(path))
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from None
-    functions = recipes_in(path)
-    if not functions:
+    every = _functions_in(path)
+    functions = {each: function for each, function in every.items() if not _required(function)}
+    if not functions and not name:
         raise RecipeError(f"{path} has no function that can be called without arguments and returns a recipe.")
-    if name and name not in functions:
-        raise RecipeError(
-            f"{path} has no recipe {name!r}.{did_you_mean(name, functions)} It has {', '.join(functions)}."
-        )
-    function = functions[name or next(iter(functions))]
+    if name and name not in every:
+        raise RecipeError(f"{path} has no recipe {name!r}.{did_you_mean(name, every)} It has {', '.join(every)}.")
+    function = every[name or next(iter(functions))]
     if argument and not inspect.signature(function).parameters:
         raise RecipeError(f"The recipe {function.__name__} takes no argument, and {where} gives it {argument!r}.")
+    if _required(function) > bool(argument):
+        raise RecipeError(f"The recipe {function.__name__} takes an argument: {path}:{function.__name__}:TEXT.")
     try:
         recipe = function(argument) if argument else function()
     except Wn21kError:
         raise
+    except AttributeError as error:
+        known = type(error.obj).model_fields if isinstance(error.obj, Section) else {}
+        near = did_you_mean(error.name or "", known)
+        raise RecipeError(f"{where} fails with {first_line(error)}.{near}") from error
     except (Exception, SystemExit) as error:
         raise RecipeError(f"{where} fails with {first_line(error)}.") from error
     if not isinstance(recipe, Recipe):
@@ -73,6 +78,16 @@ def recipes_in(path: Path) -> dict[str, Callable[..., Recipe]]:
     Raises:
         RecipeError: The file cannot be run.
     """
+    return {name: function for name, function in _functions_in(path).items() if not _required(function)}
+
+
+def _required(function: Callable[..., Any]) -> int:
+    """How many arguments it cannot do without."""
+    return sum(each.default is each.empty for each in inspect.signature(function).parameters.values())
+
+
+def _functions_in(path: Path) -> dict[str, Callable[..., Recipe]]:
+    """The public functions that are defined in a file, in order."""
     spec = importlib.util.spec_from_file_location(f"wn21k_recipe_{path.stem}", path)
     assert spec is not None  # noqa: S101
     assert spec.loader is not None  # noqa: S101
@@ -89,10 +104,7 @@ def recipes_in(path: Path) -> dict[str, Callable[..., Recipe]]:
     return {
         name: value
         for name, value in vars(module).items()
-        if inspect.isfunction(value)
-        and not name.startswith("_")
-        and value.__module__ == module.__name__
-        and all(each.default is not each.empty for each in inspect.signature(value).parameters.values())
+        if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == module.__name__
     }
 
 
