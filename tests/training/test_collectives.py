@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from wn21k_zoo.errors import TrainingError
+from wn21k_zoo.training import distributed
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.engine import Preempted
@@ -39,6 +41,21 @@ def recipe_for_two(architecture="test_efficientnet", **model):
     recipe = small_recipe(architecture, model=model, run={"ema_decay": 0.9}, optimizer={"clip_norm": 1.0})
     recipe.data.batch_per_device = 2  # twice for a step of this one
     return recipe
+
+
+def test_each_rank_has_the_gpu_of_its_number_and_touches_no_other(monkeypatch):
+    touched = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: touched.append(getattr(device, "index", device)))
+    monkeypatch.setattr(distributed, "select_device", lambda device: touched.append("asked") or torch.device("cuda"))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with join() as world:
+        assert world.device == torch.device("cuda", 2)
+    assert touched == [2, "asked", 2]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(TrainingError, match="Local rank 4 has no GPU, there are 4"), join("cuda"):
+        pass
 
 
 @pytest.mark.parametrize("world", ["cpu", GPU], indirect=True)

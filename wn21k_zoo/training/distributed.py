@@ -92,20 +92,21 @@ def join(device: str | torch.device = "auto") -> Iterator[World]:
         TrainingError: There are more ranks than GPUs on this machine, the device is of one process alone, or the others
             cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    if str(device) in ("auto", "cuda") and local < torch.cuda.device_count():
+        torch.cuda.set_device(local)  # first of all, or each rank would take memory of the first GPU
     chosen = select_device(device)
     if size > 1 and str(device) != "auto" and (chosen.type == "mps" or torch.device(device).index is not None):
         raise TrainingError(f"{size} processes cannot share the device {device}; name cpu or cuda, or none.")
     if chosen.type == "mps" and size > 1:
         chosen = torch.device("cpu")
     if chosen.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0")) if chosen.index is None else chosen.index
-        if local >= torch.cuda.device_count():
+        chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
+        if chosen.index >= torch.cuda.device_count():
             raise TrainingError(
                 f"Local rank {local} has no GPU, there are {torch.cuda.device_count()}; start as many processes per "
                 "machine as it has GPUs (torchrun --nproc-per-node)."
             )
-        chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         yield World(0, 1, chosen)
