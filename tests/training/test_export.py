@@ -9,9 +9,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import wn21k_zoo
 from wn21k_zoo import LabelSpace, create_model, create_transform, publish
+from wn21k_zoo.cli.app import app
 from wn21k_zoo.errors import (
     DataError,
     InvalidArgumentError,
@@ -146,6 +148,9 @@ def test_classes_of_ones_own(tmp_path):
     assert json.loads((folder / "config.json").read_text())["label_names"] == ["cats", "dogs"]
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert model.num_classes == 2
+    shown = json.loads(CliRunner().invoke(app, ["info", str(folder)]).stdout)
+    assert (shown["architecture"], shown["first_classes"], shown["crop_pct"]) == ("test_convnext", "cats; dogs", 0.875)
+    assert shown["label_space"] is None
     figures = evaluate(tmp_path / "run", data, workers=0)
     assert figures["images"] == 4
     assert "semantic_top1" not in figures

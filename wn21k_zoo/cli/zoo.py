@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import sys
 from dataclasses import asdict
 from enum import StrEnum
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -70,12 +72,15 @@ def list_checkpoints(
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="A record or a timm model.")],
+    name: Annotated[str, typer.Argument(help="A record, a timm model, or a folder with a model.")],
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Show all that is known about a checkpoint; what is not known is shown as unknown."""
-    from wn21k_zoo import download
+    from wn21k_zoo import building, download
 
+    if (folder := building.as_folder(name)) is not None:
+        _print_details(_of_folder(folder), format)
+        return
     checkpoint = registry.resolve_checkpoint(name)
     space = LabelSpace.load(checkpoint.label_space)
     local = download.find_local(checkpoint)
@@ -106,6 +111,37 @@ def info(
         or None
     )
     print_table([{"field": key, "value": value} for key, value in details.items()], ("field", "value"), chosen)
+
+
+def _of_folder(folder: Path) -> dict[str, Any]:
+    """What a folder says of the model in it."""
+    from wn21k_zoo import building
+
+    config = building.read_config(folder)
+    try:
+        labels = json.loads((folder / building.LABELS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        labels = {}
+    names = config.get("label_names") or []
+    return {
+        "name": folder.name,
+        "architecture": config["architecture"],
+        "label_space": labels.get("label_space"),
+        "head": labels.get("head"),
+        "num_classes": config.get("num_classes"),
+        "first_classes": "; ".join(str(each) for each in names[:3]) or None,
+        **{key: value for key, value in config.get("pretrained_cfg", {}).items() if key != "label_names"},
+        "model_args": config.get("model_args"),
+        "local_file": str(building.weights_in(folder)),
+    }
+
+
+def _print_details(details: dict[str, Any], format: Format | None) -> None:  # noqa: A002
+    chosen = choose_format(format)
+    if chosen in (Format.json, Format.jsonl):
+        print_json(details, indent=2 if chosen is Format.json else None)
+    else:
+        print_table([{"field": key, "value": value} for key, value in details.items()], ("field", "value"), chosen)
 
 
 def _known(value: int | str | None) -> str:
