@@ -172,6 +172,7 @@ def test_a_gpu_that_is_too_old_for_this_torch_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     for capability, is_too_old in (((7, 0), True), ((7, 5), False), ((12, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, known=capability: known)

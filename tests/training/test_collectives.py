@@ -45,6 +45,7 @@ def recipe_for_two(architecture="test_efficientnet", **model):
 
 def test_each_rank_has_the_gpu_of_its_number_and_touches_no_other(monkeypatch):
     touched = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: touched.append(getattr(device, "index", device)))
     monkeypatch.setattr(distributed, "select_device", lambda device: touched.append("asked") or torch.device("cuda"))

@@ -125,13 +125,25 @@ def test_the_exit_code_says_whether_this_run_was_told_to_stop(
     assert done.returncode == expected, done.stderr
     assert (tmp_path / "arguments").read_text() == "-m a b\n"
     assert state is None or json.loads((output / "status.json").read_text())["state"] == state
+    assert (output / ".failed").exists() == (code != 0 and not elsewhere)
 
 
 @needs_bash
-@pytest.mark.parametrize(("state", "expected"), [(None, 143), ("waiting", 143), ("running", 143), ("failed", 7)])
-def test_told_to_stop_before_the_run_can_say_anything(tmp_path, state, expected):
+@pytest.mark.parametrize(
+    ("state", "failed", "expected"),
+    [
+        (None, False, 143),
+        ("waiting", False, 143),
+        ("running", False, 143),
+        ("failed", False, 7),
+        (None, True, 7),  # because another machine's failed: told to stop by srun, say
+        ("waiting", True, 7),
+    ],
+)
+def test_told_to_stop_before_the_run_can_say_anything(tmp_path, state, failed, expected):
     output = tmp_path / "run"
     write = f"cp {tmp_path}/other/status.json {output}" if state else ":"
+    write += f"; touch {output}/.failed" if failed else ""
     mark(tmp_path / "other", state or "")
     mark(output, "failed")  # of another time
     environment = with_programs(

@@ -110,9 +110,11 @@ def test_weights_of_another_architecture_are_taken_if_none_are_missing(caplog):
     assert moved.blocks[0].attn.qkv.bias is None
     for name, value in moved.state_dict().items():
         assert torch.equal(value, begun.state_dict()[name]), name
-    assert "vit_tiny_patch16_224 has no place for blocks.0.attn.qkv.bias and others like it (1)" in caplog.text
+    assert "a vit_tiny_patch16_224 takes its weights but for 1 biases, such as blocks.0.attn.qkv.bias" in caplog.text
     with pytest.raises(RecipeError, match=r"model\.start plain is a plain, not a vit_tiny_patch16_224"):
         _moved(moved, "plain", "plain", vit, 3, small)
+    with pytest.raises(RecipeError, match=r"model\.start deep is a deep, not a vit_tiny_patch16_224"):
+        _moved(timm.create_model(vit, num_classes=3, **small | {"depth": 2}), "deep", "deep", vit, 3, small)
 
 
 def test_a_gpu_that_fails_is_not_blamed_on_the_size():

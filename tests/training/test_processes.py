@@ -208,6 +208,7 @@ def test_one_rank_told_to_stop_while_all_evaluate_stops_all(data, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_killed_and_resumed_is_bit_for_bit_the_same(data, tmp_path, start, ranks):
     recipe = small_recipe("test_efficientnet", schedule={"epochs": 15}, run={"checkpoint_minutes": 1e-9})
+    recipe.run.log_every = 4  # so that it ends within a window
     recipe.model.arguments = {"drop_rate": 0.3}
     subprocess.run(command(recipe, data, tmp_path / "whole", tmp_path, ranks=ranks), check=True, env=ENVIRONMENT)
     arguments = command(recipe, data, tmp_path / "parts", tmp_path, ranks=ranks)
@@ -216,7 +217,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(data, tmp_path, start, ranks
     kill_all(process)
     killed = RunFolder(tmp_path / "parts")
     assert killed.status()["state"] == "running"
-    assert killed.status()["step"] >= killed.newest_step() >= 9
+    assert killed.status()["step"] >= killed.newest_step() >= 8
     subprocess.run(arguments, check=True, env=ENVIRONMENT)
     assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
     keys = ("step", "loss", "lr")

@@ -287,8 +287,14 @@ def test_what_follows_a_recipe_is_its_argument(tmp_path):
                     "def of(start):\n    return presets.finetune(start)\n")  # fmt: skip
     assert load_recipe(f"{mine}:of:resnet50.miil_in21k") == presets.finetune("resnet50.miil_in21k")
     assert list(recipes_in(mine)) == ["first"]
-    with pytest.raises(RecipeError, match=r"The recipe of takes an argument: .*mine\.py:of:TEXT"):
+    with pytest.raises(RecipeError, match=r"The recipe of takes 1 argument; write .*mine\.py:of:TEXT"):
         load_recipe(f"{mine}:of")
+    mine.write_text("def two(a, b):\n    pass\n")
+    with pytest.raises(RecipeError, match="takes 2 arguments, and can be given one at most"):
+        load_recipe(f"{mine}::x")
+    mine.write_text("")
+    with pytest.raises(RecipeError, match="has no function"):
+        load_recipe(f"{mine}:f")
     with pytest.raises(RecipeError, match="in1k takes no argument"):
         load_recipe(f"{FOLDER / 'resnet50.py'}:in1k:x")
     (tmp_path / "recipe.json").write_bytes(b"\xff\xfe")
@@ -312,7 +318,7 @@ def test_finetuning_begins_with_any_folder_that_says_what_it_is(tmp_path):
     save_for_hf(model, tmp_path / "squashed", model_config={"pretrained_cfg": squashed})
     assert presets.finetune(str(tmp_path / "squashed")).data.crop_pct is None
     (tmp_path / "squashed" / "config.json").write_text('{"architecture": "test_vit"}')
-    with pytest.raises(ModelError, match="pretrained_cfg does not say input_size"):
+    with pytest.raises(ModelError, match="input_size is not stated"):
         presets.finetune(str(tmp_path / "squashed"))
     with pytest.raises(ModelError, match="is the folder of a run; `wn21k train export"):
         presets.finetune(str(tmp_path / "run"))

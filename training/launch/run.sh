@@ -8,19 +8,21 @@
 # (killed for want of memory, say) makes torchrun stop the others, which look preempted; that is a failure.
 set -u
 status="$1/status.json"
-asked="$1/.asked-to-stop"
+asked="$1/.asked-to-stop" # seen by all machines, as the folder is
+failed="$1/.failed"
+mkdir -p "$1"
 shift
 
 # The marks of another time say nothing about this one.
 [ -f "$status" ] && sed -i 's/"state": "\(preempted\|failed\)"/"state": "waiting"/' "$status"
-rm -f "$asked"
+rm -f "$asked" "$failed"
 
 set -m # a process group of its own: a signal to the group of this shell reaches torchrun once, from here
 torchrun "$@" &
 child=$!
 told=no
-trap 'trap "" TERM; told=yes; : 2>/dev/null >"$asked"; kill -TERM "$child"' TERM
-trap 'told=yes; kill -INT "$child"' INT
+trap 'trap "" TERM; told=yes; : >"$asked"; kill -TERM "$child"' TERM
+trap 'told=yes; : >"$asked"; kill -INT "$child"' INT
 wait "$child"
 code=$?
 while kill -0 "$child" 2>/dev/null; do # the signal ended the waiting, not the child
@@ -29,9 +31,10 @@ while kill -0 "$child" 2>/dev/null; do # the signal ended the waiting, not the c
 done
 [ "$code" -eq 0 ] && exit 0
 if [ "$told" = no ] && [ ! -e "$asked" ]; then
-    # Before any other machine is told to stop because this one failed.
+    : >"$failed" # before any other machine is told to stop because this one failed
     [ -f "$status" ] && sed -i 's/"state": "\(running\|preempted\)"/"state": "failed"/' "$status"
     exit "$code"
 fi
+[ -e "$failed" ] && exit "$code"
 grep -q '"state": "failed"' "$status" 2>/dev/null && exit "$code"
 exit 143

@@ -25,9 +25,9 @@ turn; `wn21k train plan` computes it for others):
 in1k takes the usual folders, DIR/train/n01440764/... and DIR/val/n01440764/...; the others what `wn21k data prepare`
 makes. The published speeds are the highest there are, in half precision; a V100 has no bf16, which in21k_modern takes.
 
-No ImageNet-1K weights of this architecture are known to us that have not seen ImageNet-21K. With some of your own
-(a folder, for one) the published settings are ofa_flops_595m_s.py:in21k:DIR; without, all begins with random
-weights, and with the settings that are published for that.
+No ImageNet-1K weights of this architecture are known to us that have not seen ImageNet-21K. With some of your own, a
+folder, say, ofa_flops_595m_s.py:in21k:DIR has the published settings. Without, what begins with in21k begins with
+random weights, and but for in21k_modern has the settings that are published for that.
 wn21k_zoo/training/presets.py says what is published and what had to be chosen, above all the weight of the distillation
 and most of the fine-tuning. None of these recipes has been run to its end by this project.
 """

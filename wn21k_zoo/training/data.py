@@ -148,7 +148,8 @@ class Loader:
         self.dataset, self.batch_size, self.training = dataset, batch_size, training
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype, self.max_bad = torch.device(device), dtype, max_bad
-        self.bad_samples = self.good_samples = self._bad_of_epoch = 0
+        self.bad_samples = self.good_samples = self._bad_of_epoch = self._seen_of_epoch = 0
+        self._named: set[tuple[str, str]] = set()
         self._order = SampleOrder(dataset.lengths, window if training else 0, seed)
         self._plan = _Plan(len(dataset), batch_size, training, rank, world_size, group)
         reader = _Reader(dataset, self._order, augmentation or (PublishedAugmentation() if training else Squash()))
@@ -170,7 +171,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         with _shielded():
             loaded = iter(self._batches)
-        self._bad_of_epoch = 0
+        self._bad_of_epoch = self._seen_of_epoch = 0
         for seen, batch in self._on_device(loaded):
             self._plan.samples_seen = seen
             yield batch
@@ -215,21 +216,27 @@ class Loader:
             yield before
 
     def _count(self, raw: dict[str, Any]) -> None:
-        for shard, key, reason in raw["bad"][: max(0, _NAMED - self.bad_samples)]:
-            _LOG.warning("sample left out: %s, %s: %s", shard, key, reason)
-        if self.bad_samples < _NAMED <= self.bad_samples + len(raw["bad"]):
-            _LOG.warning("further damaged samples are not named")
+        for shard, key, reason in raw["bad"]:
+            if len(self._named) < _NAMED and (shard, key) not in self._named:
+                _LOG.warning("sample left out: %s, %s: %s", shard, key, reason)
+                self._named.add((shard, key))
+                if len(self._named) == _NAMED:
+                    _LOG.warning("further damaged samples are not named")
         self.bad_samples += len(raw["bad"])
         self.good_samples += len(raw["targets"])
         self._bad_of_epoch += len(raw["bad"])
-        share = len(self.dataset) / self.world_size
-        if self._bad_of_epoch > self.max_bad * max(1000, share):
-            shard, key, reason = raw["bad"][-1]
+        self._seen_of_epoch += len(raw["bad"]) + len(raw["targets"])
+        bad, share = self._bad_of_epoch, len(self.dataset) / self.world_size
+        if bad <= self.max_bad * 1000:
+            return
+        # Of the whole epoch, not of its beginning, where all that is damaged may lie; but not where most of it is.
+        if bad > self.max_bad * share or bad > max(0.5, self.max_bad) * self._seen_of_epoch:
+            shard, key, reason = raw["bad"][-1] if raw["bad"] else ("", "", "")
             raise BadImagesError(
-                f"{self._bad_of_epoch:,} of the {share:,.0f} samples of an epoch are damaged, more than "
-                f"{self.max_bad:.1%} (the last: {shard}, {key}: {reason}). "
+                f"{bad:,} of the first {self._seen_of_epoch:,} samples of an epoch of {share:,.0f} are damaged, and "
+                f"{self.max_bad:.1%} may be (the last: {shard}, {key}: {reason}). "
                 + (
-                    "Remove those that were named above, or raise max_bad."
+                    f"Remove such files ({len(self._named)} were named above), or raise max_bad."
                     if isinstance(self.dataset, FolderDataset)
                     else "`wn21k data verify` tells which shards are; or raise max_bad."
                 )

@@ -93,7 +93,7 @@ def join(device: str | torch.device = "auto") -> Iterator[World]:
             cannot be reached.
     """
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    if str(device) in ("auto", "cuda") and local < torch.cuda.device_count():
+    if str(device) in ("auto", "cuda") and torch.cuda.is_available() and local < torch.cuda.device_count():
         torch.cuda.set_device(local)  # first of all, or each rank would take memory of the first GPU
     chosen = select_device(device)
     if size > 1 and str(device) != "auto" and (chosen.type == "mps" or torch.device(device).index is not None):

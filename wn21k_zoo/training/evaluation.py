@@ -23,9 +23,6 @@ from wn21k_zoo.tree import SemanticTree
 __all__ = ["Evaluation", "classes_with_images"]
 
 
-_TIE = 1e-6  # what a class's own probability counts for beside its confidence
-
-
 class Evaluation(nn.Module):
     """Counts batches of logits.
 
@@ -90,7 +87,8 @@ class Evaluation(nn.Module):
             confidence = scores.confidence.index_select(1, self.semantic.levels.positions)
             order = confidence
             if self._head == "semantic_softmax":  # classes below one that is less certain than they are have its
-                order = confidence + _TIE * scores.probability.index_select(1, self.semantic.levels.positions)
+                probability = scores.probability.index_select(1, self.semantic.levels.positions)
+                order = _precise(confidence) * (1 + 1e-9 * _precise(probability))  # below what float32 can tell apart
             predictions = self.leaf.update(order, targets_b)
             self.distances.update(predictions, targets_b)
         sure = confidence.gather(1, predictions[:, None])[:, 0]
@@ -119,6 +117,10 @@ class Evaluation(nn.Module):
         figures |= self.calibration.compute()
         counts = {"images": raw["images"], "leaf_images": leaf["images"]}
         return figures | counts | {"classes_with_images": len(self.raw.classes), "leaves": len(self.leaf.classes)}
+
+
+def _precise(scores: Tensor) -> Tensor:
+    return scores.double() if scores.device.type != "mps" else scores  # which has none
 
 
 def _leaves(tree: SemanticTree | None, classes: Sequence[int]) -> list[int]:

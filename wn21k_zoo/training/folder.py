@@ -165,7 +165,7 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
         classes = _classes(root / "train")
         tops = {"train": ["train"], "validation": [validation], "all": ["train", validation]}[split]
         for top in tops:
-            if unknown := set(_classes(root / top)) - set(classes):
+            if unknown := set(_classes(root / top, at_least=1)) - set(classes):
                 raise DataError(f"{root / top} has the class {min(unknown)}, which {root / 'train'} lacks.")
         files = [
             (name, target)
@@ -190,10 +190,11 @@ def is_divided(place: str | os.PathLike[str]) -> bool:
     return (Path(place).expanduser() / "train").is_dir()
 
 
-def _classes(folder: Path) -> list[str]:
+def _classes(folder: Path, at_least: int = 2) -> list[str]:
     names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    if len(names) < 2:
-        raise DataError(f"{folder} has {len(names)} folders; a folder per class is needed, at least two.")
+    if len(names) < at_least:
+        count = "two" if at_least == 2 else "one"
+        raise DataError(f"{folder} has {len(names)} folders; a folder per class is needed, at least {count}.")
     return sorted(names, key=os.fsencode)
 
 

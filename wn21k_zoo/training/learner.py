@@ -192,8 +192,8 @@ class Learner:
         """
         if self._recipe.model.sync_batchnorm and self._world.size > 1:
             raise BadImagesError(
-                "All images of a batch are damaged, and model.sync_batchnorm needs one: remove them (they are named "
-                "above), or raise data.batch_per_device."
+                "All images of a batch are damaged, and model.sync_batchnorm needs one: remove those that are named "
+                "above, or raise data.batch_per_device."
             )
         size = self._recipe.data.size
         # Until it has gone backward: gradient checkpointing computes it again there.

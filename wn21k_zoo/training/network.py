@@ -144,15 +144,21 @@ def _started(
 def _moved(
     module: nn.Module, start: str, begun: str, architecture: str, num_classes: int, arguments: dict[str, Any]
 ) -> nn.Module:
-    """The weights of one architecture in another that needs no others; the published code, too, takes what fits."""
+    """The weights of one architecture in another that differs by biases which it lacks.
+
+    The published code, too, loads what fits and leaves the rest.
+    """
     target = convert.build(architecture, num_classes=num_classes, **arguments)
-    weights, wanted = module.state_dict(), target.state_dict()
-    if any(name not in weights or weights[name].shape != value.shape for name, value in wanted.items()):
+    weights, wanted, modules = module.state_dict(), target.state_dict(), dict(target.named_modules())
+    unused = sorted(set(weights) - set(wanted))
+    if any(name not in weights or weights[name].shape != value.shape for name, value in wanted.items()) or any(
+        not name.endswith(".bias") or name.removesuffix(".bias") not in modules for name in unused
+    ):
         raise RecipeError(f"model.start {start} is a {begun}, not a {architecture}.")
     target.load_state_dict({name: weights[name] for name in wanted})
-    if (unused := sorted(set(weights) - set(wanted))) and os.environ.get("RANK", "0") == "0":
-        text = "model.start %s: %s has no place for %s and others like it (%d)"
-        _LOG.warning(text, start, architecture, unused[0], len(unused))
+    if os.environ.get("RANK", "0") == "0":
+        left = f" but for {len(unused)} biases, such as {unused[0]}, for which there is no place" if unused else ""
+        _LOG.warning("model.start %s is a %s; a %s takes its weights%s", start, begun, architecture, left)
     return target
 
 

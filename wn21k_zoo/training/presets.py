@@ -234,12 +234,13 @@ def _described(start: str) -> tuple[str, str, int, Sequence[float], Sequence[flo
         name, size = checkpoint.name, checkpoint.input_size[1]
         return name, checkpoint.architecture, size, checkpoint.mean, checkpoint.std, crop
     config = building.read_config(folder)
-    settings = config.get("pretrained_cfg", {})
+    settings = config.get("pretrained_cfg") or config
     if missing := [key for key in ("input_size", "mean", "std") if key not in settings]:
-        raise ModelError(f"{folder / building.CONFIG_FILE}: pretrained_cfg does not say {missing[0]}.")
+        raise ModelError(f"{folder / building.CONFIG_FILE}: {missing[0]} is not stated.")
     crop = None if settings.get("crop_mode") == "squash" else settings.get("crop_pct", 0.875)
     architecture = str(config["architecture"]).removeprefix(registry.TIMM_PREFIX)
-    name = start.removeprefix(building.HUB_PREFIX).partition("@")[0].rstrip("/").rpartition("/")[2]
+    is_remote = start.startswith(building.HUB_PREFIX)
+    name = start.partition("@")[0].rpartition("/")[2] if is_remote else folder.resolve().name
     return name, architecture, int(settings["input_size"][1]), settings["mean"], settings["std"], crop
 
 

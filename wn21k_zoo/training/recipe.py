@@ -60,7 +60,7 @@ class Model(Section):
         architecture: timm's name, or one of this package (``ofa_flops_595m_s``).
         start: Weights to begin with: a record's or timm's name, a folder, ``hf-hub:ORG/NAME``; None: random ones. Its
             head is kept if it speaks the same classes; a new one begins with small weights. Of another architecture
-            they are taken if none is missing.
+            they are taken if all that it has more are biases.
         arguments: More for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``.
         mean: Subtracted per channel from pixels in [0, 1].
         std: Divided by, per channel.

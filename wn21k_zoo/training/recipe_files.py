@@ -41,15 +41,16 @@ def load_recipe(where: str) -> Recipe:
             raise RecipeError(f"{path}: {error}") from None
     every = _functions_in(path)
     functions = {each: function for each, function in every.items() if not _required(function)}
-    if not functions and not name:
+    if not every or not (functions or name or argument):
         raise RecipeError(f"{path} has no function that can be called without arguments and returns a recipe.")
     if name and name not in every:
         raise RecipeError(f"{path} has no recipe {name!r}.{did_you_mean(name, every)} It has {', '.join(every)}.")
-    function = every[name or next(iter(functions))]
+    function = every[name or next(iter(every if argument else functions))]
     if argument and not inspect.signature(function).parameters:
         raise RecipeError(f"The recipe {function.__name__} takes no argument, and {where} gives it {argument!r}.")
-    if _required(function) > bool(argument):
-        raise RecipeError(f"The recipe {function.__name__} takes an argument: {path}:{function.__name__}:TEXT.")
+    if (required := _required(function)) > bool(argument):
+        how = f"; write {path}:{function.__name__}:TEXT" if required == 1 else ", and can be given one at most"
+        raise RecipeError(f"The recipe {function.__name__} takes {required} argument{'s'[: required - 1]}{how}.")
     try:
         recipe = function(argument) if argument else function()
     except Wn21kError:
