@@ -140,20 +140,21 @@ def test_the_exit_code_says_whether_this_run_was_told_to_stop(
         ("waiting", True, 7),
     ],
 )
-def test_told_to_stop_before_the_run_can_say_anything(tmp_path, state, failed, expected):
+@pytest.mark.parametrize("end", ["exit 7", "trap - TERM; kill $$"])
+def test_told_to_stop_before_the_run_can_say_anything(tmp_path, state, failed, expected, end):
     output = tmp_path / "run"
     write = f"cp {tmp_path}/other/status.json {output}" if state else ":"
     write += f"; touch {output}/.failed" if failed else ""
     mark(tmp_path / "other", state or "")
     mark(output, "failed")  # of another time
     environment = with_programs(
-        tmp_path, torchrun=f"trap '{write}; exit 7' TERM; touch {tmp_path}/begun; while true; do sleep 0.1; done"
+        tmp_path, torchrun=f"trap '{write}; {end}' TERM; touch {tmp_path}/begun; while true; do sleep 0.1; done"
     )
     process = subprocess.Popen(["bash", LAUNCH / "run.sh", output, "-m", "x"], env=environment)
     while not (tmp_path / "begun").exists():
         time.sleep(0.02)
     process.terminate()
-    assert process.wait(30) == expected
+    assert process.wait(30) == (1 if expected == 7 and end != "exit 7" else expected)
     assert (output / ".asked-to-stop").exists()
 
 

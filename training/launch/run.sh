@@ -30,6 +30,7 @@ while kill -0 "$child" 2>/dev/null; do # the signal ended the waiting, not the c
     code=$?
 done
 [ "$code" -eq 0 ] && exit 0
+[ "$code" -eq 143 ] && code=1 # torchrun ended by the signal itself; whether that is a preemption is decided here
 if [ "$told" = no ] && [ ! -e "$asked" ]; then
     : >"$failed" # before any other machine is told to stop because this one failed
     [ -f "$status" ] && sed -i 's/"state": "\(running\|preempted\)"/"state": "failed"/' "$status"
