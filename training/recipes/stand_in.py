@@ -14,7 +14,7 @@ speaks all 11,221 classes of fall11, of which 199 have images. training/results/
 beside it what came of it.
 
 Images seen: 155,136 per arm, 51,712 for the teacher. Hours: images seen / images per second / 3600, which the log there
-has: 0.2 to 0.6 on one core of a busy CPU; more than one GPU is not worth starting. Nothing of this is published; all of
+has: 0.1 to 0.3 on one core of a busy CPU; more than one GPU is not worth starting. Nothing of this is published; all of
 it is chosen.
 """
 
