@@ -192,6 +192,13 @@ def test_a_run_told_to_stop_ends_with_143_and_goes_on(tmp_path):
         reached = len((output / "metrics.jsonl").read_text())
 
 
+def is_rank(process, rank):
+    try:
+        return process.environ().get("RANK") == rank and "wn21k_zoo.training.train" in process.cmdline()
+    except psutil.Error:  # it is gone
+        return False
+
+
 @needs_bash
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_a_failure_although_torchrun_stops_the_other(tmp_path):
@@ -203,12 +210,7 @@ def test_a_worker_that_is_killed_is_a_failure_although_torchrun_stops_the_other(
     while not (output / "metrics.jsonl").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
-    workers = [
-        each
-        for each in psutil.Process(process.pid).children(recursive=True)
-        if each.environ().get("RANK") == "1" and "wn21k_zoo.training.train" in each.cmdline()
-    ]
-    workers[0].kill()
+    next(each for each in psutil.Process(process.pid).children(recursive=True) if is_rank(each, "1")).kill()
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 1, errors
     assert json.loads((output / "status.json").read_text())["state"] == "failed"
