@@ -322,6 +322,9 @@ def write_server():
         server.server_close()
 
 
+FINETUNE = Path(__file__).parent.parent / "training" / "recipes" / "finetune.py"
+
+
 @pytest.mark.slow
 def test_to_a_hub_and_back(folder, tmp_path, embedded):
     environment = {**os.environ, "HF_TOKEN": "hf_x", "WN21K_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path)}
@@ -356,6 +359,13 @@ print(found.label.wnid, found.label_space, found.top_k[0].index)
     predict = [sys.executable, "-m", "wn21k_zoo", "predict", "sample:cat", "--model", "hf-hub:org/name", "--offline"]
     offline = subprocess.run(predict, env=environment, capture_output=True, text=True, check=True)
     assert json.loads(offline.stdout)["label"]["wnid"] == expected.label.wnid
+    for subject, keys in ((["info"], ("architecture",)), (["train", "show"], ("model", "architecture"))):
+        name = "hf-hub:org/name" if subject == ["info"] else f"{FINETUNE}:finetune:hf-hub:org/name@main"
+        command = [sys.executable, "-m", "wn21k_zoo", "--offline", *subject, name]
+        value = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        for key in keys:
+            value = value[key]
+        assert value == "tf_efficientnet_lite0"
 
 
 def test_the_command(tmp_path):

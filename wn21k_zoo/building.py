@@ -33,6 +33,7 @@ __all__ = [
     "as_folder",
     "build_checkpoint",
     "build_from_folder",
+    "configured_folder",
     "create_model",
     "fetch_from_hub",
     "hub_source",
@@ -94,7 +95,7 @@ def create_model(
             raise WeightsNotFoundError(f"There is no file {own}, which checkpoint_path names.")
     text = os.fspath(name)
     source = hub_source(text) if text.startswith(HUB_PREFIX) else None
-    folder = download.fetch_file(source, (CONFIG_FILE,), cache_dir=cache_dir).path.parent if source else as_folder(name)
+    folder = configured_folder(name, cache_dir)
     if folder is None:
         checkpoint = registry.resolve_checkpoint(text)
         return build_checkpoint(checkpoint, pretrained, cache_dir=cache_dir, overlay=overlay, **kwargs)
@@ -185,6 +186,19 @@ def as_folder(name: str | os.PathLike[str]) -> Path | None:
     if not folder.is_dir():
         raise UnknownModelError(f"There is no folder {folder}. For a repository on the Hub write hf-hub:ORG/NAME.")
     return folder
+
+
+def configured_folder(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """The folder with the configuration of what is a folder or, fetched, a Hub repository; None for any other name.
+
+    Raises:
+        UnknownModelError: It looks like a folder, and there is none.
+        ModelError: The repository, or its configuration, cannot be had.
+    """
+    text = os.fspath(name)
+    if text.startswith(HUB_PREFIX):
+        return download.fetch_file(hub_source(text), (CONFIG_FILE,), cache_dir=cache_dir).path.parent
+    return as_folder(name)
 
 
 def _is_known(name: str) -> bool:

@@ -72,13 +72,13 @@ def list_checkpoints(
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="A record, a timm model, or a folder with a model.")],
+    name: Annotated[str, typer.Argument(help="A record, a timm model, a folder with a model, hf-hub:ORG/NAME.")],
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Show all that is known about a checkpoint; what is not known is shown as unknown."""
     from wn21k_zoo import building, download
 
-    if (folder := building.as_folder(name)) is not None:
+    if (folder := building.configured_folder(name)) is not None:
         _print_details(_of_folder(folder), format)
         return
     checkpoint = registry.resolve_checkpoint(name)
@@ -95,9 +95,8 @@ def info(
         "label_space_digest": space.digest,
         "local_file": str(local) if local else None,
     }
-    chosen = choose_format(format)
-    if chosen in (Format.json, Format.jsonl):
-        print_json(details, indent=2 if chosen is Format.json else None)
+    if choose_format(format) in (Format.json, Format.jsonl):
+        _print_details(details, format)
         return
     details["local_file"] = details["local_file"] or "not on this machine"
     details["sources"] = "\n".join(
@@ -110,7 +109,7 @@ def info(
         )
         or None
     )
-    print_table([{"field": key, "value": value} for key, value in details.items()], ("field", "value"), chosen)
+    _print_details(details, format)
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
@@ -123,6 +122,7 @@ def _of_folder(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         labels = {}
     names = config.get("label_names") or []
+    local = next((folder / each for each in building.WEIGHT_FILES if (folder / each).is_file()), None)
     return {
         "name": folder.name,
         "architecture": config["architecture"],
@@ -132,7 +132,7 @@ def _of_folder(folder: Path) -> dict[str, Any]:
         "first_classes": "; ".join(str(each) for each in names[:3]) or None,
         **{key: value for key, value in config.get("pretrained_cfg", {}).items() if key != "label_names"},
         "model_args": config.get("model_args"),
-        "local_file": str(building.weights_in(folder)),
+        "local_file": str(local) if local else None,
     }
 
 

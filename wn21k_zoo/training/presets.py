@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from wn21k_zoo import building, download, registry
+from wn21k_zoo import building, registry
 from wn21k_zoo.errors import ModelError, RecipeError, did_you_mean
 from wn21k_zoo.training.recipe import Model, Recipe
 
@@ -225,9 +225,7 @@ def finetune(start: str = "mobilenetv3_large_100.miil_in21k") -> Recipe:
 
 def _described(start: str) -> tuple[str, str, int, Sequence[float], Sequence[float], float | None]:
     """Name, architecture, pixels, mean, std and share of the centre crop of weights; None for a squash."""
-    folder = building.as_folder(start)
-    if start.startswith(building.HUB_PREFIX):
-        folder = download.fetch_file(building.hub_source(start), (building.CONFIG_FILE,)).path.parent
+    folder = building.configured_folder(start)
     if folder is None:
         checkpoint = registry.resolve_checkpoint(start)
         crop = None if checkpoint.resize == "squash" else checkpoint.crop_pct
