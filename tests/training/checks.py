@@ -1,7 +1,10 @@
 """Runs in this process, and what became of them."""
 
 import json
+import os
+import shutil
 
+import pytest
 import torch
 
 from wn21k_zoo.training.distributed import World
@@ -15,6 +18,10 @@ from .runs import small_recipe
 ALONE = World(0, 1, torch.device("cpu"))
 # A rate at which weights go far in a few steps, by an optimizer that does not blow rounding up as Adam's division does.
 FAST = {"name": "sgd", "lr": 0.05}
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
+)
 
 
 def run(recipe, data, output, world=ALONE, **options):

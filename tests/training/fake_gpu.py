@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["fake_gpu", "moved"]
+__all__ = ["Traffic", "fake_gpu", "moved"]
 
 
 class _NoTransfer(TorchDispatchMode):
@@ -26,6 +26,18 @@ class _NoTransfer(TorchDispatchMode):
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
             devices = {each.device.type for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor)}
             assert len(devices) == 1, f"{func} from one device to the other"
+        return result
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up ``bytes`` that operations read and write within, for tensors of any device."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not (func.is_view or func is torch.ops.aten.detach.default):
+            self.bytes += sum(each.nbytes for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor))
         return result
 
 

@@ -19,7 +19,7 @@ from wn21k_zoo.training.learner import Learner, check_finite
 from wn21k_zoo.training.splits import open_splits
 from wn21k_zoo.training.state import RunFolder, copied
 
-from .checks import assert_close_weights, assert_same_weights, final, lines, run, run_told
+from .checks import assert_close_weights, assert_same_weights, final, lines, needs_compiler, run, run_told
 from .runs import small_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,7 +87,7 @@ def test_told_to_stop_it_goes_on_to_the_same_bits(world, data, tmp_path, stop_at
     "model",
     [
         {"gradient_checkpointing": True},
-        pytest.param({"compile": True}, marks=pytest.mark.slow),
+        pytest.param({"compile": True}, marks=[needs_compiler, pytest.mark.slow]),
         pytest.param({"sync_batchnorm": True}, marks=pytest.mark.gpu),
     ],
     ids=lambda model: next(iter(model)),

@@ -5,6 +5,7 @@ import timm
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
+from torch.nn import functional as F
 
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.data import Batch
@@ -17,7 +18,7 @@ from wn21k_zoo.training.splits import open_splits
 from wn21k_zoo.training.teacher import Translated
 from wn21k_zoo.tree import SemanticTree
 
-from .fake_gpu import fake_gpu, moved
+from .fake_gpu import Traffic, fake_gpu, moved
 from .runs import make_folder, small_recipe
 
 TREE = SemanticTree.load("fall11")
@@ -26,9 +27,9 @@ HEADS = ("semantic_softmax", "softmax", "sigmoid")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def batch(dtype=torch.float32, classes=CLASSES, device="cuda"):
-    logits = torch.empty(8, classes, dtype=dtype, device=device, requires_grad=True)
-    return logits, torch.empty(8, dtype=torch.int64, device=device)
+def batch(dtype=torch.float32, classes=CLASSES, device="cuda", size=8):
+    logits = torch.empty(size, classes, dtype=dtype, device=device, requires_grad=True)
+    return logits, torch.empty(size, dtype=torch.int64, device=device)
 
 
 def forward_and_backward(loss_of, *inputs, dtype):
@@ -73,6 +74,17 @@ def test_losses_wait_for_nothing(kind, order, dtype):
 def test_distillation_waits_for_nothing(per_level, order, dtype):
     _, teacher = forward_and_backward(SemanticDistillationLoss(TREE, order, per_level), 0, 0, dtype=dtype)
     assert teacher.grad is None
+
+
+def test_a_softmax_per_level_moves_little_more_than_one_over_all_classes():
+    logits, targets = batch(device="meta", size=256)
+    with Traffic() as one:
+        F.cross_entropy(logits, targets, label_smoothing=0.2).backward()
+    logits, targets = batch(device="meta", size=256)
+    with Traffic() as levels:
+        moved(SemanticSoftmaxLoss(TREE, order="level"), "meta")(logits, targets).backward()
+    assert one.bytes > 5 * logits.nbytes
+    assert levels.bytes < 1.3 * one.bytes  # one read and written more, to put the gradients side by side
 
 
 @pytest.mark.parametrize(("tree", "order"), [(TREE, "published"), (TREE, "level"), (None, "published")])

@@ -18,7 +18,7 @@ from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.network import Criterion, Normalized, build_network
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
 
-from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, run, run_told
+from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, needs_compiler, run, run_told
 from .runs import (
     BATCH,
     make_folder,
@@ -229,6 +229,7 @@ def test_mixed_precision(data, tmp_path, monkeypatch, precision):
     assert {value.dtype for value in weights} == {torch.float32}
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_compiled_it_computes_the_same_to_rounding(data, tmp_path):
     for compiled in (False, True):

@@ -21,7 +21,7 @@ from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.state import RunFolder
 from wn21k_zoo.training.status import mark_preempted, read_status
 
-from .checks import ALONE, FAST, assert_close_weights, assert_same_weights, final, lines, run
+from .checks import ALONE, FAST, assert_close_weights, assert_same_weights, final, lines, needs_compiler, run
 from .runs import (
     BATCH,
     make_folder,
@@ -114,7 +114,12 @@ def wait_for_step(output, step, process):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "model"),
-    [(BATCH, {}), (2, {}), (2, {"compile": True}), (2, {"gradient_checkpointing": True})],
+    [
+        (BATCH, {}),
+        (2, {}),
+        pytest.param(2, {"compile": True}, marks=needs_compiler),
+        (2, {"gradient_checkpointing": True}),
+    ],
     ids=["whole", "accumulated", "compiled", "checkpointed"],
 )
 def test_two_ranks_equal_one_to_rounding(data, tmp_path, images, model):
@@ -125,6 +130,23 @@ def test_two_ranks_equal_one_to_rounding(data, tmp_path, images, model):
     assert_close_weights(final(tmp_path / "one"), final(tmp_path / "two"))
     evaluations = [lines(tmp_path / name, "evaluation") for name in ("one", "two")]
     assert [[line["images"] for line in each] for each in evaluations] == [[6, 6], [6, 6]]
+
+
+@pytest.mark.slow
+def test_without_a_compiler_torch_compile_says_so_in_one_line(data, tmp_path):
+    recipe, output = small_recipe(model={"compile": True}), tmp_path / "run"
+    without = {**ENVIRONMENT, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    arguments = command(recipe, data, output, tmp_path)
+    done = subprocess.run(arguments, stderr=subprocess.PIPE, text=True, env=without, check=False)
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("wn21k: torch.compile failed: "), done.stderr
+    assert "no-such-compiler" in last
+    assert "--set model.compile=false" in last
+    assert "Traceback" not in done.stderr
+    assert RunFolder(output).status()["state"] == "failed"
+    subprocess.run([*arguments, "--set", "model.compile=false"], check=True, env=without)
+    assert RunFolder(output).status()["state"] == "finished"
 
 
 @pytest.mark.slow

@@ -196,6 +196,11 @@ class _Run:
                 f"A process that loads images is gone: {first_line(problem)} If the machine was out of memory, take "
                 "fewer --workers; the same command then goes on."
             )
+        if self.recipe.model.compile and isinstance(problem, torch._dynamo.exc.TorchDynamoException):
+            return RunError(
+                f"torch.compile failed: {first_line(problem)} It needs a C++ compiler, on GPUs Triton as well; "
+                "--set model.compile=false needs neither, and the same command then goes on."
+            )
         if not isinstance(problem, torch.OutOfMemoryError):
             return not_deterministic(problem) or problem
         return RunError(

@@ -49,7 +49,8 @@ class Levels(nn.Module):
             raise InvalidArgumentError(f"order must be 'published' or 'level', not {order!r}.")
         hierarchy = Hierarchy(tree)
         self.tree, self.order, self.num_classes = tree, order, len(tree)
-        levels = [(depth, where) for depth, where in enumerate(hierarchy.depth_slices) if where.stop - where.start > 1]
+        self._widths = [where.stop - where.start for where in hierarchy.depth_slices]
+        levels = [(depth, where) for depth, where in enumerate(hierarchy.depth_slices) if self._widths[depth] > 1]
         self.depths = tuple(depth for depth, _ in levels)
         self.slices = tuple(where for _, where in levels)
         self.weights = tuple(min(_MAX_WEIGHT, len(tree) / (len(tree) - where.start)) for where in self.slices)
@@ -60,14 +61,16 @@ class Levels(nn.Module):
     @property
     def sizes(self) -> tuple[int, ...]:
         """Classes of each level, K numbers."""
-        return tuple(where.stop - where.start for where in self.slices)
+        return tuple(self._widths[depth] for depth in self.depths)
 
     def split(self, logits_bn: Tensor) -> list[Tensor]:
         """Logits of each level in float32, [B, N] -> K tensors [B, size of the level]."""
         self.check_width(logits_bn)
         if self.order == "published":
             logits_bn = logits_bn.index_select(1, self.columns)
-        return [logits_bn[:, where].float() for where in self.slices]
+        # Not by slices: the gradient of each would be as large as all the logits.
+        parts = torch.split(logits_bn.float(), self._widths, 1)
+        return [parts[depth] for depth in self.depths]
 
     def check_width(self, logits: Tensor, name: str = "logits") -> None:
         """See that there is an output for each class.

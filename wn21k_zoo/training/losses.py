@@ -79,13 +79,13 @@ class SemanticSoftmaxLoss(nn.Module):
         """The same in plain operations on fixed shapes, for devices and compilers."""
         targets_b, all_in_range = self.levels.in_range(targets_b)
         ancestors = self.levels.ancestors[targets_b]
-        loss = logits_bn.new_zeros(len(logits_bn), dtype=torch.float32)
+        loss = logits_bn.new_zeros((), dtype=torch.float32)
         for level, (scores, weight) in enumerate(zip(self.levels.split(logits_bn), self.levels.weights, strict=True)):
-            at = ancestors[:, level]
-            target = scores.gather(1, at.clamp_min(0)[:, None])[:, 0]
-            smoothed = (1 - self.label_smoothing) * target + self.label_smoothing * scores.mean(1)
-            loss = loss + ((scores.logsumexp(1) - smoothed) * weight).where(at >= 0, 0)
-        return loss.mean().where(all_in_range, math.nan)
+            of_level = F.cross_entropy(
+                scores, ancestors[:, level], ignore_index=-1, reduction="sum", label_smoothing=self.label_smoothing
+            )
+            loss = loss + weight / len(logits_bn) * of_level
+        return loss.where(all_in_range, math.nan)
 
 
 @torch.library.custom_op("wn21k_zoo::semantic_softmax", mutates_args=())
