@@ -237,6 +237,24 @@ def test_compiled_it_computes_the_same_to_rounding(data, tmp_path):
     assert_close_weights(final(tmp_path / "False"), final(tmp_path / "True"), 1e-5)
 
 
+def test_a_second_ctrl_c_ends_it_at_once_and_is_marked(data, tmp_path, monkeypatch):
+    forward, calls = Criterion.forward, []
+
+    def interrupted(self, logits, targets, teacher=None):
+        calls.append(len(calls))
+        if len(calls) == 9:  # of 12
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                sum(range(1000))  # the handler runs between two steps of Python
+        return forward(self, logits, targets, teacher)
+
+    monkeypatch.setattr(Criterion, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_told(small_recipe(), data, tmp_path)
+    assert RunFolder(tmp_path).status() == {"state": "preempted", "step": 6, "total": 12}
+    assert final(tmp_path)["step"] == 6
+
+
 def test_an_operation_that_is_not_deterministic_is_one_line(data, tmp_path, monkeypatch):
     forward = Criterion.forward
 

@@ -55,6 +55,12 @@ def test_another_recipe_or_other_data_are_not_mixed_into_a_run(data, tmp_path):
     with pytest.raises(RunError, match="holds a run on other data"):
         run(small_recipe(), other, tmp_path / "run")
     run(small_recipe(data={"batch_per_device": 4}, run={"keep": 1}), data, tmp_path / "run")  # may differ
+    moved = shutil.copytree(data, tmp_path / "moved")
+    run(small_recipe(), moved, tmp_path / "run")
+    image = next(moved.rglob("*.jpg"))
+    image.rename(image.with_name("another.jpg"))
+    with pytest.raises(RunError, match=r"holds a run on other data \(files differ\)"):
+        run(small_recipe(), moved, tmp_path / "run")
 
 
 def test_what_is_no_place_for_a_run(data, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -68,6 +69,12 @@ class ShardedDataset:
     def class_names(self) -> tuple[str, ...]:
         """The wnid of each class."""
         return self.label_space.wnids
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the shards' names and lengths and, where they are ours, of what is in them; not of where they lie."""
+        lines = [f"{shard.name} {shard.num_samples} {shard.sha256}" for shard in self.shards]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
     def is_here(self) -> bool:

@@ -165,6 +165,12 @@ class _Run:
             if problem is not end:
                 raise problem from end
             raise
+        except KeyboardInterrupt:  # a second Ctrl-C, which waits for no checkpoint but one that is being written
+            if self.writer is not None:
+                with contextlib.suppress(RunError):
+                    self.writer.wait()
+                self.folder.set_status("preempted", self.folder.newest_step(), total=self.total)
+            raise
         finally:
             self.reporter.close()
             with self.rescue.changing:

@@ -94,6 +94,11 @@ class FolderDataset:
         return dataclasses.replace(self, class_names=class_names, files=files)
 
     @functools.cached_property
+    def digest(self) -> str:
+        """Of the files' names below the folder; not of what is in them, nor of where it lies."""
+        return hashlib.sha256("\n".join(name for name, _ in self.files).encode(errors="surrogateescape")).hexdigest()
+
+    @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
         """Images of each group that is read like a shard."""
         return tuple(min(_GROUP, len(self) - first) for first in range(0, len(self), _GROUP))

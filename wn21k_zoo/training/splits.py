@@ -53,6 +53,7 @@ class Splits:
             "classes": hashlib.sha256("\n".join(self.class_names).encode()).hexdigest(),
             "class_names": None if self.space and self.space.name != "custom" else list(self.class_names),
             "images": {"train": len(self.train), "validation": len(self.validation)},
+            "files": {"train": self.train.digest, "validation": self.validation.digest},
         }
 
 

@@ -223,7 +223,7 @@ class RunFolder:
                     "or go on with the recipe.json in it."
                 )
         before = self.data() if (self.path / "data.json").is_file() else data
-        for key in ("classes", "images"):
+        for key in ("classes", "images", "files"):
             if before.get(key) != data.get(key):
                 raise RunError(f"{self.path} holds a run on other data ({key} differ); name another --output.")
 
