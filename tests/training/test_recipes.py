@@ -383,9 +383,27 @@ def test_a_plan_counts_what_a_run_does():
         plan(override(small, ['model.arguments={"no_such": 1}']), images=1000)
 
 
-def _resnet():
-    import timm
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_memory_of_a_plan_is_near_what_torch_counts(checkpointing):
+    recipe = small_recipe("resnet18")
+    recipe.data.size, recipe.data.batch_size, recipe.data.batch_per_device = 128, 32, 32
+    recipe.optimizer.name, recipe.model.gradient_checkpointing = "adam", checkpointing
+    network = timm.create_model("resnet18")
+    network.set_grad_checkpointing(checkpointing)
+    optimizer = torch.optim.Adam(network.parameters())
+    tracker = pytest.importorskip("torch.distributed._tools.mem_tracker").MemTracker()
+    tracker.track_external(network, optimizer)
+    with tracker:
+        for _ in range(2):
+            network(torch.rand(32, 3, 128, 128)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            tracker.reset_mod_stats()
+    peak = sum(parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values())
+    assert plan(recipe, gpus=1, images=1000).memory_gb == pytest.approx(peak / 1e9, rel=0.25)
 
+
+def _resnet():
     return timm.create_model("resnet50", num_classes=11_221)
 
 

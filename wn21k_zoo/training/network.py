@@ -44,6 +44,7 @@ __all__ = [
     "build_optimizer",
     "build_schedule",
     "check_head",
+    "checkpoint_gradients",
     "heads_of",
     "refuse_run",
     "reorder_head",
@@ -112,13 +113,22 @@ def build_network(recipe: Recipe, class_names: Sequence[str], levels: Levels | N
     except Exception as error:  # timm has many ways to refuse an argument
         raise RecipeError(f"{recipe.model.architecture} cannot be built: {str(error).splitlines()[0]}") from error
     if recipe.model.gradient_checkpointing:
-        try:
-            cast(Any, module).set_grad_checkpointing()
-        except (AssertionError, AttributeError):
-            raise RecipeError(
-                f"{recipe.model.architecture} has no gradient checkpointing; set model.gradient_checkpointing to false."
-            ) from None
+        checkpoint_gradients(module, recipe.model.architecture)
     return module
+
+
+def checkpoint_gradients(module: nn.Module, architecture: str) -> None:
+    """Make a network compute again what it needs to go backward.
+
+    Raises:
+        RecipeError: It cannot.
+    """
+    try:
+        cast(Any, module).set_grad_checkpointing()
+    except (AssertionError, AttributeError):
+        raise RecipeError(
+            f"{architecture} has no gradient checkpointing; set model.gradient_checkpointing to false."
+        ) from None
 
 
 def _started(

@@ -11,11 +11,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from wn21k_zoo import convert, registry
 from wn21k_zoo.errors import RecipeError, Wn21kError, first_line
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LabelSpace
+from wn21k_zoo.training.network import checkpoint_gradients
 from wn21k_zoo.training.presets import ARCHITECTURES
 from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
 from wn21k_zoo.training.recipe_files import recipes_in
@@ -41,8 +43,8 @@ class Plan:
         batch_per_gpu: Images that go through the network at a time.
         accumulation: How often that makes a step.
         parameters: Of the network.
-        memory_gb: A guess per GPU: weights, gradients, optimizer, averages, teacher, and what all layers give out;
-            without what the allocator and the convolutions take besides.
+        memory_gb: A guess per GPU: weights, gradients, optimizer, averages, teacher, and what is kept of the images to
+            go backward; without what the allocator and the convolutions take besides.
         hours: None when nobody says how fast it is.
         images_per_second: Per GPU; published for a V100 where it is not given.
         assumed: How hours were estimated.
@@ -92,13 +94,12 @@ def plan(recipe: Recipe, *, gpus: int = 8, images_per_second: float | None = Non
     speed, assumed = (images_per_second, "as given") if images_per_second else _published_speed(recipe)
     num_classes = len(LabelSpace.load(space)) if space else 1000
     arguments = tuple(recipe.model.arguments.items())
-    parameters, outputs = _size(recipe.model.architecture, num_classes, recipe.data.size, arguments)
-    teacher = _teacher_parameters(recipe, num_classes)
-    width = 4 if recipe.run.precision == "fp32" else 2
-    memory: float = (
-        parameters * (_PER_PARAMETER[recipe.optimizer.name] + (4 if recipe.run.ema_decay else 0)) + 4 * teacher
-    )
-    memory += micro * (outputs * width * (0.3 if recipe.model.gradient_checkpointing else 1) + 6 * 4 * num_classes)
+    model = recipe.model
+    parameters, kept = _size(model.architecture, num_classes, recipe.data.size, arguments, model.gradient_checkpointing)
+    halved = recipe.run.precision != "fp32"
+    per_parameter = _PER_PARAMETER[recipe.optimizer.name] + 4 * bool(recipe.run.ema_decay) + 2 * halved
+    memory: float = parameters * per_parameter + (4 + 2 * halved) * _teacher_parameters(recipe, num_classes)
+    memory += micro * (kept / (1 + halved) + 6 * 4 * num_classes)
     return Plan(
         steps_per_epoch=per_epoch,
         steps=steps,
@@ -154,30 +155,43 @@ def _teacher_parameters(recipe: Recipe, num_classes: int) -> int:
 
 @functools.lru_cache(maxsize=32)
 def _size(
-    architecture: str, num_classes: int, size: int, arguments: tuple[tuple[str, Any], ...] = ()
-) -> tuple[int, int]:
-    """Parameters, and numbers that the layers give out for one image; nothing is computed or allocated."""
+    architecture: str,
+    num_classes: int,
+    size: int,
+    arguments: tuple[tuple[str, Any], ...] = (),
+    gradient_checkpointing: bool = False,
+) -> tuple[int, float]:
+    """Parameters, and bytes that are kept of one image in float32 to go backward; nothing is computed or allocated."""
     check_architecture(architecture)
     with torch.device("meta"):
         try:
-            module = convert.build(architecture, num_classes=num_classes, **dict(arguments)).eval()
+            module = convert.build(architecture, num_classes=num_classes, **dict(arguments)).train()
         except Exception as error:  # timm has many ways to refuse an argument
             raise RecipeError(f"{architecture} cannot be built: {first_line(error)}") from error
-        outputs = 0
+        kept = _kept(module, architecture, size)
+        if gradient_checkpointing:
+            checkpoint_gradients(module, architecture)
+            # What a block keeps while it is computed again is another guess.
+            kept = _kept(module, architecture, size) + kept / 8
+    return sum(parameter.numel() for parameter in module.parameters()), kept
 
-        def count(layer: nn.Module, inputs: Any, output: Any) -> None:
-            nonlocal outputs
-            if isinstance(output, torch.Tensor) and not getattr(layer, "inplace", False):
-                outputs += output.numel()
 
-        for layer in module.modules():
-            if not any(True for _ in layer.children()):
-                layer.register_forward_hook(count)
-        try:
-            with torch.no_grad():
-                module(torch.empty(1, 3, size, size))
-        except (RuntimeError, AssertionError) as error:
-            raise RecipeError(
-                f"{architecture} does not take images of {size} pixels: {str(error).splitlines()[0]}"
-            ) from None
-    return sum(parameter.numel() for parameter in module.parameters()), outputs
+def _kept(module: nn.Module, architecture: str, size: int) -> float:
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held.append(storage)  # else another may come to have its address
+        storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    held: list[torch.UntypedStorage] = []
+    images = 2  # some batch statistics cannot be had of one
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            module(torch.empty(images, 3, size, size))
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"{architecture} does not take images of {size} pixels: {first_line(error)}") from None
+    for weights in (*module.parameters(), *module.buffers()):
+        storages.pop(weights.untyped_storage()._cdata, None)
+    return sum(storages.values()) / images
