@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
 from torch.nn import functional as F
 
 from wn21k_zoo.labels import LabelSpace
@@ -52,9 +51,9 @@ def test_it_notices_what_waits():
             lambda: targets.nonzero(),
             lambda: logits[targets > 3],
         ):
-            with pytest.raises((DataDependentOutputException, RuntimeError)):
+            with pytest.raises(RuntimeError):
                 waits()
-        with pytest.raises(FakeTensorDeviceMismatchError):
+        with pytest.raises(RuntimeError, match=r"cuda:0(,| and) cpu"):
             logits + torch.ones(8, 1)
         for copies in (lambda: targets.cpu(), lambda: torch.ones(8).cuda(), lambda: targets.copy_(torch.ones(8))):
             with pytest.raises(AssertionError, match="to the other"):

@@ -1,16 +1,22 @@
-"""Stored bytes to pixels, with the fastest decoder that is at hand for them."""
+"""Stored bytes to pixels: what :func:`wn21k_zoo.predict` sees of an image file, by the fastest decoder for it."""
 
 from __future__ import annotations
+
+import contextlib
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wn21k_zoo.errors import ImageDecodeError, ImageError
+from wn21k_zoo.images import load_image
 from wn21k_zoo.training.extra import cv2, simplejpeg
 
 __all__ = ["UndecodableError", "decode"]
 
 _JPEG = b"\xff\xd8\xff"
 _END_OF_IMAGE = b"\xff\xd9"
+_EXIF = b"Exif\x00\x00"
 
 
 class UndecodableError(Exception):
@@ -18,22 +24,28 @@ class UndecodableError(Exception):
 
 
 def decode(data: bytes | memoryview) -> NDArray[np.uint8]:
-    """An image file as RGB pixels, shape [height, width, 3].
+    """An image file as RGB pixels, upright and on white, shape [height, width, 3].
 
     What :mod:`wn21k_zoo.training.images` would have taken is taken here: a JPEG that its decoder grumbles about counts
     if it is complete.
 
     Raises:
-        UndecodableError: Truncated, damaged or no image.
+        UndecodableError: Truncated, damaged, too large or no image.
     """
-    if bytes(data[:3]) == _JPEG:
-        try:
+    is_jpeg = bytes(data[:3]) == _JPEG
+    if is_jpeg and _EXIF not in bytes(data[:4096]):
+        with contextlib.suppress(ValueError):  # CMYK, say
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
             return pixels
-        except ValueError:
-            if _END_OF_IMAGE not in bytes(data[-4096:]):
-                raise UndecodableError("truncated") from None
-    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if len(data) else None
-    if found is None:
-        raise UndecodableError("cannot be decoded" if len(data) else "empty")
-    return np.asarray(cv2.cvtColor(found, cv2.COLOR_BGR2RGB), np.uint8)
+    if is_jpeg and _END_OF_IMAGE not in bytes(data[-4096:]):
+        raise UndecodableError("truncated")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of frames that are left out, say
+            return np.array(load_image(bytes(data)))
+    except ImageError as error:
+        if is_jpeg and isinstance(error, ImageDecodeError):
+            found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            if found is not None:
+                return np.asarray(cv2.cvtColor(found, cv2.COLOR_BGR2RGB), np.uint8)
+        raise UndecodableError(str(error).removeprefix("The image ").rstrip(".")) from None
