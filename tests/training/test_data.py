@@ -23,7 +23,7 @@ from PIL import Image
 
 from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.training.data import Loader, Squash, Stage, open_dataset
+from wn21k_zoo.training.data import Loader, Squash, Stage, is_class_folder, open_dataset
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import index_path, read_index, read_info
 
@@ -379,6 +379,47 @@ def test_a_shard_that_is_damaged_where_it_lies_is_not_used(damaged, tmp_path):
         batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=7))
     staged = {path.name for path in (tmp_path / "stage").rglob("*.tar")}
     assert not staged & {shard for shard, _ in names}
+
+
+class OfTheWebError(Exception):
+    """As aiohttp's, which are no OSError."""
+
+
+def test_what_a_storage_raises_names_the_shard(tmp_path):
+    def cut(target):
+        target.write_bytes(b"half")
+        raise OfTheWebError("503, Service Unavailable")
+
+    with pytest.raises(DataError, match=r"train-00000\.tar cannot be staged: OfTheWebError: 503"):
+        Stage(tmp_path).get("a/train-00000.tar", cut)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["train-00000.tar.lock"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(shards, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WN21K_DATA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"file/index cannot be made: .*; set WN21K_DATA_CACHE"):
+        open_dataset(shards, label_space="winter21")
+    dataset = open_dataset(f"file://{shards}")
+    with pytest.raises(DataError, match="set WN21K_DATA_CACHE"):
+        dataset.open(0)
+
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    with pytest.raises(DataError, match=r"cannot be locked: .*No locks available"):
+        Stage(tmp_path / "stage").get("a.tar", lambda _: None)
+
+
+def test_a_home_folder_is_found(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(shards.parent))
+    monkeypatch.setenv("USERPROFILE", str(shards.parent))
+    assert open_dataset(f"~/{shards.name}").storage == open_dataset(shards).storage
+    monkeypatch.chdir(shards.parent)
+    assert open_dataset(shards.name).storage == open_dataset(shards).storage
+    with pytest.raises(DataError, match="home"):
+        is_class_folder("~nobody-of-that-name/x")
 
 
 def test_several_processes_stage_each_shard_once(shards, tmp_path):

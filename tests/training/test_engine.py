@@ -171,6 +171,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(
         ({"data": {"label_space": "imagenet1k"}}, r"no class of imagenet1k; .* set data\.label_space to null"),
         ({"loss": {"teacher": "resnet50.miil_in21k"}}, "distillation_weight is 0"),
         ({"model": {"arguments": {"no_such": 1}}}, "test_convnext cannot be built: .*no_such"),
+        (
+            {"model": {"architecture": "resnet18", "arguments": {"output_stride": 7}}},
+            "resnet18 cannot be built: Assert",
+        ),
         ({"model": {"start": "resnet50.a1_in1kk"}}, "Did you mean"),
         (
             {"model": {"architecture": "test_convnxt"}},

@@ -335,6 +335,15 @@ def test_a_recipe_may_import_its_neighbours(tmp_path):
     assert not (tmp_path / "__pycache__").exists()
 
 
+def test_a_recipe_file_may_have_classes_of_its_own(tmp_path):
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    text += "from wn21k_zoo.training import presets\n"
+    text += "@dataclass\nclass Mine:\n    epochs: int = 3\n\n"
+    text += "def mine():\n    recipe = presets.in1k('resnet50')\n    recipe.schedule.epochs = Mine().epochs\n"
+    (tmp_path / "mine.py").write_text(text + "    return recipe\n")
+    assert load_recipe(str(tmp_path / "mine.py")).schedule.epochs == 3
+
+
 @pytest.mark.parametrize(
     ("setting", "near"),
     [("lr=1", "Did you mean optimizer.lr?"), ("optimiser.lr=1", "Did you mean optimizer.lr?"), ("seed=1", "run.seed")],

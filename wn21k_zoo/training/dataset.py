@@ -7,8 +7,10 @@ import contextlib
 import functools
 import hashlib
 import io
+import logging
 import os
 import tarfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +19,15 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, did_you_mean, first_line
+from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
 from wn21k_zoo.training.shards import INFO_FILE, DatasetInfo, Shard, index_path, read_index, write_index
-from wn21k_zoo.training.storage import Stage, Storage, data_cache_dir, open_storage
+from wn21k_zoo.training.storage import Stage, Storage, data_cache_dir, make_cache_folder, open_storage
 
 __all__ = ["Images", "ShardedDataset", "open_dataset"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +182,6 @@ def open_dataset(
     *,
     label_space: str | LabelSpace | None = None,
     stage: Stage | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ShardedDataset:
     """A split of a prepared data set, of ours or of others.
 
@@ -190,7 +193,6 @@ def open_dataset(
         label_space: Classes are mapped to it by synset, and samples of other classes left out. Default: that of the
             data set if it is one of ours, else ``fall11``.
         stage: Where remote shards are copied to. Default: :func:`~wn21k_zoo.training.storage.data_cache_dir`, 100 GB.
-        progress: Told of files done and to do while the files of others are looked through, once.
 
     Raises:
         DataError: Nothing is there, no such split, or its classes cannot be told.
@@ -203,10 +205,7 @@ def open_dataset(
     except Exception as error:  # each storage has its own
         raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from error
     if info is not None:
-        try:
-            return _open_ours(storage, info, split, label_space, stage, progress)
-        except OSError as error:
-            raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from None
+        return _open_ours(storage, info, split, label_space, stage)
     names = [name for name in names if name.endswith((".tar", ".parquet"))]
     mine = [name for name in names if split_of(name) == split]
     if not mine:
@@ -223,7 +222,7 @@ def open_dataset(
         with storage.open(name) as file:
             return index_parquet(file, name, classes) if name.endswith(".parquet") else index_tar(file, name, classes)
 
-    indexes = _indexes(storage, mine, space.digest, build, progress)
+    indexes = _indexes(storage, mine, space.digest, build)
     return _dataset(storage, split, space, stage, mine, indexes, {})
 
 
@@ -246,7 +245,6 @@ def _open_ours(
     split: str,
     label_space: str | LabelSpace | None,
     stage: Stage,
-    progress: Callable[[int, int], None],
 ) -> ShardedDataset:
     if split not in info.splits:
         raise DataError(
@@ -279,7 +277,7 @@ def _open_ours(
         return index[index["target"] >= 0]
 
     names = [shard.name for shard in shards]
-    indexes = _indexes(storage, names, space.digest, build, progress)
+    indexes = _indexes(storage, names, space.digest, build)
     dataset = _dataset(storage, split, space, stage, names, indexes, hashes)
     return replace(dataset, left_out=sum(shard.num_samples for shard in shards) - len(dataset))
 
@@ -332,27 +330,26 @@ def _indexes(
     names: list[str],
     digest: str,
     build: Callable[[str], NDArray[np.void]],
-    progress: Callable[[int, int], None],
 ) -> list[Path]:
     """An index of each file in the cache, made if it is not there or the file has changed since."""
     folder = data_cache_dir() / "index"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_cache_folder(folder)
+    told = threading.Event()
 
     def indexed(name: str) -> Path:
-        identity = "\n".join((storage.url, name, storage.signature(name), digest))
-        path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy"
-        if not path.is_file():
-            write_index(path, build(name))
+        try:
+            identity = "\n".join((storage.url, name, storage.signature(name), digest))
+            path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy"
+            if not path.is_file():
+                if not told.is_set():
+                    told.set()
+                    _LOG.warning("looking through the files of %s, once", storage.url)
+                write_index(path, build(name))
+        except Wn21kError:
+            raise
+        except Exception as error:  # each storage has its own
+            raise DataError(f"{name} of {storage.url} cannot be read: {first_line(error)}") from error
         return path
 
-    paths: list[Path] = []
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # waiting for the storage, not computing
-        futures = [pool.submit(indexed, name) for name in names]
-        try:
-            for done, future in enumerate(futures, start=1):
-                paths.append(future.result())
-                progress(done, len(names))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return paths
+        return list(pool.map(indexed, names))  # an error cancels what has not begun

@@ -118,6 +118,6 @@ def join(device: str | torch.device = "auto") -> Iterator[World]:
             device_id=chosen if chosen.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
-        raise TrainingError(f"The other processes cannot be reached: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"The other processes cannot be reached: {first_line(error)}") from error
     yield World(dist.get_rank(), dist.get_world_size(), chosen)
     dist.destroy_process_group()  # not after an error: it might wait for ranks that wait for this one

@@ -53,7 +53,6 @@ def evaluate(
     workers: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    max_batches: int | None = None,
     max_bad: float = 0.01,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -71,7 +70,6 @@ def evaluate(
         workers: Processes that load images; default: the cores of this machine, at most 16.
         device: auto, cpu, cuda or mps.
         precision: fp32, bf16 or fp16.
-        max_batches: End early.
         max_bad: Share of damaged images that is endured.
         progress: Told of batches done and to do.
 
@@ -111,18 +109,14 @@ def evaluate(
         device=chosen,
         max_bad=max_bad,
     )
-    total = min(len(loader), max_batches or len(loader))
     begin, dtype = time.perf_counter(), dtypes[precision]
     with torch.inference_mode():
-        for number, batch in enumerate(loader):
-            if number >= total:
-                break
-            if not len(batch):  # all its images are damaged
-                continue
-            with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
-                logits = module(batch.images)
-            evaluation.update(logits, batch.targets)
-            progress(number + 1, total)
+        for number, batch in enumerate(loader, start=1):
+            if len(batch):  # else all its images are damaged
+                with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
+                    logits = module(batch.images)
+                evaluation.update(logits, batch.targets)
+            progress(number, len(loader))
     figures = evaluation.compute()
     return {
         "model": subject.name,
@@ -150,7 +144,7 @@ class _Subject:
 
 
 def _subject(model: str | os.PathLike[str], which: str, label_space: str | None) -> _Subject:
-    if (Path(model) / "recipe.json").is_file():
+    if (Path(model).expanduser() / "recipe.json").is_file():
         if label_space is not None:
             raise InvalidArgumentError(f"{model} is a run and says what its classes are; leave out label_space.")
         trained = load_run(model, which)
@@ -174,7 +168,7 @@ def _subject(model: str | os.PathLike[str], which: str, label_space: str | None)
         return own
     config = dict(loaded.data_config or {})
     module = Normalized(loaded.module, config.get("mean", (0.0,) * 3), config.get("std", (1.0,) * 3))
-    return _Subject(loaded.name, module, loaded.label_space, loaded.label_space.wnids, loaded.head, _OwnResize(config))
+    return _Subject(loaded.name, module, loaded.label_space, loaded.label_space.wnids, loaded.head, _own_resize(config))
 
 
 def _of_own_classes(model: str | os.PathLike[str]) -> _Subject | None:
@@ -188,31 +182,25 @@ def _of_own_classes(model: str | os.PathLike[str]) -> _Subject | None:
     module = building.create_model(folder)
     config = resolve_model_data_config(module)
     normalized = Normalized(module, config["mean"], config["std"])
-    return _Subject(folder.name, normalized, None, tuple(names), "softmax", _OwnResize(config))
+    return _Subject(folder.name, normalized, None, tuple(names), "softmax", _own_resize(config))
 
 
 @dataclass(frozen=True)
 class _OwnResize:
     """The preprocessing that a model's configuration states, up to its bytes."""
 
-    config: dict[str, Any]
+    transform: Callable[[PILImage.Image], Any]
 
     def __call__(self, image: Image, random: Random) -> Image:
         del random
-        transform = _transform(tuple(sorted((key, str(value)) for key, value in self.config.items())), self.config)
-        pixels = transform(PILImage.fromarray(image))
-        return np.ascontiguousarray(np.asarray(pixels, np.uint8).transpose(1, 2, 0))
+        pixels = np.asarray(self.transform(PILImage.fromarray(image)), np.uint8)
+        return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
-_TRANSFORMS: dict[tuple[tuple[str, str], ...], Any] = {}
+def _own_resize(config: dict[str, Any]) -> _OwnResize:
+    from timm.data import create_transform
 
-
-def _transform(key: tuple[tuple[str, str], ...], config: dict[str, Any]) -> Any:
-    if key not in _TRANSFORMS:
-        from timm.data import create_transform
-
-        _TRANSFORMS[key] = create_transform(**config, use_prefetcher=True)  # bytes, not normalised
-    return _TRANSFORMS[key]
+    return _OwnResize(create_transform(**config, use_prefetcher=True))  # bytes, not normalised
 
 
 def _dataset(data: str | os.PathLike[str], split: str, subject: _Subject) -> ShardedDataset | FolderDataset:

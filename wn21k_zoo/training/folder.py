@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import DataError, LabelSpaceError, UnknownSynsetError, did_you_mean
+from wn21k_zoo.errors import DataError, LabelSpaceError, UnknownSynsetError, did_you_mean, first_line
 from wn21k_zoo.labels import LabelSpace
 
 __all__ = ["FolderDataset", "is_class_folder", "is_divided", "open_folder"]
@@ -139,8 +139,15 @@ class _LooseFiles:
 
 
 def is_class_folder(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is a local folder that has folders, and neither shards nor our ``_info.json``."""
-    folder = Path(place).expanduser()
+    """Whether a place is a local folder that has folders, and neither shards nor our ``_info.json``.
+
+    Raises:
+        DataError: The path begins with ~ and the name of no user.
+    """
+    try:
+        folder = Path(place).expanduser()
+    except RuntimeError as error:  # ~ of a user that there is not
+        raise DataError(f"{place}: {first_line(error)}") from None
     if not folder.is_dir() or (folder / "_info.json").exists():
         return False
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]

@@ -111,7 +111,7 @@ def build_network(recipe: Recipe, class_names: Sequence[str], levels: Levels | N
     except Wn21kError:
         raise
     except Exception as error:  # timm has many ways to refuse an argument
-        raise RecipeError(f"{recipe.model.architecture} cannot be built: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"{recipe.model.architecture} cannot be built: {first_line(error)}") from error
     if recipe.model.gradient_checkpointing:
         checkpoint_gradients(module, recipe.model.architecture)
     return module

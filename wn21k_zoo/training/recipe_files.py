@@ -93,6 +93,7 @@ def _functions_in(path: Path) -> dict[str, Callable[..., Recipe]]:
     assert spec is not None  # noqa: S101
     assert spec.loader is not None  # noqa: S101
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
     sys.path.insert(0, str(path.parent))  # a recipe may import its neighbours
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:

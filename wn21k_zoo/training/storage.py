@@ -20,9 +20,9 @@ from typing import IO, Any
 import filelock
 import platformdirs
 
-from wn21k_zoo.errors import DataError, DiskSpaceError, InvalidArgumentError, first_line
+from wn21k_zoo.errors import DataError, DiskSpaceError, InvalidArgumentError, Wn21kError, first_line
 
-__all__ = ["Stage", "Storage", "data_cache_dir", "open_storage"]
+__all__ = ["Stage", "Storage", "data_cache_dir", "make_cache_folder", "open_storage"]
 
 _GB = 10**9
 
@@ -30,7 +30,19 @@ _GB = 10**9
 def data_cache_dir() -> Path:
     """Folder for staged shards and indexes: ``WN21K_DATA_CACHE``, else the user's cache folder."""
     named = os.environ.get("WN21K_DATA_CACHE")
-    return Path(named) if named else platformdirs.user_cache_path("wn21k_zoo") / "data"
+    return Path(named).expanduser().absolute() if named else platformdirs.user_cache_path("wn21k_zoo") / "data"
+
+
+def make_cache_folder(folder: Path) -> None:
+    """Make a folder in :func:`data_cache_dir`.
+
+    Raises:
+        DataError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be made: {first_line(error)}; set WN21K_DATA_CACHE to another one.") from None
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,7 @@ def open_storage(place: str | os.PathLike[str]) -> Storage:
     """
     text = os.fspath(place)
     if not re.match(r"[a-z0-9+.-]{2,}://|[a-z0-9+.-]{2,}::", text):
-        local = Path(text)
+        local = Path(text).expanduser().absolute()
         if not local.is_dir():
             what = "is a file" if local.exists() else "does not exist"
             raise DataError(
@@ -135,8 +147,14 @@ class Stage:
         """
         path = self.folder / name
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{path}.lock"):
+            make_cache_folder(path.parent)
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(filelock.FileLock(f"{path}.lock"))
+                except (OSError, NotImplementedError) as error:
+                    raise DataError(
+                        f"{path.parent} cannot be locked: {first_line(error)}; set WN21K_DATA_CACHE to another disk."
+                    ) from None
                 if not path.is_file():
                     self._make(path, make, sha256)
                     self._trim(path)
@@ -154,7 +172,9 @@ class Stage:
                 if got != sha256:
                     raise DataError(f"{path.name} has sha256 {got}, expected {sha256}: it is damaged where it lies.")
             temporary.replace(path)
-        except OSError as error:
+        except Wn21kError:
+            raise
+        except Exception as error:  # each storage has its own
             if shutil.disk_usage(path.parent).free < 10**8:
                 raise DiskSpaceError(
                     f"No space is left in the stage {self.folder}; name another, or a lower limit."
@@ -174,5 +194,6 @@ class Stage:
             if total <= self.limit:
                 break
             if path != keep:
-                path.unlink(missing_ok=True)
-                total -= size
+                with contextlib.suppress(OSError):  # Windows lets nobody remove what is open
+                    path.unlink(missing_ok=True)
+                    total -= size
