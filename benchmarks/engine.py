@@ -103,7 +103,7 @@ class _Synthetic:
     def __init__(self, space, images) -> None:
         self.label_space, self.class_names, self._images = space, space.wnids, images
         self.digest = ""
-        self.lengths, self.shards = (len(images),), (SimpleNamespace(name="synthetic", kind="files"),)
+        self.lengths, self.shards = (len(images),), (SimpleNamespace(name="synthetic"),)
 
     def __len__(self) -> int:
         return len(self._images)

@@ -17,7 +17,6 @@ from wn21k_zoo.errors import (
     OfflineError,
     RemoteNotFoundError,
     UnknownModelError,
-    UnresolvedLabelSpaceError,
     WeightsNotFoundError,
     Wn21kError,
     first_line,
@@ -176,7 +175,7 @@ def as_folder(name: str | os.PathLike[str]) -> Path | None:
         return None
     if text.startswith(FOLDER_PREFIX) or isinstance(name, os.PathLike) or looks_like_path(text):
         folder = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
-    elif Path(text).is_dir() and not _is_known(text):  # in the working directory, named without a slash
+    elif Path(text).is_dir() and not registry.is_known(text):  # in the working directory, named without a slash
         folder = Path(text)
     else:
         return None
@@ -199,16 +198,6 @@ def configured_folder(name: str | os.PathLike[str], cache_dir: str | os.PathLike
     if text.startswith(HUB_PREFIX):
         return download.fetch_file(hub_source(text), (CONFIG_FILE,), cache_dir=cache_dir).path.parent
     return as_folder(name)
-
-
-def _is_known(name: str) -> bool:
-    try:
-        registry.resolve_checkpoint(name)
-    except UnknownModelError:
-        return False
-    except UnresolvedLabelSpaceError:
-        return True
-    return True
 
 
 def weights_in(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from wn21k_zoo.checkpoints import HubSource, URLSource
-from wn21k_zoo.errors import CacheError
+from wn21k_zoo.errors import CacheError, first_line
 
 __all__ = [
     "Entry",
@@ -212,8 +212,8 @@ def remove(path: Path, root: Path) -> int | None:
                 lock_path(path).unlink()  # while it is ours: after that it may be another's
     except Timeout:
         return None
-    except OSError as error:
-        raise CacheError(f"{path} cannot be removed ({error.strerror}); ask its owner to.") from error
+    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
+        raise CacheError(f"{path} cannot be removed ({first_line(error)}); ask its owner to.") from error
     for parent in path.parents:
         if not parent.is_relative_to(root) or parent == root:
             break

@@ -32,6 +32,7 @@ from wn21k_zoo.errors import (
     OfflineError,
     RemoteNotFoundError,
     WeightsNotFoundError,
+    first_line,
 )
 from wn21k_zoo.transfer import (
     Expected,
@@ -495,8 +496,8 @@ def _lock(place: Path, name: str, progress: bool | None) -> Iterator[FileLock]:
             if _shows_progress(progress):
                 sys.stderr.write(f"wn21k: waiting for another process that fetches {name}\n")
             lock.acquire(poll_interval=LOCK_POLL_SECONDS)
-    except OSError as error:
-        raise CacheError(f"{place.parent} cannot be written ({error.strerror}); set WN21K_CACHE.") from error
+    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
+        raise CacheError(f"{place.parent} cannot be locked ({first_line(error)}); set WN21K_CACHE.") from error
     try:
         yield lock
     finally:

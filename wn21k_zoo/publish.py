@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +92,8 @@ def export_folder(
     target = check_target(folder, dtype, force)
     checkpoint, module = _load(os.fspath(model), record)
     space = LabelSpace.load(checkpoint.label_space)
-    config, labels = folder_config(checkpoint, module, space), folder_labels(checkpoint, space)
+    config = folder_config(checkpoint, module, space.unique_names, space.definitions)
+    labels = folder_labels(checkpoint, space)
     return write_export(target, module, config, labels, _card(checkpoint), dtype)
 
 
@@ -331,16 +332,19 @@ def _write_json(content: Any, path: Path) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def folder_config(checkpoint: Checkpoint, module: nn.Module, space: LabelSpace) -> dict[str, Any]:
+def folder_config(
+    checkpoint: Checkpoint, module: nn.Module, names: Sequence[str], definitions: Sequence[str] = ()
+) -> dict[str, Any]:
     """As timm writes it; without ``model_args``, which transformers cannot have repeat the number of classes."""
     own = checkpoint.architecture in ARCHITECTURES
-    settings = {key: value for key, value in pretrained_config(checkpoint, len(space)).items() if key != "architecture"}
+    settings = {key: value for key, value in pretrained_config(checkpoint, len(names)).items() if key != "architecture"}
+    described = {"label_descriptions": dict(zip(names, definitions, strict=True))} if definitions else {}
     return {
         "architecture": f"{TIMM_PREFIX}{checkpoint.architecture}" if own else checkpoint.architecture,
-        "num_classes": len(space),
+        "num_classes": len(names),
         "num_features": cast(Any, module).num_features,
-        "label_names": list(space.unique_names),
-        "label_descriptions": dict(zip(space.unique_names, space.definitions, strict=True)),
+        "label_names": list(names),
+        **described,
         "pretrained_cfg": settings,
     }
 

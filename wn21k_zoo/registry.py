@@ -21,6 +21,7 @@ __all__ = [
     "TIMM_PREFIX",
     "find_record",
     "get_checkpoint",
+    "is_known",
     "list_checkpoints",
     "resolve_checkpoint",
     "resolve_label_space",
@@ -80,6 +81,17 @@ def find_record(architecture: str, tag: str) -> Checkpoint | None:
         if architecture in (stem, checkpoint.architecture) and tag == own_tag:
             return checkpoint
     return None
+
+
+def is_known(name: str) -> bool:
+    """Whether a record or weights of timm's have that name, also where nobody says which classes they speak."""
+    try:
+        resolve_checkpoint(name)
+    except UnresolvedLabelSpaceError:
+        return True
+    except UnknownModelError:
+        return False
+    return True
 
 
 def resolve_label_space(name: str) -> LabelSpace:

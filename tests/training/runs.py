@@ -67,7 +67,7 @@ def measure_on_rank(store, rank, world_size, results):
     tree = SemanticTree.from_wnids(WNIDS)
     generator = torch.Generator().manual_seed(3)
     logits, targets = torch.randn(101, 6, generator=generator), torch.randint(0, 6, (101,), generator=generator)
-    evaluation = Evaluation(tree, 6, "semantic_softmax", range(6))
+    evaluation = Evaluation(tree, "semantic_softmax", range(6))
     evaluation.update(logits[rank::world_size], targets[rank::world_size])
     results.put(evaluation.compute())
     if world_size > 1:

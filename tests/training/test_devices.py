@@ -89,7 +89,7 @@ def test_a_softmax_per_level_moves_little_more_than_one_over_all_classes():
 @pytest.mark.parametrize(("tree", "order"), [(TREE, "published"), (TREE, "level"), (None, "published")])
 @pytest.mark.parametrize("head", HEADS)
 def test_metrics_wait_for_nothing(head, tree, order):
-    evaluation = Evaluation(tree, CLASSES, head, range(0, CLASSES, 50), order)
+    evaluation = Evaluation(tree, head, range(0, CLASSES, 50), order)
     with fake_gpu():
         logits, targets = batch()
         moved(evaluation).update(logits.detach(), targets)

@@ -236,8 +236,8 @@ def test_where_looking_would_wait_for_the_device_the_loss_is_nan_and_can_be_expl
     assert loss_of._plain(torch.zeros(2, 6), targets).isnan()
     with pytest.raises(InvalidArgumentError, match="A target is 6"):
         explain(loss_of.levels, torch.zeros(2, 6), targets)
-    with pytest.raises(NonFiniteError, match="6 logits in 1 of 2 rows"):
-        explain(loss_of.levels, torch.tensor([[math.inf] * 6, [0.0] * 6]), targets.clamp_max(5))
+    why = explain(loss_of.levels, torch.tensor([[math.inf] * 6, [0.0] * 6]), targets.clamp_max(5))
+    assert "6 logits in 1 of 2 rows" in why
 
 
 @pytest.mark.parametrize(("make", "value"), [(SemanticSoftmaxLoss, 1.0), (SingleLabelLoss, -0.1)])

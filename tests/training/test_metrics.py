@@ -104,7 +104,7 @@ def test_perfect_predictions_are_perfect_whatever_the_head(head, order):
     for target in targets.tolist():
         above = NESTED.class_tree_list[target] if head != "softmax" else [target]
         logits[target, above] = 20.0
-    evaluation = Evaluation(NESTED, len(NESTED), head, range(len(NESTED)), order)
+    evaluation = Evaluation(NESTED, head, range(len(NESTED)), order)
     columns = evaluation._levels.columns if order == "level" else slice(None)
     evaluation.update(logits[:, columns], targets)
     figures = evaluation.compute()
@@ -123,7 +123,7 @@ def test_of_classes_below_one_that_is_less_certain_the_likeliest_is_chosen(targe
     tree = SemanticTree.from_wnids(["n02114100", "n02118333", "n02117135", "n02083346", "n02120997"])
     logits = torch.zeros(1, 5)
     logits[0, target], logits[0, 4] = 3.0, 9.0  # canine is less likely than any of the three among themselves
-    evaluation = Evaluation(tree, 5, "semantic_softmax", range(3), order)
+    evaluation = Evaluation(tree, "semantic_softmax", range(3), order)
     columns = evaluation._levels.columns if order == "level" else slice(None)
     evaluation.update(logits[:, columns], torch.tensor([target]))
     assert evaluation.compute()["top1"] == 100
@@ -131,7 +131,7 @@ def test_of_classes_below_one_that_is_less_certain_the_likeliest_is_chosen(targe
 
 def test_classes_without_a_hierarchy_have_no_figures_of_one():
     flat = SemanticTree.from_wnids(["n02123045", "n02084071", "n00017222"])
-    evaluation = Evaluation(flat, 3, "softmax", range(3), "level")
+    evaluation = Evaluation(flat, "softmax", range(3), "level")
     evaluation.update(torch.eye(3)[:, evaluation._levels.columns], torch.arange(3))
     figures = evaluation.compute()
     assert figures["top1"] == figures["raw_top1"] == 100
@@ -139,7 +139,7 @@ def test_classes_without_a_hierarchy_have_no_figures_of_one():
 
 
 def test_outputs_that_are_not_finite_give_no_figures():
-    evaluation = Evaluation(NESTED, 5, "softmax", range(5))
+    evaluation = Evaluation(NESTED, "softmax", range(5))
     logits = torch.zeros(3, 5)
     logits[1, 2] = torch.nan
     evaluation.update(logits, torch.tensor([0, 1, 2]))

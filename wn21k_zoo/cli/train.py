@@ -194,7 +194,7 @@ def export(
     written = export_run(run, folder, which=which.value, name=name, dtype=dtype, force=force)
     typer.echo(str(written))
     if not (written / "wn21k_labels.json").is_file():
-        say(f'its classes are no synsets: load it with timm.create_model("local-dir:{written}", pretrained=True)')
+        say(f"its classes are no synsets: {written / 'README.md'} says how to load it")
 
 
 def register(target: typer.Typer) -> None:

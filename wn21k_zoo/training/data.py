@@ -18,7 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypedDict
 
 import numpy as np
@@ -47,6 +47,7 @@ __all__ = [
     "is_class_folder",
     "open_dataset",
     "open_folder",
+    "shield_fork_server",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ class Loader:
         self.dataset, self.batch_size, self.training = dataset, batch_size, training
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype, self.max_bad = torch.device(device), dtype, max_bad
-        self.bad_samples = self.good_samples = self._bad_of_epoch = self._seen_of_epoch = 0
+        self.bad_samples = self._bad_of_epoch = self._seen_of_epoch = 0
         self._named: set[tuple[str, str]] = set()
         self._order = SampleOrder(dataset.lengths, window if training else 0, seed)
         self._plan = _Plan(len(dataset), batch_size, training, rank, world_size, group)
@@ -223,7 +224,6 @@ class Loader:
                 if len(self._named) == _NAMED:
                     _LOG.warning("further damaged samples are not named")
         self.bad_samples += len(raw["bad"])
-        self.good_samples += len(raw["targets"])
         self._bad_of_epoch += len(raw["bad"])
         self._seen_of_epoch += len(raw["bad"]) + len(raw["targets"])
         bad, share = self._bad_of_epoch, len(self.dataset) / self.world_size
@@ -277,6 +277,7 @@ class _Plan(Sampler[_Task]):
 def _begin_worker(worker: int) -> None:
     del worker
     if _SHIELD:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELD)  # that of a fork server is another's
         threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
     cv2.setNumThreads(0)  # the workers are the parallelism; and OpenCV's threads do not survive a fork
     torch.set_num_threads(1)
@@ -290,16 +291,32 @@ _SHIELD = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else
 @contextlib.contextmanager
 def _shielded() -> Iterator[None]:
     """Within, new processes and threads are deaf to these signals from their first moment."""
+    if _SHIELD and multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # here, since its start would lift the mask
+    if _SHIELD and multiprocessing.get_start_method() == "forkserver":
+        forkserver.ensure_running()  # here, since all that it ever starts would be deaf
+    with _deaf():
+        yield
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
     if not _SHIELD:
         yield
         return
-    if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # here, since its start would lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELD)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def shield_fork_server() -> None:
+    """For programs that start a loader's processes only: those of a fork server are then deaf from the first moment."""
+    if _SHIELD and multiprocessing.get_start_method() == "forkserver":
+        resource_tracker.ensure_running()
+        with _deaf():
+            forkserver.ensure_running()
 
 
 def _end_when_the_parent_says_so() -> None:

@@ -228,7 +228,6 @@ class _Run:
             self._steps(iter(self.loaders[0]), min(self.steps_per_epoch - within, self.total - self.step))
 
     def _finish_epoch(self, epoch: int) -> None:
-        self.learner.check_weights(self.step)
         self.window.share(self.world)
         is_last = self.step >= self.total
         evaluates = is_last or epoch % self.recipe.run.evaluate_every == 0
@@ -302,7 +301,7 @@ class _Run:
 
     def _save(self, best: bool = False, wait: bool = False) -> None:
         self._saved_at = time.monotonic()
-        self.learner.check_weights(self.step)
+        check_finite(self.learner.module.parameters(), self.step)  # alike on all ranks
         if self.writer is not None:
             if self.folder.status().get("state") == "running":  # and no other rank has failed
                 self.folder.set_status("running", self.step, total=self.total)
@@ -361,7 +360,6 @@ class _Run:
         module = self.learner.subject()
         evaluation = Evaluation(
             self.splits.tree,
-            len(self.splits.class_names),
             self.recipe.loss.head,
             self.classes,
             "level" if self.splits.tree is not None else "published",

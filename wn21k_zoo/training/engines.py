@@ -8,16 +8,16 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 from wn21k_zoo.errors import DataError, MissingExtraError, Wn21kError, first_line
 
-__all__ = ["ENGINES", "Engine", "count_cores", "run_tasks"]
+__all__ = ["Engine", "count_cores", "run_tasks"]
 
 Engine = Literal["local", "ray"]
-ENGINES: tuple[Engine, ...] = ("local", "ray")
 Result = TypeVar("Result")
 
 
@@ -64,6 +64,8 @@ def _run_in_processes(
 ) -> Iterator[Result]:
     context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
     others = set(multiprocessing.active_children())
+    if sys.platform == "win32":
+        workers = min(workers, 61)  # it cannot wait for more
     pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     running: set[concurrent.futures.Future[Result]] = set()
     try:

@@ -35,7 +35,7 @@ from wn21k_zoo.training.engines import count_cores
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.export import load_run
 from wn21k_zoo.training.folder import is_divided
-from wn21k_zoo.training.network import Normalized
+from wn21k_zoo.training.network import Normalized, memory_format
 from wn21k_zoo.training.splits import evaluation_resize
 from wn21k_zoo.tree import SemanticTree
 
@@ -98,8 +98,9 @@ def evaluate(
         split = "validation" if subject.is_run or not is_class_folder(data) or is_divided(data) else "all"
     dataset = _dataset(data, split, subject)
     tree = SemanticTree.from_label_space(subject.space) if subject.space else None
-    module = subject.module.eval().to(chosen).to(memory_format=torch.channels_last)
-    evaluation = Evaluation(tree, len(subject.class_names), subject.head, classes_with_images(dataset), device=chosen)
+    layout = memory_format(chosen)
+    module = subject.module.eval().to(chosen).to(memory_format=layout)
+    evaluation = Evaluation(tree, subject.head, classes_with_images(dataset), device=chosen)
     loader = Loader(
         dataset,
         batch_size=batch_size,
@@ -114,7 +115,7 @@ def evaluate(
         for number, batch in enumerate(loader, start=1):
             if len(batch):  # else all its images are damaged
                 with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
-                    logits = module(batch.images)
+                    logits = module(batch.images.contiguous(memory_format=layout))
                 evaluation.update(logits, batch.targets)
             progress(number, len(loader))
     figures = evaluation.compute()

@@ -36,7 +36,6 @@ class Evaluation(nn.Module):
 
     Args:
         tree: The classes and their hierarchy; None: a plain softmax over classes of one's own.
-        num_classes: Of the head.
         head: Its kind.
         classes: Those with images.
         order: In which order logits come.
@@ -46,7 +45,6 @@ class Evaluation(nn.Module):
     def __init__(
         self,
         tree: SemanticTree | None,
-        num_classes: int,
         head: Head,
         classes: Sequence[int],
         order: Order = "published",
@@ -63,7 +61,7 @@ class Evaluation(nn.Module):
         self.raw_semantic = SemanticAccuracy(tree) if tree is not None and head != "semantic_softmax" else None
         self.distances = HierarchicalDistances(tree) if tree is not None else None
         self._decoder = Decoder(tree, tree.label_space, head, device) if tree is not None else None
-        self._head, self.num_classes = head, num_classes
+        self._head = head
         self.to(device)
 
     @torch.no_grad()

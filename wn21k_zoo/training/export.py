@@ -5,24 +5,20 @@ The folder loads in timm, in transformers and here: ``wn21k_zoo.predict("photo.j
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from torch import nn
 
 from wn21k_zoo import convert, publish, registry
-from wn21k_zoo.building import pretrained_config
+from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.checkpoints import Checkpoint, Metric
-from wn21k_zoo.errors import (
-    InvalidArgumentError,
-    RunError,
-    UnknownModelError,
-    UnresolvedLabelSpaceError,
-    first_line,
-)
+from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.network import reorder_head
@@ -82,10 +78,10 @@ class Trained:
         """
         recipe = self.recipe
         if name is None:  # the recipe of a published checkpoint has its name, but its weights are others
-            name = f"{recipe.model.architecture}.{self.run}" if _is_published(recipe.name) else recipe.name
+            name = f"{recipe.model.architecture}.{self.run}" if registry.is_known(recipe.name) else recipe.name
         elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise InvalidArgumentError(f"{name!r} is no name for a record; letters, digits, dots, - and _ make one.")
-        elif _is_published(name):
+        elif registry.is_known(name):
             raise InvalidArgumentError(f"{name} is the name of published weights; give --name another one.")
         metrics = tuple(
             Metric(
@@ -119,16 +115,6 @@ class Trained:
             origin=None,
             metrics=metrics,
         )
-
-
-def _is_published(name: str) -> bool:
-    try:
-        registry.resolve_checkpoint(name)
-    except UnresolvedLabelSpaceError:
-        return True
-    except UnknownModelError:
-        return False
-    return True
 
 
 def load_run(run: str | os.PathLike[str], which: str = "best") -> Trained:
@@ -209,43 +195,23 @@ def export_run(
     target = publish.check_target(folder, dtype, force)
     trained = load_run(run, which)
     checkpoint = trained.checkpoint(name)
-    if trained.space is not None:
-        config = publish.folder_config(checkpoint, trained.module, trained.space)
-        labels: dict[str, Any] | None = publish.folder_labels(checkpoint, trained.space)
+    labels: dict[str, Any] | None = None
+    if (space := trained.space) is not None:
+        config = publish.folder_config(checkpoint, trained.module, space.unique_names, space.definitions)
+        labels = publish.folder_labels(checkpoint, space)
     else:
-        config, labels = _plain_config(checkpoint, trained), None
+        config = publish.folder_config(checkpoint, trained.module, trained.class_names)
     if arguments := trained.recipe.model.arguments:
         config["model_args"] = dict(arguments)
     card = _card(checkpoint, trained)
     return publish.write_export(target, trained.module, config, labels, card, dtype, _draft(checkpoint))
 
 
-def _plain_config(checkpoint: Checkpoint, trained: Trained) -> dict[str, Any]:
-    settings = pretrained_config(checkpoint, len(trained.class_names))
-    settings.pop("architecture")
-    return {
-        "architecture": checkpoint.architecture,
-        "num_classes": len(trained.class_names),
-        "num_features": cast(Any, trained.module).num_features,
-        "label_names": list(trained.class_names),
-        "pretrained_cfg": settings,
-    }
-
-
 def _draft(checkpoint: Checkpoint) -> str:
     fields = {
-        "name": checkpoint.name,
-        "architecture": checkpoint.architecture,
-        "label_space": checkpoint.label_space,
-        "head": checkpoint.head,
-        "input_size": checkpoint.input_size,
-        "mean": checkpoint.mean,
-        "std": checkpoint.std,
-        "interpolation": checkpoint.interpolation,
-        "resize": checkpoint.resize,
-        "crop_pct": checkpoint.crop_pct,
-        "sources": (),
-        "metrics": checkpoint.metrics,
+        field.name: value
+        for field in dataclasses.fields(checkpoint)
+        if (value := getattr(checkpoint, field.name)) != field.default
     }
     imported = "Checkpoint, Metric" if checkpoint.metrics else "Checkpoint"
     return "\n".join(
@@ -273,17 +239,17 @@ def _card(checkpoint: Checkpoint, trained: Trained) -> str:
         'wn21k_zoo.predict("photo.jpg", model="FOLDER")',
         "```",
     ]
-    plain = ["```python", "import timm", "", 'timm.create_model("local-dir:FOLDER", pretrained=True)', "```"]
+    own = ["import wn21k_zoo.timm_models"] if checkpoint.architecture in ARCHITECTURES else []
+    plain = ["```python", "import timm", *own, "", 'timm.create_model("local-dir:FOLDER", pretrained=True)', "```"]
     table = (
         ["| figure | percent | images | protocol |", "|---|---|---|---|", *figures] if figures else ["Not evaluated."]
     )
+    header = ModelCardData(
+        library_name="timm", pipeline_tag="image-classification", tags=["image-classification", "timm"]
+    )
     parts = [
         "---",
-        "library_name: timm",
-        "pipeline_tag: image-classification",
-        "tags:",
-        "- image-classification",
-        "- timm",
+        header.to_yaml().strip(),
         "---",
         "",
         f"# {checkpoint.name}",

@@ -32,11 +32,6 @@ _INDEX = np.dtype([("offset", np.int64), ("size", np.int64), ("target", np.int32
 @dataclass(frozen=True)
 class _Group:
     name: str
-    kind: str = "files"
-
-
-class _Storage:
-    local = Path()
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -45,7 +40,7 @@ class FolderDataset:
 
     Attributes:
         root: The folder.
-        split: ``train`` or ``validation``.
+        split: ``train``, ``validation`` or ``all``.
         class_names: Names of the class folders in byte order; a target is an index of it.
         files: Path below the root and target of each image.
     """
@@ -54,8 +49,6 @@ class FolderDataset:
     split: str
     class_names: tuple[str, ...]
     files: tuple[tuple[str, int], ...]
-
-    storage = _Storage()
 
     def __len__(self) -> int:
         return len(self.files)

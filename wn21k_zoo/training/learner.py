@@ -25,6 +25,7 @@ from wn21k_zoo.training.network import (
     build_network,
     build_optimizer,
     build_schedule,
+    memory_format,
     synchronised,
     try_size,
 )
@@ -89,8 +90,8 @@ class Learner:
         recipe, space = self._recipe, splits.space
         network = build_network(recipe, splits.class_names, self.levels)
         self.module = Normalized(network, recipe.model.mean, recipe.model.std).to(self._device)
-        if recipe.model.channels_last:
-            self.module.to(memory_format=torch.channels_last)
+        self._format = memory_format(self._device, recipe.model.channels_last)
+        self.module.to(memory_format=self._format)
         if recipe.model.sync_batchnorm and self._world.size > 1:
             if self._device.type != "cuda":
                 raise RecipeError("model.sync_batchnorm needs GPUs; set it to false.")
@@ -98,8 +99,7 @@ class Learner:
         self._teacher: nn.Module | None = None
         if recipe.loss.teacher is not None and space is not None and self.levels is not None:
             self._teacher, self.about_teacher = build_teacher(recipe, space, self.levels)
-            if recipe.model.channels_last:
-                self._teacher.to(memory_format=torch.channels_last)
+            self._teacher.to(memory_format=self._format)
         for field, each in (("The network", self.module), ("loss.teacher", self._teacher)):
             if each is not None:
                 try_size(each, recipe.data.size, self._device, field, len(splits.class_names))
@@ -173,9 +173,7 @@ class Learner:
             return self._nothing()
         if not self.network.training:  # after a batch without images
             self.network.train()
-        images = batch.images
-        if self._recipe.model.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = batch.images.contiguous(memory_format=self._format)
         with self.autocast():
             with torch.no_grad():
                 teacher = self._teacher(images) if self._teacher is not None else None
@@ -231,22 +229,11 @@ class Learner:
         self._mark()
 
     def why_not_finite(self) -> str:
-        """What was wrong with the last loss."""
+        """What was wrong with the last loss; as :func:`explain`."""
         loss, logits, targets = self._last
-        try:
-            if not math.isfinite(loss):
-                explain(self.levels, logits, targets)
-        except NonFiniteError as error:
-            return str(error)
-        return "on another rank, or in another part of the batch than the last, whose loss is finite here."
-
-    def check_weights(self, step: int) -> None:
-        """See that the weights, which are alike on all ranks, are numbers.
-
-        Raises:
-            NonFiniteError: They are not.
-        """
-        check_finite(self.module.parameters(), step)
+        if math.isfinite(loss):
+            return "on another rank, or in another part of the batch than the last, whose loss is finite here."
+        return explain(self.levels, logits, targets)
 
     def check_scale(self) -> None:
         """See that gradients in fp16 can be had; waits for the device.

@@ -324,18 +324,17 @@ class MultiLabelLoss(nn.Module):
         return truth if levels.order == "level" else truth.index_select(1, levels.positions)
 
 
-def explain(levels: Levels | None, logits_bn: Tensor, targets_b: Tensor) -> None:
+def explain(levels: Levels | None, logits_bn: Tensor, targets_b: Tensor) -> str:
     """Say why a loss is not finite; for devices on which the loss itself does not look. Waits for the device.
 
     ``levels`` is None for classes without a tree.
 
     Raises:
         InvalidArgumentError: A target is out of range.
-        NonFiniteError: Whatever else it is.
     """
     if levels is not None:
         levels.check_range(targets_b)
-    raise NonFiniteError(_describe(logits_bn))
+    return _describe(logits_bn)
 
 
 def _smoothing(value: float) -> float:

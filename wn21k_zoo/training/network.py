@@ -46,6 +46,7 @@ __all__ = [
     "check_head",
     "checkpoint_gradients",
     "heads_of",
+    "memory_format",
     "refuse_run",
     "reorder_head",
     "resolved",
@@ -115,6 +116,14 @@ def build_network(recipe: Recipe, class_names: Sequence[str], levels: Levels | N
     if recipe.model.gradient_checkpointing:
         checkpoint_gradients(module, recipe.model.architecture)
     return module
+
+
+def memory_format(device: torch.device, channels_last: bool = True) -> torch.memory_format:
+    """Of weights and images; on MPS as it was, for torch had wrong gradients of batch normalisation there otherwise.
+
+    https://github.com/pytorch/pytorch/issues/175189
+    """
+    return torch.channels_last if channels_last and device.type != "mps" else torch.contiguous_format
 
 
 def checkpoint_gradients(module: nn.Module, architecture: str) -> None:

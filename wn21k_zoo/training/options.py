@@ -13,7 +13,13 @@ from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.engines import Engine, run_tasks
 
-__all__ = ["PrepareOptions", "Progress", "Resize", "Tasks", "disk_full_as_error", "make_tasks"]
+__all__ = [
+    "PrepareOptions",
+    "Progress",
+    "Resize",
+    "Tasks",
+    "disk_full_as_error",
+]
 
 Resize = Literal["squash", "short-edge", "none"]
 
@@ -69,27 +75,24 @@ class Progress:
 
 @dataclass(frozen=True)
 class Tasks:
-    """How tasks are run: a number of workers, an engine, and whom to tell."""
+    """How tasks are run: so many workers (None: all cores, of this machine or of the cluster), an engine, whom to tell.
+
+    Raises:
+        InvalidArgumentError: Fewer than one worker.
+    """
 
     workers: int | None
     engine: Engine
     address: str | None
     progress: Callable[[Progress], None]
 
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise InvalidArgumentError(f"workers is {self.workers}; it must be at least 1.")
+
     def run(self, function: Callable[..., Any], tasks: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
         """Results in the order in which they are ready."""
         return run_tasks(function, tasks, workers=self.workers, engine=self.engine, address=self.address)
-
-
-def make_tasks(workers: int | None, engine: Engine, address: str | None, progress: Callable[[Progress], None]) -> Tasks:
-    """Tasks on all cores by default, of this machine or of the cluster.
-
-    Raises:
-        InvalidArgumentError: Fewer than one worker.
-    """
-    if workers is not None and workers < 1:
-        raise InvalidArgumentError(f"workers is {workers}; it must be at least 1.")
-    return Tasks(workers, engine, address, progress)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from wn21k_zoo.training.classes import decide, index_of, read_or_bad
 from wn21k_zoo.training.engines import Engine
 from wn21k_zoo.training.images import BadImageError, store_image
 from wn21k_zoo.training.manifest import ClassResult
-from wn21k_zoo.training.options import PrepareOptions, Progress, make_tasks
+from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks
 from wn21k_zoo.training.shards import WORK_FOLDER
 from wn21k_zoo.training.sources import ClassSource, Source, member_reader, open_source, read_members
 
@@ -50,7 +50,7 @@ def count(
         DataSourceError: As :func:`prepare`.
     """
     opened = open_source(source)
-    tasks = make_tasks(workers, engine, ray_address, progress)
+    tasks = Tasks(workers, engine, ray_address, progress)
     counts: list[ClassCount] = []
     done = images = 0
     positions: list[int] = []

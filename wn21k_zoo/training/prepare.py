@@ -28,14 +28,14 @@ from typing import Any
 
 import filelock
 
-from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
+from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError, first_line
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.engines import Engine
 from wn21k_zoo.training.extra import cv2
 from wn21k_zoo.training.gather import write_manifest, write_shards
 from wn21k_zoo.training.manifest import ClassResult, classes_csv, summary
-from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error, make_tasks
+from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
 from wn21k_zoo.training.planning import check_space_before, check_space_during
 from wn21k_zoo.training.shards import INDEX_FOLDER, INFO_FILE, WORK_FOLDER, DatasetInfo, Shard, atomic_file, read_info
 from wn21k_zoo.training.sources import ClassSource, Source, open_source
@@ -81,7 +81,7 @@ def prepare(
     """
     if output.exists() and not output.is_dir():
         raise DataOutputError(f"{output} is a file; name a folder for the output.")
-    tasks = make_tasks(workers, engine, ray_address, progress)
+    tasks = Tasks(workers, engine, ray_address, progress)
     opened = open_source(source)
     recorded = _recorded(options, opened)
     if (output / INFO_FILE).is_file() and not (output / WORK_FOLDER).exists():
@@ -131,7 +131,7 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
     folders = (work / "classes", work / "shards", work / "spool")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(work / "lock", timeout=0):
+        with _alone(work / "lock", output):
             if not resume:
                 for folder in folders:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -148,12 +148,25 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
             ):
                 left.unlink(missing_ok=True)
             yield
-    except filelock.Timeout:
-        raise DataOutputError(f"Another process is preparing {output}; wait for it, or name another folder.") from None
     except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
         if error.filename is None or not str(error.filename).startswith(str(output)):
             raise
         raise DataOutputError(f"{output} cannot be written ({error.strerror}); name a folder that can.") from None
+
+
+@contextlib.contextmanager
+def _alone(file: Path, output: Path) -> Iterator[None]:
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise DataOutputError(f"Another process is preparing {output}; wait for it, or name another folder.") from None
+    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
+        raise DataOutputError(f"{output} cannot be locked: {first_line(error)}; name another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _prepare_classes(

@@ -18,9 +18,10 @@ softmax and distillation from scratch; the ``modern`` family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from wn21k_zoo import building, registry
 from wn21k_zoo.errors import ModelError, RecipeError, did_you_mean
@@ -212,7 +213,7 @@ def finetune(start: str = "mobilenetv3_large_100.miil_in21k") -> Recipe:
     """
     name, architecture, size, mean, std, crop_pct = _described(start)
     recipe = Recipe(name=f"{name}_finetuned", model=Model(architecture=architecture, start=start))
-    recipe.model.mean, recipe.model.std = _three(mean), _three(std)
+    recipe.model.mean, recipe.model.std = mean, std
     recipe.data.label_space, recipe.data.size, recipe.data.crop_pct = None, size, crop_pct
     recipe.data.augmentation, recipe.data.batch_size = "finetune", 32
     recipe.loss.kind, recipe.loss.label_smoothing = "single_label", 0.1
@@ -223,7 +224,7 @@ def finetune(start: str = "mobilenetv3_large_100.miil_in21k") -> Recipe:
     return recipe
 
 
-def _described(start: str) -> tuple[str, str, int, Sequence[float], Sequence[float], float | None]:
+def _described(start: str) -> tuple[str, str, int, Any, Any, float | None]:
     """Name, architecture, pixels, mean, std and share of the centre crop of weights; None for a squash."""
     folder = building.configured_folder(start)
     if folder is None:
@@ -254,8 +255,3 @@ def _known(architecture: str) -> Architecture:
             f"{', '.join(ARCHITECTURES)}; for others write a Recipe of your own."
         )
     return ARCHITECTURES[architecture]
-
-
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = values
-    return red, green, blue

@@ -30,7 +30,7 @@ import torch
 from wn21k_zoo.errors import RecipeError, RunError, first_line
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.shards import atomic_file
-from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status
+from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status, write_text
 
 __all__ = ["FORMAT", "CheckpointWriter", "RunFolder", "copied", "names_of", "read_checkpoint", "read_lines"]
 
@@ -41,7 +41,6 @@ _LOG = logging.getLogger(__name__)
 _OURS = {"checkpoints", "data.json", "metrics.jsonl", "recipe.json", STATUS_FILE, "tensorboard", "plot.png"}
 # What may differ when a run goes on: it changes where and how fast something is computed, not what.
 _FREE = {
-    ("name",),
     ("model", "compile"),
     ("model", "gradient_checkpointing"),
     ("data", "batch_per_device"),
@@ -106,8 +105,8 @@ class RunFolder:
                 left.unlink(missing_ok=True)
         except OSError as error:
             raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another --output.") from None
-        self._write("recipe.json", recipe.to_json())
-        self._write("data.json", json.dumps(dict(data), indent=1) + "\n")
+        write_text(self.path / "recipe.json", recipe.to_json())
+        write_text(self.path / "data.json", json.dumps(dict(data), indent=1) + "\n")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -194,37 +193,34 @@ class RunFolder:
         return None
 
     def cut(self, step: int, evaluated: int) -> None:
-        """Leave out what will be computed again: what came after a step, or after the last evaluation that counts."""
+        """Leave out what will be computed again: what came after a step, or after the last evaluation that counts.
+
+        Raises:
+            RunError: The folder cannot be written.
+        """
         for path in self.steps():
             if path.name > f"step-{step:08d}.pt":
-                path.rename(path.with_suffix(".damaged"))
+                path.replace(path.with_suffix(".damaged"))
         if not self.metrics.is_file():
             return
         last = {"evaluation": evaluated}
         kept = [
             line for line in read_lines(self.metrics) if line.get("step", 0) <= last.get(line.get("kind", ""), step)
         ]
-        with atomic_file(self.metrics) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
-
-    def _write(self, name: str, text: str) -> None:
-        try:
-            with atomic_file(self.path / name) as file:
-                file.write(text.encode())
-        except OSError as error:
-            raise RunError(f"{self.path / name} cannot be written: {first_line(error)}.") from None
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _same(self, recipe: Recipe, data: Mapping[str, Any]) -> None:
-        theirs, ours = self.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
-        for path, (before, now) in _differences(theirs, ours):
-            if path not in _FREE:
-                raise RunError(
-                    f"{self.path} holds a run with {'.'.join(path)} = {before!r}, not {now!r}; name another --output, "
-                    "or go on with the recipe.json in it."
-                )
-        before = self.data() if (self.path / "data.json").is_file() else data
+        theirs, ours = (each.model_dump(mode="json", exclude={"name"}) for each in (self.recipe(), recipe))
+        for section, fields in ours.items():
+            for field, now in fields.items():
+                if (before := theirs[section][field]) != now and (section, field) not in _FREE:
+                    raise RunError(
+                        f"{self.path} holds a run with {section}.{field} = {before!r}, not {now!r}; name another "
+                        "--output, or go on with the recipe.json in it."
+                    )
+        known = self.data() if (self.path / "data.json").is_file() else data
         for key in ("classes", "images", "files"):
-            if before.get(key) != data.get(key):
+            if known.get(key) != data.get(key):
                 raise RunError(f"{self.path} holds a run on other data ({key} differ); name another --output.")
 
 
@@ -360,8 +356,10 @@ class CheckpointWriter:
     def _write_best(self, source: Path) -> None:
         temporary = self._folder.best.with_suffix(".tmp")
         temporary.unlink(missing_ok=True)
+        # Windows renames no other name of a file that is open.
+        link = os.link if os.name != "nt" else shutil.copyfile
         try:
-            os.link(source, temporary)
+            link(source, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
         temporary.replace(self._folder.best)
@@ -384,14 +382,3 @@ def copied(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(copied(each) for each in value)
     return value
-
-
-def _differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], tuple[Any, Any]]]:
-    for key in {**before, **now}:
-        ours, theirs = now.get(key), before.get(key)
-        if isinstance(ours, dict) and isinstance(theirs, dict) and not path:
-            yield from _differences(theirs, ours, (*path, key))
-        elif ours != theirs:
-            yield (*path, key), (theirs, ours)

@@ -14,7 +14,7 @@ from typing import Any
 from wn21k_zoo.errors import RunError, first_line
 from wn21k_zoo.training.shards import atomic_file
 
-__all__ = ["STATUS_FILE", "mark_preempted", "read_status", "write_status"]
+__all__ = ["STATUS_FILE", "mark_preempted", "read_status", "write_status", "write_text"]
 
 STATUS_FILE = "status.json"
 
@@ -34,10 +34,18 @@ def write_status(folder: Path, state: str, step: int, **more: Any) -> None:
     Raises:
         RunError: It cannot be written.
     """
-    path = folder / STATUS_FILE
+    write_text(folder / STATUS_FILE, json.dumps({"state": state, "step": step, **more}, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file of a run, whole or not at all.
+
+    Raises:
+        RunError: It cannot be written.
+    """
     try:
         with atomic_file(path) as file:
-            file.write((json.dumps({"state": state, "step": step, **more}, indent=1) + "\n").encode())
+            file.write(text.encode())
     except OSError as error:
         raise RunError(f"{path} cannot be written: {first_line(error)}.") from None
 
