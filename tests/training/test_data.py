@@ -500,6 +500,42 @@ def test_shards_on_a_web_server(shards, tmp_path):
         thread.join()
 
 
+MASKS = """
+import multiprocessing, signal, sys
+from pathlib import Path
+from wn21k_zoo.training.data import Loader, Squash, open_dataset
+
+def deaf(pid="self"):
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    blocked = int(next(line for line in status if line.startswith("SigBlk")).split()[1], 16)
+    return [bool(blocked & 1 << number - 1) for number in (signal.SIGINT, signal.SIGTERM)]
+
+def own(results):
+    results.put(deaf())
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[2])
+    batches = iter(Loader(open_dataset(sys.argv[1]), batch_size=4, augmentation=Squash(32), workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    results = multiprocessing.Queue()
+    other = multiprocessing.Process(target=own, args=(results,))
+    other.start()
+    print(deaf(worker.pid), results.get(), deaf())
+    other.join()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says which signals a process is deaf to")
+@pytest.mark.parametrize("start_method", ["fork", "forkserver", "spawn"])
+def test_processes_that_are_not_a_loaders_hear_signals(shards, tmp_path, start_method):
+    script = tmp_path / "masks.py"
+    script.write_text(MASKS)
+    done = subprocess.run([sys.executable, script, shards, start_method], capture_output=True, text=True, check=False)
+    assert done.stdout == "[True, True] [False, False] [False, False]\n", done.stderr
+
+
 HUB = """
 import sys
 from wn21k_zoo.errors import Wn21kError

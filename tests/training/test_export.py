@@ -140,6 +140,19 @@ def test_the_folder_of_a_run_is_no_model_yet(run, data, tmp_path):
             train(small_recipe(**sections), data, tmp_path / "run", ALONE, workers=0)
 
 
+def test_classes_of_ones_own_by_a_network_of_ours(tmp_path, capsys):
+    data = make_folder(tmp_path / "images", names=("cats", "dogs"))
+    recipe = small_recipe("ofa_flops_595m_s", loss={"kind": "single_label"}, schedule={"max_steps": 1})
+    train(recipe, data, tmp_path / "run", ALONE, workers=0)
+    assert CliRunner().invoke(app, ["train", "export", str(tmp_path / "run"), str(tmp_path / "model")]).exit_code == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    found = {}
+    exec(code.replace("timm.create", "model = timm.create").replace("FOLDER", str(tmp_path / "model")), found)  # noqa: S102
+    assert found["model"].num_classes == 2
+    assert create_model(tmp_path / "model", num_classes=3).num_classes == 3
+
+
 def test_classes_of_ones_own(tmp_path):
     data = make_folder(tmp_path / "images", names=("cats", "dogs"), images=20)
     recipe = small_recipe(loss={"kind": "single_label"}, data={"crop_pct": 0.875})

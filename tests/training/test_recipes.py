@@ -317,6 +317,10 @@ def test_finetuning_begins_with_any_folder_that_says_what_it_is(tmp_path):
     squashed = settings | {"crop_mode": "squash"}
     save_for_hf(model, tmp_path / "squashed", model_config={"pretrained_cfg": squashed})
     assert presets.finetune(str(tmp_path / "squashed")).data.crop_pct is None
+    grey = {"architecture": "test_vit", "pretrained_cfg": settings | {"mean": [0.5]}}
+    (tmp_path / "squashed" / "config.json").write_text(json.dumps(grey))
+    with pytest.raises(RecipeError, match="mean"):
+        presets.finetune(str(tmp_path / "squashed"))
     (tmp_path / "squashed" / "config.json").write_text('{"architecture": "test_vit"}')
     with pytest.raises(ModelError, match="input_size is not stated"):
         presets.finetune(str(tmp_path / "squashed"))
