@@ -230,7 +230,9 @@ def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None 
             place = root / cache.relative_path(source, filename, _named_revision(source))
             if place.is_file():
                 return place
-            if isinstance(source, HubSource) and (path := hub.find_in_cache(source, filename)):
+            if not isinstance(source, HubSource) or (path := hub.find_in_cache(source, filename)) is None:
+                continue
+            if source.sha256 or hub.expected_of_etag(path.resolve().name).stated_by:  # else it cannot be verified
                 return path
     return None
 

@@ -92,6 +92,7 @@ __all__ = [
     "Wn21kError",
     "did_you_mean",
     "first_line",
+    "is_out_of_memory",
 ]
 
 
@@ -269,6 +270,11 @@ def did_you_mean(name: str, candidates: Iterable[str], count: int = 3) -> str:
         near = [beginnings[match] for match in difflib.get_close_matches(folded, beginnings, n=count, cutoff=0.75)]
         near = near or sorted((known for known in by_folded if folded in known), key=len)[:count]
     return f" Did you mean {', '.join(by_folded[known] for known in near)}?" if near else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has no memory left; of MPS torch says so in words only."""
+    return isinstance(error, RuntimeError) and "out of memory" in str(error)
 
 
 def first_line(error: BaseException) -> str:

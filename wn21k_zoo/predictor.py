@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from wn21k_zoo import models
 from wn21k_zoo.building import looks_like_path
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import ImageError, ImageTooLargeError, InvalidArgumentError, ModelError, Wn21kError, first_line
+from wn21k_zoo.errors import (
+    ImageError,
+    ImageTooLargeError,
+    InvalidArgumentError,
+    ModelError,
+    Wn21kError,
+    first_line,
+    is_out_of_memory,
+)
 from wn21k_zoo.hierarchy import Decoder, NodeScores
 from wn21k_zoo.images import MAX_PIXELS, describe_source, load_image
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace
@@ -221,7 +229,7 @@ class Predictor:
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, Wn21kError):
                 raise
-            hint = " Try a smaller batch size." if isinstance(error, torch.OutOfMemoryError) else ""
+            hint = " Try a smaller batch size." if is_out_of_memory(error) else ""
             raise ModelError(f"{self.name} cannot be run on these images: {first_line(error)}{hint}") from error
         finally:
             for part, was_training in modes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -108,11 +108,12 @@ def check_target(folder: str | os.PathLike[str], dtype: str | None, force: bool)
         raise InvalidArgumentError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}.")
     if target.exists() and not target.is_dir():
         raise InvalidArgumentError(f"{target} is a file; name a folder.")
-    if target.is_dir() and any(not path.name.startswith(_TEMPORARY) for path in target.iterdir()) and not force:
+    if target.is_dir() and any(not path.name.startswith(".") for path in target.iterdir()) and not force:
         raise InvalidArgumentError(f"{target} is not empty; choose another folder, or replace it with --force.")
     for left in target.glob(f"{_TEMPORARY}*"):  # of an export that was killed
         shutil.rmtree(left, ignore_errors=True)
-    foreign = [path.name for path in target.glob("*") if path.name not in _WRITTEN or not path.is_file()]
+    others = [path for path in target.glob("*") if not path.name.startswith(".")]  # but .git, .DS_Store
+    foreign = [path.name for path in others if path.name not in _WRITTEN or not path.is_file()]
     if foreign:
         raise InvalidArgumentError(f"{target} holds {min(foreign)}, which no export writes; choose another folder.")
     return target
@@ -282,7 +283,9 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     exists = target.is_dir()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=target if exists else target.parent))
+        # Not by tempfile, whose folders are for their owner alone.
+        temporary = (target if exists else target.parent) / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        temporary.mkdir()
     except OSError as error:
         raise PublishError(f"{target} cannot be written ({error.strerror}); choose another place.") from error
     try:
@@ -290,7 +293,6 @@ def _whole_folder(target: Path) -> Iterator[Path]:
         if exists:
             _replace_files(target, temporary)
         else:
-            temporary.chmod(0o755)
             temporary.rename(target)
     except (OSError, SafetensorError) as error:
         raise PublishError(f"{target} cannot be written ({first_line(error)}); choose another place.") from error

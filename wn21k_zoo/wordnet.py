@@ -133,7 +133,7 @@ def _nltk_wordnet(folder: Path | None) -> Iterator[Any]:
             if not (database / "data.noun").is_file():
                 raise TreeError(f"{folder} has no data.noun; name a folder with WordNet 3.0's database files.")
             # NLTK refuses links and folders that its search path does not hold, so it gets a copy of its own.
-            data = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            data = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
             copy = data / "corpora" / "wordnet"
             shutil.copytree(database, copy)
             if not (copy / "lexnames").exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 __all__ = ["main"]
@@ -12,6 +13,9 @@ def main() -> None:
     try:
         from wn21k_zoo.cli.app import app
 
+        # JSON is UTF-8, whatever a pipe's encoding; a terminal has its own.
+        if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         arguments = sys.argv[1:]
         for option in ("--debug", "--offline"):  # wherever they stand
             if option in arguments:

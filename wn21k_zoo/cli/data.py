@@ -191,9 +191,11 @@ def _count(source: Path, output: Path, options: PrepareOptions, run: dict[str, A
         )
     print_table(rows, ("decision", "classes", "train", "validation", "GB"), format)
     needed = sum(one.stored_bytes for one in counts) / 1e9
-    place = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free / 1e9
-    say(f"about {needed:,.2f} GB for the output and as much again while it is made; {free:,.1f} GB are free at {place}")
+    say(f"about {needed:,.2f} GB for the output and as much again while it is made")
+    for place in (output.absolute(), *output.absolute().parents):
+        if place.exists():
+            say(f"{shutil.disk_usage(place).free / 1e9:,.1f} GB are free at {place}")
+            break
 
 
 @contextmanager

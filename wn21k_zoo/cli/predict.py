@@ -255,6 +255,7 @@ def _why_not(source: str) -> Wn21kError:
 
 def _allow_any_name() -> None:
     """File names that are not valid text pass through: as themselves on stdin, escaped on stdout."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding=sys.getfilesystemencoding(), errors="surrogateescape")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")

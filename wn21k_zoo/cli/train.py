@@ -6,6 +6,7 @@ Runs themselves are started with ``python -m wn21k_zoo.training.train`` or torch
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 from enum import StrEnum
 from pathlib import Path
@@ -115,6 +116,7 @@ def plot(
     """Loss, learning rate, accuracies and speed as a PNG (extra plot)."""
     from wn21k_zoo.training.plots import plot_runs
 
+    runs = _expanded(runs)
     typer.echo(str(plot_runs(runs, output or runs[0] / "plot.png")))
 
 
@@ -127,7 +129,7 @@ def compare(
     from wn21k_zoo.errors import RunError
     from wn21k_zoo.training.state import RunFolder, names_of, read_lines
 
-    rows = []
+    rows, runs = [], _expanded(runs)
     names = dict(zip(runs, names_of(runs), strict=True))
     for run in runs:
         folder = RunFolder(run)
@@ -158,6 +160,11 @@ def compare(
         values = [[field.replace("_", " "), *(row[field] for row in few)] for field in few[0]]
         first, *others = (dict(zip(columns, line, strict=True)) for line in values)
         print_table(others, columns, format, heads=tuple(first.values()))
+
+
+def _expanded(runs: list[Path]) -> list[Path]:
+    """Patterns, which the shell of Windows leaves to the program; what matches nothing stays as it is."""
+    return [Path(found) for run in runs for found in sorted(glob.glob(str(run))) or [str(run)]]  # noqa: PTH207
 
 
 _BESIDE = 6  # runs with a column each, on a terminal

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError, Wn21kError, first_line
+from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError, Wn21kError, first_line, is_out_of_memory
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.data import Batch, Loader
 from wn21k_zoo.training.distributed import World
@@ -207,7 +207,7 @@ class _Run:
                 f"torch.compile failed: {first_line(problem)} It needs a C++ compiler, on GPUs Triton as well; "
                 "--set model.compile=false needs neither, and the same command then goes on."
             )
-        if not isinstance(problem, torch.OutOfMemoryError):
+        if not is_out_of_memory(problem):
             return not_deterministic(problem) or problem
         return RunError(
             f"The memory of {self.device} is not enough for {self.micro} images at a time: set data.batch_per_device "

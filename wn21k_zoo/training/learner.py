@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from wn21k_zoo.errors import BadImagesError, NonFiniteError, RecipeError, RunError
+from wn21k_zoo.errors import BadImagesError, NonFiniteError, RecipeError, RunError, is_out_of_memory
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.levels import Levels
@@ -76,12 +76,12 @@ class Learner:
         self._there: torch.cuda.Event | None = None
         try:
             self._build(splits, steps)
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"The memory of {world.device} is not enough for the network itself: see whether other processes use "
-                "it, or take a smaller model.architecture."
-            ) from error
         except RuntimeError as error:  # _settle goes backward
+            if is_out_of_memory(error):
+                raise RunError(
+                    f"The memory of {world.device} is not enough for the network itself: see whether other processes "
+                    "use it, or take a smaller model.architecture."
+                ) from error
             if (known := not_deterministic(error)) is not None:
                 raise known from error
             raise

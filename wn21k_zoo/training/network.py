@@ -26,6 +26,7 @@ from wn21k_zoo.errors import (
     RecipeError,
     Wn21kError,
     first_line,
+    is_out_of_memory,
 )
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.levels import Levels
@@ -264,9 +265,9 @@ def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_
     training = module.training
     try:
         logits = module.eval()(torch.zeros(1, 3, size, size, device=device))
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
     except (RuntimeError, AssertionError, ValueError) as error:
+        if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+            raise
         hint = f'; set data.size, or model.arguments={{"img_size": {size}}} where the architecture takes that'
         raise RecipeError(f"{what} does not take images of {size} pixels: {first_line(error)}{hint}.") from error
     finally:

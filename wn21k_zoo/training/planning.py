@@ -51,6 +51,8 @@ def count(
     """
     opened = open_source(source)
     tasks = Tasks(workers, engine, ray_address, progress)
+    if engine == "ray":  # its workers stand elsewhere
+        source = source.absolute()
     counts: list[ClassCount] = []
     done = images = 0
     positions: list[int] = []

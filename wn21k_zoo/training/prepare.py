@@ -42,6 +42,8 @@ from wn21k_zoo.training.sources import ClassSource, Source, open_source
 
 __all__ = ["PrepareOptions", "Progress", "prepare"]
 
+_WORK_DONE = ".work.done"
+
 
 def prepare(
     source: Path,
@@ -82,6 +84,9 @@ def prepare(
     if output.exists() and not output.is_dir():
         raise DataOutputError(f"{output} is a file; name a folder for the output.")
     tasks = Tasks(workers, engine, ray_address, progress)
+    if engine == "ray":  # its workers stand elsewhere
+        source, output = source.absolute(), output.absolute()
+    shutil.rmtree(output / _WORK_DONE, ignore_errors=True)
     opened = open_source(source)
     recorded = _recorded(options, opened)
     if (output / INFO_FILE).is_file() and not (output / WORK_FOLDER).exists():
@@ -96,7 +101,9 @@ def prepare(
         progress(Progress(stage="manifest", done=0, total=1, images=0))
         info = _finish(output, results, shards, options, recorded)
         progress(Progress(stage="manifest", done=1, total=1, images=0))
-    shutil.rmtree(output / WORK_FOLDER)
+    # Half a folder of work is no work that could go on: another name first.
+    (output / WORK_FOLDER).rename(output / _WORK_DONE)
+    shutil.rmtree(output / _WORK_DONE, ignore_errors=True)
     return info
 
 
@@ -126,7 +133,7 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
     """The output folder, ours alone, with room to work in and without what killed tasks left."""
     work = output / WORK_FOLDER
     state = work / "options.json"
-    if output.exists() and not work.is_dir() and any(output.iterdir()):
+    if output.exists() and not work.is_dir() and any(not _is_the_systems(entry) for entry in output.iterdir()):
         raise DataOutputError(f"{output} is not empty and not an output of `wn21k data prepare`; name a new folder.")
     folders = (work / "classes", work / "shards", work / "spool")
     try:
@@ -152,6 +159,11 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
         if error.filename is None or not str(error.filename).startswith(str(output)):
             raise
         raise DataOutputError(f"{output} cannot be written ({error.strerror}); name a folder that can.") from None
+
+
+def _is_the_systems(entry: Path) -> bool:
+    """Such as .DS_Store of macOS, or lost+found where a disk is mounted."""
+    return entry.name.startswith(".") or entry.name == "lost+found"
 
 
 @contextlib.contextmanager

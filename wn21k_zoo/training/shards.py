@@ -21,6 +21,7 @@ import json
 import os
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,11 +195,23 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Give a file its name; on Windows it may have to wait for who has the former one open, such as a virus scanner."""
+    for seconds in (0.05, 0.2, 1.0) if os.name == "nt" else ():
+        try:
+            source.replace(target)
+        except PermissionError:
+            time.sleep(seconds)
+        else:
+            return
+    source.replace(target)
 
 
 def _sync_folder(folder: Path) -> None:

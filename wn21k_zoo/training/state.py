@@ -229,6 +229,8 @@ def names_of(runs: Sequence[Path]) -> list[str]:
     paths = [run.expanduser().absolute() for run in runs]
     if len({path.name for path in paths}) == len(set(paths)):
         return [path.name for path in paths]
+    if len({path.anchor for path in paths}) > 1:  # drives of Windows
+        return [str(path) for path in paths]
     return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
 
 
