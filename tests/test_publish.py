@@ -200,6 +200,14 @@ def test_a_former_export_is_replaced_or_stays(folder, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [place]
 
 
+def test_into_a_clone_of_a_repository(tmp_path):
+    for hidden in (".git", ".DS_Store"):
+        (tmp_path / "clone" / hidden).mkdir(parents=True)
+    place = publish.export_folder(EMBEDDED, tmp_path / "clone")
+    publish.export_folder(EMBEDDED, tmp_path / "clone", force=True)
+    assert {path.name for path in place.iterdir()} == {*FILES, ".git", ".DS_Store"}
+
+
 def test_into_the_current_folder_through_a_link_and_after_a_kill(tmp_path, monkeypatch):
     (tmp_path / "real" / ".wn21k-export-left").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)

@@ -756,6 +756,7 @@ def test_of_the_hubs_own_cache_only_what_has_a_hash_is_used(root, monkeypatch, t
     (repository / "snapshots" / "abc" / NAME).write_bytes(BODY)  # no link, so that nobody says what it should be
     with pytest.raises(OfflineError):
         download.fetch_file(source, (NAME,))
+    assert download.find_local(checkpoint_of("hub", "")) is None
     blob.write_bytes(b"[]")
     with pytest.raises(OfflineError):
         download.fetch_file(source, ("config.json",))

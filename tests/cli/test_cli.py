@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,18 @@ def test_what_holds_nothing_does_not_stop_the_rest(folder, tmp_path):
     assert [("error" in result) for result in map(json.loads, done.stdout.splitlines())] == [False, True, True, True]
     done = run("predict", tmp_path / "empty", *MODEL)
     assert (done.exit_code, "holds no images" in done.stderr) == (1, True)
+
+
+@pytest.mark.slow
+def test_json_in_a_pipe_is_utf_8(tmp_path, photographs):
+    name = str(tmp_path / "caf\u00e9 \U0001f600.png")
+    shutil.copy(photographs[0], name)
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    for arguments, given in (([name], b""), (["-"], os.fsencode(name))):
+        command = [sys.executable, "-m", "wn21k_zoo", "predict", *arguments, *MODEL]
+        done = subprocess.run(command, input=given, capture_output=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.decode("utf-8"))["source"] == name
 
 
 @pytest.mark.slow

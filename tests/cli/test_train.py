@@ -98,6 +98,12 @@ def test_compare_leaves_out_what_was_not_evaluated(run, tmp_path):
     assert wn21k("train", "compare", tmp_path).exit_code == 1
 
 
+def test_patterns_that_a_shell_leaves_to_the_program(run):
+    pattern = run.parent / f"*{run.name[-2:]}"
+    (row,) = [json.loads(line) for line in wn21k("train", "compare", pattern).stdout.splitlines()]
+    assert row["run"] == run.name
+
+
 def test_compare(run):
     (row,) = [json.loads(line) for line in wn21k("train", "compare", run).stdout.splitlines()]
     assert (row["run"], row["loss"], row["epoch"]) == ("run", "semantic_softmax", 2)

@@ -30,7 +30,7 @@ from wn21k_zoo.training.shards import index_path, read_index, read_info
 from .archives import OUTSIDE, WNIDS, jpeg, make_classes, tar_bytes
 from .hub_folder import serve_repository
 from .ranks import run_rank
-from .staging import stage_all
+from .staging import no_locks, stage_all
 
 SIZE = 32
 
@@ -403,9 +403,6 @@ def test_a_cache_that_cannot_be_written_is_named(shards, tmp_path, monkeypatch):
     dataset = open_dataset(f"file://{shards}")
     with pytest.raises(DataError, match="set WN21K_DATA_CACHE"):
         dataset.open(0)
-
-    def no_locks(*_):
-        raise OSError(37, "No locks available")
 
     monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
     with pytest.raises(DataError, match=r"cannot be locked: .*No locks available"):

@@ -307,9 +307,16 @@ def test_data_that_is_not_there(tmp_path):
         run(small_recipe(), tmp_path / "nowhere", tmp_path / "run")
 
 
-def test_too_little_memory_is_one_line_that_says_what_to_change(data, tmp_path, monkeypatch):
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)."),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["cuda", "mps"])
+def test_too_little_memory_is_one_line_that_says_what_to_change(data, tmp_path, monkeypatch, error):
     def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setattr(Criterion, "forward", full)
     with pytest.raises(RunError, match=r"not enough for 8 images at a time: set data\.batch_per_device below 8"):
@@ -344,9 +351,10 @@ def test_an_architecture_without_gradient_checkpointing(data, tmp_path):
         run(recipe, data, tmp_path / "run")
 
 
-def test_too_little_memory_for_the_network_itself(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", FULL, ids=["cuda", "mps"])
+def test_too_little_memory_for_the_network_itself(data, tmp_path, monkeypatch, error):
     def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setattr(Normalized, "forward", full)
     with pytest.raises(RunError, match="memory of cpu is not enough for the network itself"):

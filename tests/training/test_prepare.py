@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from .archives import (
     write_folder,
     write_layout,
 )
+from .staging import no_locks
 
 OPTIONS = PrepareOptions(min_images=10, val_per_class=3, size=32, shard_size=7)
 
@@ -401,13 +403,39 @@ def test_the_processed_release_is_taken_as_it_comes(tmp_path, packed):
     assert len(rows) == sum(map(len, classes.values()))
 
 
+def test_what_the_system_puts_into_folders_is_in_nobodys_way(tmp_path, reference):
+    (tmp_path / "out" / "lost+found").mkdir(parents=True)
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"")
+    out = prepared(tmp_path, make_classes())
+    assert contents(out) == {**contents(reference), ".DS_Store": b""}
+
+
+def test_killed_while_its_work_is_removed_it_is_finished(tmp_path, reference, monkeypatch):
+    remove = shutil.rmtree
+
+    def killed(folder, **options):
+        if folder.exists():
+            (folder / "options.json").unlink()  # half of it
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path, make_classes())
+    monkeypatch.undo()
+    assert (tmp_path / "out" / ".work.done").is_dir()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert contents(prepared(tmp_path, make_classes())) == contents(reference)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
 def test_short_edge(tmp_path):
     out = prepared(tmp_path, {WNIDS[0]: {f"{WNIDS[0]}_0.JPEG": jpeg(0, 80, 60)}},
                    PrepareOptions(min_images=0, val_per_class=0, size=32, resize="short-edge"))  # fmt: skip
     assert [(row["stored_width"], row["stored_height"]) for row in manifest(out)] == [(43, 32)]
 
 
-def test_wrong_sources_and_outputs_are_one_line_each(tmp_path):
+def test_wrong_sources_and_outputs_are_one_line_each(tmp_path, monkeypatch):
     source = write_layout("nested.tar", tmp_path / "nested.tar", make_classes())
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -427,6 +455,10 @@ def test_wrong_sources_and_outputs_are_one_line_each(tmp_path):
         prepare(source, tmp_path / "file", OPTIONS)
     with pytest.raises(DataOutputError, match="is not empty"):
         prepare(source, tmp_path, OPTIONS)
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    with pytest.raises(DataOutputError, match=r"cannot be locked: .*No locks available"):
+        prepare(source, tmp_path / "locked", OPTIONS)
+    monkeypatch.undo()
     with pytest.raises(DataSourceError, match="--min-images"):
         prepare(source, tmp_path / "none", PrepareOptions(), workers=1)
     prepare(source, tmp_path / "out", OPTIONS, workers=1)
