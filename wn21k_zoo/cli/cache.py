@@ -10,14 +10,11 @@ import typer
 
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, LOCK_FILE
-from wn21k_zoo.cli.output import Format, print_table, say, warnings_as_messages
+from wn21k_zoo.cli.output import Format, FormatOption, print_table, say, warnings_as_messages
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 
 __all__ = ["app", "register"]
 
-FormatOption = Annotated[
-    Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
-]
 CacheDirOption = Annotated[
     Path | None, typer.Option("--cache-dir", help="Folder of the cache. Default: WN21K_CACHE, else the user's.")
 ]

@@ -6,13 +6,12 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from wn21k_zoo.cli.output import Format, choose_format, console, print_json, print_table, say
+from wn21k_zoo.cli.output import Format, FormatOption, choose_format, console, print_json, print_table, say
 
 if TYPE_CHECKING:
     from wn21k_zoo.training.options import PrepareOptions, Progress
@@ -21,20 +20,7 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Training data: prepare shards, look at them, verify them.")
 
-FormatOption = Annotated[
-    Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
-]
 WorkersOption = Annotated[int | None, typer.Option("--workers", "-j", min=1, help="Processes. Default: all cores.")]
-
-
-class _Resize(StrEnum):
-    squash = "squash"
-    short_edge = "short-edge"
-
-
-class _Engine(StrEnum):
-    local = "local"
-    ray = "ray"
 
 
 @app.command()
@@ -56,12 +42,14 @@ def prepare(
     ] = 50,
     size: Annotated[int, typer.Option("--size", help="Pixels.")] = 224,
     resize: Annotated[
-        _Resize, typer.Option("--resize", help="To a square, or the shorter edge to the size.")
-    ] = _Resize.squash,
+        Literal["squash", "short-edge"], typer.Option("--resize", help="To a square, or the shorter edge to the size.")
+    ] = "squash",
     quality: Annotated[int, typer.Option("--quality", help="Of JPEG, 1 to 100.")] = 95,
     shard_size: Annotated[int, typer.Option("--shard-size", help="Images per shard.")] = 10_000,
     workers: WorkersOption = None,
-    engine: Annotated[_Engine, typer.Option("--engine", help="Processes here, or Ray tasks.")] = _Engine.local,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option("--engine", help="Processes here, or Ray tasks.")
+    ] = "local",
     ray_address: Annotated[
         str | None,
         typer.Option("--ray-address", help="Of a Ray cluster. Default: RAY_ADDRESS, else one on this machine."),
@@ -86,11 +74,11 @@ def prepare(
         min_images=min_images,
         val_per_class=val_per_class,
         size=size,
-        resize=resize.value,
+        resize=resize,
         quality=quality,
         shard_size=shard_size,
     )
-    run: dict[str, Any] = {"workers": workers, "engine": engine.value, "ray_address": ray_address}
+    run: dict[str, Any] = {"workers": workers, "engine": engine, "ray_address": ray_address}
     if dry_run:
         _count(source, output, options, run, format)
         return

@@ -10,7 +10,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from wn21k_zoo.errors import Wn21kError
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CSV_COLUMNS",
     "Format",
+    "FormatOption",
     "ResultWriter",
     "choose_format",
     "log_as_messages",
@@ -54,6 +57,11 @@ class Format(StrEnum):
     json = "json"
     jsonl = "jsonl"
     csv = "csv"
+
+
+FormatOption = Annotated[
+    Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
+]
 
 
 def say(message: str) -> None:

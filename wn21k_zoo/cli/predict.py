@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wn21k_zoo.checkpoints import CHECKPOINTS
-from wn21k_zoo.cli.output import Format, ResultWriter, choose_format, console, say, warnings_as_messages
+from wn21k_zoo.cli.output import Format, FormatOption, ResultWriter, choose_format, console, say, warnings_as_messages
 from wn21k_zoo.errors import ImageNotFoundError, InvalidArgumentError, Wn21kError
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ def predict(
     label_space: Annotated[
         str | None, typer.Option("--label-space", help="Classes of a folder's model, when it does not say.")
     ] = None,
-    format: Annotated[  # noqa: A002
-        Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
-    ] = None,
+    format: FormatOption = None,  # noqa: A002
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Images per forward pass. Default: 8 on a CPU, else 32.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wn21k_zoo.cli.output import Format, print_table, say
+from wn21k_zoo.cli.output import FormatOption, print_table, say
 
 __all__ = ["register"]
 
@@ -44,9 +44,7 @@ def publish(
     revision: Annotated[str | None, typer.Option("--revision", help="Branch. Default: main.")] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go; open no connection.")] = False,
-    format: Annotated[  # noqa: A002
-        Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
-    ] = None,
+    format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Push an exported folder to the Hugging Face Hub."""
     from wn21k_zoo.publish import check_repo_id, plan_upload, publish_folder

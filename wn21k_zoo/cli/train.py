@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from wn21k_zoo.cli.output import Format, choose_format, console, print_json, print_table, say
+from wn21k_zoo.cli.output import Format, FormatOption, choose_format, console, print_json, print_table, say
 
 __all__ = ["app", "register"]
 
@@ -24,24 +23,10 @@ app = typer.Typer(
     "wn21k_zoo.training.train --help`, on several GPUs with torchrun.",
 )
 
-FormatOption = Annotated[
-    Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
-]
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="FILE.py[:FUNCTION], or a run's recipe.json.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value, such as schedule.epochs=40.")
 ]
-
-
-class _Which(StrEnum):
-    best = "best"
-    last = "last"
-
-
-class _Precision(StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 @app.command("list")
@@ -188,7 +173,7 @@ _COMPARED = (
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the model.")],
-    which: Annotated[_Which, typer.Option("--checkpoint", help="best or last.")] = _Which.best,
+    which: Annotated[Literal["best", "last"], typer.Option("--checkpoint", help="best or last.")] = "best",
     name: Annotated[
         str | None, typer.Option("--name", help="Of the record. Default: the recipe's, unless published.")
     ] = None,
@@ -198,7 +183,7 @@ def export(
     """A run as a folder that timm and wn21k_zoo load, with the draft of a record."""
     from wn21k_zoo.training.export import export_run
 
-    written = export_run(run, folder, which=which.value, name=name, dtype=dtype, force=force)
+    written = export_run(run, folder, which=which, name=name, dtype=dtype, force=force)
     typer.echo(str(written))
     if not (written / "wn21k_labels.json").is_file():
         say(f"its classes are no synsets: {written / 'README.md'} says how to load it")
@@ -227,16 +212,19 @@ def evaluate(
             "MODEL is a run.",
         ),
     ] = None,
-    which: Annotated[_Which, typer.Option("--checkpoint", help="Of a run: best or last.")] = _Which.best,
+    which: Annotated[Literal["best", "last"], typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
     label_space: Annotated[
         str | None, typer.Option("--label-space", help="Classes of a folder's model, when it does not say.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")] = 64,
     workers: Annotated[
-        int | None, typer.Option("--workers", "-j", min=0, help="Processes that load images. Default: all cores.")
+        int | None,
+        typer.Option("--workers", "-j", min=0, help="Processes that load images. Default: all cores, at most 16."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[_Precision, typer.Option("--precision", help="Of the forward pass.")] = _Precision.fp32,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option("--precision", help="Of the forward pass.")
+    ] = "fp32",
     max_bad: Annotated[float, typer.Option("--max-bad", min=0, max=1, help="Allowed share of damaged images.")] = 0.01,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="All figures as a JSON file.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="A reliability diagram as PNG (extra plot).")] = None,
@@ -257,12 +245,12 @@ def evaluate(
             model,
             data,
             split=split,
-            which=which.value,
+            which=which,
             label_space=label_space,
             batch_size=batch_size,
             workers=workers,
             device=device,
-            precision=precision.value,
+            precision=precision,
             max_bad=max_bad,
             progress=advance,
         )

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from wn21k_zoo.cli.output import Format, console, print_json, print_table, say
+from wn21k_zoo.cli.output import FormatOption, console, print_json, print_table, say
 from wn21k_zoo.errors import InvalidArgumentError, TreeError, UnknownSynsetError, Wn21kError
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES
 from wn21k_zoo.tree import Node, SemanticTree
@@ -24,9 +24,6 @@ TreeOption = Annotated[
     typer.Option(
         "--tree", help="fall11, winter21, another label space, a text file of wnids, or the authors' tree.pth."
     ),
-]
-FormatOption = Annotated[
-    Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
 ]
 COLUMNS = ("index", "wnid", "name", "depth", "definition")
 

@@ -17,7 +17,7 @@ import typer
 
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, Checkpoint
-from wn21k_zoo.cli.output import CSV_COLUMNS, Format, choose_format, print_json, print_table
+from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, choose_format, print_json, print_table
 from wn21k_zoo.labels import LabelSpace
 
 __all__ = ["register"]
@@ -31,11 +31,6 @@ class SchemaFormat(StrEnum):
 
     json = "json"
     csv = "csv"
-
-
-FormatOption = Annotated[
-    Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
-]
 
 
 def register(app: typer.Typer) -> None:

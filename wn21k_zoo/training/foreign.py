@@ -70,8 +70,7 @@ def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray
                 if str(path.parent / stem) != key:
                     finish()
                     key, image = str(path.parent / stem), None
-                    found = _WNID.search(stem) or _WNID.search(str(path.parent))
-                    wnid = found.group() if found else ""
+                    wnid = _synset(stem, path.parent)
                 if kind.lower() in _IMAGE_KINDS:
                     image = (member.offset_data, member.size)
                 elif kind == "json" and not wnid:
@@ -84,12 +83,8 @@ def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray
 
 
 def _synset_in(details: Any) -> str:
-    if isinstance(details, dict):
-        for field in ("synset", "wnid", "class_name", "class", "filename", "image_id"):
-            found = _WNID.search(str(details.get(field, "")))
-            if found:
-                return found.group()
-    return ""
+    fields = ("synset", "wnid", "class_name", "class", "filename", "image_id")
+    return _synset(*(details.get(field, "") for field in fields)) if isinstance(details, dict) else ""
 
 
 def index_parquet(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray[np.void]:
@@ -117,9 +112,9 @@ def index_parquet(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDA
     return index
 
 
-def _synset(text: object) -> str:
-    found = _WNID.search(str(text))
-    return found.group() if found else ""
+def _synset(*texts: object) -> str:
+    """The first WordNet id in these texts, or nothing."""
+    return next((found.group() for text in texts if (found := _WNID.search(str(text)))), "")
 
 
 def _label_column(schema: pa.Schema, name: str) -> tuple[str, list[str] | None]:

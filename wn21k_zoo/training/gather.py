@@ -71,14 +71,10 @@ def write_shards(
         samples += written
         tasks.progress(Progress(stage="shards", done=done, total=len(planned), images=samples))
     shards: dict[str, tuple[Shard, ...]] = {}
-    for split in _SPLITS:
-        receipts = [
-            work / "shards" / shard_name(split, number).replace(".tar", ".json")
-            for planned_split, number, *_ in planned
-            if planned_split == split
-        ]
-        shards[split] = tuple(Shard(**json.loads(receipt.read_text(encoding="utf-8"))) for receipt in receipts)
-    return {split: found for split, found in shards.items() if found}
+    for split, number, *_ in planned:  # in order
+        receipt = work / "shards" / shard_name(split, number).replace(".tar", ".json")
+        shards[split] = (*shards.get(split, ()), Shard(**json.loads(receipt.read_text(encoding="utf-8"))))
+    return shards
 
 
 def _sort(work: Path, results: list[ClassResult], split: str, options: PrepareOptions) -> NDArray[np.int64]:

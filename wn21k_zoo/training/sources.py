@@ -405,28 +405,22 @@ def _stream(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
 
 
 class _Window:
-    """A part of a file that tarfile takes for a whole one."""
+    """A part of a file that tarfile takes for a whole one; it calls no more than this."""
 
     def __init__(self, file: IO[bytes], offset: int, size: int) -> None:
         self._file, self._offset, self._size, self._position = file, offset, size, 0
 
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self._size - self._position)
+    def read(self, count: int) -> bytes:
         self._file.seek(self._offset + self._position)
-        data = self._file.read(left if count is None or count < 0 else min(count, left))
+        data = self._file.read(min(count, max(0, self._size - self._position)))
         self._position += len(data)
         return data
 
-    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = base + position
-        return self._position
+    def seek(self, position: int) -> None:
+        self._position = position
 
     def tell(self) -> int:
         return self._position
 
     def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
         return True
