@@ -61,4 +61,5 @@ def assert_close_weights(one, other, atol=2e-6):
     moved = max(float((begin[key] - value).abs().max()) for key, value in one["model"].items())
     assert moved > 1e-2
     for key, value in one["model"].items():
-        torch.testing.assert_close(other["model"][key], value, rtol=0, atol=atol, msg=key)
+        found, named = other["model"][key], lambda text, key=key: f"{key}: {text}"
+        torch.testing.assert_close(found, value, rtol=0, atol=atol, msg=named)
