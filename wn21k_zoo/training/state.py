@@ -220,7 +220,7 @@ class RunFolder:
                     )
         known = self.data() if (self.path / "data.json").is_file() else data
         for key in ("classes", "images", "files"):
-            if known.get(key) != data.get(key):
+            if known.get(key, data.get(key)) != data.get(key):
                 raise RunError(f"{self.path} holds a run on other data ({key} differ); name another --output.")
 
 
