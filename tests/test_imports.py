@@ -12,7 +12,7 @@ import pytest
 import wn21k_zoo
 
 PACKAGE = Path(wn21k_zoo.__file__).parent
-MAP = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MAP = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 ORDER = re.findall(r"^  (\w+)(?:\.py|/)", MAP, re.MULTILINE)
 TRAINING = re.findall(r"^    (\w+)\.py", MAP, re.MULTILINE)
 

@@ -257,7 +257,10 @@ class MissingExtraError(Wn21kError, ImportError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs an extra: pip install 'wn21k-zoo[{extra}]'")
-        self.extra = extra
+        self.what, self.extra = what, extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        return type(self), (self.what, self.extra)
 
 
 def did_you_mean(name: str, candidates: Iterable[str], count: int = 3) -> str:

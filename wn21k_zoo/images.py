@@ -192,7 +192,11 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
             f"{shown} has {width * height / 1e6:.0f} megapixels; at most {MAX_PIXELS // 10**6} are decoded, "
             "make it smaller first."
         )
-    if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a camera's JPEG with previews
+    try:
+        animated = getattr(image, "is_animated", False)  # looks for a second frame
+    except Exception as error:  # as below
+        raise ImageDecodeError(f"{shown} is truncated or damaged ({first_line(error)}).") from error
+    if animated and image.format != "MPO":  # MPO: a camera's JPEG with previews
         warnings.warn(f"{shown} is animated; its first frame is used.", AnimatedImageWarning, stacklevel=3)
     try:
         image.load()

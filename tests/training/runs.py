@@ -1,13 +1,25 @@
 """Small runs for the tests of the engine: six synsets on two levels, networks of a few thousand parameters."""
 
 import io
+import math
 import os
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from PIL import Image
 
+from wn21k_zoo.errors import NonFiniteError, first_line
+from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.engine import Preempted, train
+from wn21k_zoo.training.evaluation import Evaluation
+from wn21k_zoo.training.network import Criterion
 from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.signals import Signals
+from wn21k_zoo.tree import SemanticTree
 
 # feline, canine, plant; cat below the first, wolf and fox below the second
 WNIDS = ("n02120997", "n02083346", "n00017222", "n02121620", "n02114100", "n02118333")
@@ -44,26 +56,32 @@ def small_recipe(architecture="test_convnext", **sections):
 
 def run_until_killed(recipe_json, data, output):
     """A run in a process of its own, in one thread; what a test kills."""
-    import torch
-
-    from wn21k_zoo.training.distributed import World
-    from wn21k_zoo.training.engine import train
-
     os.environ["TERM"] = "dumb"
     torch.set_num_threads(1)
     train(Recipe.from_json(recipe_json), data, Path(output), World(0, 1, torch.device("cpu")), workers=0)
 
 
-def measure_on_rank(store, rank, world_size, results):
-    """Counts every world_size-th row of a batch and puts what all ranks say together."""
-    import torch
-    import torch.distributed as dist
-
-    from wn21k_zoo.training.evaluation import Evaluation
-    from wn21k_zoo.tree import SemanticTree
-
+def joined(store, rank, world_size):
+    """This process among so many."""
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    return World(rank, world_size, torch.device("cpu"))
+
+
+def in_ninth_step(action):
+    """The logits of the ninth step go through ``action`` first."""
+    forward, calls = Criterion.forward, []
+
+    def changed(self, logits, targets, teacher=None):
+        calls.append(1)
+        return forward(self, action(logits) if len(calls) == 9 else logits, targets, teacher)
+
+    Criterion.forward = changed
+
+
+def measure_on_rank(store, rank, world_size, results):
+    """Counts every world_size-th row of a batch and puts what all ranks say together."""
+    joined(store, rank, world_size)
     tree = SemanticTree.from_wnids(WNIDS)
     generator = torch.Generator().manual_seed(3)
     logits, targets = torch.randn(101, 6, generator=generator), torch.randint(0, 6, (101,), generator=generator)
@@ -76,26 +94,9 @@ def measure_on_rank(store, rank, world_size, results):
 
 def run_rank_that_breaks(store, rank, world_size, recipe_json, data, output, results):
     """A rank of a run in which the loss of the last rank is NaN at its ninth step."""
-    import math
-
-    import torch
-    import torch.distributed as dist
-
-    from wn21k_zoo.errors import NonFiniteError
-    from wn21k_zoo.training.distributed import World
-    from wn21k_zoo.training.engine import train
-    from wn21k_zoo.training.network import Criterion
-
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    forward, calls = Criterion.forward, []
-
-    def breaking(self, logits, targets, teacher=None):
-        calls.append(1)
-        broken = len(calls) == 9 and rank == world_size - 1
-        return forward(self, logits * math.nan if broken else logits, targets, teacher)
-
-    Criterion.forward = breaking
-    world = World(rank, world_size, torch.device("cpu"))
+    world = joined(store, rank, world_size)
+    if rank == world_size - 1:
+        in_ninth_step(lambda logits: logits * math.nan)
     try:
         train(Recipe.from_json(recipe_json), data, Path(output), world, workers=0)
     except NonFiniteError as error:
@@ -105,28 +106,15 @@ def run_rank_that_breaks(store, rank, world_size, recipe_json, data, output, res
 
 def run_rank_that_fails_alone(store, rank, world_size, recipe_json, data, output, results):
     """A rank of a run of which the last one fails in its ninth step, while the others wait for it."""
-    import torch
-    import torch.distributed as dist
 
-    from wn21k_zoo.errors import first_line
-    from wn21k_zoo.training.distributed import World
-    from wn21k_zoo.training.engine import train
-    from wn21k_zoo.training.network import Criterion
+    def failing(logits):
+        raise OSError("this rank alone")
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    forward, calls = Criterion.forward, []
-
-    def failing(self, logits, targets, teacher=None):
-        calls.append(1)
-        if len(calls) == 9 and rank == world_size - 1:
-            raise OSError("this rank alone")
-        return forward(self, logits, targets, teacher)
-
-    Criterion.forward = failing
+    world = joined(store, rank, world_size)
+    if rank == world_size - 1:
+        in_ninth_step(failing)
     try:
-        train(
-            Recipe.from_json(recipe_json), data, Path(output), World(rank, world_size, torch.device("cpu")), workers=0
-        )
+        train(Recipe.from_json(recipe_json), data, Path(output), world, workers=0)
     except Exception as error:
         results.put((rank, first_line(error)))
     results.close()
@@ -139,17 +127,7 @@ def run_rank_told_to_stop(store, rank, world_size, recipe_json, data, output, re
 
     Puts the exit code and how many batches it had evaluated.
     """
-    import signal
-
-    import torch
-    import torch.distributed as dist
-
-    from wn21k_zoo.training.distributed import World
-    from wn21k_zoo.training.engine import Preempted, train
-    from wn21k_zoo.training.evaluation import Evaluation
-    from wn21k_zoo.training.signals import Signals
-
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    world = joined(store, rank, world_size)
     update, calls = Evaluation.update, []
 
     def stopping(self, logits, targets):
@@ -159,7 +137,6 @@ def run_rank_told_to_stop(store, rank, world_size, recipe_json, data, output, re
         update(self, logits, targets)
 
     Evaluation.update = stopping
-    world = World(rank, world_size, torch.device("cpu"))
     signals = Signals()
     try:
         with signals.listening():
@@ -171,33 +148,18 @@ def run_rank_told_to_stop(store, rank, world_size, recipe_json, data, output, re
 
 def run_that_is_stuck(store, rank, world_size, recipe_json, data, output):
     """A rank of a run whose ninth step does not end: it is inside one call of C++, where no handler runs."""
-    import sys
 
-    import torch
-    import torch.distributed as dist
-
-    from wn21k_zoo.training.distributed import World
-    from wn21k_zoo.training.engine import Preempted, train
-    from wn21k_zoo.training.network import Criterion
-    from wn21k_zoo.training.signals import Signals
+    def stuck(logits):
+        Path(f"{store}.stuck{rank}").touch()
+        torch.linalg.svd(torch.rand(9000, 9000))
+        return logits
 
     torch.set_num_threads(1)
-    if world_size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    forward, calls = Criterion.forward, []
-
-    def stuck(self, logits, targets, teacher=None):
-        calls.append(1)
-        if len(calls) == 9:
-            Path(f"{store}.stuck{rank}").touch()
-            torch.linalg.svd(torch.rand(9000, 9000))
-        return forward(self, logits, targets, teacher)
-
-    Criterion.forward = stuck
+    world = joined(store, rank, world_size)
+    in_ninth_step(stuck)
     signals = Signals(patience=1)
     with signals.listening():
         try:
-            world = World(rank, world_size, torch.device("cpu"))
             train(Recipe.from_json(recipe_json), data, Path(output), world, workers=0, signals=signals)
         except Preempted as end:
             sys.exit(end.code)

@@ -1,6 +1,8 @@
 """What training sees of an image file, beside what a prediction sees of it."""
 
+import contextlib
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -65,6 +67,20 @@ def test_it_is_what_a_prediction_sees(name):
 def test_what_is_no_image_says_why(data, why):
     with pytest.raises(UndecodableError, match=why):
         decode(data)
+
+
+def test_of_a_cut_animation_no_part_ends_a_run():
+    frames = [Image.fromarray(NOISE[..., number]) for number in range(4)]
+    whole = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    for length in range(0, len(whole), 7):
+        with contextlib.suppress(UndecodableError):
+            decode(whole[:length])
+
+
+def test_a_photograph_that_needs_an_extra_is_one_bad_sample(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(UndecodableError, match=r"wn21k-zoo\[heif\]"):
+        decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
 
 
 def test_a_whole_jpeg_with_a_flaw_counts():

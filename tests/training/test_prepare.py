@@ -408,6 +408,11 @@ def test_what_the_system_puts_into_folders_is_in_nobodys_way(tmp_path, reference
     (tmp_path / "out" / ".DS_Store").write_bytes(b"")
     out = prepared(tmp_path, make_classes())
     assert contents(out) == {**contents(reference), ".DS_Store": b""}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".backup.tar").write_bytes(b"")
+    with pytest.raises(DataOutputError, match="is not empty"):
+        prepare(tmp_path / "source.tar", tmp_path / "mine", OPTIONS)
+    assert (tmp_path / "mine" / ".backup.tar").exists()
 
 
 def test_killed_while_its_work_is_removed_it_is_finished(tmp_path, reference, monkeypatch):

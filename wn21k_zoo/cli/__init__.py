@@ -14,7 +14,7 @@ def main() -> None:
         from wn21k_zoo.cli.app import app
 
         # JSON is UTF-8, whatever a pipe's encoding; a terminal has its own.
-        if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
+        if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
             sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         arguments = sys.argv[1:]
         for option in ("--debug", "--offline"):  # wherever they stand

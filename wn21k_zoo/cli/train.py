@@ -149,7 +149,8 @@ def compare(
 
 def _expanded(runs: list[Path]) -> list[Path]:
     """Patterns, which the shell of Windows leaves to the program; what matches nothing stays as it is."""
-    return [Path(found) for run in runs for found in sorted(glob.glob(str(run))) or [str(run)]]  # noqa: PTH207
+    found = {run: [] if run.exists() else sorted(map(Path, glob.glob(str(run)))) for run in runs}  # noqa: PTH207
+    return [each for run in runs for each in found[run] or [run]]
 
 
 _BESIDE = 6  # runs with a column each, on a terminal

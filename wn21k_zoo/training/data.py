@@ -18,7 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import resource_tracker
 from typing import Any, TypedDict
 
 import numpy as np
@@ -47,7 +47,6 @@ __all__ = [
     "is_class_folder",
     "open_dataset",
     "open_folder",
-    "shield_fork_server",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -163,6 +162,8 @@ class Loader:
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
             worker_init_fn=_begin_worker,
+            # What a fork server starts would inherit its signal mask, not ours.
+            multiprocessing_context="spawn" if workers and _forks_from_a_server() else None,
         )
 
     def __len__(self) -> int:
@@ -277,7 +278,6 @@ class _Plan(Sampler[_Task]):
 def _begin_worker(worker: int) -> None:
     del worker
     if _SHIELD:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELD)  # that of a fork server is another's
         threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
     cv2.setNumThreads(0)  # the workers are the parallelism; and OpenCV's threads do not survive a fork
     torch.set_num_threads(1)
@@ -288,35 +288,23 @@ def _begin_worker(worker: int) -> None:
 _SHIELD = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set()  # Linux
 
 
+def _forks_from_a_server() -> bool:
+    return multiprocessing.get_start_method() == "forkserver"
+
+
 @contextlib.contextmanager
 def _shielded() -> Iterator[None]:
     """Within, new processes and threads are deaf to these signals from their first moment."""
-    if _SHIELD and multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # here, since its start would lift the mask
-    if _SHIELD and multiprocessing.get_start_method() == "forkserver":
-        forkserver.ensure_running()  # here, since all that it ever starts would be deaf
-    with _deaf():
-        yield
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
     if not _SHIELD:
         yield
         return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # here, since its start would lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELD)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def shield_fork_server() -> None:
-    """For programs that start a loader's processes only: those of a fork server are then deaf from the first moment."""
-    if _SHIELD and multiprocessing.get_start_method() == "forkserver":
-        resource_tracker.ensure_running()
-        with _deaf():
-            forkserver.ensure_running()
 
 
 def _end_when_the_parent_says_so() -> None:

@@ -337,6 +337,7 @@ def _indexes(
     told = threading.Event()
 
     def indexed(name: str) -> Path:
+        index = None
         try:
             identity = "\n".join((storage.url, name, storage.signature(name), digest))
             path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy"
@@ -344,11 +345,18 @@ def _indexes(
                 if not told.is_set():
                     told.set()
                     _LOG.warning("looking through the files of %s, once", storage.url)
-                write_index(path, build(name))
+                index = build(name)
         except Wn21kError:
             raise
         except Exception as error:  # each storage has its own
             raise DataError(f"{name} of {storage.url} cannot be read: {first_line(error)}") from error
+        if index is not None:
+            try:
+                write_index(path, index)
+            except OSError as error:
+                raise DataError(
+                    f"{path} cannot be written: {first_line(error)}; make room, or set WN21K_DATA_CACHE."
+                ) from None
         return path
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # waiting for the storage, not computing

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import ImageDecodeError, ImageError
+from wn21k_zoo.errors import ImageDecodeError, ImageError, MissingExtraError
 from wn21k_zoo.images import load_image
 from wn21k_zoo.training.extra import cv2, simplejpeg
 
@@ -26,8 +26,8 @@ class UndecodableError(Exception):
 def decode(data: bytes | memoryview) -> NDArray[np.uint8]:
     """An image file as RGB pixels, upright and on white, shape [height, width, 3].
 
-    What :mod:`wn21k_zoo.training.images` would have taken is taken here: a JPEG that its decoder grumbles about counts
-    if it is complete.
+    A JPEG that its decoder grumbles about counts if it is complete. One without EXIF may have any number of pixels,
+    other files as many as :func:`wn21k_zoo.images.load_image` takes.
 
     Raises:
         UndecodableError: Truncated, damaged, too large or no image.
@@ -43,7 +43,7 @@ def decode(data: bytes | memoryview) -> NDArray[np.uint8]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of frames that are left out, say
             return np.array(load_image(bytes(data)))
-    except ImageError as error:
+    except (ImageError, MissingExtraError) as error:
         if is_jpeg and isinstance(error, ImageDecodeError):
             found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
             if found is not None:

@@ -169,7 +169,8 @@ class _Run:
             if self.writer is not None:
                 with contextlib.suppress(RunError):
                     self.writer.wait()
-                self.folder.set_status("preempted", self.folder.newest_step(), total=self.total)
+                if self.folder.status().get("state") != "failed":  # by another rank
+                    self.folder.set_status("preempted", self.folder.newest_step(), total=self.total)
             raise
         finally:
             self.reporter.close()
@@ -202,18 +203,18 @@ class _Run:
                 f"A process that loads images is gone: {first_line(problem)} If the machine was out of memory, take "
                 "fewer --workers; the same command then goes on."
             )
+        if is_out_of_memory(problem):
+            return RunError(
+                f"The memory of {self.device} is not enough for {self.micro} images at a time: set "
+                f"data.batch_per_device below {self.micro} (a step keeps its {self.recipe.data.batch_size} images) or "
+                "model.gradient_checkpointing to true; the same command then goes on."
+            )
         if self.recipe.model.compile and isinstance(problem, torch._dynamo.exc.TorchDynamoException):
             return RunError(
                 f"torch.compile failed: {first_line(problem)} It needs a C++ compiler, on GPUs Triton as well; "
                 "--set model.compile=false needs neither, and the same command then goes on."
             )
-        if not is_out_of_memory(problem):
-            return not_deterministic(problem) or problem
-        return RunError(
-            f"The memory of {self.device} is not enough for {self.micro} images at a time: set data.batch_per_device "
-            f"below {self.micro} (a step keeps its {self.recipe.data.batch_size} images) or "
-            "model.gradient_checkpointing to true; the same command then goes on."
-        )
+        return not_deterministic(problem) or problem
 
     def _epochs(self) -> None:
         self._saved_at = time.monotonic()

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -37,6 +36,7 @@ from wn21k_zoo.training.export import load_run
 from wn21k_zoo.training.folder import is_divided
 from wn21k_zoo.training.network import Normalized, memory_format
 from wn21k_zoo.training.splits import evaluation_resize
+from wn21k_zoo.training.storage import expanded
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["evaluate"]
@@ -110,14 +110,14 @@ def evaluate(
         device=chosen,
         max_bad=max_bad,
     )
-    begin, dtype = time.perf_counter(), dtypes[precision]
+    total, begin, dtype = len(loader), time.perf_counter(), dtypes[precision]
     with torch.inference_mode():
         for number, batch in enumerate(loader, start=1):
             if len(batch):  # else all its images are damaged
                 with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
                     logits = module(batch.images.contiguous(memory_format=layout))
                 evaluation.update(logits, batch.targets)
-            progress(number, len(loader))
+            progress(number, total)
     figures = evaluation.compute()
     return {
         "model": subject.name,
@@ -145,7 +145,7 @@ class _Subject:
 
 
 def _subject(model: str | os.PathLike[str], which: str, label_space: str | None) -> _Subject:
-    if (Path(model).expanduser() / "recipe.json").is_file():
+    if (expanded(model) / "recipe.json").is_file():
         if label_space is not None:
             raise InvalidArgumentError(f"{model} is a run and says what its classes are; leave out label_space.")
         trained = load_run(model, which)

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import DataError, LabelSpaceError, UnknownSynsetError, did_you_mean, first_line
+from wn21k_zoo.errors import DataError, LabelSpaceError, UnknownSynsetError, did_you_mean
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.storage import expanded
 
 __all__ = ["FolderDataset", "is_class_folder", "is_divided", "open_folder"]
 
@@ -137,10 +138,7 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
     Raises:
         DataError: The path begins with ~ and the name of no user.
     """
-    try:
-        folder = Path(place).expanduser()
-    except RuntimeError as error:  # ~ of a user that there is not
-        raise DataError(f"{place}: {first_line(error)}") from None
+    folder = expanded(place)
     if not folder.is_dir() or (folder / "_info.json").exists():
         return False
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
@@ -159,7 +157,7 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
     Raises:
         DataError: It holds no classes or images, or the splits' classes differ.
     """
-    root = Path(place).expanduser().absolute()
+    root = expanded(place).absolute()
     if split not in _SPLITS:
         raise DataError(f"{root} has the splits {', '.join(_SPLITS)}, not {split!r}.{did_you_mean(split, _SPLITS)}")
     below = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
@@ -192,7 +190,7 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
 
 def is_divided(place: str | os.PathLike[str]) -> bool:
     """Whether a folder of class folders is divided into training and validation."""
-    return (Path(place).expanduser() / "train").is_dir()
+    return (expanded(place) / "train").is_dir()
 
 
 def _classes(folder: Path, at_least: int = 2) -> list[str]:

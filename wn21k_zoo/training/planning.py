@@ -49,10 +49,8 @@ def count(
     Raises:
         DataSourceError: As :func:`prepare`.
     """
-    opened = open_source(source)
+    opened = open_source(source.absolute() if engine == "ray" else source)  # Ray's workers stand elsewhere
     tasks = Tasks(workers, engine, ray_address, progress)
-    if engine == "ray":  # its workers stand elsewhere
-        source = source.absolute()
     counts: list[ClassCount] = []
     done = images = 0
     positions: list[int] = []

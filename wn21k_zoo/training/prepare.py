@@ -18,6 +18,7 @@ archive is damaged is left out, and all its images count as bad.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import shutil
 from collections import Counter
@@ -43,6 +44,7 @@ from wn21k_zoo.training.sources import ClassSource, Source, open_source
 __all__ = ["PrepareOptions", "Progress", "prepare"]
 
 _WORK_DONE = ".work.done"
+_THE_SYSTEMS = (".DS_Store", "._*", ".Trash-*", ".nfs*", "lost+found")  # nobody puts these into a folder
 
 
 def prepare(
@@ -162,8 +164,7 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
 
 
 def _is_the_systems(entry: Path) -> bool:
-    """Such as .DS_Store of macOS, or lost+found where a disk is mounted."""
-    return entry.name.startswith(".") or entry.name == "lost+found"
+    return any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in _THE_SYSTEMS)
 
 
 @contextlib.contextmanager

@@ -412,7 +412,7 @@ class _Window:
 
     def read(self, count: int) -> bytes:
         self._file.seek(self._offset + self._position)
-        data = self._file.read(min(count, max(0, self._size - self._position)))
+        data = self._file.read(max(0, min(count, self._size - self._position)))
         self._position += len(data)
         return data
 

@@ -200,7 +200,10 @@ class RunFolder:
         """
         for path in self.steps():
             if path.name > f"step-{step:08d}.pt":
-                path.replace(path.with_suffix(".damaged"))
+                try:
+                    path.replace(path.with_suffix(".damaged"))
+                except OSError as error:
+                    raise RunError(f"{path} cannot be renamed: {first_line(error)}.") from None
         if not self.metrics.is_file():
             return
         last = {"evaluation": evaluated}

@@ -60,7 +60,6 @@ def _run(chosen: argparse.Namespace, signals: Signals) -> int:
 
     recipe = override(load_recipe(chosen.recipe), chosen.set)
     # After the recipe, whose extra has all that the others need.
-    from wn21k_zoo.training.data import shield_fork_server
     from wn21k_zoo.training.distributed import join
     from wn21k_zoo.training.engine import Preempted, train
 
@@ -68,7 +67,6 @@ def _run(chosen: argparse.Namespace, signals: Signals) -> int:
         raise RecipeError("--workers must be at least 0.")
     if chosen.debug:
         recipe = recipe.debug(int(os.environ.get("WORLD_SIZE", "1")))
-    shield_fork_server()
     with join("cpu" if chosen.debug else chosen.device) as world:
         try:
             train(recipe, chosen.data, chosen.output, world, workers=chosen.workers, signals=signals)
