@@ -38,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # 20 times whatever torch imports when an optimizer is made: 5 seconds in 2.12
 def test_20_kills_at_random_moments_leave_a_loadable_checkpoint(data, tmp_path):
     recipe = small_recipe(
         schedule={"epochs": 400}, run={"checkpoint_minutes": 1e-9, "log_every": 50, "evaluate_every": 9}
