@@ -206,7 +206,7 @@ def publish_folder(
             client.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = client.upload_folder(
             repo_id=repo_id,
-            folder_path=Path(folder),
+            folder_path=Path(folder).expanduser(),
             allow_patterns=[path.name for path in planned],
             revision=revision,
             commit_message=message or "Upload with wn21k_zoo",
