@@ -179,7 +179,7 @@ def _open_heif(file: Path | BinaryIO, shown: str) -> Image.Image:
     try:
         return Image.open(file)
     except Exception as error:  # as in _open
-        raise ImageDecodeError(f"{shown} cannot be decoded ({first_line(error)}).") from error
+        raise ImageDecodeError(f"{shown} is a HEIF photograph that cannot be decoded.") from error
 
 
 def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
