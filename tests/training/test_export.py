@@ -134,6 +134,18 @@ def test_a_teacher_is_an_exported_run_with_the_same_classes_or_others(exported, 
     assert re.search("is a semantic_softmax over .*; it tells 5 of the 5 classes", capsys.readouterr().err)
 
 
+def test_another_teacher_in_the_same_place_is_noticed(run, exported, data, tmp_path):
+    teacher = shutil.copytree(exported, tmp_path / "teacher")
+    recipe = small_recipe(loss={"teacher": str(teacher), "distillation_weight": 1.0}, schedule={"max_steps": 2})
+    for _ in range(2):
+        train(recipe, data, tmp_path / "run", ALONE, workers=0)
+    export_run(run, teacher, dtype="float16", force=True)
+    with pytest.raises(
+        RunError, match=r"teacher has other weights than when the run .* began; put the former ones back"
+    ):
+        train(recipe, data, tmp_path / "run", ALONE, workers=0)
+
+
 def test_the_folder_of_a_run_is_no_model_yet(run, data, tmp_path):
     for sections in ({"loss": {"teacher": str(run), "distillation_weight": 1.0}}, {"model": {"start": str(run)}}):
         with pytest.raises(RecipeError, match="is the folder of a run; `wn21k train export"):

@@ -331,6 +331,7 @@ class _Run:
             "best": [self.best, self.best_of],
             "window": self.window.state_dict(),
             "figures": self.figures,
+            "teacher": self.learner.teacher_digest,
             **self.learner.state_dict(),
         }
 
@@ -347,6 +348,11 @@ class _Run:
         if step < 0:
             return
         state = found or read_checkpoint(self.folder.checkpoints / f"step-{step:08d}.pt")
+        if state.get("teacher", self.learner.teacher_digest) != self.learner.teacher_digest:
+            raise RunError(
+                f"loss.teacher {self.recipe.loss.teacher} has other weights than when the run in {self.folder.path} "
+                "began; put the former ones back, or name another --output."
+            )
         self.learner.load_state_dict(state)
         self.step, self.evaluated = state["step"], state["evaluated"]
         self.layout, self.figures = state["layout"], state["figures"]

@@ -31,7 +31,7 @@ from wn21k_zoo.training.network import (
 )
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits
-from wn21k_zoo.training.teacher import build_teacher
+from wn21k_zoo.training.teacher import build_teacher, digest_of
 
 __all__ = ["Learner", "check_finite", "not_deterministic"]
 
@@ -56,6 +56,7 @@ class Learner:
         network: The same as it computes: compiled, and with its gradients added up over ranks.
         levels: Of the tree, in the order of the network's outputs; None without one.
         about_teacher: What is told about the network that is distilled; may be empty.
+        teacher_digest: Of its weights; empty without one.
         whole: Whether weights and optimizer are those after a step; not when :meth:`update` failed on its way.
 
     Raises:
@@ -71,7 +72,7 @@ class Learner:
                 "Each class is above or below the others, so no level has two to choose between; set loss.kind to "
                 "single_label."
             )
-        self.whole, self.about_teacher = True, ""
+        self.whole, self.about_teacher, self.teacher_digest = True, "", ""
         self._within = False  # a step, whose beginning kept the batch statistics
         self._there: torch.cuda.Event | None = None
         try:
@@ -99,6 +100,7 @@ class Learner:
         self._teacher: nn.Module | None = None
         if recipe.loss.teacher is not None and space is not None and self.levels is not None:
             self._teacher, self.about_teacher = build_teacher(recipe, space, self.levels)
+            self.teacher_digest = digest_of(self._teacher)
             self._teacher.to(memory_format=self._format)
         for field, each in (("The network", self.module), ("loss.teacher", self._teacher)):
             if each is not None:

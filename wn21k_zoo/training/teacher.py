@@ -5,6 +5,7 @@ Shape suffixes: B batch, N classes of the student.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, cast
 
 import numpy as np
@@ -23,7 +24,7 @@ from wn21k_zoo.training.network import Normalized, refuse_run, reorder_head
 from wn21k_zoo.training.recipe import RANDOM, Recipe, needs_image_size
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["Translated", "build_teacher"]
+__all__ = ["Translated", "build_teacher", "digest_of"]
 
 _SMALLEST = 1e-30  # a probability whose logarithm is a number
 
@@ -142,6 +143,15 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
             f"{len(space):,} classes"
         )
     return teacher.to(device).eval().requires_grad_(False), about
+
+
+def digest_of(module: nn.Module) -> str:
+    """The sha256 of all weights with their names."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _random_teacher(recipe: Recipe, name: str, num_classes: int) -> tuple[nn.Module, tuple[Any, Any]]:
