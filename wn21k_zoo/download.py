@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from wn21k_zoo import cache, hub
@@ -32,8 +32,8 @@ from wn21k_zoo.errors import (
     OfflineError,
     RemoteNotFoundError,
     WeightsNotFoundError,
-    first_line,
 )
+from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.transfer import (
     Expected,
     Patience,
@@ -44,9 +44,6 @@ from wn21k_zoo.transfer import (
     sha256_of,
     transfer,
 )
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 __all__ = [
     "Fetched",
@@ -61,7 +58,6 @@ __all__ = [
 ]
 
 PROBE_SECONDS = 0.5
-LOCK_POLL_SECONDS = 0.1
 FIRST_DOWNLOAD = "the first download"
 
 Remote = HubSource | URLSource
@@ -485,25 +481,14 @@ def _make_folder(folder: Path) -> None:
         raise CacheError(f"The cache folder {folder} cannot be written; set WN21K_CACHE to another one.")
 
 
-@contextlib.contextmanager
-def _lock(place: Path, name: str, progress: bool | None) -> Iterator[FileLock]:
-    """Only one process fetches a file; the system frees the lock of one that was killed."""
-    from filelock import FileLock, Timeout
+def _lock(place: Path, name: str, progress: bool | None) -> contextlib.AbstractContextManager[None]:
+    """Within, only this process fetches a file."""
 
-    lock = FileLock(cache.lock_path(place))
-    try:
-        try:
-            lock.acquire(timeout=1, poll_interval=LOCK_POLL_SECONDS)
-        except Timeout:
-            if _shows_progress(progress):
-                sys.stderr.write(f"wn21k: waiting for another process that fetches {name}\n")
-            lock.acquire(poll_interval=LOCK_POLL_SECONDS)
-    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
-        raise CacheError(f"{place.parent} cannot be locked ({first_line(error)}); set WN21K_CACHE.") from error
-    try:
-        yield lock
-    finally:
-        lock.release()
+    def say() -> None:
+        if _shows_progress(progress):
+            sys.stderr.write(f"wn21k: waiting for another process that fetches {name}\n")
+
+    return exclusive(cache.lock_path(place), CacheError, "set WN21K_CACHE to another disk.", seconds=1, waiting=say)
 
 
 def _shows_progress(progress: bool | None) -> bool:

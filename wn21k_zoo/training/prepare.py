@@ -27,9 +27,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import filelock
-
-from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError, first_line
+from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
+from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.engines import Engine
@@ -140,7 +139,8 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
     folders = (work / "classes", work / "shards", work / "spool")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with _alone(work / "lock", output):
+        busy = f"Another process is preparing {output}; wait for it, or name another folder."
+        with exclusive(work / "lock", DataOutputError, "name another folder.", busy=busy):
             if not resume:
                 for folder in folders:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -165,21 +165,6 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
 
 def _is_the_systems(entry: Path) -> bool:
     return any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in _THE_SYSTEMS)
-
-
-@contextlib.contextmanager
-def _alone(file: Path, output: Path) -> Iterator[None]:
-    lock = filelock.FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise DataOutputError(f"Another process is preparing {output}; wait for it, or name another folder.") from None
-    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
-        raise DataOutputError(f"{output} cannot be locked: {first_line(error)}; name another folder.") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _prepare_classes(

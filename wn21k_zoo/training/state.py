@@ -24,10 +24,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 
 from wn21k_zoo.errors import RecipeError, RunError, first_line
+from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.shards import atomic_file
 from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status, write_text
@@ -115,21 +115,13 @@ class RunFolder:
         Raises:
             RunError: One does.
         """
-        lock = filelock.FileLock(self.path / ".lock")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another --output.") from None
-        try:
-            lock.acquire(timeout=2)
-        except filelock.Timeout:
-            raise RunError(f"Another run is writing to {self.path}; wait for it, or name another --output.") from None
-        except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
-            raise RunError(f"{self.path} cannot be locked: {first_line(error)}; name another --output.") from None
-        try:
+        busy = f"Another run is writing to {self.path}; wait for it, or name another --output."
+        with exclusive(self.path / ".lock", RunError, "name another --output.", busy=busy, seconds=2):
             yield
-        finally:
-            lock.release()
 
     def recipe(self) -> Recipe:
         """The recipe of the run.

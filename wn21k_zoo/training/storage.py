@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import filelock
 import platformdirs
 
 from wn21k_zoo.errors import DataError, DiskSpaceError, InvalidArgumentError, Wn21kError, first_line
+from wn21k_zoo.exclusive import exclusive
 
 __all__ = ["Stage", "Storage", "data_cache_dir", "expanded", "make_cache_folder", "open_storage"]
 
@@ -160,13 +160,7 @@ class Stage:
         path = self.folder / name
         if not path.is_file():
             make_cache_folder(path.parent)
-            with contextlib.ExitStack() as stack:
-                try:
-                    stack.enter_context(filelock.FileLock(f"{path}.lock"))
-                except (OSError, NotImplementedError) as error:
-                    raise DataError(
-                        f"{path.parent} cannot be locked: {first_line(error)}; set WN21K_DATA_CACHE to another disk."
-                    ) from None
+            with exclusive(Path(f"{path}.lock"), DataError, "set WN21K_DATA_CACHE to another disk."):
                 if not path.is_file():
                     self._make(path, make, sha256)
                     self._trim(path)
