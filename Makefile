@@ -29,7 +29,7 @@ bench: .venv/test.stamp
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/%.stamp: pyproject.toml .venv/pyvenv.cfg
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	$(BIN)/python -m pip install $$(test -t 2 || echo --quiet) --disable-pip-version-check --editable '.[$*]'
 	@touch $@
 
 .PRECIOUS: .venv/%.stamp
