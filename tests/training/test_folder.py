@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from wn21k_zoo.errors import BadImagesError, DataError
@@ -49,6 +51,18 @@ def test_hidden_files_are_no_images(tmp_path):
     (tmp_path / "a" / ".cache").mkdir()
     (tmp_path / "a" / ".cache" / "x.jpg").write_bytes(jpeg(1))
     assert len(open_folder(tmp_path, "all")) == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_links_to_images_and_classes_are_followed_and_dead_ones_are_not(tmp_path):
+    store = make_folder(tmp_path / "store", images=3, names=("a", "b"))
+    root = make_folder(tmp_path / "set", images=1, names=("a",))
+    (root / "b").symlink_to(store / "b")
+    (root / "a" / "linked.jpg").symlink_to(store / "a" / "0.jpg")
+    (root / "a" / "dead.jpg").symlink_to(store / "a" / "gone.jpg")
+    (root / "a" / "up").symlink_to(root)  # would never end
+    names = {name for name, _ in open_folder(root, "all").files}
+    assert names == {"a/0.jpg", "a/linked.jpg", "b/0.jpg", "b/1.jpg", "b/2.jpg"}
 
 
 def test_what_is_no_data_set(tmp_path):

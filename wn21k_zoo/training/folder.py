@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,16 +203,20 @@ def _classes(folder: Path, at_least: int = 2) -> list[str]:
 
 
 def _images(root: Path, below: str) -> list[str]:
-    return sorted(
-        path.relative_to(root).as_posix()
-        for path in (root / below).rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not _is_hidden(path.relative_to(root / below))
-    )
+    return sorted(_walk(os.fspath(root / below), f"{below}/"))
 
 
-def _is_hidden(path: Path) -> bool:
-    """Such as the ``._photo.jpg`` beside each photo.jpg that macOS copies to other file systems."""
-    return any(part.startswith(".") for part in path.parts)
+def _walk(folder: str, name: str) -> Iterator[str]:
+    """What a listing says, without a question for each file: on a network a million of those take long."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # Such as the ._photo.jpg beside each photo.jpg that macOS copies to other file systems.
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(entry.path, f"{name}{entry.name}/")
+            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                yield name + entry.name
 
 
 def _chosen(names: list[str], split: str) -> list[str]:
