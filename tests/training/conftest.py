@@ -1,12 +1,18 @@
 import os
+import shutil
 import signal
+import tarfile
 import time
 
 import pytest
 import torch
 
 from wn21k_zoo.training import engine
+from wn21k_zoo.training.prepare import PrepareOptions, prepare
+from wn21k_zoo.training.shards import index_path, read_index, read_info
 
+from .archives import WNIDS, jpeg
+from .loading import SIZE
 from .runs import make_folder
 
 
@@ -42,3 +48,37 @@ def stop_at(monkeypatch):
         monkeypatch.setattr(engine._Run, "_react", stopping)
 
     return at
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("WN21K_DATA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """67 training samples in 7 shards, 8 for validation."""
+    folder = tmp_path_factory.mktemp("shards")
+    source = folder / "source"
+    for number, wnid in enumerate(WNIDS[:2]):
+        (source / wnid).mkdir(parents=True)
+        for index in range(38 - number):
+            (source / wnid / f"{wnid}_{index}.JPEG").write_bytes(jpeg(100 * number + index, 24 + index % 9, 20))
+    prepare(source, folder / "out", PrepareOptions(min_images=0, val_per_class=4, size=SIZE, shard_size=10), workers=1)
+    return folder / "out"
+
+
+@pytest.fixture
+def damaged(shards, tmp_path):
+    """In two shards all of sample 5 is zero but its first two bytes; the folder, and names of shard and file."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(shards, folder)
+    names = []
+    for shard in read_info(folder).splits["train"][:2]:
+        entry = read_index(index_path(folder / shard.name))[5]
+        with (folder / shard.name).open("r+b") as file:
+            file.seek(int(entry["offset"]) + 2)
+            file.write(bytes(int(entry["size"]) - 2))
+        with tarfile.open(folder / shard.name) as archive:
+            names.append((shard.name, archive.getmembers()[15].name))
+    return folder, names

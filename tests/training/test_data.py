@@ -3,80 +3,25 @@ import json
 import multiprocessing
 import os
 import pickle
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import threading
-from dataclasses import dataclass
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.training.data import Loader, Squash, Stage, is_class_folder, open_dataset
-from wn21k_zoo.training.prepare import PrepareOptions, prepare
-from wn21k_zoo.training.shards import index_path, read_index, read_info
+from wn21k_zoo.training.data import Loader, Squash, open_dataset
+from wn21k_zoo.training.shards import read_info
 
-from .archives import OUTSIDE, WNIDS, jpeg, make_classes, tar_bytes
-from .hub_folder import serve_repository
+from .archives import WNIDS
+from .loading import SIZE, Noisy, batches, loader, same
 from .ranks import run_rank
-from .staging import no_locks, stage_all
-
-SIZE = 32
-
-
-@dataclass(frozen=True)
-class Noisy:
-    """An augmentation that shows which random numbers it got."""
-
-    size: int = SIZE
-
-    def __call__(self, image, random):
-        noisy = Squash(self.size)(image, random).copy()
-        noisy[0, 0] = [int(random.random() * 256) for _ in range(3)]
-        return noisy
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("WN21K_DATA_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """67 training samples in 7 shards, 8 for validation."""
-    folder = tmp_path_factory.mktemp("shards")
-    source = folder / "source"
-    for number, wnid in enumerate(WNIDS[:2]):
-        (source / wnid).mkdir(parents=True)
-        for index in range(38 - number):
-            (source / wnid / f"{wnid}_{index}.JPEG").write_bytes(jpeg(100 * number + index, 24 + index % 9, 20))
-    prepare(source, folder / "out", PrepareOptions(min_images=0, val_per_class=4, size=SIZE, shard_size=10), workers=1)
-    return folder / "out"
-
-
-def loader(shards, split="train", **options):
-    defaults = {"batch_size": 8, "augmentation": Noisy(), "window": 3, "training": split == "train"}
-    return Loader(open_dataset(shards, split), **{**defaults, **options})
-
-
-def batches(one):
-    return [(batch.samples.tolist(), batch.targets.tolist(), batch.images.clone()) for batch in one]
-
-
-def same(some, others):
-    assert [one[:2] for one in some] == [other[:2] for other in others]
-    assert all(torch.equal(one[2], other[2]) for one, other in zip(some, others, strict=True))
 
 
 def test_a_batch_is_what_was_stored(shards):
@@ -170,22 +115,6 @@ def test_evaluation_has_each_sample_once_over_all_ranks(shards, world, batch_siz
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
 
 
-@pytest.fixture
-def damaged(shards, tmp_path):
-    """Sample 5 of each shard's first half zeroed."""
-    folder = tmp_path / "damaged"
-    shutil.copytree(shards, folder)
-    names = []
-    for shard in read_info(folder).splits["train"][:2]:
-        entry = read_index(index_path(folder / shard.name))[5]
-        with (folder / shard.name).open("r+b") as file:
-            file.seek(int(entry["offset"]) + 2)
-            file.write(bytes(int(entry["size"]) - 2))
-        with tarfile.open(folder / shard.name) as archive:
-            names.append((shard.name, archive.getmembers()[15].name))
-    return folder, names
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_sample_is_counted_logged_and_left_out_without_another_rank_waiting(damaged, workers, caplog):
     folder, names = damaged
@@ -269,171 +198,6 @@ def test_classes_are_mapped_by_synset(shards):
         open_dataset(shards, label_space=LabelSpace("others", ("n02121808",)))
 
 
-# --- data sets of others ----------------------------------------------------------------------------------------------
-
-
-def timm_wds(folder, classes, keyed=True):
-    """As timm's WebDataset repositories are: several kinds per key, a json, numbers of another list of classes."""
-    samples = [(name, data) for files in classes.values() for name, data in files.items()]
-    random.Random(0).shuffle(samples)  # noqa: S311
-    for number in range(3):
-        files = {}
-        for place, (name, data) in enumerate(samples[number::3]):
-            key = name.removesuffix(".JPEG") if keyed else f"{number:03d}{place:05d}"
-            files |= {f"{key}.cls": b"7", f"{key}.jpg": data, f"{key}.json": json.dumps({"filename": name}).encode()}
-        (folder / f"imagenet22k-train-{number:04d}.tar").write_bytes(tar_bytes(files))
-
-
-@pytest.mark.parametrize("keyed", [True, False])
-def test_webdataset_tars_of_others(tmp_path, keyed):
-    folder = tmp_path / "wds"
-    folder.mkdir()
-    classes = make_classes()
-    timm_wds(folder, classes, keyed)
-    dataset = open_dataset(folder, label_space="winter21")
-    assert len(dataset) == sum(len(files) for wnid, files in classes.items() if wnid != OUTSIDE)
-    found = batches(Loader(dataset, batch_size=5, training=False, augmentation=Squash(SIZE)))
-    counts = np.unique([one for batch in found for one in batch[1]], return_counts=True)
-    space = LabelSpace.load("winter21")
-    expected = {space.index[wnid]: len(classes[wnid]) for wnid in WNIDS}
-    assert dict(zip(counts[0].tolist(), counts[1].tolist(), strict=True)) == expected
-    made = sorted((tmp_path / "cache" / "index").iterdir())
-    assert len(made) == 3
-    times = [path.stat().st_mtime_ns for path in made]
-    open_dataset(folder, label_space="winter21")
-    assert [path.stat().st_mtime_ns for path in made] == times
-
-
-def hugging_face_parquet(folder, classes):
-    """As Hugging Face stores timm/imagenet-w21-p: an image struct, a ClassLabel whose names are synsets, row groups."""
-    (folder / "data").mkdir(parents=True)
-    names = sorted(classes)
-    rows = [(name, data, names.index(wnid)) for wnid, files in classes.items() for name, data in files.items()]
-    random.Random(0).shuffle(rows)  # noqa: S311
-    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
-    for number in range(2):
-        mine = rows[number::2]
-        image = [{"bytes": webp(data), "path": name.replace("JPEG", "webp")} for name, data, _ in mine]
-        table = pa.table({"image": image, "label": pa.array([label for *_, label in mine], pa.int64())})
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-        pq.write_table(table, folder / "data" / f"train-{number:05d}-of-00002.parquet", row_group_size=5)
-    return rows
-
-
-def webp(data):
-    file = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").save(file, "WEBP", lossless=True)
-    return file.getvalue()
-
-
-def test_parquet_files_of_others(tmp_path):
-    classes = make_classes()
-    hugging_face_parquet(tmp_path / "hf", classes)
-    dataset = open_dataset(tmp_path / "hf", stage=Stage(tmp_path / "stage"))
-    assert len(dataset) == 30
-    space = LabelSpace.load("fall11")
-    originals = {}
-    for wnid in WNIDS:
-        for data in classes[wnid].values():
-            pixels = Squash(SIZE)(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), None)
-            originals[pixels.tobytes()] = space.index[wnid]
-    for workers in (0, 2):
-        one = Loader(dataset, batch_size=4, training=False, augmentation=Squash(SIZE), workers=workers)
-        seen = 0
-        for batch in one:
-            for image, target in zip(batch.images, batch.targets.tolist(), strict=True):
-                pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).contiguous().numpy()
-                assert originals[pixels.tobytes()] == target
-                seen += 1
-        assert seen == 30
-
-
-def test_a_table_without_synsets_is_refused(tmp_path):
-    pq.write_table(pa.table({"image": [b""], "label": [3]}), tmp_path / "train-0.parquet")
-    with pytest.raises(DataError, match="no column that names synsets"):
-        open_dataset(tmp_path)
-    (tmp_path / "validation-0.tar").write_bytes(tar_bytes({"0001.jpg": jpeg(0), "0001.cls": b"3"}))
-    with pytest.raises(DataError, match="neither the key '0001' nor its json names a synset"):
-        open_dataset(tmp_path, "validation")
-    (tmp_path / "test-0.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(DataError, match="no WebDataset tar"):
-        open_dataset(tmp_path, "test")
-
-
-# --- remote -----------------------------------------------------------------------------------------------------------
-
-
-def test_remote_shards_are_staged_once_verified_and_kept_below_the_limit(shards, tmp_path):
-    place = f"file://{shards}"  # fsspec's own path to local files: nothing is read in place
-    dataset = open_dataset(place, stage=Stage(tmp_path / "stage", limit=60_000))
-    same(batches(loader(shards)), batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=3, workers=2)))
-    staged = list((tmp_path / "stage").rglob("*.tar"))
-    assert 0 < sum(path.stat().st_size for path in staged) <= 60_000
-    assert len(staged) < 7
-
-
-def test_a_shard_that_is_damaged_where_it_lies_is_not_used(damaged, tmp_path):
-    folder, names = damaged
-    dataset = open_dataset(f"file://{folder}", stage=Stage(tmp_path / "stage"))
-    with pytest.raises(DataError, match=r"has sha256 .* expected"):
-        batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=7))
-    staged = {path.name for path in (tmp_path / "stage").rglob("*.tar")}
-    assert not staged & {shard for shard, _ in names}
-
-
-class OfTheWebError(Exception):
-    """As aiohttp's, which are no OSError."""
-
-
-def test_what_a_storage_raises_names_the_shard(tmp_path):
-    def cut(target):
-        target.write_bytes(b"half")
-        raise OfTheWebError("503, Service Unavailable")
-
-    with pytest.raises(DataError, match=r"train-00000\.tar cannot be staged: OfTheWebError: 503"):
-        Stage(tmp_path).get("a/train-00000.tar", cut)
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["train-00000.tar.lock"]
-
-
-def test_a_cache_that_cannot_be_written_is_named(shards, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("WN21K_DATA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match=r"file/index cannot be made: .*; set WN21K_DATA_CACHE"):
-        open_dataset(shards, label_space="winter21")
-    dataset = open_dataset(f"file://{shards}")
-    with pytest.raises(DataError, match="set WN21K_DATA_CACHE"):
-        dataset.open(0)
-
-    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
-    with pytest.raises(DataError, match=r"cannot be locked .*No locks available"):
-        Stage(tmp_path / "stage").get("a.tar", lambda _: None)
-
-
-def test_a_home_folder_is_found(shards, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(shards.parent))
-    monkeypatch.setenv("USERPROFILE", str(shards.parent))
-    assert open_dataset(f"~/{shards.name}").storage == open_dataset(shards).storage
-    monkeypatch.chdir(shards.parent)
-    assert open_dataset(shards.name).storage == open_dataset(shards).storage
-    for opened in (is_class_folder, open_dataset):
-        with pytest.raises(DataError, match="home"):
-            opened("~nobody-of-that-name/x")
-
-
-def test_several_processes_stage_each_shard_once(shards, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=stage_all, args=(f"file://{shards}", tmp_path / "stage", results)) for _ in range(3)
-    ]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join()
-    assert found[0] == found[1] == found[2]
-
-
 TIMM = """
 import sys
 from timm.data import create_dataset
@@ -480,24 +244,6 @@ def test_the_readers_of_others_read_the_shards(shards, tmp_path, reader):
     assert done.stdout.splitlines() == lines
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-def test_shards_on_a_web_server(shards, tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(shards)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        dataset = open_dataset(f"http://127.0.0.1:{server.server_port}", stage=Stage(tmp_path / "stage"))
-        same(batches(loader(shards)), batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=3)))
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 MASKS = """
 import multiprocessing, signal, sys
 from pathlib import Path
@@ -539,44 +285,6 @@ def test_processes_that_are_not_a_loaders_hear_signals(shards, tmp_path, start_m
     script.write_text(MASKS)
     done = subprocess.run([sys.executable, script, shards, start_method], capture_output=True, text=True, check=False)
     assert done.stdout == "waiter main main\n", done.stderr
-
-
-HUB = """
-import sys
-from wn21k_zoo.errors import Wn21kError
-from wn21k_zoo.training.data import Loader, Squash, open_dataset
-try:
-    dataset = open_dataset("hf://datasets/" + sys.argv[1], label_space="winter21")
-except Wn21kError as error:
-    sys.exit(str(error))
-loader = Loader(dataset, batch_size=5, training=False, augmentation=Squash(32))
-print(len(dataset), sorted(target for batch in loader for target in batch.targets.tolist()))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["parquet", "wds"])
-def test_gated_repositories_on_the_hub(tmp_path, kind):
-    classes = make_classes()
-    repo = "timm/imagenet-w21-p" if kind == "parquet" else "timm/imagenet-22k-wds"
-    (tmp_path / "hub").mkdir()
-    (hugging_face_parquet if kind == "parquet" else timm_wds)(tmp_path / "hub", classes)
-    space = LabelSpace.load("winter21")
-    expected = sorted(space.index[wnid] for wnid in WNIDS for _ in classes[wnid])
-    with serve_repository(tmp_path / "hub", repo, "hf_right") as endpoint:
-        for token, right in (("hf_wrong", False), ("hf_right", True)):
-            environment = {
-                **os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "hf"),
-                "WN21K_DATA_CACHE": str(tmp_path / "cache"),
-            }  # fmt: skip
-            command = [sys.executable, "-c", HUB, repo]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-            assert (done.returncode == 0) == right, done.stderr
-            if right:
-                assert done.stdout.strip() == f"{len(expected)} {expected}"
-            else:
-                assert "cannot be read" in done.stderr
-                assert "Traceback" not in done.stderr
 
 
 LOADS_UNDER_FIRE = """

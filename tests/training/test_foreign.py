@@ -1,0 +1,147 @@
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from wn21k_zoo.errors import DataError
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.data import Loader, Squash, Stage, open_dataset
+
+from .archives import OUTSIDE, WNIDS, jpeg, make_classes, tar_bytes
+from .hub_folder import serve_repository
+from .loading import SIZE, batches
+
+
+def timm_wds(folder, classes, keyed=True):
+    """As timm's WebDataset repositories are: several kinds per key, a json, numbers of another list of classes."""
+    samples = [(name, data) for files in classes.values() for name, data in files.items()]
+    random.Random(0).shuffle(samples)  # noqa: S311
+    for number in range(3):
+        files = {}
+        for place, (name, data) in enumerate(samples[number::3]):
+            key = name.removesuffix(".JPEG") if keyed else f"{number:03d}{place:05d}"
+            files |= {f"{key}.cls": b"7", f"{key}.jpg": data, f"{key}.json": json.dumps({"filename": name}).encode()}
+        (folder / f"imagenet22k-train-{number:04d}.tar").write_bytes(tar_bytes(files))
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_webdataset_tars_of_others(tmp_path, keyed):
+    folder = tmp_path / "wds"
+    folder.mkdir()
+    classes = make_classes()
+    timm_wds(folder, classes, keyed)
+    dataset = open_dataset(folder, label_space="winter21")
+    assert len(dataset) == sum(len(files) for wnid, files in classes.items() if wnid != OUTSIDE)
+    found = batches(Loader(dataset, batch_size=5, training=False, augmentation=Squash(SIZE)))
+    counts = np.unique([one for batch in found for one in batch[1]], return_counts=True)
+    space = LabelSpace.load("winter21")
+    expected = {space.index[wnid]: len(classes[wnid]) for wnid in WNIDS}
+    assert dict(zip(counts[0].tolist(), counts[1].tolist(), strict=True)) == expected
+    made = sorted((tmp_path / "cache" / "index").iterdir())
+    assert len(made) == 3
+    times = [path.stat().st_mtime_ns for path in made]
+    open_dataset(folder, label_space="winter21")
+    assert [path.stat().st_mtime_ns for path in made] == times
+
+
+def hugging_face_parquet(folder, classes):
+    """As Hugging Face stores timm/imagenet-w21-p: an image struct, a ClassLabel whose names are synsets, row groups."""
+    (folder / "data").mkdir(parents=True)
+    names = sorted(classes)
+    rows = [(name, data, names.index(wnid)) for wnid, files in classes.items() for name, data in files.items()]
+    random.Random(0).shuffle(rows)  # noqa: S311
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    for number in range(2):
+        mine = rows[number::2]
+        image = [{"bytes": webp(data), "path": name.replace("JPEG", "webp")} for name, data, _ in mine]
+        table = pa.table({"image": image, "label": pa.array([label for *_, label in mine], pa.int64())})
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        pq.write_table(table, folder / "data" / f"train-{number:05d}-of-00002.parquet", row_group_size=5)
+    return rows
+
+
+def webp(data):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").save(file, "WEBP", lossless=True)
+    return file.getvalue()
+
+
+def test_parquet_files_of_others(tmp_path):
+    classes = make_classes()
+    hugging_face_parquet(tmp_path / "hf", classes)
+    dataset = open_dataset(tmp_path / "hf", stage=Stage(tmp_path / "stage"))
+    assert len(dataset) == 30
+    space = LabelSpace.load("fall11")
+    originals = {}
+    for wnid in WNIDS:
+        for data in classes[wnid].values():
+            pixels = Squash(SIZE)(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), None)
+            originals[pixels.tobytes()] = space.index[wnid]
+    for workers in (0, 2):
+        one = Loader(dataset, batch_size=4, training=False, augmentation=Squash(SIZE), workers=workers)
+        seen = 0
+        for batch in one:
+            for image, target in zip(batch.images, batch.targets.tolist(), strict=True):
+                pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).contiguous().numpy()
+                assert originals[pixels.tobytes()] == target
+                seen += 1
+        assert seen == 30
+
+
+def test_a_table_without_synsets_is_refused(tmp_path):
+    pq.write_table(pa.table({"image": [b""], "label": [3]}), tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match="no column that names synsets"):
+        open_dataset(tmp_path)
+    (tmp_path / "validation-0.tar").write_bytes(tar_bytes({"0001.jpg": jpeg(0), "0001.cls": b"3"}))
+    with pytest.raises(DataError, match="neither the key '0001' nor its json names a synset"):
+        open_dataset(tmp_path, "validation")
+    (tmp_path / "test-0.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(DataError, match="no WebDataset tar"):
+        open_dataset(tmp_path, "test")
+
+
+HUB = """
+import sys
+from wn21k_zoo.errors import Wn21kError
+from wn21k_zoo.training.data import Loader, Squash, open_dataset
+try:
+    dataset = open_dataset("hf://datasets/" + sys.argv[1], label_space="winter21")
+except Wn21kError as error:
+    sys.exit(str(error))
+loader = Loader(dataset, batch_size=5, training=False, augmentation=Squash(32))
+print(len(dataset), sorted(target for batch in loader for target in batch.targets.tolist()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "wds"])
+def test_gated_repositories_on_the_hub(tmp_path, kind):
+    classes = make_classes()
+    repo = "timm/imagenet-w21-p" if kind == "parquet" else "timm/imagenet-22k-wds"
+    (tmp_path / "hub").mkdir()
+    (hugging_face_parquet if kind == "parquet" else timm_wds)(tmp_path / "hub", classes)
+    space = LabelSpace.load("winter21")
+    expected = sorted(space.index[wnid] for wnid in WNIDS for _ in classes[wnid])
+    with serve_repository(tmp_path / "hub", repo, "hf_right") as endpoint:
+        for token, right in (("hf_wrong", False), ("hf_right", True)):
+            environment = {
+                **os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "hf"),
+                "WN21K_DATA_CACHE": str(tmp_path / "cache"),
+            }  # fmt: skip
+            command = [sys.executable, "-c", HUB, repo]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            assert (done.returncode == 0) == right, done.stderr
+            if right:
+                assert done.stdout.strip() == f"{len(expected)} {expected}"
+            else:
+                assert "cannot be read" in done.stderr
+                assert "Traceback" not in done.stderr

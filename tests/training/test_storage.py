@@ -1,0 +1,101 @@
+import multiprocessing
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from wn21k_zoo.errors import DataError
+from wn21k_zoo.training.data import Loader, Stage, is_class_folder, open_dataset
+
+from .loading import Noisy, batches, loader, same
+from .staging import no_locks, stage_all
+
+
+def test_remote_shards_are_staged_once_verified_and_kept_below_the_limit(shards, tmp_path):
+    place = f"file://{shards}"  # fsspec's own path to local files: nothing is read in place
+    dataset = open_dataset(place, stage=Stage(tmp_path / "stage", limit=60_000))
+    same(batches(loader(shards)), batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=3, workers=2)))
+    staged = list((tmp_path / "stage").rglob("*.tar"))
+    assert 0 < sum(path.stat().st_size for path in staged) <= 60_000
+    assert len(staged) < 7
+
+
+def test_a_shard_that_is_damaged_where_it_lies_is_not_used(damaged, tmp_path):
+    folder, names = damaged
+    dataset = open_dataset(f"file://{folder}", stage=Stage(tmp_path / "stage"))
+    with pytest.raises(DataError, match=r"has sha256 .* expected"):
+        batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=7))
+    staged = {path.name for path in (tmp_path / "stage").rglob("*.tar")}
+    assert not staged & {shard for shard, _ in names}
+
+
+class OfTheWebError(Exception):
+    """As aiohttp's, which are no OSError."""
+
+
+def test_what_a_storage_raises_names_the_shard(tmp_path):
+    def cut(target):
+        target.write_bytes(b"half")
+        raise OfTheWebError("503, Service Unavailable")
+
+    with pytest.raises(DataError, match=r"train-00000\.tar cannot be staged: OfTheWebError: 503"):
+        Stage(tmp_path).get("a/train-00000.tar", cut)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["train-00000.tar.lock"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(shards, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WN21K_DATA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"file/index cannot be made: .*; set WN21K_DATA_CACHE"):
+        open_dataset(shards, label_space="winter21")
+    dataset = open_dataset(f"file://{shards}")
+    with pytest.raises(DataError, match="set WN21K_DATA_CACHE"):
+        dataset.open(0)
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    with pytest.raises(DataError, match=r"cannot be locked .*No locks available"):
+        Stage(tmp_path / "stage").get("a.tar", lambda _: None)
+
+
+def test_a_home_folder_is_found(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(shards.parent))
+    monkeypatch.setenv("USERPROFILE", str(shards.parent))
+    assert open_dataset(f"~/{shards.name}").storage == open_dataset(shards).storage
+    monkeypatch.chdir(shards.parent)
+    assert open_dataset(shards.name).storage == open_dataset(shards).storage
+    for opened in (is_class_folder, open_dataset):
+        with pytest.raises(DataError, match="home"):
+            opened("~nobody-of-that-name/x")
+
+
+def test_several_processes_stage_each_shard_once(shards, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=stage_all, args=(f"file://{shards}", tmp_path / "stage", results)) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found[0] == found[1] == found[2]
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_shards_on_a_web_server(shards, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(shards)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        dataset = open_dataset(f"http://127.0.0.1:{server.server_port}", stage=Stage(tmp_path / "stage"))
+        same(batches(loader(shards)), batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=3)))
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
