@@ -41,13 +41,23 @@ def test_plan():
     assert "images_seen" in wn21k("train", "plan", f"{RECIPES}/resnet50.py:in1k", "-f", "table").stdout
 
 
+def test_plan_of_data_that_is_there(data, run):
+    recipe = json.loads((run / "recipe.json").read_text())
+    planned = json.loads(wn21k("train", "plan", run, "--data", data, "--gpus", 1).stdout)
+    assert planned["steps"] == json.loads((run / "status.json").read_text())["total"]
+    assert planned["images_seen"] == planned["steps"] * recipe["data"]["batch_size"]
+    fewer = json.loads(wn21k("train", "plan", run, "--images", 1000, "--gpus", 1).stdout)
+    assert planned["parameters"] < fewer["parameters"]  # of a head for 1,000 classes
+    assert wn21k("train", "plan", run, "--data", data / "nothing").exit_code == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("plan", f"{RECIPES}/resnet51.py"), "Did you mean resnet50.py"),
         (("plan", f"{RECIPES}/resnet50.py:in2k"), "Did you mean"),
         (("plan", f"{RECIPES}/resnet50.py", "--set", "optimizer.lrr=1"), "Did you mean lr?"),
-        (("plan", f"{RECIPES}/finetune.py"), "give --images"),
+        (("plan", f"{RECIPES}/finetune.py"), "give --data or --images"),
         (("list", "nowhere"), "nowhere is no recipe file"),
         (("list", __file__.replace(".py", ".txt")), "is no recipe file"),
         (("plot", "nowhere"), "holds no run"),

@@ -383,7 +383,7 @@ def test_a_plan_counts_what_a_run_does():
     assert figures.parameters == sum(parameter.numel() for parameter in _resnet().parameters())
     with pytest.raises(RecipeError, match="cannot be shared by 3"):
         plan(recipe, gpus=3)
-    with pytest.raises(RecipeError, match="give --images"):
+    with pytest.raises(RecipeError, match="give --data or --images"):
         plan(small_recipe())
     with pytest.raises(RecipeError, match=r"fewer than data\.batch_size"):
         plan(recipe, images=10)

@@ -69,7 +69,11 @@ def plan(
     ] = None,
     images: Annotated[
         int | None,
-        typer.Option("--images", min=1, help="Training images. Default: the label space's published number."),
+        typer.Option("--images", min=1, help="Training images. Default: of --data, or the published number."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="What it will be trained on, whose images and classes are counted."),
     ] = None,
     set: SetOption = None,  # noqa: A002
     format: FormatOption = None,  # noqa: A002
@@ -77,9 +81,15 @@ def plan(
     """Steps, images, hours, and a guess of the memory."""
     from wn21k_zoo.training.plan import plan as make_plan
     from wn21k_zoo.training.recipe_files import load_recipe, override
+    from wn21k_zoo.training.splits import open_splits
 
     resolved = override(load_recipe(recipe), set or [])
-    figures = make_plan(resolved, gpus=gpus, images_per_second=images_per_second, images=images)
+    classes = None
+    if data is not None:
+        resolved.check()
+        splits = open_splits(resolved, data)
+        images, classes = images or len(splits.train), len(splits.class_names)
+    figures = make_plan(resolved, gpus=gpus, images_per_second=images_per_second, images=images, classes=classes)
     row = {"recipe": resolved.name, "gpus": gpus, **dataclasses.asdict(figures)}
     if choose_format(format) is Format.table:
         print_table(

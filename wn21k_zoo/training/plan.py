@@ -63,7 +63,14 @@ class Plan:
     assumed: str
 
 
-def plan(recipe: Recipe, *, gpus: int = 8, images_per_second: float | None = None, images: int | None = None) -> Plan:
+def plan(
+    recipe: Recipe,
+    *,
+    gpus: int = 8,
+    images_per_second: float | None = None,
+    images: int | None = None,
+    classes: int | None = None,
+) -> Plan:
     """Figures of a recipe on a number of GPUs.
 
     Args:
@@ -71,6 +78,7 @@ def plan(recipe: Recipe, *, gpus: int = 8, images_per_second: float | None = Non
         gpus: How many.
         images_per_second: Of one GPU in training, teacher included; default: what is published for a V100.
         images: Training images; default: the published number of the recipe's label space.
+        classes: How many; default: those of the recipe's label space, or 1,000.
 
     Raises:
         RecipeError: The images are not known, or the batch cannot be shared.
@@ -82,7 +90,7 @@ def plan(recipe: Recipe, *, gpus: int = 8, images_per_second: float | None = Non
     images = images or IMAGES.get(space or "")
     if images is None:
         raise RecipeError(
-            f"How many images {recipe.data.label_space or 'your folder'} has is not known; give --images."
+            f"How many images {recipe.data.label_space or 'your folder'} has is not known; give --data or --images."
         )
     micro, group = recipe.micro_batches(gpus)
     per_epoch = images // recipe.data.batch_size
@@ -92,7 +100,7 @@ def plan(recipe: Recipe, *, gpus: int = 8, images_per_second: float | None = Non
     steps = min(steps, recipe.schedule.max_steps or steps)
     seen = steps * recipe.data.batch_size
     speed, assumed = (images_per_second, "as given") if images_per_second else _published_speed(recipe)
-    num_classes = len(LabelSpace.load(space)) if space else 1000
+    num_classes = classes or (len(LabelSpace.load(space)) if space else 1000)
     arguments = tuple(recipe.model.arguments.items())
     model = recipe.model
     parameters, kept = _size(model.architecture, num_classes, recipe.data.size, arguments, model.gradient_checkpointing)
