@@ -41,9 +41,14 @@ FILES = {
         for kind in ("JPEG", "PNG", "WEBP")
         for number in (1, 2, 3, 6, 8)
     },
+    "JPEG rotated by XMP": encoded(
+        Image.fromarray(NOISE[..., :3]), "JPEG", xmp=b"<x><tiff:Orientation>6</tiff:Orientation></x>"
+    ),
+    "JPEG with damaged EXIF": encoded(Image.fromarray(NOISE[..., :3]), "JPEG", exif=b"Exif\0\0II*\0" + b"\xff" * 8),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("name", FILES)
 def test_it_is_what_a_prediction_sees(name):
     pixels = decode(FILES[name])
@@ -51,6 +56,12 @@ def test_it_is_what_a_prediction_sees(name):
     expected = np.asarray(load_image(FILES[name]))
     np.testing.assert_allclose(pixels, expected, rtol=0, atol=int(name == "CMYK JPEG"))  # rounded otherwise
     np.testing.assert_array_equal(pixels, decode(memoryview(FILES[name])))
+
+
+def test_upright_photographs_do_not_take_the_slow_way(monkeypatch):
+    monkeypatch.setattr("wn21k_zoo.training.decode.load_image", None)
+    for name in ("JPEG", "grey JPEG", "JPEG rotated 1"):
+        assert decode(FILES[name]).shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize(

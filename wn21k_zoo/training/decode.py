@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ExifTags, Image
 
 from wn21k_zoo.errors import ImageDecodeError, ImageError, MissingExtraError
 from wn21k_zoo.images import load_image
@@ -16,7 +18,7 @@ __all__ = ["UndecodableError", "decode"]
 
 _JPEG = b"\xff\xd8\xff"
 _END_OF_IMAGE = b"\xff\xd9"
-_EXIF = b"Exif\x00\x00"
+_METADATA = b"\xff\xe1"  # EXIF or XMP
 
 
 class UndecodableError(Exception):
@@ -26,26 +28,37 @@ class UndecodableError(Exception):
 def decode(data: bytes | memoryview) -> NDArray[np.uint8]:
     """An image file as RGB pixels, upright and on white, shape [height, width, 3].
 
-    A JPEG that its decoder grumbles about counts if it is complete. One without EXIF may have any number of pixels,
-    other files as many as :func:`wn21k_zoo.images.load_image` takes.
+    A JPEG that its decoder grumbles about counts if it is complete. One without metadata may have any number of
+    pixels, other files at least as many as :func:`wn21k_zoo.images.load_image` takes.
 
     Raises:
         UndecodableError: Truncated, damaged, too large or no image.
     """
     is_jpeg = bytes(data[:3]) == _JPEG
-    if is_jpeg and _EXIF not in bytes(data[:4096]):
-        with contextlib.suppress(ValueError):  # CMYK, say
-            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
-            return pixels
-    if is_jpeg and _END_OF_IMAGE not in bytes(data[-4096:]):
-        raise UndecodableError("truncated")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of frames that are left out, say
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of frames that are left out, say
+        if is_jpeg and _is_upright(data):
+            with contextlib.suppress(ValueError):  # CMYK, say
+                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+                return pixels
+        if is_jpeg and _END_OF_IMAGE not in bytes(data[-4096:]):
+            raise UndecodableError("truncated")
+        try:
             return np.array(load_image(bytes(data)))
-    except (ImageError, MissingExtraError) as error:
-        if is_jpeg and isinstance(error, ImageDecodeError):
-            found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-            if found is not None:
-                return np.asarray(cv2.cvtColor(found, cv2.COLOR_BGR2RGB), np.uint8)
-        raise UndecodableError(str(error).removeprefix("The image ").rstrip(".")) from None
+        except (ImageError, MissingExtraError) as error:
+            if is_jpeg and isinstance(error, ImageDecodeError):
+                found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+                if found is not None:
+                    return np.asarray(cv2.cvtColor(found, cv2.COLOR_BGR2RGB), np.uint8)
+            raise UndecodableError(str(error).removeprefix("The image ").rstrip(".")) from None
+
+
+def _is_upright(data: bytes | memoryview) -> bool:
+    """Whether a JPEG is stored as it is to be seen; False too where nobody can tell."""
+    if _METADATA not in bytes(data[:65536]):
+        return True
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
+    except Exception:  # Pillow raises whatever damaged metadata makes it stumble over
+        return False
