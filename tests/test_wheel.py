@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import EMBEDDED
+from training.runs import make_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,13 +32,16 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert shipped <= set(names)
+    recipes = {f"wn21k_zoo/_recipes/{path.name}" for path in (ROOT / "training" / "recipes").glob("*.py")}
+    assert recipes == {name for name in names if "recipes/" in name}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.endswith((".pkl", ".pth", ".pt")) for name in names)
 
 
-@pytest.mark.slow
-def test_installed_wheel_predicts_elsewhere(wheel, tmp_path):
-    site = tmp_path / "site"
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """A folder where the wheel alone is installed."""
+    site = tmp_path_factory.mktemp("site")
     install = [
         sys.executable,
         "-m",
@@ -49,16 +53,40 @@ def test_installed_wheel_predicts_elsewhere(wheel, tmp_path):
         "--no-index",
     ]
     subprocess.run([*install, "--target", str(site), str(wheel)], check=True)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    return site
+
+
+@pytest.mark.slow
+def test_installed_wheel_predicts_elsewhere(site, tmp_path):
     code = (
         "import wn21k_zoo; print(wn21k_zoo.__file__); "
         f"print(wn21k_zoo.predict('sample:cat', model={EMBEDDED!r}).to_json())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)},
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     place, result = done.stdout.splitlines()
     assert Path(place).is_relative_to(site)
     assert json.loads(result)["label"]["wnid"] == "n02121808"
+
+
+@pytest.mark.slow
+def test_installed_wheel_trains_elsewhere(site, tmp_path):
+    make_folder(tmp_path / "photos", images=10)
+    run = [
+        sys.executable,
+        "-m",
+        "wn21k_zoo.training.train",
+        "--recipe",
+        "finetune:embedded",
+        "--debug",
+        "--workers",
+        "0",
+    ]
+    done = subprocess.run(
+        [*run, "--data", "photos", "--output", "run"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"

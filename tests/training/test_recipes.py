@@ -19,7 +19,7 @@ from wn21k_zoo.training.engine import train
 from wn21k_zoo.training.plan import cost_table, plan
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.recipe import RANDOM, Recipe
-from wn21k_zoo.training.recipe_files import load_recipe, override, recipes_in
+from wn21k_zoo.training.recipe_files import load_recipe, override, recipes_in, shipped_recipes
 
 from .archives import WNIDS, jpeg
 from .runs import make_folder, small_recipe
@@ -273,6 +273,21 @@ def test_where_there_is_no_recipe(tmp_path):
     (tmp_path / "recipe.json").write_text("[]")
     with pytest.raises(RecipeError, match="No recipe"):
         load_recipe(str(tmp_path / "recipe.json"))
+
+
+def test_ours_have_names(tmp_path, monkeypatch):
+    assert shipped_recipes() == {path.stem: path for path in FOLDER.glob("*.py")}
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("resnet50") == load_recipe(str(FOLDER / "resnet50.py"))
+    assert load_recipe("resnet50:in1k") == presets.in1k("resnet50")
+    assert load_recipe("finetune::resnet50.miil_in21k") == presets.finetune("resnet50.miil_in21k")
+    for where, near in (("resnet5", r"resnet50"), ("resnet50.py", "resnet50"), ("resnet50:in21", "in21k")):
+        with pytest.raises(RecipeError, match=rf"Did you mean {near}\b"):
+            load_recipe(where)
+    (tmp_path / "resnet50").mkdir()
+    assert load_recipe("resnet50") == presets.in21k("resnet50")
+    (tmp_path / "resnet50" / "recipe.json").write_text(presets.in1k("resnet50").to_json())
+    assert load_recipe("resnet50") == presets.in1k("resnet50")
 
 
 def test_what_follows_a_recipe_is_its_argument(tmp_path):

@@ -23,7 +23,7 @@ app = typer.Typer(
     "wn21k_zoo.training.train --help`, on several GPUs with torchrun.",
 )
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="FILE.py[:FUNCTION], or a run's recipe.json.")]
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="NAME or FILE.py[:FUNCTION], or a run.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value, such as schedule.epochs=40.")
 ]
@@ -31,19 +31,24 @@ SetOption = Annotated[
 
 @app.command("list")
 def list_recipes(
-    file: Annotated[Path, typer.Argument(help="A recipe file, or a folder of them.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="A recipe file, or a folder of them. Default: those that come with wn21k_zoo.")
+    ] = None,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """The recipes of a file or folder."""
+    """The recipes that there are, or those of a file or folder."""
     from wn21k_zoo.errors import RecipeError
-    from wn21k_zoo.training.recipe_files import recipes_in
+    from wn21k_zoo.training.recipe_files import recipes_in, shipped_recipes
 
-    files = sorted(file.glob("*.py")) if file.is_dir() else [file]
-    if not files or not files[0].is_file() or files[0].suffix != ".py":
+    if file is None:
+        files = shipped_recipes()
+    else:
+        files = {str(path): path for path in (sorted(file.glob("*.py")) if file.is_dir() else [file])}
+    if not all(path.is_file() and path.suffix == ".py" for path in files.values()) or not files:
         raise RecipeError(f"{file} is no recipe file, and no folder with one.")
     rows = [
-        {"recipe": f"{path}:{name}", "about": (make.__doc__ or "").strip().partition("\n")[0]}
-        for path in files
+        {"recipe": f"{shown}:{name}", "about": (make.__doc__ or "").strip().partition("\n")[0]}
+        for shown, path in files.items()
         for name, make in recipes_in(path).items()
     ]
     print_table(rows, ("recipe", "about"), format)

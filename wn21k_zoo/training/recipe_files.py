@@ -1,4 +1,4 @@
-"""Recipes from files of one's own or of runs, and other values for their fields."""
+"""Recipes from files of one's own, from ours, or of runs, and other values for their fields."""
 
 from __future__ import annotations
 
@@ -14,26 +14,37 @@ from typing import Any
 from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.training.recipe import Model, Recipe, Section
 
-__all__ = ["load_recipe", "override", "recipes_in"]
+__all__ = ["load_recipe", "override", "recipes_in", "shipped_recipes"]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipe files that come with the package, by name without ``.py``: a wheel has a copy of a clone's."""
+    package = Path(__file__).parent.parent
+    folder = package / "_recipes"
+    if not folder.is_dir():
+        folder = package.parent / "training" / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
 
 
 def load_recipe(where: str) -> Recipe:
     """The recipe of ``FILE.py`` (its first function), ``FILE.py:function``, or a run's ``recipe.json``.
 
-    ``FILE.py:function:text`` gives the text to the function as its argument.
+    ``FILE.py:function:text`` gives the text to the function as its argument. In place of FILE.py stands the name of one
+    of :func:`shipped_recipes`, where no run or file has that name.
 
     Raises:
         RecipeError: No such file or function, or the function fails.
     """
-    match = re.fullmatch(r"(.+?\.py)(?::(\w*))?(?::(.+))?", where, re.DOTALL)
-    file, name, argument = match.groups() if match else (where, None, None)
-    path = Path(file).expanduser()
+    path, name, argument = _divided(where)
     if (path / "recipe.json").is_file():
         path /= "recipe.json"
     if not path.is_file() or path.suffix not in (".py", ".json"):
         what = "is a folder; name a file in it" if path.is_dir() else "is no file"
-        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
-        raise RecipeError(f"{path} {what}; a recipe is FILE.py:function or recipe.json.{near}")
+        beside = [each.name for each in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        near = did_you_mean(path.name, [*beside, *shipped_recipes()])
+        raise RecipeError(
+            f"{path} {what}; a recipe is FILE.py:function, recipe.json, or what `wn21k train list` shows.{near}"
+        )
     if path.suffix == ".json":
         try:
             return Recipe.from_json(_text(path))
@@ -64,6 +75,17 @@ def load_recipe(where: str) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{where} returns a {type(recipe).__name__}, not a recipe; does it end with `return recipe`?")
     return recipe
+
+
+def _divided(where: str) -> tuple[Path, str | None, str | None]:
+    """File, function and text."""
+    if match := re.fullmatch(r"(.+?\.py)(?::(\w*))?(?::(.+))?", where, re.DOTALL):
+        return Path(match[1]).expanduser(), match[2], match[3]
+    path = Path(where).expanduser()
+    match = re.fullmatch(r"(\w+)(?::(\w*))?(?::(.+))?", where, re.DOTALL)
+    if match is None or path.is_file() or (path / "recipe.json").is_file():
+        return path, None, None
+    return shipped_recipes().get(match[1], Path(match[1])), match[2], match[3]
 
 
 def _text(path: Path) -> str:

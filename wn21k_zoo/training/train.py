@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--recipe",
         required=True,
         metavar="FILE.py[:FUNCTION[:TEXT]]",
-        help="its first function if none is named, which gets the text; or a run's recipe.json",
+        help="its first function if none is named, which gets the text; for FILE.py a name that `wn21k train list` "
+        "shows; or a run's recipe.json",
     )
     parser.add_argument("--data", required=True, metavar="DIR", help="shards, a URL of them, or a folder of classes")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run, seen by all processes")
