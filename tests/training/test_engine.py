@@ -408,7 +408,7 @@ def test_classes_above_each_other_are_for_one_softmax(tmp_path):
 def test_a_last_batch_without_an_image_that_can_be_read(tmp_path, loader):
     data = make_folder(tmp_path / "images", images=20)  # two of each class for validation
     validation = open_folder(data, "validation")
-    (data / validation.files[-1][0]).write_bytes(b"nothing")
+    (data / validation.name(len(validation) - 1)).write_bytes(b"nothing")
     recipe = small_recipe(data={"batch_size": 11, "batch_per_device": 11}, schedule={"max_steps": 1})
     figures = run(recipe, data, tmp_path / "run")
     if loader == "evaluation":
@@ -420,7 +420,7 @@ def test_a_last_batch_without_an_image_that_can_be_read(tmp_path, loader):
 @pytest.mark.parametrize("architecture", ["test_efficientnet", "test_vit"])
 def test_a_batch_without_an_image(tmp_path, architecture, checkpointing):
     data = make_folder(tmp_path / "images")
-    (data / open_folder(data, "train").files[7][0]).write_bytes(b"nothing")
+    (data / open_folder(data, "train").name(7)).write_bytes(b"nothing")
     recipe = small_recipe(architecture, data={"batch_per_device": 1, "batch_size": 4, "size": 64})
     recipe.model.gradient_checkpointing = checkpointing
     recipe.model.arguments = {"drop_path_rate": 0.1, **({"img_size": 64} if architecture == "test_vit" else {})}
@@ -433,7 +433,7 @@ def test_a_batch_without_an_image(tmp_path, architecture, checkpointing):
 @pytest.mark.parametrize("images", [1, 2])
 def test_a_damaged_image_counts_the_same_however_a_step_is_divided(tmp_path, images):
     data = make_folder(tmp_path / "images")
-    (data / open_folder(data, "train").files[7][0]).write_bytes(b"nothing")
+    (data / open_folder(data, "train").name(7)).write_bytes(b"nothing")
     for micro in (BATCH, images):
         recipe = small_recipe(optimizer=FAST, data={"batch_per_device": micro, "batch_size": BATCH})
         run(recipe, data, tmp_path / str(micro))

@@ -11,11 +11,15 @@ from .archives import jpeg
 from .runs import WNIDS, make_folder
 
 
+def names(folder):
+    return [folder.name(sample) for sample in range(len(folder))]
+
+
 def test_one_image_in_ten_is_for_validation_and_none_is_in_both(tmp_path):
     make_folder(tmp_path, images=20)
     train, validation = open_folder(tmp_path), open_folder(tmp_path, "validation")
     assert (len(train), len(validation)) == (6 * 18, 6 * 2)
-    assert not {name for name, _ in train.files} & {name for name, _ in validation.files}
+    assert not set(names(train)) & set(names(validation))
     assert len(open_folder(tmp_path, "all")) == 120
     assert train.class_names == tuple(sorted(WNIDS))
     assert train.label_space.wnids == train.class_names
@@ -61,8 +65,7 @@ def test_links_to_images_and_classes_are_followed_and_dead_ones_are_not(tmp_path
     (root / "a" / "linked.jpg").symlink_to(store / "a" / "0.jpg")
     (root / "a" / "dead.jpg").symlink_to(store / "a" / "gone.jpg")
     (root / "a" / "up").symlink_to(root)  # would never end
-    names = {name for name, _ in open_folder(root, "all").files}
-    assert names == {"a/0.jpg", "a/linked.jpg", "b/0.jpg", "b/1.jpg", "b/2.jpg"}
+    assert set(names(open_folder(root, "all"))) == {"a/0.jpg", "a/linked.jpg", "b/0.jpg", "b/1.jpg", "b/2.jpg"}
 
 
 def test_what_is_no_data_set(tmp_path):
@@ -84,7 +87,7 @@ def test_what_is_no_data_set(tmp_path):
 def test_targets_of_a_label_space_by_the_names_of_the_folders(tmp_path):
     space = LabelSpace.load("fall11")
     folder = open_folder(make_folder(tmp_path / "x", names=WNIDS[3:])).mapped_to(space)
-    assert {space.wnids[target] for _, target in folder.files} == set(WNIDS[3:])
+    assert {space.wnids[target] for target in folder.targets} == set(WNIDS[3:])
     with pytest.raises(DataError, match="has a folder cats, which is no class of"):
         open_folder(make_folder(tmp_path / "y", names=("cats", "dogs"))).mapped_to(space)
 
@@ -100,7 +103,7 @@ def test_a_damaged_file_is_left_out_and_named(tmp_path, caplog):
     assert f"{WNIDS[0]}/0.jpg" in caplog.text
     for batch in batches:
         for sample, target in zip(batch.samples.tolist(), batch.targets.tolist(), strict=True):
-            assert folder.files[sample][1] == target
+            assert folder.targets[sample] == target
 
 
 def test_one_damaged_file_of_a_few_is_endured_in_every_epoch(tmp_path, caplog):

@@ -153,7 +153,7 @@ def test_without_a_compiler_torch_compile_says_so_in_one_line(data, tmp_path):
 @pytest.mark.slow
 def test_a_rank_without_an_image_changes_nothing(tmp_path):
     folder = make_folder(tmp_path / "images")
-    (folder / open_folder(folder, "train").files[7][0]).write_bytes(b"nothing")
+    (folder / open_folder(folder, "train").name(7)).write_bytes(b"nothing")
     recipe = small_recipe(optimizer=FAST, data={"batch_size": 2, "batch_per_device": 2}, schedule={"epochs": 1})
     run(recipe, folder, tmp_path / "one")
     recipe.data.batch_per_device = 1

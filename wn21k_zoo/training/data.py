@@ -31,7 +31,7 @@ from wn21k_zoo.training.augment import PublishedAugmentation, Squash
 from wn21k_zoo.training.dataset import Images, ShardedDataset, open_dataset
 from wn21k_zoo.training.decode import UndecodableError, decode
 from wn21k_zoo.training.extra import cv2
-from wn21k_zoo.training.folder import FolderDataset, is_class_folder, open_folder
+from wn21k_zoo.training.folder import FolderDataset, is_class_folder, open_folder, open_folders
 from wn21k_zoo.training.order import SampleOrder
 from wn21k_zoo.training.storage import Stage
 
@@ -47,6 +47,7 @@ __all__ = [
     "is_class_folder",
     "open_dataset",
     "open_folder",
+    "open_folders",
 ]
 
 _LOG = logging.getLogger(__name__)

@@ -10,8 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from wn21k_zoo.errors import DataError, LabelSpaceError, UnknownSynsetError, did
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.storage import expanded
 
-__all__ = ["FolderDataset", "is_class_folder", "is_divided", "open_folder"]
+__all__ = ["FolderDataset", "is_class_folder", "is_divided", "open_folder", "open_folders"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 _VALIDATION = ("validation", "val", "valid", "test")
@@ -36,7 +35,23 @@ class _Group:
     name: str
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, eq=False)
+class _Listing:
+    """Images below some folders, class by class.
+
+    Names lie in two arrays: forked processes share these, and would each come to have a copy of millions of objects.
+    """
+
+    text: NDArray[np.uint8]
+    ends: NDArray[np.int64]
+    targets: NDArray[np.int32]
+    hashes: NDArray[np.uint64]
+
+    def name(self, number: int) -> str:
+        return os.fsdecode(self.text[self.ends[number] : self.ends[number + 1]].tobytes())
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class FolderDataset:
     """Loose images with their classes; what :class:`wn21k_zoo.training.data.Loader` takes. Made by :func:`open_folder`.
 
@@ -44,21 +59,27 @@ class FolderDataset:
         root: The folder.
         split: ``train``, ``validation`` or ``all``.
         class_names: Names of the class folders in byte order; a target is an index of it.
-        files: Path below the root and target of each image.
+        targets: Of each image, [n] int32.
     """
 
     root: Path
     split: str
     class_names: tuple[str, ...]
-    files: tuple[tuple[str, int], ...]
+    targets: NDArray[np.int32]
+    _listing: _Listing
+    _numbers: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.targets)
 
     def __repr__(self) -> str:
         return (
             f"FolderDataset({str(self.root)!r}, {self.split!r}, {len(self):,} images, {len(self.class_names)} classes)"
         )
+
+    def name(self, sample: int) -> str:
+        """The path of an image below the root, with slashes."""
+        return self._listing.name(self._numbers[sample])
 
     @functools.cached_property
     def label_space(self) -> LabelSpace | None:
@@ -85,13 +106,14 @@ class FolderDataset:
         if unknown := set(self.class_names) - set(class_names):
             raise DataError(f"{self.root} has a folder {min(unknown)}, which is no {what}.")
         index = {name: number for number, name in enumerate(class_names)}
-        files = tuple((name, index[self.class_names[target]]) for name, target in self.files)
-        return dataclasses.replace(self, class_names=class_names, files=files)
+        targets = np.array([index[name] for name in self.class_names], np.int32)[self.targets]
+        return dataclasses.replace(self, class_names=class_names, targets=targets)
 
     @functools.cached_property
     def digest(self) -> str:
         """Of the files' names below the folder; not of what is in them, nor of where it lies."""
-        return hashlib.sha256("\n".join(name for name, _ in self.files).encode(errors="surrogateescape")).hexdigest()
+        arrays = (self._listing.text, self._listing.ends, self._numbers)
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -105,17 +127,16 @@ class FolderDataset:
 
     def open(self, number: int) -> tuple[_LooseFiles, NDArray[np.void]]:
         """What reads the images of a group, and its index."""
-        return _LooseFiles(self.root, tuple(name for name, _ in self._group(number))), self.index(number)
+        first = number * _GROUP
+        names = tuple(self.name(sample) for sample in range(first, first + self.lengths[number]))
+        return _LooseFiles(self.root, names), self.index(number)
 
     def index(self, number: int) -> NDArray[np.void]:
         """What is in a group: number and target of each image."""
-        mine = self._group(number)
+        mine = self.targets[number * _GROUP : (number + 1) * _GROUP]
         index = np.zeros(len(mine), _INDEX)
-        index["offset"], index["target"] = np.arange(len(mine)), [target for _, target in mine]
+        index["offset"], index["target"] = np.arange(len(mine)), mine
         return index
-
-    def _group(self, number: int) -> tuple[tuple[str, int], ...]:
-        return self.files[number * _GROUP : (number + 1) * _GROUP]
 
 
 class _LooseFiles:
@@ -158,35 +179,78 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
     Raises:
         DataError: It holds no classes or images, or the splits' classes differ.
     """
+    return open_folders(place, (split,))[0]
+
+
+def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[:2]) -> list[FolderDataset]:
+    """The images of several splits, from one look at the folder; as :func:`open_folder`."""
     root = expanded(place).absolute()
-    if split not in _SPLITS:
-        raise DataError(f"{root} has the splits {', '.join(_SPLITS)}, not {split!r}.{did_you_mean(split, _SPLITS)}")
+    for split in splits:
+        if split not in _SPLITS:
+            raise DataError(f"{root} has the splits {', '.join(_SPLITS)}, not {split!r}.{did_you_mean(split, _SPLITS)}")
     below = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    if "train" not in below:
+        classes = _classes(root)
+        listing = _listing(root, [[each] for each in classes])
+        return [_dataset(root, split, classes, listing, _share(listing, split)) for split in splits]
     validation = next((name for name in _VALIDATION if name in below), None)
-    if "train" in below:
-        if validation is None:
-            raise DataError(f"{root} has a folder train, but none for validation: {', '.join(_VALIDATION)}.")
-        classes = _classes(root / "train")
-        tops = {"train": ["train"], "validation": [validation], "all": ["train", validation]}[split]
-        for top in tops:
+    if validation is None:
+        raise DataError(f"{root} has a folder train, but none for validation: {', '.join(_VALIDATION)}.")
+    classes = _classes(root / "train")
+    tops = {"train": ["train"], "validation": [validation], "all": ["train", validation]}
+    datasets = []
+    for split in splits:
+        for top in tops[split]:
             if unknown := set(_classes(root / top, at_least=1)) - set(classes):
                 raise DataError(f"{root / top} has the class {min(unknown)}, which {root / 'train'} lacks.")
-        files = [
-            (name, target)
-            for top in tops
-            for target, each in enumerate(classes)
-            for name in _images(root, f"{top}/{each}")
-        ]
-    else:
-        classes = _classes(root)
-        files = [(name, target) for target, each in enumerate(classes) for name in _chosen(_images(root, each), split)]
-    counts = Counter(target for _, target in files)
-    empty = [each for target, each in enumerate(classes) if not counts[target]]
+        listing = _listing(root, [[f"{top}/{each}" for top in tops[split]] for each in classes])
+        datasets.append(_dataset(root, split, classes, listing, np.arange(len(listing.targets))))
+    return datasets
+
+
+def _listing(root: Path, folders: Sequence[Sequence[str]]) -> _Listing:
+    """What is in the folders of each class."""
+    texts, lengths, hashes = [], [], []
+    for of_class in folders:
+        names = [os.fsencode(name) for folder in of_class for name in _images(root, folder)]
+        texts.append(b"".join(names))
+        lengths.append(np.fromiter(map(len, names), np.int64, len(names)))
+        hashes.append(np.frombuffer(b"".join(map(_hash, names)), ">u8"))
+    return _Listing(
+        text=np.frombuffer(b"".join(texts), np.uint8),
+        ends=np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64),
+        targets=np.repeat(np.arange(len(folders), dtype=np.int32), [len(each) for each in lengths]),
+        hashes=np.concatenate(hashes).astype(np.uint64),
+    )
+
+
+def _share(listing: _Listing, split: str) -> NDArray[np.int64]:
+    """Of each class a tenth, at least one; or the others; or all."""
+    order = np.lexsort((listing.hashes, listing.targets))
+    counts = np.bincount(listing.targets)
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    validation = np.where(counts > 1, np.maximum(1, counts // 10), 0)
+    is_chosen = rank < np.repeat(validation, counts)
+    return order if split == "all" else order[is_chosen if split == "validation" else ~is_chosen]
+
+
+def _dataset(
+    root: Path, split: str, classes: Sequence[str], listing: _Listing, numbers: NDArray[np.int64]
+) -> FolderDataset:
+    targets = listing.targets[numbers]
+    empty = np.flatnonzero(np.bincount(targets, minlength=len(classes)) == 0)
     # A class of few images may have none for validation.
-    if empty and (split != "validation" or not files):
-        raise DataError(f"{root}, {split}: the class {empty[0]} has no images ({', '.join(SUFFIXES)}).")
-    files.sort(key=lambda file: _hash(file[0]))  # groups are mixed, as shards are
-    return FolderDataset(root=root, split=split, class_names=tuple(classes), files=tuple(files))
+    if len(empty) and (split != "validation" or not len(numbers)):
+        raise DataError(f"{root}, {split}: the class {classes[empty[0]]} has no images ({', '.join(SUFFIXES)}).")
+    numbers = numbers[np.argsort(listing.hashes[numbers], kind="stable")]  # groups are mixed, as shards are
+    return FolderDataset(
+        root=root,
+        split=split,
+        class_names=tuple(classes),
+        targets=listing.targets[numbers],
+        _listing=listing,
+        _numbers=numbers,
+    )
 
 
 def is_divided(place: str | os.PathLike[str]) -> bool:
@@ -219,14 +283,5 @@ def _walk(folder: str, name: str) -> Iterator[str]:
                 yield name + entry.name
 
 
-def _chosen(names: list[str], split: str) -> list[str]:
-    """A tenth, at least one; or the others; or all."""
-    if split == "all":
-        return names
-    ranked = sorted(names, key=_hash)
-    count = max(1, len(names) // 10) if len(names) > 1 else 0
-    return ranked[:count] if split == "validation" else ranked[count:]
-
-
-def _hash(name: str) -> bytes:
-    return hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=16).digest()
+def _hash(name: bytes) -> bytes:
+    return hashlib.blake2b(name, digest_size=16).digest()[:8]

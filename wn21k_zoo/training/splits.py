@@ -19,7 +19,7 @@ from wn21k_zoo.training.data import (
     Squash,
     is_class_folder,
     open_dataset,
-    open_folder,
+    open_folders,
 )
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engines import count_cores
@@ -73,7 +73,7 @@ def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
     train: ShardedDataset | FolderDataset
     validation: ShardedDataset | FolderDataset
     if is_class_folder(data):
-        train, validation = open_folder(data), open_folder(data, "validation")
+        train, validation = open_folders(data)
         if wanted is not None:
             try:
                 train, validation = train.mapped_to(wanted), validation.mapped_to(wanted)
