@@ -14,6 +14,7 @@ import types
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from PIL import Image
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError, DiskSpaceError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import planning
+from wn21k_zoo.training.gather import _shard_of_each
 from wn21k_zoo.training.planning import count
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import MANIFEST_FILE, encode_record, index_path, read_index, read_info
@@ -538,3 +540,9 @@ def test_where_nothing_is_to_be_used_other_options_may_follow(tmp_path):
     with pytest.raises(DataSourceError, match="No image of the source is to be used"):
         prepared(tmp_path, classes, PrepareOptions(min_images=500, size=32))
     assert prepared(tmp_path, classes, PrepareOptions(min_images=0, val_per_class=1, size=32)).is_dir()
+
+
+def test_hashes_that_float64_cannot_tell_apart():
+    table = pa.table({"split": ["train", None, "train"], "order": pa.array([2**62, None, 2**62 + 1], pa.uint64())})
+    least = {"train": np.array([5, 2**62 + 1], np.uint64), "validation": np.empty(0, np.uint64)}
+    assert list(_shard_of_each(table, least)) == ["train-00000.tar", None, "train-00001.tar"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from wn21k_zoo.training.shards import (
 __all__ = ["write_manifest", "write_shard", "write_shards"]
 
 _SPLITS = ("train", "validation")
+_ROW_GROUP = 200_000
 _ORDER_DTYPE = np.dtype(
     [
         ("order", "<u8"), ("start", "<u8"), ("length", "<u4"), ("image_offset", "<u4"), ("stored_bytes", "<u4"),
@@ -46,8 +47,16 @@ def write_shards(
     work = output / WORK_FOLDER
     names = [result.name for result in results]
     planned: list[tuple[str, int, int, int]] = []  # split, number of the shard, its first sample, its length
+    read = 0
+
+    def tell() -> None:
+        nonlocal read
+        tasks.progress(Progress(stage="sort", done=read, total=2 * len(_SPLITS) * len(results), images=0))
+        read += 1
+
+    tell()
     for split in _SPLITS:
-        lengths = _sort(work, results, split, options)
+        lengths = _sort(work, results, split, options, tell)
         ends = np.cumsum(lengths)
         planned += [
             (split, number, int(end - length), int(length))
@@ -77,7 +86,9 @@ def write_shards(
     return shards
 
 
-def _sort(work: Path, results: list[ClassResult], split: str, options: PrepareOptions) -> NDArray[np.int64]:
+def _sort(
+    work: Path, results: list[ClassResult], split: str, options: PrepareOptions, tell: Callable[[], None]
+) -> NDArray[np.int64]:
     """Distribute the samples of a split over its shards by their hashes; returns the shards' lengths.
 
     Writes ``SPLIT.order.npy``, the samples shard by shard (unsorted within one), and ``SPLIT.bounds.npy``, the least
@@ -85,7 +96,7 @@ def _sort(work: Path, results: list[ClassResult], split: str, options: PrepareOp
     """
     found = [
         np.empty(0, np.uint64),
-        *(table["order"].to_numpy() for _, table in _samples(work, results, split, ["order"])),
+        *(table["order"].to_numpy() for _, table in _samples(work, results, split, ["order"], tell)),
     ]
     hashes = np.sort(np.concatenate(found))
     bounds = hashes[:: options.shard_size]
@@ -95,7 +106,7 @@ def _sort(work: Path, results: list[ClassResult], split: str, options: PrepareOp
     _save(work / f"{split}.bounds.npy", bounds)
     order = np.lib.format.open_memmap(work / f"{split}.order.npy", "w+", _ORDER_DTYPE, (len(hashes),))
     labels = index_of(options.label_space)
-    for part, table in _samples(work, results, split, columns):
+    for part, table in _samples(work, results, split, columns, tell):
         shard = np.searchsorted(bounds, table["order"].to_numpy(), side="right") - 1
         grouped = np.argsort(shard, kind="stable")
         counts = np.bincount(shard, minlength=len(bounds))
@@ -110,8 +121,11 @@ def _sort(work: Path, results: list[ClassResult], split: str, options: PrepareOp
     return lengths
 
 
-def _samples(work: Path, results: list[ClassResult], split: str, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+def _samples(
+    work: Path, results: list[ClassResult], split: str, columns: list[str], tell: Callable[[], None]
+) -> Iterator[tuple[int, pa.Table]]:
     for part, result in enumerate(results):
+        tell()
         if getattr(result, split):
             table = pq.read_table(work / "classes" / f"{result.name}.parquet", columns=["split", *columns])
             yield part, table.filter(pc.equal(table["split"], split))
@@ -157,13 +171,23 @@ def write_manifest(output: Path, results: list[ClassResult]) -> None:
         atomic_file(output / MANIFEST_FILE) as file,
         pq.ParquetWriter(file, MANIFEST_SCHEMA, compression="zstd") as writer,
     ):
-        for result in results:
+        waiting: list[pa.Table] = []
+        for number, result in enumerate(results, start=1):
             table = pq.read_table(work / "classes" / f"{result.name}.parquet")
-            shards = [
-                None
-                if split is None
-                else shard_name(split, int(np.searchsorted(bounds[split], order, side="right")) - 1)
-                for split, order in zip(table["split"].to_pylist(), table["order"].to_pylist(), strict=True)
-            ]
-            table = table.append_column("shard", pa.array(shards, pa.string()))
-            writer.write_table(table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA))
+            table = table.append_column("shard", pa.array(_shard_of_each(table, bounds), pa.string()))
+            waiting.append(table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA))
+            if sum(map(len, waiting)) >= _ROW_GROUP or number == len(results):  # one per class would be 21,841
+                writer.write_table(pa.concat_tables(waiting), row_group_size=_ROW_GROUP)
+                waiting.clear()
+
+
+def _shard_of_each(table: pa.Table, bounds: dict[str, NDArray[np.uint64]]) -> NDArray[np.object_]:
+    """The shard that each image of a part went to; None where it is not used."""
+    shards = np.full(len(table), None, object)
+    splits = np.array(table["split"].to_pylist(), object)
+    orders = pc.fill_null(table["order"], 0).to_numpy()  # as uint64: float64 would round them
+    for split, least in bounds.items():
+        mine = np.flatnonzero(splits == split)
+        names = np.array([shard_name(split, number) for number in range(len(least))], object)
+        shards[mine] = names[np.searchsorted(least, orders[mine], side="right") - 1]
+    return shards

@@ -174,18 +174,13 @@ def verify_shards(folder: Path, progress: Callable[[int, int], None] = lambda do
     if space.digest != info.label_digest:
         found.append(Damage("_info.json", None, f"its digest is not that of the classes of {space.name}"))
     try:
-        manifest = pq.read_table(
-            folder / MANIFEST_FILE,
-            columns=["synset", "split", "shard", "key", "sha256"],
-            filters=pc.field("shard").is_valid(),
-        )
+        manifest = _Manifest.read(folder / MANIFEST_FILE, space)
     except (OSError, ValueError) as error:
         return [*found, Damage(MANIFEST_FILE, None, f"cannot be read: {error}")]
     shards = [(split, shard) for split, shards in info.splits.items() for shard in shards]
     total, done = sum(shard.num_bytes for _, shard in shards), 0
     for split, shard in shards:
-        rows = manifest.filter(pc.equal(manifest["shard"], shard.name))
-        found += _verify_shard(folder, shard, split, rows, space)
+        found += _verify_shard(folder, shard, split, manifest, space)
         done += shard.num_bytes
         progress(done, total)
     known = {shard.name for _, shard in shards}
@@ -198,16 +193,41 @@ def verify_shards(folder: Path, progress: Callable[[int, int], None] = lambda do
     return found
 
 
-def _compare_counts(info: DatasetInfo, manifest: Any, found: list[Damage]) -> None:
+@dataclass(frozen=True)
+class _Manifest:
+    """The rows of used images: the target of each and its split, and which rows are of a shard."""
+
+    targets: NDArray[np.int32]
+    splits: NDArray[np.object_]
+    of_shard: dict[str, NDArray[np.int64]]
+
+    @classmethod
+    def read(cls, path: Path, space: LabelSpace) -> _Manifest:
+        columns = ["synset", "split", "shard"]
+        table = pq.read_table(path, columns=columns, filters=pc.field("shard").is_valid(), read_dictionary=columns)
+        synsets, splits, shards = (table[column].unify_dictionaries().combine_chunks() for column in columns)
+        targets = np.array([space.index.get(wnid, 0) for wnid in synsets.dictionary.to_pylist()], np.int32)
+        numbers = shards.indices.to_numpy()
+        order = np.argsort(numbers, kind="stable")
+        ends = np.cumsum(np.bincount(numbers, minlength=len(shards.dictionary)))
+        return cls(
+            targets=targets[synsets.indices.to_numpy()],
+            splits=np.array(splits.dictionary.to_pylist(), object)[splits.indices.to_numpy()],
+            of_shard=dict(zip(shards.dictionary.to_pylist(), np.split(order, ends[:-1]), strict=True)),
+        )
+
+
+def _compare_counts(info: DatasetInfo, manifest: _Manifest, found: list[Damage]) -> None:
     for split, shards in info.splits.items():
         stated = sum(shard.num_samples for shard in shards)
-        listed = pc.sum(pc.equal(manifest["split"], split)).as_py() or 0
+        listed = int((manifest.splits == split).sum())
         if stated != listed:
             found.append(Damage(MANIFEST_FILE, None, f"lists {listed:,} images of {split}, _info.json says {stated:,}"))
 
 
-def _verify_shard(folder: Path, shard: Shard, split: str, rows: Any, space: LabelSpace) -> Iterator[Damage]:
+def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, space: LabelSpace) -> Iterator[Damage]:
     path = folder / shard.name
+    rows = manifest.of_shard.get(shard.name, np.empty(0, np.int64))
     try:
         index = read_index(index_path(path), shard.num_samples)
     except DataError as error:
@@ -225,24 +245,21 @@ def _verify_shard(folder: Path, shard: Shard, split: str, rows: Any, space: Labe
         yield Damage(shard.name, None, f"cannot be read: {error.strerror}")
         return
     if digest == shard.sha256 and not outside:
-        yield from _compare_targets(shard, index, rows, space, split)
+        if (manifest.splits[rows] != split).any():
+            yield Damage(shard.name, None, f"has images that the manifest does not count as {split}")
+        listed, there = (
+            np.bincount(targets, minlength=len(space)) for targets in (manifest.targets[rows], index["target"])
+        )
+        if not np.array_equal(there, listed):
+            yield Damage(shard.name, None, "its classes are not those that the manifest lists")
         return
     if digest != shard.sha256:
         yield Damage(shard.name, None, f"has sha256 {digest}, expected {shard.sha256}")
-    hashes = dict(zip(rows["sha256"].to_pylist(), rows["key"].to_pylist(), strict=True))
+    columns = pq.read_table(folder / MANIFEST_FILE, columns=["sha256", "key"], filters=pc.field("shard") == shard.name)
+    hashes = dict(zip(columns["sha256"].to_pylist(), columns["key"].to_pylist(), strict=True))
     with path.open("rb") as file:
         for entry in index:
             file.seek(int(entry["offset"]))
             hashes.pop(hashlib.sha256(file.read(int(entry["size"]))).hexdigest(), None)
     for key in sorted(hashes.values()):
         yield Damage(shard.name, key, "the image is damaged")
-
-
-def _compare_targets(
-    shard: Shard, index: NDArray[np.void], rows: Any, space: LabelSpace, split: str
-) -> Iterator[Damage]:
-    if any(other != split for other in rows["split"].to_pylist()):
-        yield Damage(shard.name, None, f"has images that the manifest does not count as {split}")
-    listed = np.bincount([space.index.get(wnid, 0) for wnid in rows["synset"].to_pylist()], minlength=len(space))
-    if not np.array_equal(np.bincount(index["target"], minlength=len(space)), listed):
-        yield Damage(shard.name, None, "its classes are not those that the manifest lists")

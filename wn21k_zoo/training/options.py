@@ -67,7 +67,7 @@ class PrepareOptions:
 class Progress:
     """How far it is: ``done`` of ``total`` bytes of the source, or shards; ``images`` so far in this run."""
 
-    stage: Literal["classes", "shards", "manifest", "verify"]
+    stage: Literal["classes", "sort", "shards", "manifest", "verify"]
     done: int
     total: int
     images: int
