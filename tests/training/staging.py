@@ -1,5 +1,9 @@
 """What a process of its own runs; imports nothing heavy."""
 
+import os
+import time
+
+from wn21k_zoo.training import dataset
 from wn21k_zoo.training.dataset import open_dataset
 from wn21k_zoo.training.storage import Stage
 
@@ -7,6 +11,21 @@ from wn21k_zoo.training.storage import Stage
 def stage_all(place, stage, results):
     dataset = open_dataset(place, stage=Stage(stage))
     results.put([dataset.local(number)[0].stat().st_ino for number in range(len(dataset.shards))])
+
+
+def index_all(place, cache, results):
+    """How many indexes this process wrote."""
+    os.environ["WN21K_DATA_CACHE"] = str(cache)
+    write, written = dataset.write_index, []
+
+    def slowly(path, index):
+        time.sleep(0.2)  # the others come meanwhile
+        written.append(path)
+        write(path, index)
+
+    dataset.write_index = slowly
+    open_dataset(place, label_space="winter21")
+    results.put(len(written))
 
 
 def no_locks(*_, **__):

@@ -5,11 +5,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from wn21k_zoo.errors import DataError
+from wn21k_zoo.errors import DataError, InvalidArgumentError
 from wn21k_zoo.training.data import Loader, Stage, is_class_folder, open_dataset
 
 from .loading import Noisy, batches, loader, same
-from .staging import no_locks, stage_all
+from .staging import index_all, no_locks, stage_all
 
 
 def test_remote_shards_are_staged_once_verified_and_kept_below_the_limit(shards, tmp_path):
@@ -19,6 +19,30 @@ def test_remote_shards_are_staged_once_verified_and_kept_below_the_limit(shards,
     staged = list((tmp_path / "stage").rglob("*.tar"))
     assert 0 < sum(path.stat().st_size for path in staged) <= 60_000
     assert len(staged) < 7
+
+
+def test_a_limit_below_the_size_of_the_data_is_said(shards, monkeypatch, caplog):
+    open_dataset(f"file://{shards}")
+    assert not caplog.text
+    monkeypatch.setenv("WN21K_DATA_CACHE_GB", "0.00001")
+    assert open_dataset(f"file://{shards}").stage.limit == 10_000
+    assert "set WN21K_DATA_CACHE_GB to more" in caplog.text
+    for wrong in ("much", "0", "nan", "inf"):
+        monkeypatch.setenv("WN21K_DATA_CACHE_GB", wrong)
+        with pytest.raises(InvalidArgumentError, match="must be"):
+            open_dataset(f"file://{shards}")
+
+
+def test_files_are_looked_through_in_one_process(shards, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=index_all, args=(shards, tmp_path / "cache", results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    built = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(built) == [0, 0, 7]
 
 
 def test_a_shard_that_is_damaged_where_it_lies_is_not_used(damaged, tmp_path):

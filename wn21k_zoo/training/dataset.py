@@ -10,8 +10,7 @@ import io
 import logging
 import os
 import tarfile
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -20,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, Wn21kError, did_you_mean, first_line
+from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
 from wn21k_zoo.training.shards import INFO_FILE, DatasetInfo, Shard, index_path, read_index, write_index
-from wn21k_zoo.training.storage import Stage, Storage, data_cache_dir, make_cache_folder, open_storage
+from wn21k_zoo.training.storage import Stage, Storage, data_cache_dir, default_stage, make_cache_folder, open_storage
 
 __all__ = ["Images", "ShardedDataset", "open_dataset"]
 
@@ -192,13 +192,13 @@ def open_dataset(
         split: ``train``, ``validation`` or another that is there.
         label_space: Classes are mapped to it by synset, and samples of other classes left out. Default: that of the
             data set if it is one of ours, else ``fall11``.
-        stage: Where remote shards are copied to. Default: :func:`~wn21k_zoo.training.storage.data_cache_dir`, 100 GB.
+        stage: Where remote shards are copied to. Default: :func:`~wn21k_zoo.training.storage.default_stage`.
 
     Raises:
         DataError: Nothing is there, no such split, or its classes cannot be told.
     """
     storage = open_storage(place)
-    stage = stage or Stage(data_cache_dir() / "stage")
+    stage = stage or default_stage()
     try:
         info = _ours(storage.read_text(INFO_FILE))
         names = storage.names() if info is None else []
@@ -254,6 +254,12 @@ def _open_ours(
     shards = info.splits[split]
     if storage.local is not None:
         _check_sizes(storage.local, shards)
+    elif (size := sum(shard.num_bytes for shard in shards)) > stage.limit:
+        _LOG.warning(
+            "%s has %.0f GB of shards, and %.0f GB of them are kept on this machine: many will be fetched again in "
+            "each epoch; set WN21K_DATA_CACHE_GB to more.",
+            storage.url, size / 1e9, stage.limit / 1e9,
+        )  # fmt: skip
     try:
         own = LabelSpace.load(info.label_space)
     except UnknownLabelSpaceError as error:
@@ -331,33 +337,47 @@ def _indexes(
     digest: str,
     build: Callable[[str], NDArray[np.void]],
 ) -> list[Path]:
-    """An index of each file in the cache, made if it is not there or the file has changed since."""
+    """An index of each file in the cache, made if it is not there or the file has changed since; in one process."""
     folder = data_cache_dir() / "index"
     make_cache_folder(folder)
-    told = threading.Event()
 
-    def indexed(name: str) -> Path:
-        index = None
-        try:
+    def place(name: str) -> Path:
+        with _errors_of(storage, name):
             identity = "\n".join((storage.url, name, storage.signature(name), digest))
-            path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy"
-            if not path.is_file():
-                if not told.is_set():
-                    told.set()
-                    _LOG.warning("looking through the files of %s, once", storage.url)
-                index = build(name)
-        except Wn21kError:
-            raise
-        except Exception as error:  # each storage has its own
-            raise DataError(f"{name} of {storage.url} cannot be read: {first_line(error)}") from error
-        if index is not None:
-            try:
-                write_index(path, index)
-            except OSError as error:
-                raise DataError(
-                    f"{path} cannot be written: {first_line(error)}; make room, or set WN21K_DATA_CACHE."
-                ) from None
-        return path
+        return folder / f"{_short(identity)}.npy"
+
+    def make(name: str, path: Path) -> None:
+        if path.is_file():  # by another process
+            return
+        with _errors_of(storage, name):
+            index = build(name)
+        try:
+            write_index(path, index)
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be written: {first_line(error)}; make room, or set WN21K_DATA_CACHE."
+            ) from None
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # waiting for the storage, not computing
-        return list(pool.map(indexed, names))  # an error cancels what has not begun
+        paths = list(pool.map(place, names))  # an error cancels what has not begun
+        missing = [(name, path) for name, path in zip(names, paths, strict=True) if not path.is_file()]
+        if missing:
+            with exclusive(folder / f"{_short(storage.url)}.lock", DataError, "set WN21K_DATA_CACHE to another disk."):
+                for done, _ in enumerate(pool.map(make, *zip(*missing, strict=True))):
+                    if done % max(100, len(missing) // 10) == 0:
+                        _LOG.warning("looking through %d files of %s, once: %d done", len(missing), storage.url, done)
+    return paths
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _errors_of(storage: Storage, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Wn21kError:
+        raise
+    except Exception as error:  # each storage has its own
+        raise DataError(f"{name} of {storage.url} cannot be read: {first_line(error)}") from error

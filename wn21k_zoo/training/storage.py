@@ -22,7 +22,7 @@ import platformdirs
 from wn21k_zoo.errors import DataError, DiskSpaceError, InvalidArgumentError, Wn21kError, first_line
 from wn21k_zoo.exclusive import exclusive
 
-__all__ = ["Stage", "Storage", "data_cache_dir", "expanded", "make_cache_folder", "open_storage"]
+__all__ = ["Stage", "Storage", "data_cache_dir", "default_stage", "expanded", "make_cache_folder", "open_storage"]
 
 _GB = 10**9
 
@@ -203,3 +203,17 @@ class Stage:
                 with contextlib.suppress(OSError):  # Windows lets nobody remove what is open
                     path.unlink(missing_ok=True)
                     total -= size
+
+
+def default_stage() -> Stage:
+    """In :func:`data_cache_dir`; of so many GB as ``WN21K_DATA_CACHE_GB`` says, else 100.
+
+    Raises:
+        InvalidArgumentError: That is no number above 0.
+    """
+    text = os.environ.get("WN21K_DATA_CACHE_GB", "100")
+    try:
+        limit = int(float(text) * _GB)
+    except (ValueError, OverflowError):
+        raise InvalidArgumentError(f"WN21K_DATA_CACHE_GB is {text!r}; it must be a number.") from None
+    return Stage(data_cache_dir() / "stage", limit)
