@@ -276,8 +276,10 @@ def did_you_mean(name: str, candidates: Iterable[str], count: int = 3) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device has no memory left; of MPS torch says so in words only."""
-    return isinstance(error, RuntimeError) and "out of memory" in str(error)
+    """Whether a device has no memory left; of MPS and the CPU torch says so in words only."""
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -99,7 +99,9 @@ def test_plot_export_evaluate(run, data, tmp_path):
 def test_evaluate_as_csv(run, data):
     lines = wn21k("evaluate", run, data, "-j", 0, "-f", "csv").stdout.splitlines()
     assert lines[0] == "figure,value"
-    assert any(line.startswith("semantic top1,") for line in lines)
+    figures = dict(line.split(",", 1) for line in lines[1:])
+    assert 0 <= float(figures["semantic_top1"]) <= 100
+    assert figures["classes"].isdigit()
 
 
 def test_compare_leaves_out_what_was_not_evaluated(run, tmp_path):
@@ -108,6 +110,30 @@ def test_compare_leaves_out_what_was_not_evaluated(run, tmp_path):
     assert "holds no run that was evaluated yet" in done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert wn21k("train", "compare", tmp_path).exit_code == 1
+
+
+def test_a_broken_run_or_line_does_not_hide_the_others(run, tmp_path):
+    shutil.copytree(run, tmp_path / "broken")
+    (tmp_path / "broken" / "recipe.json").write_text("{")
+    shutil.copytree(run, tmp_path / "odd")
+    (tmp_path / "odd" / "metrics.jsonl").write_text('{}\n[]\n{"kind": "evaluation", "step": 3, "top1": 5}\n{"kind')
+    done = wn21k("train", "compare", tmp_path / "broken", run, tmp_path / "odd")
+    assert "is damaged" in done.stderr
+    good, odd = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (good["run"], odd["run"], odd["top1"], odd["epoch"]) == (run.name, "odd", 5, None)
+    assert good["classes"] == json.loads((run / "data.json").read_text())["label_space"]
+    assert wn21k("train", "plot", tmp_path / "odd").exit_code == 0
+
+
+def test_a_broken_recipe_file_does_not_hide_the_others(tmp_path):
+    shutil.copy(RECIPES / "resnet50.py", tmp_path)
+    (tmp_path / "b.py").write_text("import nothing_here\n")
+    done = wn21k("train", "list", tmp_path)
+    assert (done.exit_code, len(done.stdout.splitlines())) == (
+        3,
+        len(wn21k("train", "list", RECIPES / "resnet50.py").stdout.splitlines()),
+    )
+    assert "nothing_here" in done.stderr
 
 
 def test_patterns_that_a_shell_leaves_to_the_program(run):

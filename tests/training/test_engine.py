@@ -474,7 +474,8 @@ def test_tensorboard_has_every_step_of_a_resumed_run(data, tmp_path, stop_at):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"features_only": True}, "test_convnext has no classifier so; see model.arguments"),
+        ({"features_only": True}, "model.arguments cannot have 'features_only'"),
+        ({"pretrained": True}, "model.arguments cannot have 'pretrained'"),
         ({"global_pool": ""}, r"The network gives \[1, 6, 1, 1\] for an image, not \[1, 6\]"),
     ],
 )

@@ -242,14 +242,19 @@ def test_a_checkpoint_teaches_as_its_export_does(run, exported, data, tmp_path):
         train(recipe, data, tmp_path / name, ALONE, workers=0)
     ours, theirs = (load_run(tmp_path / name).module.state_dict() for name in ("file", "export"))
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
-    for wrong, message in ((run / "checkpoints" / "none.pt", "cannot be read"), (tmp_path / "x.pt", "holds no run")):
+    for wrong, message in (
+        (run / "checkpoints" / "none.pt", "There is no checkpoint"),
+        (tmp_path / "x.pt", "holds no run"),
+    ):
         recipe.loss.teacher = str(wrong)
+        (tmp_path / "x.pt").write_text("")
         with pytest.raises(RunError, match=message):
             train(recipe, data, tmp_path / "other", ALONE, workers=0)
 
 
 def test_an_exported_run_has_no_name_of_published_weights_and_its_own_preprocessing(data, tmp_path):
     recipe = presets.in21k("mobilenetv3_large_100").debug()
+    recipe.name = "mobilenetv3_large_100.miil_in21k"
     recipe.data.label_space, recipe.loss.teacher, recipe.loss.distillation_weight = None, None, 0.0
     train(recipe, data, tmp_path / "mine", ALONE, workers=0)
     folder = export_run(tmp_path / "mine", tmp_path / "model")

@@ -184,11 +184,19 @@ def test_two_recipes_share_nothing():
         (lambda recipe: setattr(recipe.optimizer, "lr", -1), r"optimizer.lr cannot be -1"),
         (lambda recipe: setattr(recipe.loss, "kind", "hinge"), "loss.kind cannot be 'hinge'"),
         (lambda recipe: setattr(recipe.schedule, "epochs", 1.5), "schedule.epochs cannot be 1.5"),
+        (
+            lambda recipe: setattr(recipe.schedule, "epochs", True),
+            "schedule.epochs cannot be True: Input should not be",
+        ),
+        (lambda recipe: setattr(recipe.run, "seed", 2**64), "run.seed cannot be 18446744073709551616"),
         (lambda recipe: setattr(recipe.model, "mean", (0.0, 0.0)), "model.mean"),
         (lambda _: Recipe(name="x"), "recipe.model is missing"),
         (lambda _: Recipe(name="x", model={"architectur": "x"}), "model has no field|model.architecture is missing"),
         (lambda recipe: override(recipe, ["optimizer.lr"]), "write section.field=value"),
         (lambda recipe: override(recipe, ["optimizer=adam"]), "write section.field=value"),
+        (lambda recipe: override(recipe, ["="]), "write section.field=value"),
+        (lambda recipe: override(recipe, ["optimizer.lr=none"]), "optimizer.lr cannot be 'none'"),
+        (lambda recipe: override(recipe, ['model.arguments={"a": null}']), r"model.arguments.a cannot be None: Input"),
         (lambda recipe: override(recipe, ["optimizer.lr.x=1"]), "A recipe has no field optimizer.lr.x"),
         (lambda recipe: override(recipe, ["schedule.epoch=3"]), "Did you mean epochs"),
     ],
@@ -205,6 +213,10 @@ def test_a_wrong_field_or_value_is_one_line(change, message):
         (["loss.teacher=resnet50.miil_in21k"], "distillation_weight is 0"),
         (["loss.distillation_weight=1"], "there is no loss.teacher"),
         (["model.mean=[0.5,0.5,0.5]"], "not followed by a normalisation"),
+        (["model.std=[0.5,0.5,0.5]"], "not followed by a normalisation"),
+        (['model.arguments={"num_classes": 5}'], "model.arguments cannot have 'num_classes'"),
+        (["data.label_space=winter"], "data.label_space: .* Did you mean winter21"),
+        (["name=my cats/v2"], "letters, digits, dots, - and _ make one"),
         (["model.std=[0,1,1]"], "model.std must be above 0"),
         (["optimizer.betas=[0.9,1.0]"], "betas"),
         (["loss.kind=multi_label"], "no smoothing"),
@@ -361,6 +373,32 @@ def test_a_recipe_file_may_have_classes_of_its_own(tmp_path):
     text += "def mine():\n    recipe = presets.in1k('resnet50')\n    recipe.schedule.epochs = Mine().epochs\n"
     (tmp_path / "mine.py").write_text(text + "    return recipe\n")
     assert load_recipe(str(tmp_path / "mine.py")).schedule.epochs == 3
+
+
+def test_none_is_a_value_where_it_is_one():
+    recipe = presets.in21k("resnet50")
+    assert override(recipe, ["data.augmentation=none"]).data.augmentation == "none"
+    assert override(recipe, ["loss.teacher=none", "data.label_space=None"]).loss.teacher is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "arguments"),
+    [
+        ("resnet18", 32, {}), ("maxvit_tiny_tf_224", 32, {"img_size": 32}), ("inception_v3", 224, {}),
+    ],
+)  # fmt: skip
+def test_a_trial_has_small_images_where_the_network_takes_them(architecture, size, arguments):
+    recipe = presets.in21k("resnet50")
+    recipe.model.architecture = architecture
+    small = recipe.debug()
+    assert (small.data.size, small.model.arguments) == (size, arguments)
+
+
+@pytest.mark.parametrize("field", ["model.start", "loss.teacher"])
+def test_a_trial_finds_names_that_nothing_has(images, tmp_path, field):
+    recipe = override(presets.in21k("mobilenetv3_large_100"), [f"{field}=resnet50.mill_in21k"]).debug()
+    with pytest.raises(UnknownModelError, match=r"Did you mean resnet50\.miil_in21k"):
+        train(recipe, images / "shards", tmp_path, World(0, 1, torch.device("cpu")), workers=0)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from wn21k_zoo.training.recipe import Recipe
 
 
 def in21k() -> Recipe:
-    """As published: semantic softmax, with distillation."""
+    """Semantic softmax with distillation, from ImageNet-1K weights."""
     return presets.in21k("resnet50")
 
 

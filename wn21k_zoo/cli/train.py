@@ -23,7 +23,7 @@ app = typer.Typer(
     "wn21k_zoo.training.train --help`, on several GPUs with torchrun.",
 )
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="NAME or FILE.py[:FUNCTION], or a run.")]
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="NAME or FILE.py[:FUNCTION[:TEXT]], or a run.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value, such as schedule.epochs=40.")
 ]
@@ -32,7 +32,8 @@ SetOption = Annotated[
 @app.command("list")
 def list_recipes(
     file: Annotated[
-        Path | None, typer.Argument(help="A recipe file, or a folder of them. Default: those that come with wn21k_zoo.")
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="A recipe file, or a folder of them. Default: those of wn21k_zoo."),
     ] = None,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
@@ -46,12 +47,21 @@ def list_recipes(
         files = {str(path): path for path in (sorted(file.glob("*.py")) if file.is_dir() else [file])}
     if not all(path.is_file() and path.suffix == ".py" for path in files.values()) or not files:
         raise RecipeError(f"{file} is no recipe file, and no folder with one.")
-    rows = [
-        {"recipe": f"{shown}:{name}", "about": (make.__doc__ or "").strip().partition("\n")[0]}
-        for shown, path in files.items()
-        for name, make in recipes_in(path).items()
-    ]
+    rows, failed = [], False
+    for shown, path in files.items():
+        try:
+            found = recipes_in(path)
+        except RecipeError as error:
+            say(str(error))
+            failed = True
+        else:
+            rows += [
+                {"recipe": f"{shown}:{name}", "about": (make.__doc__ or "").strip().partition("\n")[0]}
+                for name, make in found.items()
+            ]
     print_table(rows, ("recipe", "about"), format)
+    if failed:
+        raise typer.Exit(3 if rows else 2)
 
 
 @app.command()
@@ -127,28 +137,14 @@ def compare(
 ) -> None:
     """The last evaluation of each run, side by side."""
     from wn21k_zoo.errors import RunError
-    from wn21k_zoo.training.state import RunFolder, names_of, read_lines
+    from wn21k_zoo.training.state import names_of
 
     rows, runs = [], _expanded(runs)
-    names = dict(zip(runs, names_of(runs), strict=True))
-    for run in runs:
-        folder = RunFolder(run)
-        lines = read_lines(folder.metrics) if folder.metrics.is_file() else []
-        evaluations = [line for line in lines if line.get("kind") == "evaluation"]
-        if not evaluations:
-            what = "holds no run that was evaluated yet" if folder.path.is_dir() else "is no folder"
-            say(f"{folder.path} {what}")
-            continue
-        last = evaluations[-1]
-        figures = {name: round(last[name], 2) if name in last else None for name in _COMPARED}
-        recipe = folder.recipe()
-        of = {
-            "loss": recipe.loss.kind,
-            "epoch": float(last["epoch"]),
-            "classes": recipe.data.label_space or "own",
-            "images": last["images"],
-        }
-        rows.append({"run": names[run], **of, **figures})
+    for run, name in zip(runs, names_of(runs), strict=True):
+        try:
+            rows.append({"run": name, **_last_evaluation(run)})
+        except RunError as error:
+            say(str(error))
     if not rows:
         raise RunError("There is nothing to compare.")
     if choose_format(format) is not Format.table:
@@ -160,6 +156,27 @@ def compare(
         values = [[field.replace("_", " "), *(row[field] for row in few)] for field in few[0]]
         first, *others = (dict(zip(columns, line, strict=True)) for line in values)
         print_table(others, columns, format, heads=tuple(first.values()))
+
+
+def _last_evaluation(run: Path) -> dict[str, Any]:
+    from wn21k_zoo.errors import RunError
+    from wn21k_zoo.training.state import RunFolder, read_lines
+
+    folder = RunFolder(run)
+    lines = read_lines(folder.metrics) if folder.metrics.is_file() else []
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    if not evaluations:
+        what = "holds no run that was evaluated yet" if folder.path.is_dir() else "is no folder"
+        raise RunError(f"{folder.path} {what}.")
+    last, recipe = evaluations[-1], folder.recipe()
+    data = folder.data() if (folder.path / "data.json").is_file() else {"label_space": recipe.data.label_space}
+    return {
+        "loss": recipe.loss.kind,
+        "epoch": last.get("epoch"),
+        "classes": data["label_space"] or "own",
+        "images": last.get("images"),
+        **{name: round(last[name], 2) if name in last else None for name in _COMPARED},
+    }
 
 
 def _expanded(runs: list[Path]) -> list[Path]:
@@ -287,15 +304,11 @@ def _print_figures(figures: dict[str, Any], format: Format | None) -> None:  # n
     if (chosen := choose_format(format)) in (Format.json, Format.jsonl):
         print_json(figures, indent=2 if chosen is Format.json else None)
         return
-    rows = [
-        {"figure": name.replace("_", " "), "value": _readable(value)}
-        for name, value in figures.items()
-        if not isinstance(value, (dict, list))
-    ]
-    rows += [
-        {"figure": f"level {depth}", "value": _readable(value)} for depth, value in figures.get("levels", {}).items()
-    ]
-    print_table(rows, ("figure", "value"), format)
+    shown = {name: value for name, value in figures.items() if not isinstance(value, (dict, list))}
+    shown |= {f"level {depth}": value for depth, value in figures.get("levels", {}).items()}
+    if chosen is Format.table:
+        shown = {name.replace("_", " "): _readable(value) for name, value in shown.items()}
+    print_table([{"figure": name, "value": value} for name, value in shown.items()], ("figure", "value"), format)
 
 
 class _Bar:

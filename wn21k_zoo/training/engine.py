@@ -20,7 +20,7 @@ import torch
 from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError, Wn21kError, first_line, is_out_of_memory
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.data import Batch, Loader
-from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.learner import Learner, check_finite, not_deterministic
 from wn21k_zoo.training.network import resolved
@@ -46,7 +46,7 @@ def train(
     recipe: Recipe,
     data: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    world: World,
+    world: World | None = None,
     *,
     workers: int | None = None,
     signals: Signals | None = None,
@@ -57,7 +57,7 @@ def train(
         recipe: What to run.
         data: See :func:`wn21k_zoo.training.splits.open_splits`.
         output: Folder of the run; all ranks see it.
-        world: The processes that run it together.
+        world: The processes that run it together; default: those of torchrun, or this one alone.
         workers: Processes per rank that load images; default: the cores of this machine over its ranks, at most 16.
         signals: On those that come in its context, write a checkpoint and raise :class:`Preempted`.
 
@@ -69,6 +69,9 @@ def train(
         NonFiniteError: The loss was not finite, on every rank; the last checkpoint is as it was.
         Preempted: As above.
     """
+    if world is None:
+        with join() as joined:
+            return train(recipe, data, output, joined, workers=workers, signals=signals)
     recipe.check()
     recipe = resolved(recipe)
     folder, splits = RunFolder(Path(output)), open_splits(recipe, data)
@@ -180,7 +183,9 @@ class _Run:
                 self.writer.close()
         if leads:
             self.folder.set_status("finished", self.step, total=self.total)
-            sys.stderr.write(f"wn21k: finished; wn21k train export {self.folder.path} DIR makes a model of it\n")
+            is_trial = self.recipe.name.endswith("_debug")
+            export = "" if is_trial else f"; wn21k train export {self.folder.path} DIR makes a model of it"
+            sys.stderr.write(f"wn21k: finished{export}\n")
         return self.figures
 
     def _describe(self) -> str:
@@ -341,7 +346,10 @@ class _Run:
 
         def newest() -> None:
             nonlocal found
-            found = self.folder.newest()
+            try:
+                found = self.folder.newest()
+            except RunError as error:
+                raise RunError(f"{error} Name another --output to begin anew.") from None
 
         self.world.lead(newest)
         step = self.world.whole(found["step"] if found is not None else -1)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.network import reorder_head
-from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.recipe import NAME, Recipe
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
 from wn21k_zoo.tree import SemanticTree
 
@@ -79,7 +78,7 @@ class Trained:
         recipe = self.recipe
         if name is None:  # the recipe of a published checkpoint has its name, but its weights are others
             name = f"{recipe.model.architecture}.{self.run}" if registry.is_known(recipe.name) else recipe.name
-        elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        elif not NAME.fullmatch(name):
             raise InvalidArgumentError(f"{name!r} is no name for a record; letters, digits, dots, - and _ make one.")
         elif registry.is_known(name):
             raise InvalidArgumentError(f"{name} is the name of published weights; give --name another one.")
@@ -151,6 +150,8 @@ def load_checkpoint(file: str | os.PathLike[str]) -> Trained:
         RunError: There is no such file, it is damaged, or it does not lie in a run.
     """
     path = Path(file).expanduser().absolute()
+    if not path.is_file():
+        raise RunError(f"There is no checkpoint {path}.")
     folder = RunFolder(path.parent.parent)
     folder.recipe()
     return _trained(folder, read_checkpoint(path))

@@ -6,6 +6,7 @@ sake of the loss's speed; :func:`reorder_head` goes there and back.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ from wn21k_zoo import building, convert, download, registry
 from wn21k_zoo.errors import (
     NonFiniteError,
     RecipeError,
+    UnresolvedLabelSpaceError,
     Wn21kError,
     first_line,
     is_out_of_memory,
@@ -31,7 +33,7 @@ from wn21k_zoo.errors import (
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
-from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
+from wn21k_zoo.training.recipe import OURS, RANDOM, Recipe, check_architecture
 from wn21k_zoo.tree import SemanticTree
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ __all__ = [
     "check_head",
     "checkpoint_gradients",
     "heads_of",
+    "is_place",
     "memory_format",
     "refuse_run",
     "reorder_head",
@@ -102,12 +105,13 @@ def build_network(recipe: Recipe, class_names: Sequence[str], levels: Levels | N
     torch.manual_seed(recipe.run.seed)
     start, arguments = recipe.model.start, dict(recipe.model.arguments)
     try:
+        if start is not None and start.startswith(RANDOM) and not is_place(start.removeprefix(RANDOM)):
+            with contextlib.suppress(UnresolvedLabelSpaceError):
+                registry.resolve_checkpoint(start.removeprefix(RANDOM))  # a trial finds a wrong name, too
         if start is None or start.startswith(RANDOM):
             module = convert.build(recipe.model.architecture, num_classes=len(class_names), **arguments)
         else:
             module = _started(recipe, start, class_names, levels, arguments)
-        if not hasattr(module, "get_classifier"):
-            raise RecipeError(f"{recipe.model.architecture} has no classifier so; see model.arguments.")
         if levels is not None:
             check_head(module, len(class_names))
     except Wn21kError:
@@ -117,6 +121,11 @@ def build_network(recipe: Recipe, class_names: Sequence[str], levels: Levels | N
     if recipe.model.gradient_checkpointing:
         checkpoint_gradients(module, recipe.model.architecture)
     return module
+
+
+def is_place(name: str) -> bool:
+    """Whether a name of weights is that of a file, a folder or a Hub repository, not of a record or timm model."""
+    return name.endswith(".pt") or any(mark in name for mark in (":", "/", os.sep)) or Path(name).exists()
 
 
 def memory_format(device: torch.device, channels_last: bool = True) -> torch.memory_format:
@@ -174,7 +183,10 @@ def _moved(
     if any(name not in weights or weights[name].shape != value.shape for name, value in wanted.items()) or any(
         not name.endswith(".bias") or name.removesuffix(".bias") not in modules for name in unused
     ):
-        raise RecipeError(f"model.start {start} is a {begun}, not a {architecture}.")
+        raise RecipeError(
+            f"model.start {start} is a {begun}, not a {architecture}; set model.architecture to {begun}, or "
+            "model.start to null."
+        )
     target.load_state_dict({name: weights[name] for name in wanted})
     if os.environ.get("RANK", "0") == "0":
         left = f" but for {len(unused)} biases, such as {unused[0]}, for which there is no place" if unused else ""
@@ -232,7 +244,7 @@ def resolved(recipe: Recipe) -> Recipe:
     if not isinstance(arguments, dict):
         return recipe
     recipe = recipe.model_copy(deep=True)
-    of_start = {name: value for name, value in arguments.items() if name != "num_classes"}
+    of_start = {name: value for name, value in arguments.items() if name not in OURS}
     recipe.model.arguments = {**of_start, **recipe.model.arguments}
     return recipe
 

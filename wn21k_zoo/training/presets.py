@@ -18,6 +18,7 @@ softmax and distillation from scratch; the ``modern`` family.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -106,7 +107,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 def in21k(architecture: str, start: str | None = None) -> Recipe:
-    """The published pretraining on ImageNet-21K-P (fall11), with distillation.
+    """Pretraining on ImageNet-21K-P (fall11) with the published settings, and distillation, whose weight is ours.
 
     Args:
         architecture: One of :data:`ARCHITECTURES`.
@@ -173,8 +174,7 @@ def modern(architecture: str) -> Recipe:
     has some, else with random ones.
     """
     known = _known(architecture)
-    recipe = Recipe(name=known.record, model=Model(architecture=architecture, start=known.start))
-    recipe.name = f"{architecture}.modern_in21k"
+    recipe = Recipe(name=f"{architecture}.modern_in21k", model=Model(architecture=architecture, start=known.start))
     recipe.data.augmentation, recipe.data.batch_size, recipe.data.batch_per_device = "modern", 1024, 128
     recipe.schedule.name, recipe.schedule.epochs, recipe.schedule.warmup = "cosine", 90, 0.05
     recipe.schedule.start_divisor, recipe.schedule.end_divisor = 1000.0, 1000.0
@@ -212,6 +212,7 @@ def finetune(start: str = "mobilenetv3_large_100.miil_in21k") -> Recipe:
         ModelError: The folder or repository does not say what they are.
     """
     name, architecture, size, mean, std, crop_pct = _described(start)
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("._-") or architecture
     recipe = Recipe(name=f"{name}_finetuned", model=Model(architecture=architecture, start=start))
     recipe.model.mean, recipe.model.std = mean, std
     recipe.data.label_space, recipe.data.size, recipe.data.crop_pct = None, size, crop_pct

@@ -11,26 +11,34 @@
 
     torchrun -m wn21k_zoo.training.train --recipe mine.py:mine --data DIR --output DIR --set schedule.epochs=40
 
-A field that does not exist, a value of another type, or values that do not go together are errors before anything
-starts.
+Functions whose names begin with _ are no recipes. A field that does not exist, a value of another type, or values that
+do not go together are errors before anything starts.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Literal
 
 from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import MissingExtraError, RecipeError, did_you_mean, first_line
+from wn21k_zoo.errors import MissingExtraError, RecipeError, UnknownLabelSpaceError, did_you_mean, first_line
+from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.registry import TIMM_PREFIX
 
 try:
     import pydantic
+    import pydantic_core
 except ImportError as error:
     raise MissingExtraError(f"Training ({error.name} is missing)", "train") from error
 
-__all__ = ["RANDOM", "Recipe", "Section", "check_architecture", "needs_image_size"]
+__all__ = ["NAME", "OURS", "RANDOM", "Recipe", "Section", "check_architecture", "needs_image_size"]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a recipe, and of the record that comes of it
+# Of timm.create_model: what the recipe's other fields, the data and verified fetching decide.
+OURS = ("cache_dir", "checkpoint_path", "features_only", "in_chans", "num_classes", "pretrained", "pretrained_cfg",
+        "pretrained_cfg_overlay")  # fmt: skip
 
 
 class Section(pydantic.BaseModel):
@@ -39,6 +47,13 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False, validate_default=True
     )
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise pydantic_core.PydanticCustomError("no_number", "Input should not be true or false")
+        return value
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -60,8 +75,9 @@ class Model(Section):
         architecture: timm's name, or one of this package (``ofa_flops_595m_s``).
         start: Weights to begin with: a record's or timm's name, a folder, ``hf-hub:ORG/NAME``; None: random ones. Its
             head is kept if it speaks the same classes; a new one begins with small weights. Of another architecture
-            they are taken if all that it has more are biases.
-        arguments: More for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``.
+            they are taken if all that it has in addition are biases. ``random:`` before it: as if it were there, but
+            with random weights, for a trial.
+        arguments: More for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; not those of :data:`OURS`.
         mean: Subtracted per channel from pixels in [0, 1].
         std: Divided by, per channel.
         channels_last: Memory format of the weights and images.
@@ -85,7 +101,8 @@ class Data(Section):
     """Images, their order and augmentation.
 
     Attributes:
-        label_space: Classes of the head; None: those of a folder of class folders.
+        label_space: Classes of the head; None: those of the data, which for prepared shards are all of the label space
+            that they were prepared for.
         size: Height and width in pixels.
         batch_size: Of one optimizer step over all ranks; kept when the number of ranks changes.
         batch_per_device: At most so many images go through the network at a time; the rest is accumulated.
@@ -160,7 +177,7 @@ class Schedule(Section):
     Attributes:
         name: ``one_cycle`` (cosine up, cosine down), ``cosine`` (linear up, cosine down) or ``constant``.
         epochs: Times that each image is seen.
-        max_steps: End after so many steps at the latest; the schedule is then as long.
+        max_steps: End after so many steps at the latest; the schedule is shortened to match.
         warmup: Share of the steps in which the rate rises.
         start_divisor: It begins with lr / start_divisor.
         end_divisor: It ends with the first rate / end_divisor (one_cycle), or lr / end_divisor (cosine).
@@ -189,7 +206,7 @@ class Run(Section):
         deterministic: Only deterministic algorithms; on the CPU they are anyway.
     """
 
-    seed: int = pydantic.Field(default=0, ge=0)
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
     checkpoint_minutes: float = pydantic.Field(default=30.0, gt=0)
@@ -230,6 +247,18 @@ class Recipe(Section):
         Raises:
             RecipeError: They do not; says which.
         """
+        if not NAME.fullmatch(self.name):
+            raise RecipeError(f"name cannot be {self.name!r}: letters, digits, dots, - and _ make one.")
+        if ours := sorted({*OURS} & {*self.model.arguments}):
+            raise RecipeError(
+                f"model.arguments cannot have {ours[0]!r}: weights are those of model.start, outputs the classes of "
+                "the data."
+            )
+        if self.data.label_space is not None:
+            try:
+                LabelSpace.load(self.data.label_space)
+            except UnknownLabelSpaceError as error:
+                raise RecipeError(f"data.label_space: {error}") from None
         problems = (
             (
                 self.loss.teacher is not None and self.loss.distillation_weight == 0,
@@ -239,12 +268,13 @@ class Recipe(Section):
                 self.loss.teacher is None and self.loss.distillation_weight > 0,
                 "loss.distillation_weight is set, but there is no loss.teacher.",
             ),
-            (
-                self.data.augmentation == "published" and self.model.mean != (0.0, 0.0, 0.0),
-                "The published augmentation is not followed by a normalisation; set model.mean to zeros, or another "
-                "data.augmentation.",
-            ),
             (any(value <= 0 for value in self.model.std), "model.std must be above 0."),
+            (
+                self.data.augmentation == "published"
+                and (self.model.mean, self.model.std) != ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+                "The published augmentation is not followed by a normalisation; set model.mean to zeros and model.std "
+                "to ones, or another data.augmentation.",
+            ),
             *self._ignored(),
             (
                 self.loss.kind == "multi_label" and self.loss.teacher is not None,
@@ -300,15 +330,21 @@ class Recipe(Section):
         return micro, mine // micro
 
     def debug(self, processes: int = 1) -> Recipe:
-        """Two steps of it on the CPU in seconds: few and small images, start and teacher with random weights."""
+        """Two steps of it on the CPU in seconds: few and small images, start and teacher with random weights.
+
+        Images have 32 pixels, where the network takes that.
+        """
         small = self.model_copy(deep=True)
-        small.data.batch_size, small.data.batch_per_device, small.data.size = max(4, 2 * processes), 2, 32
+        small.name = f"{self.name}_debug"
+        small.data.batch_size, small.data.batch_per_device = max(4, 2 * processes), 2
         small.data.window = 1
         small.schedule.epochs, small.schedule.max_steps = 1, 2
         small.run.precision, small.run.evaluate_batches, small.run.log_every = "fp32", 1, 1
         small.model.compile = small.model.sync_batchnorm = False
-        if needs_image_size(self.model.architecture):
-            small.model.arguments = {**self.model.arguments, "img_size": 32}
+        for arguments in (self.model.arguments, {**self.model.arguments, "img_size": 32}):
+            if _takes(self.model.architecture, arguments, 32):
+                small.data.size, small.model.arguments = 32, arguments
+                break
         small.model.start = small.model.start and f"{RANDOM}{small.model.start}"
         small.loss.teacher = small.loss.teacher and f"{RANDOM}{small.loss.teacher}"
         return small
@@ -346,6 +382,20 @@ def check_architecture(name: str) -> None:
         raise RecipeError(f"There is no architecture {name!r}.{near}")
 
 
+def _takes(architecture: str, arguments: dict[str, Any], size: int) -> bool:
+    """Whether a network can be built so and takes images of a size; nothing is computed or allocated."""
+    import torch
+
+    from wn21k_zoo import convert
+
+    try:
+        with torch.device("meta"), torch.no_grad():
+            convert.build(architecture, num_classes=2, **arguments).eval()(torch.empty(1, 3, size, size))
+    except Exception:  # timm has many ways to refuse
+        return False
+    return True
+
+
 def needs_image_size(architecture: str) -> bool:
     """Whether the network is built for one size of images, which can be chosen then (transformers, mixers)."""
     return architecture.startswith(("vit_", "mixer_", "deit", "beit", "eva", "swin"))
@@ -356,7 +406,7 @@ def _as_recipe_error(section: type[Section], error: pydantic.ValidationError) ->
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, RecipeError):  # of a section within this one
         return inner
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(part) for part in first["loc"][:2])  # what follows are the types that it could have had
     where = section.__name__.lower()
     if first["type"] in ("extra_forbidden", "no_such_attribute"):
         name = str(first["loc"][-1])

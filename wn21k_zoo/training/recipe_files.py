@@ -73,7 +73,12 @@ def load_recipe(where: str) -> Recipe:
     except (Exception, SystemExit) as error:
         raise RecipeError(f"{where} fails with {first_line(error)}.") from error
     if not isinstance(recipe, Recipe):
-        raise RecipeError(f"{where} returns a {type(recipe).__name__}, not a recipe; does it end with `return recipe`?")
+        others = [each for each in every if each != function.__name__]
+        near = f" If it is none, name another ({', '.join(others)})." if others else ""
+        raise RecipeError(
+            f"{path}: {function.__name__} returns a {type(recipe).__name__}, not a recipe; does it end with `return "
+            f"recipe`?{near}"
+        )
     return recipe
 
 
@@ -133,7 +138,9 @@ def _functions_in(path: Path) -> dict[str, Callable[..., Recipe]]:
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """A copy with fields changed as ``section.field=value``; null and none are None, lists are JSON.
+    """A copy with fields changed as ``section.field=value``; null is None, and none where a field can be that.
+
+    Lists and objects are JSON.
 
     Raises:
         RecipeError: No such field, or a value that it cannot have.
@@ -145,9 +152,9 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         target: Any = changed
         for section in sections:
             target = _field(target, section, path)
-        if not equals or isinstance(_field(target, field, path), Section):
+        if not equals or not field or isinstance(_field(target, field, path), Section):
             raise RecipeError(f"--set {setting}: write section.field=value, such as optimizer.lr=1e-3.")
-        setattr(target, field, _value(text.strip()))
+        _set(target, field, text.strip())
     return changed
 
 
@@ -168,10 +175,15 @@ def _field(target: Any, name: str, path: str) -> Any:
     return getattr(target, name)
 
 
-def _value(text: str) -> Any:
-    if text.lower() in ("none", "null"):
-        return None
+def _set(target: Section, field: str, text: str) -> None:
+    if text.lower() == "none":
+        try:
+            setattr(target, field, None)
+        except RecipeError:
+            setattr(target, field, text)
+        return
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        return text
+        value = None if text.lower() == "null" else text
+    setattr(target, field, value)

@@ -178,10 +178,10 @@ class RunFolder:
             try:
                 return read_checkpoint(path)
             except RunError as error:
-                problem = str(error)
+                problem = problem or str(error)
                 _LOG.warning("%s", error)
         if problem:
-            raise RunError(f"No checkpoint of {self.path} can be read; name another --output to begin anew. {problem}")
+            raise RunError(f"No checkpoint of {self.path} can be read; the newest: {problem}")
         return None
 
     def cut(self, step: int, evaluated: int) -> None:
@@ -199,9 +199,7 @@ class RunFolder:
         if not self.metrics.is_file():
             return
         last = {"evaluation": evaluated}
-        kept = [
-            line for line in read_lines(self.metrics) if line.get("step", 0) <= last.get(line.get("kind", ""), step)
-        ]
+        kept = [line for line in read_lines(self.metrics) if line["step"] <= last.get(line["kind"], step)]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _same(self, recipe: Recipe, data: Mapping[str, Any]) -> None:
@@ -230,12 +228,12 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; what a killed process left half-written is left out."""
+    """The lines of metrics.jsonl; what a killed process left half-written is left out."""
     lines: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             value = json.loads(line)
-            if isinstance(value, dict):
+            if isinstance(value, dict) and {"kind", "step"} <= value.keys():
                 lines.append(value)
     return lines
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from wn21k_zoo import convert, registry
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import RecipeError, UnknownModelError
+from wn21k_zoo.errors import RecipeError, UnresolvedLabelSpaceError
 from wn21k_zoo.hierarchy import Decoder, Hierarchy
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model
 from wn21k_zoo.training.export import load_checkpoint
 from wn21k_zoo.training.levels import Levels
-from wn21k_zoo.training.network import Normalized, refuse_run, reorder_head
+from wn21k_zoo.training.network import Normalized, is_place, refuse_run, reorder_head
 from wn21k_zoo.training.recipe import RANDOM, Recipe, needs_image_size
 from wn21k_zoo.tree import SemanticTree
 
@@ -127,7 +127,13 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
         mean, std = trained.recipe.model.mean, trained.recipe.model.std
     else:
         refuse_run("loss.teacher", name)
-        loaded = load_model(name)
+        try:
+            loaded = load_model(name)
+        except UnresolvedLabelSpaceError:
+            raise RecipeError(
+                f"The classes of loss.teacher {name} are not known to be synsets, which those of a teacher must be; "
+                "name another one."
+            ) from None
         module, theirs, their_head = loaded.module, loaded.label_space, loaded.head
         config = loaded.data_config or {}
         mean, std = config.get("mean", (0.0, 0.0, 0.0)), config.get("std", (1.0, 1.0, 1.0))
@@ -155,11 +161,13 @@ def digest_of(module: nn.Module) -> str:
 
 
 def _random_teacher(recipe: Recipe, name: str, num_classes: int) -> tuple[nn.Module, tuple[Any, Any]]:
-    """A record's network with random weights; the student's where the name is a folder's."""
-    try:
+    """A record's network with random weights; the student's where the name is that of a file, folder or repository."""
+    architecture: str
+    normalisation: tuple[Any, Any]
+    if is_place(name):
+        architecture, normalisation = recipe.model.architecture, (recipe.model.mean, recipe.model.std)
+    else:
         record = registry.resolve_checkpoint(name)
         architecture, normalisation = record.architecture, (record.mean, record.std)
-    except UnknownModelError:
-        architecture, normalisation = recipe.model.architecture, (recipe.model.mean, recipe.model.std)
     size = {"img_size": recipe.data.size} if needs_image_size(architecture) else {}
     return convert.build(architecture, num_classes=num_classes, **size), normalisation
