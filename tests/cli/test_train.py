@@ -179,7 +179,8 @@ def test_evaluation_of_what_is_not_there(run, data, tmp_path):
         ((run, tmp_path / "nothing"), "nothing"),
         ((run, data, "-o", tmp_path / "no" / "x.json", "-j", 0), "cannot be written"),
         ((run, data, "-o", tmp_path, "-j", 0), "is a folder; name a file"),
-        ((run, data, "--plot", tmp_path, "-j", 0), "is a folder; name a file"),
+        ((run, data, "--plot", tmp_path, "-j", 0), "name a file that ends in .png"),
+        ((run, data, "--plot", tmp_path / "x.jpg", "-j", 0), "name a file that ends in .png"),
         ((run, data, "--split", "test"), "has the splits"),
     ):
         done = wn21k("evaluate", *arguments)

@@ -156,6 +156,8 @@ def test_what_cannot_be_is_refused(shards, tmp_path):
     for wrong in ({"batch_size": 0}, {"batch_size": 1, "rank": 1}, {"batch_size": 100}, {"batch_size": 1, "seed": -1}):
         with pytest.raises(InvalidArgumentError):
             Loader(dataset, **wrong)
+    with pytest.raises(InvalidArgumentError, match=r"such as open_dataset\('shards'\)"):
+        Loader("shards", batch_size=1)
     with pytest.raises(InvalidArgumentError, match="no state"):
         loader(shards).load_state_dict({"epoch": 0, "samples_seen": 10**6})
     for place, split, message in (

@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(
     ("sections", "message"),
     [
         ({"data": {"batch_size": 64}}, "fewer than data.batch_size 64"),
-        ({"data": {"label_space": "imagenet1k"}}, r"no class of imagenet1k; .* set data\.label_space to null"),
+        ({"data": {"label_space": "imagenet1k"}}, r"by a class of imagenet1k\. .* set data\.label_space to null"),
         ({"loss": {"teacher": "resnet50.miil_in21k"}}, "distillation_weight is 0"),
         ({"model": {"arguments": {"no_such": 1}}}, "test_convnext cannot be built: .*no_such"),
         (
@@ -300,6 +300,12 @@ def test_an_evaluation_that_fails_costs_no_training(data, tmp_path, monkeypatch)
     assert [line["step"] for line in lines(tmp_path, "evaluation")] == [6, 12]
     run(small_recipe(), data, tmp_path / "whole")
     assert_same_weights(final(tmp_path / "whole"), final(tmp_path))
+
+
+def test_from_python_a_process_alone_is_its_world(data, tmp_path):
+    figures = engine.train(small_recipe(), data, tmp_path, workers=0)
+    assert figures["images"] == 6
+    assert engine.train(small_recipe(), data, tmp_path, workers=0) == figures  # finished before
 
 
 def test_data_that_is_not_there(tmp_path):

@@ -196,8 +196,10 @@ def test_some_of_the_classes_of_ones_own_can_be_evaluated(tmp_path):
 
 
 def test_a_published_architecture_is_evaluated_as_it_wants(exported, data, tmp_path):
-    with pytest.raises(DataError, match="which is no class of"):
-        evaluate(exported, make_folder(tmp_path, names=("n00000001", "n00000002")), workers=0)
+    with pytest.raises(DataError, match="no folder is named by a class of"):
+        evaluate(exported, make_folder(tmp_path / "x", names=("n00000001", "n00000002")), workers=0)
+    with pytest.raises(DataError, match="has a folder cats, which is no class of"):
+        evaluate(exported, make_folder(tmp_path / "y", names=("cats", "dogs")), workers=0)
     everything = evaluate(exported, data, split="all", workers=0)
     assert everything["images"] == 60
     with pytest.raises(DataError, match="has the splits"):

@@ -7,7 +7,7 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.crops import CenterCrop
 from wn21k_zoo.training.data import Loader, is_class_folder, open_folder
 
-from .archives import jpeg
+from .archives import OUTSIDE, jpeg
 from .runs import WNIDS, make_folder
 
 
@@ -88,6 +88,11 @@ def test_targets_of_a_label_space_by_the_names_of_the_folders(tmp_path):
     space = LabelSpace.load("fall11")
     folder = open_folder(make_folder(tmp_path / "x", names=WNIDS[3:])).mapped_to(space)
     assert {space.wnids[target] for target in folder.targets} == set(WNIDS[3:])
+    more = make_folder(tmp_path / "x", images=4, names=(OUTSIDE,))
+    assert len(open_folder(more, "all").mapped_to(space)) == len(open_folder(more, "all")) - 4
+    assert open_folder(more, "all").mapped_to(space).left_out == 4
+    with pytest.raises(DataError, match="no folder is named by a class of imagenet1k"):
+        open_folder(make_folder(tmp_path / "z", names=WNIDS[:2])).mapped_to(LabelSpace.load("imagenet1k"))
     with pytest.raises(DataError, match="has a folder cats, which is no class of"):
         open_folder(make_folder(tmp_path / "y", names=("cats", "dogs"))).mapped_to(space)
 

@@ -298,3 +298,9 @@ def test_on_a_gpu(case, order):
     torch.testing.assert_close(loss.item(), expected["loss"], **CLOSE)
     gradient = published(loss_of.levels, logits.grad)
     torch.testing.assert_close(gradient.abs().sum().item(), expected["grad_abs_sum"], **CLOSE)
+
+
+@pytest.mark.parametrize("made", [SemanticSoftmaxLoss, SemanticDistillationLoss, SingleLabelLoss, SemanticAccuracy])
+def test_a_name_is_no_tree(made):
+    with pytest.raises(InvalidArgumentError, match=r"'fall11' is no tree; give one such as SemanticTree.load"):
+        made("fall11")

@@ -419,6 +419,21 @@ def test_the_folder_of_a_run_stands_for_its_recipe(tmp_path):
         load_recipe(str(tmp_path))
 
 
+def test_a_plan_counts_the_teacher_wherever_it_is(tmp_path):
+    recipe = presets.in21k("resnet50")
+    with_record = plan(recipe, images_per_second=100)
+    save_for_hf(timm.create_model("tresnet_v2_l", num_classes=3), tmp_path / "teacher")
+    recipe.loss.teacher = str(tmp_path / "teacher")
+    assert plan(recipe, images_per_second=100).memory_gb == with_record.memory_gb
+    recipe.loss.teacher = "nowhere/teacher"
+    without = plan(recipe, images_per_second=100)
+    assert without.memory_gb < with_record.memory_gb
+    assert "without the teacher" in without.assumed
+    recipe.loss.teacher = "tresnet_v2_m"
+    with pytest.raises(UnknownModelError, match="Did you mean"):
+        plan(recipe, images_per_second=100)
+
+
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_speed_that_is_none(speed):
     with pytest.raises(RecipeError, match="are no speed"):

@@ -266,13 +266,12 @@ def evaluate(
     """Semantic and leaf accuracy, hierarchical errors, calibration and throughput of a model on a split."""
     from wn21k_zoo.errors import DataOutputError
     from wn21k_zoo.training.evaluate import evaluate as run_evaluation
-    from wn21k_zoo.training.plots import check_pictures, check_writable, plot_reliability
+    from wn21k_zoo.training.plots import check_picture, check_writable, plot_reliability
 
-    for path in (output, plot):
-        if path is not None:
-            check_writable(path)
+    if output is not None:
+        check_writable(output)
     if plot is not None:
-        check_pictures()
+        check_picture(plot)
     with _Bar() as advance:
         figures = run_evaluation(
             model,

@@ -135,6 +135,8 @@ class Loader:
         max_bad: float = 0.01,
         group: int = 1,
     ) -> None:
+        if isinstance(dataset, (str, os.PathLike)):
+            raise InvalidArgumentError(f"Loader takes a data set, such as open_dataset({os.fspath(dataset)!r}).")
         if min(batch_size, window, group) < 1 or not 0 <= rank < world_size or workers < 0 or seed < 0:
             raise InvalidArgumentError(
                 f"batch_size {batch_size}, rank {rank} of {world_size}, workers {workers}, window {window}, group "

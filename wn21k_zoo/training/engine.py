@@ -195,6 +195,8 @@ class _Run:
         classes = f"{len(data.class_names):,} classes"
         if missing := len(data.class_names) - len(self.classes):
             classes += f" ({missing:,} without images for validation)"
+        if left := data.train.left_out + data.validation.left_out:
+            classes += f", {left:,} images of others left out"
         begin = f"going on at step {self.step:,} of {self.total:,}" if self.step else f"{self.total:,} steps"
         return (
             f"{self.recipe.name}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "

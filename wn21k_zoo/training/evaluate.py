@@ -127,7 +127,7 @@ def evaluate(
         "split": split,
         **figures,
         "bad_samples": loader.bad_samples,
-        "left_out": dataset.left_out if isinstance(dataset, ShardedDataset) else 0,
+        "left_out": dataset.left_out,
         "images_per_second": figures["images"] / (time.perf_counter() - begin),
         "device": chosen.type,
     }

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = ["FolderDataset", "is_class_folder", "is_divided", "open_folder", "ope
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 _VALIDATION = ("validation", "val", "valid", "test")
 _SPLITS = ("train", "validation", "all")
+_WNID = re.compile(r"n\d{8}")
 _GROUP = 1000  # files that count as one shard
 _INDEX = np.dtype([("offset", np.int64), ("size", np.int64), ("target", np.int32)])
 
@@ -60,6 +62,7 @@ class FolderDataset:
         split: ``train``, ``validation`` or ``all``.
         class_names: Names of the class folders in byte order; a target is an index of it.
         targets: Of each image, [n] int32.
+        left_out: Images whose classes a label space lacks.
     """
 
     root: Path
@@ -68,6 +71,7 @@ class FolderDataset:
     targets: NDArray[np.int32]
     _listing: _Listing
     _numbers: NDArray[np.int64]
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -90,24 +94,37 @@ class FolderDataset:
             return None
 
     def mapped_to(self, space: LabelSpace) -> FolderDataset:
-        """The same with the targets of a label space, by the names of the folders.
+        """The same with the targets of a label space, by the names of the folders; other synsets are left out.
 
         Raises:
-            DataError: A folder's name is no class of it.
+            DataError: A folder's name is no wnid, or none is a class of it.
         """
-        return self.mapped(space.wnids, f"class of {space.name}; folders must be named by the wnids of its classes")
+        mapped = self.mapped(
+            space.wnids, f"class of {space.name}; folders must be named by the wnids of its classes", _WNID
+        )
+        if not len(mapped):
+            raise DataError(f"{self.root}, {self.split}: no folder is named by a class of {space.name}.")
+        return mapped
 
-    def mapped(self, class_names: tuple[str, ...], what: str) -> FolderDataset:
+    def mapped(self, class_names: tuple[str, ...], what: str, may_lack: re.Pattern[str] | None = None) -> FolderDataset:
         """The same with the targets of other classes, by name.
 
         Raises:
-            DataError: A folder's name is none of them; ``what`` says of what.
+            DataError: A folder's name is none of them, nor one that may be left out; ``what`` says of what.
         """
-        if unknown := set(self.class_names) - set(class_names):
-            raise DataError(f"{self.root} has a folder {min(unknown)}, which is no {what}.")
+        unknown = set(self.class_names) - set(class_names)
+        if wrong := [name for name in unknown if may_lack is None or not may_lack.fullmatch(name)]:
+            raise DataError(f"{self.root} has a folder {min(wrong)}, which is no {what}.")
         index = {name: number for number, name in enumerate(class_names)}
-        targets = np.array([index[name] for name in self.class_names], np.int32)[self.targets]
-        return dataclasses.replace(self, class_names=class_names, targets=targets)
+        targets = np.array([index.get(name, -1) for name in self.class_names], np.int32)[self.targets]
+        there = targets >= 0
+        return dataclasses.replace(
+            self,
+            class_names=class_names,
+            targets=targets[there],
+            _numbers=self._numbers[there],
+            left_out=len(there) - int(there.sum()),
+        )
 
     @functools.cached_property
     def digest(self) -> str:

@@ -45,6 +45,8 @@ class Levels(nn.Module):
 
     def __init__(self, tree: SemanticTree, order: Order = "published") -> None:
         super().__init__()
+        if not isinstance(tree, SemanticTree):
+            raise InvalidArgumentError(f"{tree!r:.60} is no tree; give one such as SemanticTree.load('fall11').")
         if order not in ("published", "level"):
             raise InvalidArgumentError(f"order must be 'published' or 'level', not {order!r}.")
         hierarchy = Hierarchy(tree)

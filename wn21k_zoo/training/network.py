@@ -125,7 +125,8 @@ def build_network(recipe: Recipe, class_names: Sequence[str], levels: Levels | N
 
 def is_place(name: str) -> bool:
     """Whether a name of weights is that of a file, a folder or a Hub repository, not of a record or timm model."""
-    return name.endswith(".pt") or any(mark in name for mark in (":", "/", os.sep)) or Path(name).exists()
+    is_path = name.startswith((building.HUB_PREFIX, building.FOLDER_PREFIX)) or building.looks_like_path(name)
+    return is_path or name.endswith(".pt") or (Path(name).is_dir() and not registry.is_known(name))
 
 
 def memory_format(device: torch.device, channels_last: bool = True) -> torch.memory_format:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from wn21k_zoo import convert, registry
-from wn21k_zoo.errors import RecipeError, Wn21kError, first_line
+from wn21k_zoo import building, convert, registry
+from wn21k_zoo.errors import ModelError, RecipeError, RunError, UnknownModelError, first_line
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LabelSpace
-from wn21k_zoo.training.network import checkpoint_gradients
+from wn21k_zoo.training.network import checkpoint_gradients, is_place, resolved
 from wn21k_zoo.training.presets import ARCHITECTURES
 from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
 from wn21k_zoo.training.recipe_files import recipes_in
+from wn21k_zoo.training.state import RunFolder
 
 __all__ = ["IMAGES", "Plan", "cost_table", "plan"]
 
@@ -42,6 +43,7 @@ class Plan:
         images_seen: Over all epochs.
         batch_per_gpu: Images that go through the network at a time.
         accumulation: How often that makes a step.
+        classes: Of its head.
         parameters: Of the network.
         memory_gb: A guess per GPU: weights, gradients, optimizer, averages, teacher, and what is kept of the images to
             go backward; without what the allocator and the convolutions take besides.
@@ -56,6 +58,7 @@ class Plan:
     images_seen: int
     batch_per_gpu: int
     accumulation: int
+    classes: int
     parameters: int
     memory_gb: float
     hours: float | None
@@ -84,6 +87,7 @@ def plan(
         RecipeError: The images are not known, or the batch cannot be shared.
     """
     recipe.check()
+    recipe = resolved(recipe)
     if images_per_second is not None and not 0 < images_per_second < math.inf:
         raise RecipeError(f"{images_per_second} images per second are no speed; give a number above 0.")
     space = LABEL_SPACE_ALIASES.get(recipe.data.label_space or "", recipe.data.label_space)
@@ -106,7 +110,13 @@ def plan(
     parameters, kept = _size(model.architecture, num_classes, recipe.data.size, arguments, model.gradient_checkpointing)
     halved = recipe.run.precision != "fp32"
     per_parameter = _PER_PARAMETER[recipe.optimizer.name] + 4 * bool(recipe.run.ema_decay) + 2 * halved
-    memory: float = parameters * per_parameter + (4 + 2 * halved) * _teacher_parameters(recipe, num_classes)
+    memory: float = parameters * per_parameter
+    if recipe.loss.teacher is not None:
+        teacher = _architecture_of(recipe.loss.teacher)
+        if teacher is None:
+            assumed += "; memory without the teacher, which is not there"
+        else:
+            memory += (4 + 2 * halved) * _size(teacher, num_classes, recipe.data.size)[0]
     memory += micro * (kept / (1 + halved) + 6 * 4 * num_classes)
     return Plan(
         steps_per_epoch=per_epoch,
@@ -115,6 +125,7 @@ def plan(
         images_seen=seen,
         batch_per_gpu=micro,
         accumulation=group,
+        classes=num_classes,
         parameters=parameters,
         memory_gb=round(memory / 1e9, 1),
         hours=round(seen / speed / gpus / 3600, 1) if speed else None,
@@ -150,15 +161,21 @@ def _published_speed(recipe: Recipe) -> tuple[float | None, str]:
 
 
 def _architecture_of(name: str) -> str | None:
+    """Of a record, a folder or a run's checkpoint; None where that is not there, or on the Hub.
+
+    Raises:
+        UnknownModelError: There is no such record.
+    """
+    name = name.removeprefix(RANDOM)
+    if not is_place(name):
+        return registry.resolve_checkpoint(name).architecture
     try:
-        return registry.resolve_checkpoint(name.removeprefix(RANDOM)).architecture
-    except Wn21kError:
+        if name.endswith(".pt"):
+            return RunFolder(Path(name).parent.parent).recipe().model.architecture
+        folder = building.as_folder(name)
+        return str(building.read_config(folder)["architecture"]) if folder is not None else None
+    except (UnknownModelError, ModelError, RunError):
         return None
-
-
-def _teacher_parameters(recipe: Recipe, num_classes: int) -> int:
-    architecture = _architecture_of(recipe.loss.teacher) if recipe.loss.teacher else None
-    return _size(architecture, num_classes, recipe.data.size)[0] if architecture else 0
 
 
 @functools.lru_cache(maxsize=32)

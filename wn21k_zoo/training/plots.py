@@ -10,7 +10,7 @@ from typing import Any
 from wn21k_zoo.errors import DataOutputError, MissingExtraError, RunError
 from wn21k_zoo.training.state import RunFolder, names_of, read_lines
 
-__all__ = ["check_pictures", "check_writable", "plot_reliability", "plot_runs"]
+__all__ = ["check_picture", "check_writable", "plot_reliability", "plot_runs"]
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> Path:
@@ -22,6 +22,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
         MissingExtraError: Without matplotlib.
     """
     metrics = [_metrics(run) for run in runs]
+    check_picture(output)
     figure, axes = _figure(2, 2, (11, 7))
     panels = (
         ("train", "loss", "training loss", "-"),
@@ -104,12 +105,20 @@ def check_writable(path: Path) -> None:
         raise DataOutputError(f"{path} cannot be written: permission denied; name another file.")
 
 
-def check_pictures() -> Any:
-    """The class Figure of matplotlib.
+def check_picture(path: Path) -> None:
+    """See that a picture can be made and written, before the work for it.
 
     Raises:
+        DataOutputError: It cannot be written, or is to be no PNG.
         MissingExtraError: Without matplotlib.
     """
+    if path.suffix.lower() != ".png":
+        raise DataOutputError(f"{path}: pictures are PNG; name a file that ends in .png.")
+    check_writable(path)
+    _figure_class()
+
+
+def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -118,7 +127,7 @@ def check_pictures() -> Any:
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    figure = check_pictures()(figsize=size, layout="constrained")  # without pyplot: no window, no global state
+    figure = _figure_class()(figsize=size, layout="constrained")  # without pyplot: no window, no global state
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
