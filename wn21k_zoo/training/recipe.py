@@ -198,7 +198,8 @@ class Run(Section):
         seed: Of the order of images, their augmentation, new weights and dropout.
         precision: Of the forward pass; ``fp16`` with a scaled loss.
         ema_decay: Of a moving average of the weights, which is then what is evaluated and exported; None: none.
-        checkpoint_minutes: A checkpoint at least so often, and after each epoch.
+        checkpoint_minutes: A checkpoint at least so often, and after each epoch. That is also what a run loses that is
+            told to stop on a disk where its checkpoint cannot be written within 26 seconds.
         keep: So many of the last checkpoints are kept, and the best.
         evaluate_every: Epochs between evaluations; the last epoch always ends with one.
         evaluate_batches: At most so many batches of each rank; None: all.
