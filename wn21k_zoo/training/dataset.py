@@ -362,7 +362,14 @@ def _indexes(
         paths = list(pool.map(place, names))  # an error cancels what has not begun
         missing = [(name, path) for name, path in zip(names, paths, strict=True) if not path.is_file()]
         if missing:
-            with exclusive(folder / f"{_short(storage.url)}.lock", DataError, "set WN21K_DATA_CACHE to another disk."):
+            lock, advice = folder / f"{_short(storage.url)}.lock", "set WN21K_DATA_CACHE to another disk."
+            with exclusive(
+                lock,
+                DataError,
+                advice,
+                seconds=5,
+                waiting=lambda: _LOG.warning("waiting for the process that looks through %s", storage.url),
+            ):
                 for done, _ in enumerate(pool.map(make, *zip(*missing, strict=True))):
                     if done % max(100, len(missing) // 10) == 0:
                         _LOG.warning("looking through %d files of %s, once: %d done", len(missing), storage.url, done)
