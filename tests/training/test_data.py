@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import multiprocessing
@@ -8,7 +9,9 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -16,7 +19,7 @@ from PIL import Image
 
 from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.training.data import Loader, Squash, open_dataset
+from wn21k_zoo.training.data import Loader, Squash, _random, open_dataset
 from wn21k_zoo.training.shards import read_info
 
 from .archives import WNIDS
@@ -38,11 +41,36 @@ def test_a_batch_is_what_was_stored(shards):
         assert images.is_contiguous(memory_format=torch.channels_last)
         for sample, target, image in zip(samples, targets, images, strict=True):
             entry = index[sample]
+            assert target == entry["target"]
             assert space.wnids[target] in WNIDS
             data = whole[entry["offset"] : entry["offset"] + entry["size"]]
-            expected = Image.open(io.BytesIO(data)).convert("RGB")
-            if expected.size == (SIZE, SIZE):
-                assert np.abs(np.asarray(expected) / 255 - image.permute(1, 2, 0).numpy()).max() < 1e-6
+            expected = Squash(SIZE)(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), None)
+            assert np.abs(np.asarray(expected) / 255 - image.permute(1, 2, 0).numpy()).max() < 1e-6
+
+
+def test_samples_have_their_own_targets_and_evaluation_their_own_order(shards):
+    dataset = open_dataset(shards)
+    targets = np.concatenate([dataset.index(number)["target"] for number in range(len(dataset.shards))])
+    for training in (True, False):
+        found = batches(loader(shards, training=training))
+        samples = [sample for one in found for sample in one[0]]
+        assert targets[samples].tolist() == [target for one in found for target in one[1]]
+        assert len(set(samples)) == len(samples) == (64 if training else 67)
+        assert (samples == sorted(samples)) == (not training)
+
+
+def test_randomness_has_seed_epoch_and_sample_apart():
+    drawn = [
+        _random(*numbers).random() for numbers in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1))
+    ]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_what_is_left_of_an_epoch_and_less_than_a_step_is_left_out(shards):
+    one = loader(shards, batch_size=5, group=3)
+    assert sum(1 for _ in one) == len(one) == 67 // 15 * 3
+    with pytest.raises(InvalidArgumentError, match="5 x 1 x 14"):
+        loader(shards, batch_size=5, group=14)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -143,6 +171,46 @@ def test_ranks_that_wait_for_each_other_get_to_the_end(damaged, tmp_path):
         rank.join()
     assert {total for _, total, _ in found} == {62.0}  # of 64 in whole batches
     assert sum(bad for *_, bad in found) == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "seen", "world_size", "max_bad", "ends"),
+    [
+        (10, 10, 1, 0.01, False),  # ten always may be
+        (11, 1100, 1, 0.01, False),  # of 1100
+        (12, 1100, 1, 0.01, True),
+        (6, 600, 2, 0.005, True),  # a rank has half of them, of which 2.75 may be
+        (6, 600, 1, 0.005, True),
+        (5, 600, 2, 0.005, False),
+        (300, 599, 1, 0.5, False),
+        (501, 1000, 1, 0.5, True),  # most of what there was
+        (501, 1003, 1, 0.5, False),
+    ],
+)
+def test_how_many_may_be_damaged(shards, monkeypatch, bad, seen, world_size, max_bad, ends):
+    one = loader(shards, batch_size=1, world_size=world_size, max_bad=max_bad)
+    monkeypatch.setattr(type(one.dataset), "__len__", lambda _: 1100)
+    raw = {"bad": [("shard", str(number), "no image") for number in range(bad)], "targets": range(seen - bad)}
+    with pytest.raises(BadImagesError) if ends else contextlib.nullcontext():
+        one._count(raw)
+    assert one.bad_samples == bad
+
+
+@dataclass(frozen=True)
+class Failing:
+    error: type[Exception]
+
+    def __call__(self, image, random):
+        if random.random() < 0.1:
+            raise self.error("this image")
+        return Squash(SIZE)(image, random)
+
+
+@pytest.mark.parametrize("error", [OSError, cv2.error])
+def test_a_file_that_cannot_be_read_or_changed_is_a_bad_sample(shards, error):
+    one = loader(shards, augmentation=Failing(error))
+    assert sum(len(batch) for batch in one) + one.bad_samples == 64
+    assert one.bad_samples
 
 
 def test_too_many_damaged_samples_end_it(damaged):

@@ -304,3 +304,12 @@ def test_on_a_gpu(case, order):
 def test_a_name_is_no_tree(made):
     with pytest.raises(InvalidArgumentError, match=r"'fall11' is no tree; give one such as SemanticTree.load"):
         made("fall11")
+
+
+def test_one_softmax_is_the_same_in_either_order():
+    logits, targets = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    levels = Levels(SMALL, "level")
+    assert levels.columns.tolist() != levels.positions.tolist()
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.3)
+    torch.testing.assert_close(SingleLabelLoss(SMALL, 0.3)(logits, targets), expected)
+    torch.testing.assert_close(SingleLabelLoss(SMALL, 0.3, "level")(logits[:, levels.columns], targets), expected)

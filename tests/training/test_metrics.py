@@ -57,6 +57,7 @@ def test_leaf_accuracy_chooses_among_the_given_classes_only():
     scores[0, 4] = scores[1, 8] = scores[2, 1] = 1
     assert metric.update(scores, torch.tensor([4, 1, 0])).tolist() == [4, 8, 1]
     assert metric.compute() == {"top1": 50, "top5": 100, "images": 2}  # 0 is none of the classes
+    assert metric.has(torch.tensor([0, 1, 4, 8, 9, 100])).tolist() == [False, True, True, True, False, False]
     metric.reset()
     assert metric.compute() == {"top1": 0, "top5": 0, "images": 0}
 
@@ -145,3 +146,33 @@ def test_outputs_that_are_not_finite_give_no_figures():
     evaluation.update(logits, torch.tensor([0, 1, 2]))
     with pytest.raises(NonFiniteError, match="The logits of 1 of 3 images are NaN or infinite: the network"):
         evaluation.compute()
+
+
+def test_a_sigmoid_without_a_hierarchy_is_as_sure_as_it_says():
+    flat = SemanticTree.from_wnids(["n02123045", "n02084071", "n00017222"])
+    evaluation = Evaluation(flat, "sigmoid", range(3))
+    evaluation.update(torch.tensor([[0.0, -9.0, -9.0]]), torch.tensor([0]))
+    assert evaluation.compute()["reliability"][0]["confidence"] == pytest.approx(50)
+
+
+def test_the_highest_logit_may_be_of_no_leaf():
+    logits = torch.zeros(1, len(NESTED))
+    cat, tabby = NESTED.index("n02121808"), NESTED.index("n02123045")
+    logits[0, cat], logits[0, tabby] = 5.0, 4.0
+    evaluation = Evaluation(NESTED, "softmax", range(len(NESTED)))
+    evaluation.update(logits, torch.tensor([tabby]))
+    figures = evaluation.compute()
+    assert (figures["top1"], figures["raw_top1"]) == (100, 0)
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid", "semantic_softmax"])
+def test_figures_are_the_same_in_either_order(head):
+    generator = torch.Generator().manual_seed(1)
+    logits, targets = torch.randn(40, len(NESTED), generator=generator), torch.arange(40) % len(NESTED)
+    figures = []
+    for order in ("published", "level"):
+        evaluation = Evaluation(NESTED, head, range(len(NESTED)), order)
+        evaluation.update(logits[:, evaluation._levels.columns] if order == "level" else logits, targets)
+        figures.append(evaluation.compute())
+    assert figures[0] == figures[1]
+    assert 0 < figures[0]["raw_semantic_top1"] < 100

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import timm
 import torch
@@ -6,19 +8,24 @@ from wn21k_zoo import LabelSpace, create_model
 from wn21k_zoo.errors import RecipeError
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.export import export_run, load_run
+from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
 from wn21k_zoo.training.network import (
+    Criterion,
+    Normalized,
     _moved,
     average_of,
     build_network,
     build_optimizer,
     build_schedule,
     reorder_head,
+    resolved,
     synchronised,
     try_size,
 )
+from wn21k_zoo.tree import SemanticTree
 
 from .checks import run
-from .runs import make_folder, small_recipe
+from .runs import WNIDS, make_folder, small_recipe
 
 
 def rates(steps=10, **sections):
@@ -203,3 +210,69 @@ def test_a_start_of_the_same_classes_of_ones_own_keeps_its_head(tmp_path):
     assert [key for key, value in trained.items() if not torch.equal(other[key], value)] == [
         "head.fc.weight", "head.fc.bias",
     ]  # fmt: skip
+    turned = build_network(recipe, sorted(names, reverse=True), None).state_dict()
+    assert not torch.equal(turned["head.fc.weight"], trained["head.fc.weight"])
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.1, 0.2, 0.3), (1.0, 1.0, 1.0)), ((0.0, 0.0, 0.0), (0.5, 0.2, 0.3))])
+def test_pixels_are_normalised(mean, std):
+    images = torch.rand(2, 3, 4, 4)
+    expected = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(Normalized(torch.nn.Identity(), mean, std)(images), expected)
+    assert Normalized(torch.nn.Identity(), (0.0,) * 3, (1.0,) * 3)(images) is images
+
+
+TREE = SemanticTree.from_wnids(WNIDS)
+
+
+@pytest.mark.parametrize("kind", ["semantic_softmax", "single_label", "multi_label"])
+def test_the_loss_is_that_of_the_recipe(kind):
+    recipe = small_recipe(loss={"kind": kind, "label_smoothing": 0.37 if kind != "multi_label" else 0.0})
+    logits, targets, theirs = torch.randn(4, 6), torch.tensor([0, 5, 3, 1]), torch.randn(4, 6)
+    made = {"semantic_softmax": SemanticSoftmaxLoss, "single_label": SingleLabelLoss, "multi_label": MultiLabelLoss}
+    smoothing = {} if kind == "multi_label" else {"label_smoothing": 0.37}
+    alone = made[kind](TREE, order="level", **smoothing)(logits, targets)
+    torch.testing.assert_close(Criterion(recipe, TREE)(logits, targets), alone)
+    if kind == "multi_label":
+        return
+    recipe.loss.distillation_weight = 3.0
+    distilled = SemanticDistillationLoss(TREE, "level", kind == "semantic_softmax")(logits, theirs)
+    torch.testing.assert_close(Criterion(recipe, TREE)(logits, targets, theirs), alone + 3 / 4 * distilled)
+    if kind == "single_label":
+        plain = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.37)
+        torch.testing.assert_close(Criterion(recipe, None)(logits, targets), plain)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "lamb", "sgd"])
+def test_optimizers_have_what_the_recipe_says(name):
+    fields = {"momentum": 0.7} if name == "sgd" else {"betas": (0.7, 0.9)}
+    recipe = small_recipe(optimizer={"name": name, **fields})
+    optimizer = build_optimizer(recipe, timm.create_model("test_convnext", num_classes=3))
+    for group in optimizer.param_groups:
+        assert {field: group[field] for field in fields} == fields
+        assert group.get("nesterov", False) == (name == "sgd")
+    decoupled = {"adam": False, "adamw": True, "lamb": None, "sgd": None}[name]
+    assert optimizer.param_groups[0].get("decoupled_weight_decay") == decoupled
+
+
+def test_one_cycle_rises_and_falls_as_asked_for_and_leaves_betas_alone():
+    found = rates(100, schedule={"warmup": 0.2, "start_divisor": 5.0, "end_divisor": 40.0}, optimizer={"lr": 1.0})
+    assert found.index(max(found)) == 19  # of 100, the twentieth
+    assert (found[0], found[-1]) == pytest.approx((0.2, 0.2 / 40), rel=1e-6)
+    optimizer = build_optimizer(small_recipe(), timm.create_model("test_convnext", num_classes=3))
+    schedule = build_schedule(small_recipe(), optimizer, 20)
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_arguments_of_the_start_are_taken_unless_the_recipe_has_others(tmp_path):
+    config = {
+        "architecture": "test_vit",
+        "num_classes": 3,
+        "model_args": {"img_size": 32, "depth": 1, "num_classes": 3},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = small_recipe("test_vit", model={"start": str(tmp_path), "arguments": {"depth": 2}})
+    assert resolved(recipe).model.arguments == {"img_size": 32, "depth": 2}

@@ -46,3 +46,19 @@ def test_a_window_mixes_its_shards_only():
 
 def test_the_permutation_is_the_one_it_has_always_been():
     assert permutation(10, 1, 2, 3).tolist() == [1, 9, 0, 5, 6, 8, 3, 7, 2, 4]
+
+
+def test_the_order_of_samples_is_the_one_it_has_always_been():
+    shard, number, window = SampleOrder((3, 2, 4), 2, 1).samples(1, 0, 9)
+    assert (shard.tolist(), number.tolist(), window) == ([0, 0, 0, 1, 1, 2, 2, 2, 2], [1, 0, 2, 0, 1, 1, 2, 0, 3], 1)
+
+
+def test_shards_and_what_is_within_them_are_shuffled_anew_by_epoch_seed_and_window():
+    def order(seed, epoch, lengths=(1,) * 40):
+        return SampleOrder(lengths, 2, seed).shards(epoch).tolist()
+
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    one = {tuple(whole(SampleOrder((40,), 1, seed), epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(one) == 9
+    _, number, _ = SampleOrder((40, 40), 1, 0).samples(0, 0, 80)
+    assert number[:40].tolist() != number[40:].tolist()

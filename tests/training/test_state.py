@@ -39,6 +39,7 @@ def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(data, tmp_path):
         path.write_bytes(b"nothing")
     with pytest.raises(RunError, match="Name another --output to begin anew"):
         run(small_recipe(), data, tmp_path)
+    assert {path.read_bytes() for path in RunFolder(tmp_path).steps()} == {b"nothing"}
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
@@ -187,6 +188,74 @@ def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(state.shutil, "disk_usage", lambda _: usage._replace(free=3999))
     with pytest.raises(RunError, match="cannot be written: no space is left on the disk of"):
         writer.save({"format": FORMAT, "step": 1, "weights": torch.zeros(1000)}, wait=True)
+
+
+OTHERS = {
+    "architecture": "test_vit", "start": "x", "label_space": "winter21", "augmentation": "none", "kind": "single_label",
+    "teacher": "x", "precision": "bf16", "deterministic": True, "channels_last": False, "sync_batchnorm": True,
+    "arguments": {"drop_rate": 0.5}, "mean": (0.5,) * 3, "std": (0.5,) * 3, "betas": (0.5, 0.5), "crop_pct": 0.5,
+    "clip_norm": 9.0, "ema_decay": 0.5, "max_steps": 3,
+}  # fmt: skip
+FREE = {"compile", "gradient_checkpointing", "batch_per_device", "max_bad", "checkpoint_minutes", "keep"}
+FREE |= {"evaluate_every", "evaluate_batches", "log_every"}
+DECIDING = [
+    (section, field)
+    for section, fields in small_recipe()
+    if section != "name"
+    for field in type(fields).model_fields
+    if field not in FREE
+]
+
+
+@pytest.mark.parametrize(("section", "field"), DECIDING, ids=".".join)
+def test_what_decides_the_result_must_be_the_same(tmp_path, section, field):
+    folder, recipe = RunFolder(tmp_path), small_recipe()
+    folder.begin(recipe, {})
+    (folder.checkpoints / "step-00000001.pt").write_bytes(b"")
+    folder.check(recipe, {})
+    before = getattr(getattr(recipe, section), field)
+    if field in OTHERS:
+        value = OTHERS[field]
+    elif field == "name":
+        value = {"optimizer": "lamb", "schedule": "cosine"}[section]
+    else:
+        value = before * 2 if before else 0.5 if isinstance(before, float) else 7
+    setattr(getattr(recipe, section), field, value if field not in ("label_smoothing", "warmup", "momentum") else 0.01)
+    with pytest.raises(RunError, match=rf"holds a run with {section}\.{field} = "):
+        folder.check(recipe, {})
+
+
+def test_a_copy_is_ones_own():
+    weights = torch.ones(3)
+    mine = state.copied({"w": [weights, (weights,)], "step": 3})
+    weights.zero_()
+    assert torch.equal(mine["w"][0], torch.ones(3))
+    assert torch.equal(mine["w"][1][0], torch.ones(3))
+    assert mine["step"] == 3
+
+
+def test_a_checkpoint_of_another_format_is_not_read(tmp_path):
+    torch.save({"format": FORMAT + 1}, tmp_path / "step-00000001.pt")
+    with pytest.raises(RunError, match=f"its format is {FORMAT + 1}, this version reads {FORMAT}"):
+        read_checkpoint(tmp_path / "step-00000001.pt")
+
+
+def test_what_a_killed_one_left_is_removed(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.begin(small_recipe(), {})
+    for name in ("best.tmp", ".step-00000001.pt.tmp", "step-00000001.pt"):
+        (folder.checkpoints / name).write_bytes(b"")
+    folder.begin(small_recipe(), {})
+    assert [path.name for path in folder.checkpoints.iterdir() if path.name[0] != "."] == ["step-00000001.pt"]
+
+
+def test_what_comes_after_the_step_is_put_aside_and_not_the_step(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    for step in (6, 12, 13):
+        (folder.checkpoints / f"step-{step:08d}.pt").write_bytes(b"")
+    folder.cut(12, 6)
+    assert [path.name for path in folder.steps()] == ["step-00000012.pt", "step-00000006.pt"]
 
 
 def test_what_will_be_computed_again_is_cut(tmp_path):

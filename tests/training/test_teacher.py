@@ -9,9 +9,10 @@ from torch import nn
 from wn21k_zoo import LabelSpace
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.errors import RecipeError
+from wn21k_zoo.training.export import export_run, load_run
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import SemanticDistillationLoss
-from wn21k_zoo.training.teacher import Translated, build_teacher
+from wn21k_zoo.training.teacher import Translated, build_teacher, digest_of
 from wn21k_zoo.tree import SemanticTree
 
 from .checks import lines, run
@@ -175,3 +176,30 @@ def test_a_run_with_a_teacher_of_other_classes(data, tmp_path, capsys, kind):
     recipe.loss.teacher, recipe.loss.distillation_weight = None, 0.0
     run(recipe, data, tmp_path / "alone")
     assert lines(tmp_path / "distilled")[0]["loss"] > lines(tmp_path / "alone")[0]["loss"]
+
+
+def test_a_teacher_of_the_same_classes_has_its_own_normalisation_and_the_students_order(data, tmp_path):
+    recipe = small_recipe(data={"augmentation": "none"}, model={"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)})
+    run(recipe, data, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "model")
+    trained = load_run(tmp_path / "run")
+    levels = Levels(trained.space and SemanticTree.from_label_space(trained.space), "level")
+    assert levels.columns.tolist() != levels.positions.tolist()
+    student = small_recipe(loss={"distillation_weight": 1.0})
+    images = torch.rand(2, 3, 32, 32)
+    for name in (tmp_path / "model", tmp_path / "run" / "checkpoints" / "best.pt"):
+        student.loss.teacher = str(name)
+        teacher, about = build_teacher(student, trained.space, levels)
+        pixels = (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+        with torch.no_grad():
+            torch.testing.assert_close(teacher(images), trained.module.eval()(pixels)[:, levels.columns])
+        assert not about
+
+
+def test_a_teachers_digest_is_of_all_its_weights_and_buffers():
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    digests = {digest_of(module)}
+    for change in (module[0].weight.data, module[0].bias.data, module[1].running_mean):
+        change += 1
+        digests.add(digest_of(module))
+    assert len(digests) == 4
