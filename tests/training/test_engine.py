@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -447,6 +449,68 @@ def test_a_damaged_image_counts_the_same_however_a_step_is_divided(tmp_path, ima
     assert lines(tmp_path / str(images))[-1]["bad_samples"] == 2  # once in each epoch
 
 
+def test_a_better_one_before_a_resume_stays_the_best(data, tmp_path, stop_at):
+    stop_at(7)
+    with pytest.raises(Preempted):
+        run_told(small_recipe(), data, tmp_path)
+    stop_at(-1)
+    state = final(tmp_path)
+    assert state["best"][1] == 6
+    state["best"][0] = 200.0  # more than there can be
+    torch.save(state, RunFolder(tmp_path).steps()[0])
+    run(small_recipe(), data, tmp_path)
+    assert read_checkpoint(RunFolder(tmp_path).best)["step"] == 6
+    assert final(tmp_path)["best"] == [200.0, 6]
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(30.0, {6, 12}), (1.0, {2, 4, 6, 8, 10, 12}), (0.1, {*range(1, 13)})])
+def test_a_checkpoint_is_written_as_often_as_asked_for(data, tmp_path, monkeypatch, minutes, saved):
+    seconds, steps = [0.0], set()
+    begin, save = Learner.begin, engine.CheckpointWriter.save
+
+    def later(self):
+        seconds[0] += 40
+        begin(self)
+
+    def counted(self, state, **options):
+        steps.add(state["step"])
+        save(self, state, **options)
+
+    monkeypatch.setattr(Learner, "begin", later)
+    monkeypatch.setattr(engine.CheckpointWriter, "save", counted)
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: seconds[0], perf_counter=time.perf_counter))
+    run(small_recipe(run={"checkpoint_minutes": minutes}), data, tmp_path)
+    assert steps == saved
+
+
+def test_evaluations_and_lines_are_as_often_as_asked_for(data, tmp_path):
+    run(small_recipe(schedule={"epochs": 3}, run={"evaluate_every": 2, "log_every": 50}), data, tmp_path)
+    assert [line["step"] for line in lines(tmp_path, "evaluation")] == [12, 18]
+    assert [line["step"] for line in lines(tmp_path)] == [6, 12, 18]  # at least one an epoch
+
+
+def test_randomness_in_the_network_is_of_seed_step_part_and_rank(data, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(engine, "_seed", lambda *numbers: seeds.append(numbers) or 0)
+    run(small_recipe(data={"batch_per_device": 4}, run={"seed": 9}, schedule={"epochs": 1}), data, tmp_path)
+    assert seeds == [(9, step, part, 0) for step in range(6) for part in range(2)]
+    monkeypatch.undo()
+    assert len({engine._seed(*numbers) for numbers in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))}) == 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluations_compute_in_the_precision_of_the_recipe(data, tmp_path, monkeypatch, precision):
+    kinds, update = set(), engine.Evaluation.update
+
+    def watched(self, logits, targets):
+        kinds.add(logits.dtype)
+        update(self, logits, targets)
+
+    monkeypatch.setattr(engine.Evaluation, "update", watched)
+    run(small_recipe(run={"precision": precision}, schedule={"max_steps": 1}), data, tmp_path)
+    assert kinds == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+
 def test_the_best_on_fewer_images_is_not_the_best(data, tmp_path, stop_at):
     recipe = small_recipe(schedule={"epochs": 3}, run={"evaluate_batches": 1}, data={"batch_per_device": 4})
     stop_at(7)
@@ -454,6 +518,7 @@ def test_the_best_on_fewer_images_is_not_the_best(data, tmp_path, stop_at):
         run_told(recipe, data, tmp_path)
     stop_at(-1)
     assert final(tmp_path)["best"] == [lines(tmp_path, "evaluation")[0]["semantic_top1"], 4]
+    assert lines(tmp_path, "evaluation")[0]["images"] == 4
     (best,) = [RunFolder(tmp_path).best]
     recipe.run.evaluate_batches = None
     state = final(tmp_path)
@@ -499,9 +564,11 @@ def test_class_folders_named_by_wnids_take_the_classes_of_a_label_space(tmp_path
     assert final(tmp_path / "run")["model"]["head.fc.weight"].shape[0] == 1000
 
 
-def test_the_gradient_is_clipped(data, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_gradient_is_clipped(data, tmp_path, precision):
     recipe = small_recipe(optimizer={"name": "sgd", "lr": 1.0, "clip_norm": 1e-4, "momentum": 0.0, "weight_decay": 0.0})
     recipe.schedule.name, recipe.schedule.warmup, recipe.schedule.max_steps = "constant", 0.0, 1
+    recipe.run.precision = precision
     run(recipe, data, tmp_path)
     begin = build_network(recipe, "abcdef", None).state_dict()
     moved = sum(float(((begin[key] - value) ** 2).sum()) for key, value in final(tmp_path)["model"].items())

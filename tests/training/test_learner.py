@@ -1,0 +1,108 @@
+"""What a learner does between the runs that tests of the engine compare."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from wn21k_zoo.errors import BadImagesError
+from wn21k_zoo.training import engine
+from wn21k_zoo.training.agreement import Agreement
+from wn21k_zoo.training.crops import CenterCrop, RandomCrop
+from wn21k_zoo.training.data import Batch, PublishedAugmentation, Squash
+from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.learner import Learner
+from wn21k_zoo.training.signals import Signals
+from wn21k_zoo.training.splits import evaluation_resize, open_loaders, open_splits, training_augmentation
+
+from .checks import ALONE
+from .runs import small_recipe
+
+NOTHING = Batch(torch.empty(0, 3, 1, 1), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+
+
+def learner_of(data, architecture="test_efficientnet", **sections):
+    recipe = small_recipe(architecture, **sections)
+    return Learner(recipe, open_splits(recipe, data), ALONE, 12)
+
+
+def some_batch():
+    return Batch(torch.rand(4, 3, 32, 32), torch.arange(4), torch.arange(4))
+
+
+def test_a_batch_without_images_changes_nothing(data):
+    learner = learner_of(data)
+    learner.begin()
+    before = {name: buffer.clone() for name, buffer in learner.module.named_buffers()}
+    loss = learner.loss(NOTHING)
+    learner.backward(loss)
+    assert float(loss.detach()) == 0
+    assert all(not parameter.grad.any() for parameter in learner.module.parameters())
+    assert all(torch.equal(before[name], buffer) for name, buffer in learner.module.named_buffers())
+    assert float(learner.loss(some_batch()).detach()) > 0  # as in training again
+    assert any(not torch.equal(before[name], buffer) for name, buffer in learner.module.named_buffers())
+
+
+def test_a_batch_without_images_cannot_be_where_ranks_share_statistics(data):
+    learner = learner_of(data)
+    learner._world, learner._recipe.model.sync_batchnorm = World(0, 2, torch.device("cpu")), True
+    with pytest.raises(BadImagesError, match=r"sync_batchnorm needs one"):
+        learner.loss(NOTHING)
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_what_is_evaluated_is_the_average_in_evaluation(data, decay):
+    learner = learner_of(data, run={"ema_decay": decay})
+    learner.begin()
+    subject = learner.subject()
+    assert not subject.training
+    assert not any(module.training for module in subject.modules())
+    assert (subject is learner.module) == (decay is None)
+    learner.begin()
+    assert learner.network.training
+
+
+def test_the_rate_is_that_of_the_fastest(data):
+    learner = learner_of(data, optimizer={"head_lr_factor": 10.0})
+    assert learner.rate == max(group["lr"] for group in learner.optimizer.param_groups)
+    assert learner.rate > min(group["lr"] for group in learner.optimizer.param_groups)
+
+
+@pytest.mark.parametrize(("loss", "broken"), [(1.0, False), (math.nan, True), (math.inf, True), (-math.inf, True)])
+@pytest.mark.parametrize("save", [False, True])
+def test_what_ranks_agree_on(loss, broken, save):
+    agreement = Agreement(ALONE, Signals())
+    agreement.ask(torch.tensor(loss), save)
+    assert agreement.answer() == (False, save, broken)
+
+
+def test_nothing_is_rescued_of_a_step_half_done():
+    # No attribute of the run but these is looked at.
+    engine._Run._rescued(SimpleNamespace(writer=object(), learner=SimpleNamespace(whole=False)))
+    engine._Run._rescued(SimpleNamespace(writer=None, learner=SimpleNamespace(whole=True)))
+
+
+def test_augmentations_are_those_that_are_named():
+    recipe = small_recipe()
+    for name, expected in (
+        ("published", PublishedAugmentation(32)),
+        ("modern", RandomCrop(32, scale=0.08, operations=2, erase=0.25)),
+        ("finetune", RandomCrop(32, scale=0.25)),
+        ("none", Squash(32)),
+    ):
+        recipe.data.augmentation = name
+        assert training_augmentation(recipe) == expected
+    assert evaluation_resize(recipe) == Squash(32)
+    recipe.data.crop_pct = 0.8
+    assert evaluation_resize(recipe) == CenterCrop(32, 0.8)
+
+
+def test_loaders_are_those_of_the_recipe(data):
+    recipe = small_recipe(data={"max_bad": 0.25, "window": 3, "augmentation": "modern"}, run={"seed": 5})
+    recipe.data.batch_per_device = 4
+    training, validation = open_loaders(recipe, open_splits(recipe, data), ALONE, 0)
+    assert (training.batch_size, training.max_bad, training._plan._group) == (4, 0.25, 2)
+    assert (training._order.seed, training._order.window, training.training) == (5, 3, True)
+    assert (validation.max_bad, validation._order.window, validation.training) == (0.25, 0, False)
+    assert validation._batches.dataset.augmentation == Squash(32)
