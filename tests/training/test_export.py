@@ -33,7 +33,7 @@ from wn21k_zoo.training.metrics import SemanticAccuracy
 from wn21k_zoo.training.plots import plot_reliability, plot_runs
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.recipe_files import override
-from wn21k_zoo.training.state import names_of
+from wn21k_zoo.training.state import RunFolder, names_of, read_checkpoint
 from wn21k_zoo.tree import SemanticTree
 
 from .runs import WNIDS, make_folder, small_recipe
@@ -296,6 +296,20 @@ def test_a_record_is_evaluated_by_synset_and_with_its_own_preprocessing(tmp_path
             imaged = [space.index["n01443537"], space.index["n02123045"]]
             right += imaged[int(logits[imaged].argmax())] == space.index[wnid]
     assert loose["raw_top1"] == pytest.approx(100 * right / 16)
+
+
+def test_what_is_loaded_is_the_average_of_the_checkpoint_that_is_asked_for(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    for path, value in ((folder.best, 1.0), (folder.steps()[0], 2.0)):
+        checkpoint = read_checkpoint(path)
+        path.unlink()  # both names may be of one file
+        for tensor in checkpoint["average"].values():
+            tensor.fill_(value)
+        torch.save(checkpoint, path)
+    for which, value in (("best", 1.0), ("last", 2.0)):
+        weights = load_run(tmp_path / "run", which).module.state_dict()
+        assert all((tensor == value).all() for tensor in weights.values())
 
 
 def test_the_last_checkpoint_of_a_run_is_evaluated_when_asked_for(run, exported, data):

@@ -5,7 +5,7 @@ import pytest
 from wn21k_zoo.errors import BadImagesError, DataError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.crops import CenterCrop
-from wn21k_zoo.training.data import Loader, is_class_folder, open_folder
+from wn21k_zoo.training.data import Loader, is_class_folder, open_folder, open_folders
 
 from .archives import OUTSIDE, jpeg
 from .runs import WNIDS, make_folder
@@ -23,6 +23,36 @@ def test_one_image_in_ten_is_for_validation_and_none_is_in_both(tmp_path):
     assert len(open_folder(tmp_path, "all")) == 120
     assert train.class_names == tuple(sorted(WNIDS))
     assert train.label_space.wnids == train.class_names
+
+
+@pytest.mark.parametrize(("images", "chosen"), [(1, 0), (2, 1), (9, 1), (19, 1), (20, 2)])
+def test_of_few_images_one_is_for_validation(tmp_path, images, chosen):
+    make_folder(tmp_path, images=30, names=("a",))
+    make_folder(tmp_path, images=images, names=("b",))
+    assert [(each.targets == 1).sum() for each in open_folders(tmp_path)] == [images - chosen, chosen]
+
+
+def test_which_images_are_for_validation_and_their_order_are_what_they_have_always_been(tmp_path):
+    make_folder(tmp_path, images=12, names=("a", "b"))
+    assert names(open_folder(tmp_path, "validation")) == ["b/1.jpg", "a/7.jpg"]
+    assert names(open_folder(tmp_path))[:4] == ["a/2.jpg", "a/6.jpg", "a/1.jpg", "b/0.jpg"]
+
+
+def test_a_group_has_its_own_images(tmp_path):
+    for number in range(1203):
+        path = tmp_path / "train" / ("a" if number % 3 else "b") / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(number))
+    make_folder(tmp_path / "val", images=1, names=("a",))
+    folder = open_folder(tmp_path)
+    assert (folder.lengths, len(folder.shards)) == ((1000, 203), 2)
+    for group, first in ((0, 0), (1, 1000)):
+        files, index = folder.open(group)
+        assert index["target"].tolist() == folder.targets[first : first + 1000].tolist()
+        for place in (0, len(index) - 1):
+            name = folder.name(first + place)
+            assert files.key(int(index["offset"][place])) == name
+            assert files.read(int(index["offset"][place]), 0).decode() == name.rpartition("/")[2].removesuffix(".jpg")
 
 
 def test_divided_as_the_user_divided_it(tmp_path):

@@ -313,3 +313,12 @@ def test_one_softmax_is_the_same_in_either_order():
     expected = F.cross_entropy(logits, targets, label_smoothing=0.3)
     torch.testing.assert_close(SingleLabelLoss(SMALL, 0.3)(logits, targets), expected)
     torch.testing.assert_close(SingleLabelLoss(SMALL, 0.3, "level")(logits[:, levels.columns], targets), expected)
+
+
+@pytest.mark.parametrize("made", [SemanticSoftmaxLoss, SingleLabelLoss, MultiLabelLoss])
+@pytest.mark.parametrize("target", [-1, 6])
+def test_where_nobody_looks_a_target_out_of_range_is_nan(made, target):
+    loss = torch.compile(made(SMALL), backend="eager")
+    logits = torch.zeros(2, 6)
+    assert loss(logits, torch.tensor([0, 1])).isfinite()
+    assert loss(logits, torch.tensor([0, target])).isnan()

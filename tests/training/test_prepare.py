@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 import types
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,10 +23,12 @@ from PIL import Image
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError, DiskSpaceError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import planning
+from wn21k_zoo.training.classes import _keys_of, decide
 from wn21k_zoo.training.gather import _shard_of_each
 from wn21k_zoo.training.planning import count
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import MANIFEST_FILE, encode_record, index_path, read_index, read_info
+from wn21k_zoo.training.sources import ClassSource
 
 from .archives import (
     LAYOUTS,
@@ -546,3 +549,21 @@ def test_hashes_that_float64_cannot_tell_apart():
     table = pa.table({"split": ["train", None, "train"], "order": pa.array([2**62, None, 2**62 + 1], pa.uint64())})
     least = {"train": np.array([5, 2**62 + 1], np.uint64), "validation": np.empty(0, np.uint64)}
     assert list(_shard_of_each(table, least)) == ["train-00000.tar", None, "train-00001.tar"]
+
+
+@pytest.mark.parametrize(("images", "decision"), [(5, "too few images"), (6, "kept")])
+def test_a_class_needs_more_images_than_the_bound(images, decision):
+    source, options = ClassSource(wnid=WNIDS[0], path=Path(), num_bytes=0, position=0), PrepareOptions(min_images=5)
+    assert decide(source, images, options, is_split=False) == decision
+    assert decide(source, images, options, is_split=True) == "kept"
+    outside = dataclasses.replace(source, wnid="n00001740")
+    assert decide(outside, images, options, is_split=True) == "outside the label space"
+
+
+def test_files_of_one_stem_have_keys_of_their_own():
+    names = [f"{WNIDS[0]}_1.JPEG", f"{WNIDS[0]}_1.jpg", "other.jpg", f"{WNIDS[0]}_2.JPEG"]
+    keys = _keys_of(WNIDS[0], names)
+    assert keys == {
+        names[0]: f"{WNIDS[0]}_1", names[1]: f"{WNIDS[0]}-000001", names[2]: f"{WNIDS[0]}-000002",
+        names[3]: f"{WNIDS[0]}_2",
+    }  # fmt: skip

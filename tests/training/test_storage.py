@@ -1,4 +1,7 @@
+import json
 import multiprocessing
+import os
+import shutil
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -7,7 +10,9 @@ import pytest
 
 from wn21k_zoo.errors import DataError, InvalidArgumentError
 from wn21k_zoo.training.data import Loader, Stage, is_class_folder, open_dataset
+from wn21k_zoo.training.shards import read_info
 
+from .archives import WNIDS, jpeg, tar_bytes
 from .loading import Noisy, batches, loader, same
 from .staging import index_all, no_locks, stage_all
 
@@ -123,3 +128,45 @@ def test_shards_on_a_web_server(shards, tmp_path):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def test_what_was_not_used_for_longest_goes_first(tmp_path):
+    stage = Stage(tmp_path, limit=250)
+
+    def get(name):
+        return stage.get(name, lambda target: target.write_bytes(bytes(100)))
+
+    for number, name in enumerate(("a.tar", "b.tar")):
+        os.utime(get(name), (number, number))
+    os.utime(get("a.tar"))  # used now
+    get("c.tar")
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["a.tar", "c.tar"]
+
+
+def test_shards_of_other_classes_under_the_same_name_are_refused(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "copy")
+    info = json.loads((tmp_path / "copy" / "_info.json").read_text())
+    text = json.dumps(info)
+    digest = read_info(shards).label_digest
+    assert digest in text
+    (tmp_path / "copy" / "_info.json").write_text(text.replace(digest, "0" * len(digest)))
+    with pytest.raises(DataError, match="was prepared with other classes called"):
+        open_dataset(tmp_path / "copy")
+
+
+def test_an_index_of_a_file_that_has_changed_is_made_anew(tmp_path):
+    folder = tmp_path / "wds"
+    folder.mkdir()
+    for images in (3, 5):
+        files = {}
+        for number in range(images):
+            files |= {f"{WNIDS[0]}_{number}.jpg": jpeg(number), f"{WNIDS[0]}_{number}.cls": b"0"}
+        (folder / "train-0000.tar").write_bytes(tar_bytes(files))
+        assert len(open_dataset(folder)) == images
+
+
+def test_mapped_shards_are_verified_where_they_are_staged(damaged, tmp_path):
+    folder, _ = damaged
+    dataset = open_dataset(f"file://{folder}", label_space="winter21", stage=Stage(tmp_path / "stage"))
+    with pytest.raises(DataError, match=r"has sha256 .* expected"):
+        batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=7))

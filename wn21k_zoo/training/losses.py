@@ -63,9 +63,10 @@ class SemanticSoftmaxLoss(nn.Module):
         levels.check(logits_bn, targets_b)
         if logits_bn.device.type != "cpu":
             return self._plain(logits_bn, targets_b)
+        targets_b, all_in_range = levels.in_range(targets_b)
         loss: Tensor = _semantic_softmax(
             logits_bn,
-            levels.ancestors.index_select(0, levels.in_range(targets_b)[0]),
+            levels.ancestors.index_select(0, targets_b),
             levels.columns if levels.order == "published" else None,
             levels.positions if levels.order == "published" else None,
             [where.start for where in levels.slices],
@@ -73,7 +74,7 @@ class SemanticSoftmaxLoss(nn.Module):
             list(levels.weights),
             self.label_smoothing,
         )[0]
-        return loss
+        return loss.where(all_in_range, math.nan)  # a compiled check looks at no values
 
     def _plain(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
         """The same in plain operations on fixed shapes, for devices and compilers."""
