@@ -177,19 +177,19 @@ def test_ranks_that_wait_for_each_other_get_to_the_end(damaged, tmp_path):
     ("bad", "seen", "world_size", "max_bad", "ends"),
     [
         (10, 10, 1, 0.01, False),  # ten always may be
-        (11, 1100, 1, 0.01, False),  # of 1100
-        (12, 1100, 1, 0.01, True),
-        (6, 600, 2, 0.005, True),  # a rank has half of them, of which 2.75 may be
-        (6, 600, 1, 0.005, True),
-        (5, 600, 2, 0.005, False),
+        (11, 1100, 1, 0.01, False),  # as 40 of 4,000 may be
+        (41, 1100, 1, 0.01, True),
+        (5, 600, 1, 0.002, False),  # 8 of 4,000
+        (5, 600, 2, 0.002, True),  # 4 of the half that a rank has
+        (4, 600, 2, 0.002, False),
         (300, 599, 1, 0.5, False),
-        (501, 1000, 1, 0.5, True),  # most of what there was
-        (501, 1003, 1, 0.5, False),
+        (499, 1000, 1, 0.5, False),
+        (501, 1000, 1, 0.5, True),
     ],
 )
 def test_how_many_may_be_damaged(shards, monkeypatch, bad, seen, world_size, max_bad, ends):
     one = loader(shards, batch_size=1, world_size=world_size, max_bad=max_bad)
-    monkeypatch.setattr(type(one.dataset), "__len__", lambda _: 1100)
+    monkeypatch.setattr(type(one.dataset), "__len__", lambda _: 4000)
     raw = {"bad": [("shard", str(number), "no image") for number in range(bad)], "targets": range(seen - bad)}
     with pytest.raises(BadImagesError) if ends else contextlib.nullcontext():
         one._count(raw)

@@ -168,7 +168,7 @@ def test_the_highest_logit_may_be_of_no_leaf():
 @pytest.mark.parametrize("head", ["softmax", "sigmoid", "semantic_softmax"])
 def test_figures_are_the_same_in_either_order(head):
     generator = torch.Generator().manual_seed(1)
-    logits, targets = torch.randn(40, len(NESTED), generator=generator), torch.arange(40) % len(NESTED)
+    logits, targets = torch.randn(400, len(NESTED), generator=generator), torch.arange(400) % len(NESTED)
     figures = []
     for order in ("published", "level"):
         evaluation = Evaluation(NESTED, head, range(len(NESTED)), order)
