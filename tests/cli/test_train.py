@@ -115,10 +115,13 @@ def test_compare_leaves_out_what_was_not_evaluated(run, tmp_path):
 def test_a_broken_run_or_line_does_not_hide_the_others(run, tmp_path):
     shutil.copytree(run, tmp_path / "broken")
     (tmp_path / "broken" / "recipe.json").write_text("{")
+    shutil.copytree(run, tmp_path / "list")
+    (tmp_path / "list" / "data.json").write_text("[1]")
     shutil.copytree(run, tmp_path / "odd")
-    (tmp_path / "odd" / "metrics.jsonl").write_text('{}\n[]\n{"kind": "evaluation", "step": 3, "top1": 5}\n{"kind')
-    done = wn21k("train", "compare", tmp_path / "broken", run, tmp_path / "odd")
-    assert "is damaged" in done.stderr
+    evaluation = '{"kind": "evaluation", "step": 3, "top1": 5, "top5": null}'
+    (tmp_path / "odd" / "metrics.jsonl").write_text(f'{{}}\n[]\n{evaluation}\n{{"kind')
+    done = wn21k("train", "compare", tmp_path / "broken", tmp_path / "list", run, tmp_path / "odd")
+    assert done.stderr.count("is damaged") == 2
     good, odd = [json.loads(line) for line in done.stdout.splitlines()]
     assert (good["run"], odd["run"], odd["top1"], odd["epoch"]) == (run.name, "odd", 5, None)
     assert good["classes"] == json.loads((run / "data.json").read_text())["label_space"]

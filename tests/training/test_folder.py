@@ -95,6 +95,7 @@ def test_links_to_images_and_classes_are_followed_and_dead_ones_are_not(tmp_path
     (root / "a" / "linked.jpg").symlink_to(store / "a" / "0.jpg")
     (root / "a" / "dead.jpg").symlink_to(store / "a" / "gone.jpg")
     (root / "a" / "up").symlink_to(root)  # would never end
+    (root / "a" / "round.jpg").symlink_to(root / "a" / "round.jpg")
     assert set(names(open_folder(root, "all"))) == {"a/0.jpg", "a/linked.jpg", "b/0.jpg", "b/1.jpg", "b/2.jpg"}
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -111,6 +112,23 @@ def test_verify_names_the_damaged_image(copy):
 def test_verify_tells_what_is_missing(copy, damage, problem):
     damage(copy)
     assert any(problem in one.problem for one in verify_shards(copy))
+
+
+@pytest.mark.parametrize("column", ["synset", "split", "shard", "key", "sha256"])
+def test_verify_names_a_manifest_that_is_damaged_anywhere(copy, column):
+    with pq.ParquetFile(copy / MANIFEST_FILE) as file:
+        group = file.metadata.row_group(0)
+        chunk = next(
+            group.column(number) for number in range(group.num_columns) if group.column(number).path_in_schema == column
+        )
+        start, size = chunk.dictionary_page_offset or chunk.data_page_offset, chunk.total_compressed_size
+    with (copy / MANIFEST_FILE).open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xff" * size)
+    with next(copy.glob("train-*.tar")).open("r+b") as file:
+        file.write(b"damage")
+    (damage,) = verify_shards(copy)
+    assert (damage.file, damage.problem.partition(":")[0]) == (MANIFEST_FILE, "cannot be read")
 
 
 def test_verify_sees_labels_that_are_out_of_range_or_wrong(copy):

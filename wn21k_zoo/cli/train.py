@@ -173,9 +173,9 @@ def _last_evaluation(run: Path) -> dict[str, Any]:
     return {
         "loss": recipe.loss.kind,
         "epoch": last.get("epoch"),
-        "classes": data["label_space"] or "own",
+        "classes": data.get("label_space") or "own",
         "images": last.get("images"),
-        **{name: round(last[name], 2) if name in last else None for name in _COMPARED},
+        **{name: round(last[name], 2) if isinstance(last.get(name), (int, float)) else None for name in _COMPARED},
     }
 
 

@@ -347,8 +347,6 @@ def _indexes(
         return folder / f"{_short(identity)}.npy"
 
     def make(name: str, path: Path) -> None:
-        if path.is_file():  # by another process
-            return
         with _errors_of(storage, name):
             index = build(name)
         try:
@@ -360,19 +358,23 @@ def _indexes(
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # waiting for the storage, not computing
         paths = list(pool.map(place, names))  # an error cancels what has not begun
+    if all(path.is_file() for path in paths):
+        return paths
+    lock, advice = folder / f"{_short(storage.url)}.lock", "set WN21K_DATA_CACHE to another disk."
+
+    def waiting() -> None:
+        _LOG.warning("waiting for the process that looks through %s", storage.url)
+
+    with (
+        exclusive(lock, DataError, advice, seconds=5, waiting=waiting),
+        concurrent.futures.ThreadPoolExecutor(8) as pool,
+    ):
         missing = [(name, path) for name, path in zip(names, paths, strict=True) if not path.is_file()]
-        if missing:
-            lock, advice = folder / f"{_short(storage.url)}.lock", "set WN21K_DATA_CACHE to another disk."
-            with exclusive(
-                lock,
-                DataError,
-                advice,
-                seconds=5,
-                waiting=lambda: _LOG.warning("waiting for the process that looks through %s", storage.url),
-            ):
-                for done, _ in enumerate(pool.map(make, *zip(*missing, strict=True))):
-                    if done % max(100, len(missing) // 10) == 0:
-                        _LOG.warning("looking through %d files of %s, once: %d done", len(missing), storage.url, done)
+        if missing:  # or another process made them meanwhile
+            _LOG.warning("looking through %d files of %s, once", len(missing), storage.url)
+            for done, _ in enumerate(pool.map(make, *zip(*missing, strict=True)), start=1):
+                if done % max(100, len(missing) // 10) == 0:
+                    _LOG.warning("%d of %d files are done", done, len(missing))
     return paths
 
 

@@ -35,22 +35,21 @@ def decode(data: bytes | memoryview) -> NDArray[np.uint8]:
         UndecodableError: Truncated, damaged, too large or no image.
     """
     is_jpeg = bytes(data[:3]) == _JPEG
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of frames that are left out, say
-        if is_jpeg and _is_upright(data):
-            with contextlib.suppress(ValueError):  # CMYK, say
-                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
-                return pixels
-        if is_jpeg and _END_OF_IMAGE not in bytes(data[-4096:]):
-            raise UndecodableError("truncated")
-        try:
+    if is_jpeg and _is_upright(data):
+        with contextlib.suppress(ValueError):  # CMYK, say
+            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+            return pixels
+    if is_jpeg and _END_OF_IMAGE not in bytes(data[-4096:]):
+        raise UndecodableError("truncated")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of frames that are left out, say
             return np.array(load_image(bytes(data)))
-        except (ImageError, MissingExtraError) as error:
-            if is_jpeg and isinstance(error, ImageDecodeError):
-                found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-                if found is not None:
-                    return np.asarray(cv2.cvtColor(found, cv2.COLOR_BGR2RGB), np.uint8)
-            raise UndecodableError(str(error).removeprefix("The image ").rstrip(".")) from None
+    except (ImageError, MissingExtraError) as error:
+        if is_jpeg and isinstance(error, ImageDecodeError):
+            found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            if found is not None:
+                return np.asarray(cv2.cvtColor(found, cv2.COLOR_BGR2RGB), np.uint8)
+        raise UndecodableError(str(error).removeprefix("The image ").rstrip(".")) from None
 
 
 def _is_upright(data: bytes | memoryview) -> bool:
@@ -58,7 +57,7 @@ def _is_upright(data: bytes | memoryview) -> bool:
     if _METADATA not in bytes(data[:65536]):
         return True
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
     except Exception:  # Pillow raises whatever damaged metadata makes it stumble over
         return False

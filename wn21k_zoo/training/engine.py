@@ -207,8 +207,9 @@ class _Run:
         """What users can do something about as an error of ours; anything else as it is."""
         if isinstance(problem, RuntimeError) and "DataLoader worker" in str(problem):
             return DataError(
-                f"A process that loads images is gone: {first_line(problem)} If the machine was out of memory, take "
-                "fewer --workers; the same command then goes on."
+                f"A process that loads images is gone: {first_line(problem).rstrip('.')}. If the machine was out of "
+                'memory, take fewer --workers; a script of your own must be under `if __name__ == "__main__":`. What '
+                "was run then goes on."
             )
         if is_out_of_memory(problem):
             return RunError(

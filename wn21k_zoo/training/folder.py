@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, LabelSpaceError, UnknownSynsetError, did_you_mean
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.sources import files_below
 from wn21k_zoo.training.storage import expanded
 
 __all__ = ["FolderDataset", "is_class_folder", "is_divided", "open_folder", "open_folders"]
@@ -38,19 +39,23 @@ class _Group:
 
 
 @dataclass(frozen=True, eq=False)
-class _Listing:
-    """Images below some folders, class by class.
-
-    Names lie in two arrays: forked processes share these, and would each come to have a copy of millions of objects.
-    """
+class _Names:
+    """Many names in two arrays: forked processes share these, and would each come to have a copy of so many objects."""
 
     text: NDArray[np.uint8]
     ends: NDArray[np.int64]
+
+    def __getitem__(self, number: int) -> str:
+        return os.fsdecode(self.text[self.ends[number] : self.ends[number + 1]].tobytes())
+
+
+@dataclass(frozen=True, eq=False)
+class _Listing:
+    """Images below some folders, class by class."""
+
+    names: _Names
     targets: NDArray[np.int32]
     hashes: NDArray[np.uint64]
-
-    def name(self, number: int) -> str:
-        return os.fsdecode(self.text[self.ends[number] : self.ends[number + 1]].tobytes())
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -69,7 +74,7 @@ class FolderDataset:
     split: str
     class_names: tuple[str, ...]
     targets: NDArray[np.int32]
-    _listing: _Listing
+    _names: _Names
     _numbers: NDArray[np.int64]
     left_out: int = 0
 
@@ -83,7 +88,7 @@ class FolderDataset:
 
     def name(self, sample: int) -> str:
         """The path of an image below the root, with slashes."""
-        return self._listing.name(self._numbers[sample])
+        return self._names[self._numbers[sample]]
 
     @functools.cached_property
     def label_space(self) -> LabelSpace | None:
@@ -123,13 +128,13 @@ class FolderDataset:
             class_names=class_names,
             targets=targets[there],
             _numbers=self._numbers[there],
-            left_out=len(there) - int(there.sum()),
+            left_out=self.left_out + len(there) - int(there.sum()),
         )
 
     @functools.cached_property
     def digest(self) -> str:
         """Of the files' names below the folder; not of what is in them, nor of where it lies."""
-        arrays = (self._listing.text, self._listing.ends, self._numbers)
+        arrays = (self._names.text, self._names.ends, self._numbers)
         return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
     @functools.cached_property
@@ -233,9 +238,9 @@ def _listing(root: Path, folders: Sequence[Sequence[str]]) -> _Listing:
         texts.append(b"".join(names))
         lengths.append(np.fromiter(map(len, names), np.int64, len(names)))
         hashes.append(np.frombuffer(b"".join(map(_hash, names)), ">u8"))
+    ends = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
     return _Listing(
-        text=np.frombuffer(b"".join(texts), np.uint8),
-        ends=np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64),
+        names=_Names(np.frombuffer(b"".join(texts), np.uint8), ends),
         targets=np.repeat(np.arange(len(folders), dtype=np.int32), [len(each) for each in lengths]),
         hashes=np.concatenate(hashes).astype(np.uint64),
     )
@@ -259,13 +264,13 @@ def _dataset(
     # A class of few images may have none for validation.
     if len(empty) and (split != "validation" or not len(numbers)):
         raise DataError(f"{root}, {split}: the class {classes[empty[0]]} has no images ({', '.join(SUFFIXES)}).")
-    numbers = numbers[np.argsort(listing.hashes[numbers], kind="stable")]  # groups are mixed, as shards are
+    numbers = numbers[np.argsort(listing.hashes[numbers], kind="stable")].astype(np.int64)  # groups are mixed
     return FolderDataset(
         root=root,
         split=split,
         class_names=tuple(classes),
         targets=listing.targets[numbers],
-        _listing=listing,
+        _names=listing.names,
         _numbers=numbers,
     )
 
@@ -284,20 +289,12 @@ def _classes(folder: Path, at_least: int = 2) -> list[str]:
 
 
 def _images(root: Path, below: str) -> list[str]:
-    return sorted(_walk(os.fspath(root / below), f"{below}/"))
-
-
-def _walk(folder: str, name: str) -> Iterator[str]:
-    """What a listing says, without a question for each file: on a network a million of those take long."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            # Such as the ._photo.jpg beside each photo.jpg that macOS copies to other file systems.
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(entry.path, f"{name}{entry.name}/")
-            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-                yield name + entry.name
+    """Without hidden ones, such as the ._photo.jpg beside each photo.jpg that macOS copies to other file systems."""
+    return sorted(
+        f"{below}/{name}"
+        for name, _ in files_below(root / below)
+        if name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
+    )
 
 
 def _hash(name: bytes) -> bytes:

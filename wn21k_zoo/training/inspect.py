@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import tarfile
@@ -147,6 +148,9 @@ def _images(folder: Path, shards: tuple[Shard, ...], target: int | None) -> Iter
             raise DataError(f"{shard.name} cannot be read ({error}); run `wn21k data verify`.") from None
 
 
+_NAMES = ["sha256", "key"]
+
+
 @dataclass(frozen=True)
 class Damage:
     """What is wrong with a file of a prepared folder; ``key``: the image, where one can be named."""
@@ -197,6 +201,7 @@ def verify_shards(folder: Path, progress: Callable[[int, int], None] = lambda do
 class _Manifest:
     """The rows of used images: the target of each and its split, and which rows are of a shard."""
 
+    path: Path
     targets: NDArray[np.int32]
     splits: NDArray[np.object_]
     of_shard: dict[str, NDArray[np.int64]]
@@ -210,11 +215,20 @@ class _Manifest:
         numbers = shards.indices.to_numpy()
         order = np.argsort(numbers, kind="stable")
         ends = np.cumsum(np.bincount(numbers, minlength=len(shards.dictionary)))
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):  # whether they can be read; they take much memory
+                file.read_row_group(group, columns=_NAMES)
         return cls(
+            path=path,
             targets=targets[synsets.indices.to_numpy()],
             splits=np.array(splits.dictionary.to_pylist(), object)[splits.indices.to_numpy()],
-            of_shard=dict(zip(shards.dictionary.to_pylist(), np.split(order, ends[:-1]), strict=True)),
+            of_shard=dict(zip(shards.dictionary.to_pylist(), np.split(order, ends)[:-1], strict=True)),
         )
+
+    @functools.cached_property
+    def names(self) -> Any:
+        """Hash and key of each row, a table."""
+        return pq.read_table(self.path, columns=_NAMES, filters=pc.field("shard").is_valid())
 
 
 def _compare_counts(info: DatasetInfo, manifest: _Manifest, found: list[Damage]) -> None:
@@ -255,8 +269,8 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
         return
     if digest != shard.sha256:
         yield Damage(shard.name, None, f"has sha256 {digest}, expected {shard.sha256}")
-    columns = pq.read_table(folder / MANIFEST_FILE, columns=["sha256", "key"], filters=pc.field("shard") == shard.name)
-    hashes = dict(zip(columns["sha256"].to_pylist(), columns["key"].to_pylist(), strict=True))
+    names = manifest.names.take(rows)
+    hashes = dict(zip(names["sha256"].to_pylist(), names["key"].to_pylist(), strict=True))
     with path.open("rb") as file:
         for entry in index:
             file.seek(int(entry["offset"]))

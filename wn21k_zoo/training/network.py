@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from wn21k_zoo import building, convert, download, registry
+from wn21k_zoo.checkpoints import Checkpoint
 from wn21k_zoo.errors import (
     NonFiniteError,
     RecipeError,
@@ -51,10 +52,12 @@ __all__ = [
     "heads_of",
     "is_place",
     "memory_format",
+    "not_of_synsets",
     "refuse_run",
     "reorder_head",
     "resolved",
     "synchronised",
+    "teacher_record",
     "try_size",
 ]
 
@@ -127,6 +130,27 @@ def is_place(name: str) -> bool:
     """Whether a name of weights is that of a file, a folder or a Hub repository, not of a record or timm model."""
     is_path = name.startswith((building.HUB_PREFIX, building.FOLDER_PREFIX)) or building.looks_like_path(name)
     return is_path or name.endswith(".pt") or (Path(name).is_dir() and not registry.is_known(name))
+
+
+def teacher_record(name: str) -> Checkpoint:
+    """The record, or timm model, of a loss.teacher that is no place.
+
+    Raises:
+        UnknownModelError: There is none.
+        RecipeError: Its classes are not known.
+    """
+    try:
+        return registry.resolve_checkpoint(name)
+    except UnresolvedLabelSpaceError:
+        raise not_of_synsets(name) from None
+
+
+def not_of_synsets(teacher: str) -> RecipeError:
+    """What is said of a teacher whose classes nobody can map to others."""
+    return RecipeError(
+        f"The classes of loss.teacher {teacher} are not known to be synsets, which those of a teacher must be; name "
+        "another one."
+    )
 
 
 def memory_format(device: torch.device, channels_last: bool = True) -> torch.memory_format:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from wn21k_zoo import building, convert, registry
+from wn21k_zoo import building, convert
 from wn21k_zoo.errors import ModelError, RecipeError, RunError, UnknownModelError, first_line
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LabelSpace
-from wn21k_zoo.training.network import checkpoint_gradients, is_place, resolved
+from wn21k_zoo.training.network import checkpoint_gradients, is_place, resolved, teacher_record
 from wn21k_zoo.training.presets import ARCHITECTURES
 from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
 from wn21k_zoo.training.recipe_files import recipes_in
@@ -114,7 +114,7 @@ def plan(
     if recipe.loss.teacher is not None:
         teacher = _architecture_of(recipe.loss.teacher)
         if teacher is None:
-            assumed += "; memory without the teacher, which is not there"
+            assumed += "; memory without the teacher, whose network is not known here"
         else:
             memory += (4 + 2 * halved) * _size(teacher, num_classes, recipe.data.size)[0]
     memory += micro * (kept / (1 + halved) + 6 * 4 * num_classes)
@@ -164,11 +164,11 @@ def _architecture_of(name: str) -> str | None:
     """Of a record, a folder or a run's checkpoint; None where that is not there, or on the Hub.
 
     Raises:
-        UnknownModelError: There is no such record.
+        UnknownModelError, RecipeError: There is no such record, or it can be no teacher.
     """
     name = name.removeprefix(RANDOM)
     if not is_place(name):
-        return registry.resolve_checkpoint(name).architecture
+        return teacher_record(name).architecture
     try:
         if name.endswith(".pt"):
             return RunFolder(Path(name).parent.parent).recipe().model.architecture

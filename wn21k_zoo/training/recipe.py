@@ -17,6 +17,7 @@ do not go together are errors before anything starts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import Any, Literal
@@ -33,7 +34,7 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"Training ({error.name} is missing)", "train") from error
 
-__all__ = ["NAME", "OURS", "RANDOM", "Recipe", "Section", "check_architecture", "needs_image_size"]
+__all__ = ["NAME", "OURS", "RANDOM", "Recipe", "Section", "check_architecture", "sized"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a recipe, and of the record that comes of it
 # Of timm.create_model: what the recipe's other fields, the data and verified fetching decide.
@@ -342,10 +343,8 @@ class Recipe(Section):
         small.schedule.epochs, small.schedule.max_steps = 1, 2
         small.run.precision, small.run.evaluate_batches, small.run.log_every = "fp32", 1, 1
         small.model.compile = small.model.sync_batchnorm = False
-        for arguments in (self.model.arguments, {**self.model.arguments, "img_size": 32}):
-            if _takes(self.model.architecture, arguments, 32):
-                small.data.size, small.model.arguments = 32, arguments
-                break
+        if (arguments := sized(self.model.architecture, self.model.arguments, 32)) is not None:
+            small.data.size, small.model.arguments = 32, arguments
         small.model.start = small.model.start and f"{RANDOM}{small.model.start}"
         small.loss.teacher = small.loss.teacher and f"{RANDOM}{small.loss.teacher}"
         return small
@@ -383,23 +382,21 @@ def check_architecture(name: str) -> None:
         raise RecipeError(f"There is no architecture {name!r}.{near}")
 
 
-def _takes(architecture: str, arguments: dict[str, Any], size: int) -> bool:
-    """Whether a network can be built so and takes images of a size; nothing is computed or allocated."""
+def sized(architecture: str, arguments: dict[str, Any], size: int) -> dict[str, Any] | None:
+    """Arguments with which a network takes images of a size, None if there are none; nothing is computed or allocated.
+
+    Transformers and mixers are built for one size, which can be chosen then.
+    """
     import torch
 
     from wn21k_zoo import convert
 
-    try:
-        with torch.device("meta"), torch.no_grad():
-            convert.build(architecture, num_classes=2, **arguments).eval()(torch.empty(1, 3, size, size))
-    except Exception:  # timm has many ways to refuse
-        return False
-    return True
-
-
-def needs_image_size(architecture: str) -> bool:
-    """Whether the network is built for one size of images, which can be chosen then (transformers, mixers)."""
-    return architecture.startswith(("vit_", "mixer_", "deit", "beit", "eva", "swin"))
+    for chosen in (arguments, {**arguments, "img_size": size}):
+        with contextlib.suppress(Exception):  # timm has many ways to refuse
+            with torch.device("meta"), torch.no_grad():
+                convert.build(architecture, num_classes=2, **chosen).eval()(torch.empty(1, 3, size, size))
+            return chosen
+    return None
 
 
 def _as_recipe_error(section: type[Section], error: pydantic.ValidationError) -> RecipeError:

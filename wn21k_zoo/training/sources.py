@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from wn21k_zoo.errors import DataSourceError
 
-__all__ = ["ClassSource", "Member", "Source", "member_reader", "open_source", "read_members"]
+__all__ = ["ClassSource", "Member", "Source", "files_below", "member_reader", "open_source", "read_members"]
 
 _WNID = re.compile(r"n\d{8}")
 _IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
@@ -246,7 +246,7 @@ def _folder_classes(folder: Path, split: str | None) -> Iterator[ClassSource]:
             continue
         path = Path(entry.path)
         if entry.is_dir() and stem == entry.name:
-            size = _bytes_below(entry.path)
+            size = sum(file.stat().st_size for _, file in files_below(entry.path))
         elif entry.is_file() and stem != entry.name:
             size = entry.stat().st_size
         else:
@@ -254,16 +254,19 @@ def _folder_classes(folder: Path, split: str | None) -> Iterator[ClassSource]:
         yield ClassSource(wnid=stem, path=path, num_bytes=size, position=0, split=split)
 
 
-def _bytes_below(folder: str) -> int:
-    """One question per file: there may be 14 million."""
-    total = 0
-    with os.scandir(folder) as entries:
+def files_below(folder: str | os.PathLike[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """The files below a folder, with their paths from there; without a question for each: there may be millions.
+
+    Links to files are followed, links to folders and what nobody may read are passed over.
+    """
+    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                total += _bytes_below(entry.path)
-            elif entry.is_file():
-                total += entry.stat().st_size
-    return total
+                yield from ((f"{entry.name}/{name}", file) for name, file in files_below(entry.path))
+                continue
+            with contextlib.suppress(OSError):  # a link that goes round in circles
+                if entry.is_file():
+                    yield entry.name, entry
 
 
 def _refuse_twice(classes: list[ClassSource]) -> None:

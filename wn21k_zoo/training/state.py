@@ -144,10 +144,10 @@ class RunFolder:
             RunError: There is no run.
         """
         try:
-            content: dict[str, Any] = json.loads((self.path / "data.json").read_text(encoding="utf-8"))
+            content = dict[str, Any](json.loads((self.path / "data.json").read_text(encoding="utf-8")))
         except OSError:
             raise RunError(f"{self.path} holds no run (no data.json).") from None
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise RunError(f"{self.path / 'data.json'} is damaged ({first_line(error)}).") from None
         return content
 

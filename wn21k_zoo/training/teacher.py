@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wn21k_zoo import convert, registry
+from wn21k_zoo import convert
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import RecipeError, UnresolvedLabelSpaceError
 from wn21k_zoo.hierarchy import Decoder, Hierarchy
@@ -20,8 +20,8 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model
 from wn21k_zoo.training.export import load_checkpoint
 from wn21k_zoo.training.levels import Levels
-from wn21k_zoo.training.network import Normalized, is_place, refuse_run, reorder_head
-from wn21k_zoo.training.recipe import RANDOM, Recipe, needs_image_size
+from wn21k_zoo.training.network import Normalized, is_place, not_of_synsets, refuse_run, reorder_head, teacher_record
+from wn21k_zoo.training.recipe import RANDOM, Recipe, sized
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["Translated", "build_teacher", "digest_of"]
@@ -122,7 +122,7 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
     elif name.endswith(".pt"):
         trained = load_checkpoint(name)
         if trained.space is None:
-            raise RecipeError(f"The classes of {name} are no synsets, which those of a loss.teacher must be.")
+            raise not_of_synsets(name)
         module, theirs, their_head = trained.module, trained.space, trained.recipe.loss.head
         mean, std = trained.recipe.model.mean, trained.recipe.model.std
     else:
@@ -130,10 +130,7 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
         try:
             loaded = load_model(name)
         except UnresolvedLabelSpaceError:
-            raise RecipeError(
-                f"The classes of loss.teacher {name} are not known to be synsets, which those of a teacher must be; "
-                "name another one."
-            ) from None
+            raise not_of_synsets(name) from None
         module, theirs, their_head = loaded.module, loaded.label_space, loaded.head
         config = loaded.data_config or {}
         mean, std = config.get("mean", (0.0, 0.0, 0.0)), config.get("std", (1.0, 1.0, 1.0))
@@ -167,7 +164,7 @@ def _random_teacher(recipe: Recipe, name: str, num_classes: int) -> tuple[nn.Mod
     if is_place(name):
         architecture, normalisation = recipe.model.architecture, (recipe.model.mean, recipe.model.std)
     else:
-        record = registry.resolve_checkpoint(name)
+        record = teacher_record(name)
         architecture, normalisation = record.architecture, (record.mean, record.std)
-    size = {"img_size": recipe.data.size} if needs_image_size(architecture) else {}
-    return convert.build(architecture, num_classes=num_classes, **size), normalisation
+    arguments = sized(architecture, {}, recipe.data.size) or {}
+    return convert.build(architecture, num_classes=num_classes, **arguments), normalisation
