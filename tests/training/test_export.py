@@ -182,6 +182,10 @@ def test_classes_of_ones_own(tmp_path):
     other = make_folder(tmp_path / "other", names=("cats", "mice"))
     with pytest.raises(DataError, match="has a folder mice, which is no class of small"):
         evaluate(tmp_path / "run", other, workers=0)
+    (tmp_path / "empty").mkdir()
+    for place, message in ((tmp_path / "nothing", "does not exist"), (tmp_path / "empty", "give a folder of class")):
+        with pytest.raises(DataError, match=message):
+            evaluate(tmp_path / "run", place, workers=0)
 
 
 def test_some_of_the_classes_of_ones_own_can_be_evaluated(tmp_path):

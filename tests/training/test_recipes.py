@@ -459,6 +459,7 @@ def test_a_plan_counts_what_a_run_does():
     with pytest.raises(RecipeError, match=r"fewer than data\.batch_size"):
         plan(recipe, images=10)
     assert plan(small_recipe(), images=1000).hours is None
+    assert plan(small_recipe(), images=800, gpus=1, images_per_second=10).hours == 0.044  # 1,600 images
     small = override(small_recipe("test_vit"), ['model.arguments={"img_size": 32}'])
     assert plan(small, images=1000).steps > 0
     with pytest.raises(RecipeError, match="does not take images of 32 pixels"):

@@ -36,7 +36,7 @@ from wn21k_zoo.training.export import load_run
 from wn21k_zoo.training.folder import is_divided
 from wn21k_zoo.training.network import Normalized, memory_format
 from wn21k_zoo.training.splits import evaluation_resize
-from wn21k_zoo.training.storage import expanded
+from wn21k_zoo.training.storage import expanded, open_storage
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["evaluate"]
@@ -207,6 +207,7 @@ def _own_resize(config: dict[str, Any]) -> _OwnResize:
 def _dataset(data: str | os.PathLike[str], split: str, subject: _Subject) -> ShardedDataset | FolderDataset:
     if not is_class_folder(data):
         if subject.space is None:
+            open_storage(data)  # or there is nothing
             raise DataError(f"{subject.name} speaks classes of its own; give a folder of class folders with them.")
         return open_dataset(data, split, label_space=subject.space)
     folder = open_folder(data, split)

@@ -128,10 +128,14 @@ def plan(
         classes=num_classes,
         parameters=parameters,
         memory_gb=round(memory / 1e9, 1),
-        hours=round(seen / speed / gpus / 3600, 1) if speed else None,
+        hours=_rounded(seen / speed / gpus / 3600) if speed else None,
         images_per_second=round(speed, 1) if speed else None,
         assumed=assumed,
     )
+
+
+def _rounded(hours: float) -> float:
+    return round(hours, 1 if hours >= 1 else 3)
 
 
 def cost_table(path: Path, gpus: int = 8) -> list[str]:
