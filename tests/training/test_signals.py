@@ -19,7 +19,15 @@ from .checks import ALONE
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 
 
-def test_signals_are_wishes_within_and_what_they_were_before_after():
+@pytest.fixture
+def deaf():
+    """To Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_are_wishes_within_and_what_they_were_before_after(deaf):
     signals = Signals(patience=300)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with signals.listening(), signals.patient(lambda until: None):
