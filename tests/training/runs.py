@@ -16,7 +16,7 @@ from wn21k_zoo.errors import NonFiniteError, first_line
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import Preempted, train
 from wn21k_zoo.training.evaluation import Evaluation
-from wn21k_zoo.training.network import Criterion
+from wn21k_zoo.training.optimization import Criterion
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.tree import SemanticTree

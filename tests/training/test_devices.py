@@ -12,7 +12,7 @@ from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.evaluation import Evaluation
 from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
-from wn21k_zoo.training.network import average_of
+from wn21k_zoo.training.optimization import average_of
 from wn21k_zoo.training.splits import open_splits
 from wn21k_zoo.training.teacher import Translated
 from wn21k_zoo.tree import SemanticTree

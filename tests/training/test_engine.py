@@ -17,7 +17,8 @@ from wn21k_zoo.training.engine import Preempted
 from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.folder import open_folder
 from wn21k_zoo.training.learner import Learner
-from wn21k_zoo.training.network import Criterion, Normalized, build_network
+from wn21k_zoo.training.network import Normalized, build_network
+from wn21k_zoo.training.optimization import Criterion
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
 
 from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, needs_compiler, run, run_told

@@ -18,17 +18,8 @@ from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import explain
-from wn21k_zoo.training.network import (
-    Criterion,
-    Normalized,
-    average_of,
-    build_network,
-    build_optimizer,
-    build_schedule,
-    memory_format,
-    synchronised,
-    try_size,
-)
+from wn21k_zoo.training.network import Normalized, build_network, memory_format, synchronised, try_size
+from wn21k_zoo.training.optimization import Criterion, average_of, build_optimizer, build_schedule
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits
 from wn21k_zoo.training.teacher import build_teacher, digest_of

@@ -1,4 +1,4 @@
-"""From a recipe to what is trained: network, loss, optimizer, schedule.
+"""From a recipe to the network that is trained.
 
 Heads over a tree are kept in level order while they are trained (:class:`wn21k_zoo.training.levels.Levels`), for the
 sake of the loss's speed; :func:`reorder_head` goes there and back.
@@ -9,22 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from wn21k_zoo import building, convert, download, registry
 from wn21k_zoo.checkpoints import Checkpoint
 from wn21k_zoo.errors import (
-    NonFiniteError,
     RecipeError,
     UnresolvedLabelSpaceError,
     Wn21kError,
@@ -33,20 +28,11 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.levels import Levels
-from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
 from wn21k_zoo.training.recipe import OURS, RANDOM, Recipe, check_architecture
-from wn21k_zoo.tree import SemanticTree
-
-if TYPE_CHECKING:
-    from timm.utils import ModelEmaV3
 
 __all__ = [
-    "Criterion",
     "Normalized",
-    "average_of",
     "build_network",
-    "build_optimizer",
-    "build_schedule",
     "check_head",
     "checkpoint_gradients",
     "heads_of",
@@ -281,17 +267,6 @@ def synchronised(module: nn.Module) -> nn.Module:
     return cast(nn.Module, convert_sync_batchnorm(module))
 
 
-def average_of(module: nn.Module, decay: float) -> ModelEmaV3:
-    """Its moving average, batch statistics included: those of the live weights do not fit averaged ones.
-
-    What is no floating-point number is copied. torch's own averages that, too, and rounds down: indices into tables of
-    position biases then are wrong. And it makes the host wait for a GPU at each update.
-    """
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(module, decay)
-
-
 @torch.no_grad()
 def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_classes: int) -> None:
     """See that a network takes images of a size and gives a logit for each class.
@@ -361,102 +336,3 @@ def refuse_run(field: str, name: str) -> None:
         raise RecipeError(
             f"{field} {name} is the folder of a run; `wn21k train export {name} DIR` makes a model of it, name that."
         )
-
-
-class Criterion(nn.Module):
-    """The loss of a recipe.
-
-    Args:
-        recipe: Its kind, smoothing and distillation.
-        tree: The classes and their hierarchy, None without one.
-    """
-
-    def __init__(self, recipe: Recipe, tree: SemanticTree | None) -> None:
-        super().__init__()
-        smoothing = recipe.loss.label_smoothing
-        self.weight = recipe.loss.distillation_weight
-        self.smoothing = smoothing
-        self.loss: nn.Module | None = None
-        if tree is not None:
-            self.loss = {  # type: ignore[no-untyped-call]
-                "semantic_softmax": lambda: SemanticSoftmaxLoss(tree, smoothing, "level"),
-                "single_label": lambda: SingleLabelLoss(tree, smoothing, "level"),
-                "multi_label": lambda: MultiLabelLoss(tree, order="level"),
-            }[recipe.loss.kind]()
-        self.distillation: nn.Module | None = None
-        if tree is not None and self.weight:
-            self.distillation = SemanticDistillationLoss(tree, "level", recipe.loss.kind == "semantic_softmax")
-
-    def forward(self, logits: Tensor, targets: Tensor, teacher: Tensor | None = None) -> Tensor:
-        """Mean over a batch; logits and the teacher's in level order where there is a tree, [batch, classes].
-
-        What is not finite is NaN here and no error, so that all ranks get to where they agree to stop.
-        """
-        try:
-            if self.loss is None:
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.smoothing)
-            else:
-                loss = self.loss(logits, targets)
-            if self.distillation is not None and teacher is not None:
-                loss = loss + self.weight / len(targets) * self.distillation(logits, teacher)
-        except NonFiniteError:
-            return logits.float().sum() * math.nan
-        return loss
-
-
-def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
-    """The optimizer of a recipe; biases and one-dimensional parameters have no weight decay, as published."""
-    settings = recipe.optimizer
-    of_head = {id(parameter) for head in heads_of(module) for parameter in head.parameters()}
-    if settings.head_lr_factor != 1 and not of_head:
-        raise RecipeError("The network has no classifier that optimizer.head_lr_factor could be for; set it to 1.")
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            groups.setdefault((parameter.ndim >= 2, id(parameter) in of_head), []).append(parameter)
-    parameters = [
-        {
-            "params": members,
-            "weight_decay": settings.weight_decay if decays else 0.0,
-            "lr": settings.lr * (settings.head_lr_factor if in_head else 1.0),
-        }
-        for (decays, in_head), members in sorted(groups.items(), key=lambda item: item[0])
-    ]
-    if settings.name == "sgd":
-        return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
-    if settings.name == "lamb":
-        from timm.optim.lamb import Lamb
-
-        # Its own clipping would come on top of clip_norm.
-        return cast(Optimizer, Lamb(parameters, lr=settings.lr, betas=settings.betas, max_grad_norm=None))
-    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=settings.lr, betas=settings.betas)
-
-
-def build_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRScheduler:
-    """The schedule of a recipe over so many steps."""
-    settings = recipe.schedule
-    warmup = round(settings.warmup * steps)
-    if settings.name == "one_cycle" and steps > 1:
-        return OneCycleLR(
-            optimizer,
-            max_lr=[group["lr"] for group in optimizer.param_groups],
-            total_steps=steps,
-            # With no step to rise in it would divide by zero.
-            pct_start=max(settings.warmup, 1.001 / steps),
-            div_factor=settings.start_divisor,
-            final_div_factor=settings.end_divisor,
-            cycle_momentum=False,
-        )
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            first = 1 / settings.start_divisor
-            return first + (1 - first) * step / warmup
-        if settings.name == "constant":
-            return 1.0
-        last = 1 / settings.end_divisor
-        fallen = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return last + (1 - last) * (1 + math.cos(math.pi * fallen)) / 2
-
-    return LambdaLR(optimizer, factor)
