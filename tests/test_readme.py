@@ -42,12 +42,3 @@ def test_label_space_table():
     aliases = {full: f" (`{alias}`)" for alias, full in LABEL_SPACE_ALIASES.items()}
     for name in LABEL_SPACES:
         assert f"| `{name}`{aliases.get(name, '')} | {len(LabelSpace.load(name)):,} |" in text
-
-
-def test_map_of_the_code_is_complete():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for folder, indent in ((ROOT / "wn21k_zoo", "  "), (ROOT / "wn21k_zoo" / "training", "    ")):
-        for path in folder.glob("*.py"):
-            if not path.stem.startswith("__") or folder.name != "training":
-                found = re.search(rf"^{indent}{re.escape(path.name)}\s", text, re.MULTILINE)
-                assert found or path.stem == "__main__", path

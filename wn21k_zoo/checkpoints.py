@@ -22,6 +22,7 @@ __all__ = [
     "CHECKPOINTS",
     "DEFAULT_CHECKPOINT",
     "EMBEDDED_CHECKPOINT",
+    "PAPER",
     "Checkpoint",
     "HubSource",
     "Metric",
@@ -212,7 +213,7 @@ EMBEDDED_CHECKPOINT = "efficientnet_lite0.embedded_in1k"
 
 LOCK_FILE = "checkpoints.lock.json"
 
-_PAPER = "https://arxiv.org/abs/2104.10972"
+PAPER = "https://arxiv.org/abs/2104.10972"
 _AUTHORS = "https://github.com/Alibaba-MIIL/ImageNet21K"
 _BUCKET = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ImageNet_21K_P/models"
 _RELEASE = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-tresnet"
@@ -246,7 +247,7 @@ def _semantic_top1(value: float) -> Metric:
         value=value,
         dataset="ImageNet-21K-P fall11, validation",
         protocol="micro-average over all valid (image, level) pairs; trained with distillation",
-        measured_by=_PAPER,
+        measured_by=PAPER,
     )
 
 
@@ -262,7 +263,7 @@ def _record(name: str, architecture: str, *sources: Source, metrics: tuple[Metri
         "resize": "squash",
         "crop_pct": 1.0,
         "license": "apache-2.0",
-        "paper": _PAPER,
+        "paper": PAPER,
         "origin": _AUTHORS,
         **changes,
     }
@@ -276,7 +277,7 @@ def _fine_tuned(name: str, architecture: str, *sources: Source, top1: float) -> 
         value=top1,
         dataset="ImageNet-1K, validation",
         protocol="after fine-tuning from ImageNet-21K-P at 224 px",
-        measured_by=_PAPER,
+        measured_by=PAPER,
     )
     return _record(
         name,

@@ -94,14 +94,12 @@ def fetch(
     checkpoint: Checkpoint,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
-    progress: bool | None = None,
 ) -> Fetched:
     """The verified weight file of a checkpoint, from this machine or else from the first source that has it.
 
     Args:
         checkpoint: A record.
         cache_dir: Folder of the cache, by default ``WN21K_CACHE`` or the user's cache folder.
-        progress: Draw a progress bar on stderr; by default when that is a terminal.
 
     Raises:
         ChecksumError: The bytes are not the published ones, also after one new download; none of them was kept.
@@ -125,7 +123,7 @@ def fetch(
     for source in remote:
         for filename in _filenames(source):
             try:
-                return _fetch_one(source, filename, root, patience, progress, checkpoint.name, mirror=_mirror())
+                return _fetch_one(source, filename, root, patience, checkpoint.name, mirror=_mirror())
             except RemoteNotFoundError as error:
                 errors.append(error)
             except DownloadError as error:
@@ -135,14 +133,14 @@ def fetch(
     raise type(errors[0])(f"{checkpoint.name}: {errors[0]}" + (f" (Nor from {others}.)" if others else ""))
 
 
-def fetch_source(source: URLSource, *, cache_dir: str | os.PathLike[str], progress: bool | None = None) -> Fetched:
+def fetch_source(source: URLSource, *, cache_dir: str | os.PathLike[str]) -> Fetched:
     """A file of one plain server, and from nowhere else: no mirror is asked.
 
     Raises:
         ChecksumError, DownloadError, CacheError: As :func:`fetch`.
     """
     root = cache.cache_dir(cache_dir)
-    return _fetch_one(source, source.filename, root, Patience(), progress, source.filename, mirror=None)
+    return _fetch_one(source, source.filename, root, Patience(), source.filename, mirror=None)
 
 
 def find_verified(
@@ -185,7 +183,6 @@ def fetch_file(
     filenames: Sequence[str],
     *,
     cache_dir: str | os.PathLike[str] | None = None,
-    progress: bool | None = None,
 ) -> Fetched:
     """The first of some files that a repository on the Hub has; a newer version there replaces the cached one.
 
@@ -204,7 +201,7 @@ def fetch_file(
                 return found
             continue
         try:
-            return _fetch_one(source, filename, root, patience, progress, name, found, mirror=_mirror())
+            return _fetch_one(source, filename, root, patience, name, found, mirror=_mirror())
         except RemoteNotFoundError as error:
             missing.append(error)
         except DownloadError:
@@ -244,7 +241,6 @@ def _fetch_one(
     filename: str,
     root: Path,
     patience: Patience,
-    progress: bool | None,
     name: str,
     current: Fetched | None = None,
     *,
@@ -260,12 +256,12 @@ def _fetch_one(
         with contextlib.suppress(CacheError):  # another user's, in a shared cache
             cache.remove(leftover, leftover.parent)  # which stays: another process may be about to write there
     _make_folder(place.parent)
-    with _lock(place, name, progress):
+    with _lock(place, name):
         # Another process may have been faster.
         found = _find_verified(source, filename, root, [])
         if found is not None and difference(found.path, found.sha256, expected) is None:
             return found
-        sha256 = _transfer_from_any(url, place, copy, expected, headers, patience, progress, name)
+        sha256 = _transfer_from_any(url, place, copy, expected, headers, patience, name)
         receipt = Receipt(
             source=source.key,
             filename=filename,
@@ -298,7 +294,6 @@ def _transfer_from_any(
     expected: Expected,
     headers: Mapping[str, str],
     patience: Patience,
-    progress: bool | None,
     name: str,
 ) -> str:
     """From the mirror if one is set and can be checked, else from the origin; after a wrong body one more download."""
@@ -308,7 +303,7 @@ def _transfer_from_any(
     for index, (address, sent) in enumerate(candidates):
         is_last = index == len(candidates) - 1
         try:
-            with _progress_bar(name, progress) as report:
+            with _progress_bar(name) as report:
                 return transfer(address, place, expected, headers=sent, patience=patience, report=report)
         except ChecksumError as error:
             if is_last and expected.stated_by == FIRST_DOWNLOAD:
@@ -481,26 +476,24 @@ def _make_folder(folder: Path) -> None:
         raise CacheError(f"The cache folder {folder} cannot be written; set WN21K_CACHE to another one.")
 
 
-def _lock(place: Path, name: str, progress: bool | None) -> contextlib.AbstractContextManager[None]:
+def _lock(place: Path, name: str) -> contextlib.AbstractContextManager[None]:
     """Within, only this process fetches a file."""
 
     def say() -> None:
-        if _shows_progress(progress):
+        if _shows_progress():
             sys.stderr.write(f"wn21k: waiting for another process that fetches {name}\n")
 
     return exclusive(cache.lock_path(place), CacheError, "set WN21K_CACHE to another disk.", seconds=1, waiting=say)
 
 
-def _shows_progress(progress: bool | None) -> bool:
-    if progress is not None:
-        return progress
+def _shows_progress() -> bool:
     switched_off = hub.switched_on("HF_HUB_DISABLE_PROGRESS_BARS")
     return sys.stderr is not None and sys.stderr.isatty() and not switched_off
 
 
 @contextlib.contextmanager
-def _progress_bar(name: str, progress: bool | None) -> Iterator[Any]:
-    if not _shows_progress(progress):
+def _progress_bar(name: str) -> Iterator[Any]:
+    if not _shows_progress():
         yield None
         return
     from rich.console import Console

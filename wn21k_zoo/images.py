@@ -33,9 +33,14 @@ if TYPE_CHECKING:
 
     ImageLike = str | os.PathLike[str] | Image.Image | NDArray[Any] | torch.Tensor | bytes | BinaryIO
 
-__all__ = ["MAX_PIXELS", "SAMPLES", "AnimatedImageWarning", "describe_source", "load_image"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "SAMPLES", "AnimatedImageWarning", "describe_source", "load_image"]
 
 MAX_PIXELS = 100_000_000
+# Of the files in a folder that are taken for images; a file that is named is tried whatever it is called.
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
+    ".ppm", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 SAMPLES = MappingProxyType({"cat": "chelsea.png", "coffee": "coffee.png", "rocket": "rocket.jpg"})
 
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")

@@ -134,7 +134,7 @@ def load_model(
 def choose_default() -> str:
     """The model that is used when none is named.
 
-    The environment variable ``WN21K_MODEL``; else the 21K default if its weights are in the Hub's cache, or if one
+    The environment variable ``WN21K_MODEL``; else the 21K default if its weights are on this machine, or if one
     request of at most half a second shows that they can be downloaded; else the embedded ImageNet-1K model, with a
     :class:`FallbackModelWarning`.
 

@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -18,6 +20,7 @@ from wn21k_zoo.cli.app import app
 from wn21k_zoo.cli.output import CSV_COLUMNS
 from wn21k_zoo.prediction import json_schema
 
+ROOT = Path(__file__).parents[2]
 MODEL = ["--model", EMBEDDED, "--device", "cpu"]
 
 
@@ -220,6 +223,8 @@ def test_doctor():
     assert found[EMBEDDED].startswith("usable offline")
     assert "not on this machine" in found["mobilenetv3_large_100.miil_in21k"]
     assert {"python", "torch", "timm", "device", "hub cache"} <= set(found)
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert {name.removeprefix("extra ") for name in found if name.startswith("extra ")} == {*declared} - {"test", "dev"}
 
 
 def test_tree_commands(tmp_path):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from training.runs import make_folder, small_recipe
 from typer.testing import CliRunner
 
-from tests.training.runs import make_folder, small_recipe
 from wn21k_zoo.cli.app import app
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import train

@@ -3,6 +3,7 @@ import os
 import pytest
 
 from wn21k_zoo.errors import BadImagesError, DataError
+from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.crops import CenterCrop
 from wn21k_zoo.training.data import Loader, is_class_folder, open_folder, open_folders
@@ -85,6 +86,24 @@ def test_hidden_files_are_no_images(tmp_path):
     (tmp_path / "a" / ".cache").mkdir()
     (tmp_path / "a" / ".cache" / "x.jpg").write_bytes(jpeg(1))
     assert len(open_folder(tmp_path, "all")) == 4
+
+
+def test_images_are_those_that_a_prediction_takes_from_a_folder(tmp_path):
+    for each in ("a", "b"):
+        (tmp_path / each).mkdir()
+        (tmp_path / each / "notes.txt").touch()
+        for number, suffix in enumerate(IMAGE_SUFFIXES):
+            (tmp_path / each / f"{number}{suffix.upper()}").touch()
+    assert len(open_folder(tmp_path, "all")) == 2 * len(IMAGE_SUFFIXES)
+
+
+def test_shards_in_folders_are_no_classes(tmp_path):
+    make_folder(tmp_path / "photos", images=2, names=("a", "b"))
+    assert is_class_folder(tmp_path / "photos")
+    for split in ("train", "validation"):
+        (tmp_path / "shards" / split).mkdir(parents=True)
+        (tmp_path / "shards" / split / "0.tar").touch()
+    assert not is_class_folder(tmp_path / "shards")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a right there")

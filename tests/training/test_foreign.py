@@ -14,7 +14,7 @@ from PIL import Image
 
 from wn21k_zoo.errors import DataError
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.training.data import Loader, Squash, Stage, open_dataset
+from wn21k_zoo.training.data import Loader, Squash, Stage, is_class_folder, open_dataset
 
 from .archives import OUTSIDE, WNIDS, jpeg, make_classes, tar_bytes
 from .hub_folder import serve_repository
@@ -78,6 +78,7 @@ def webp(data):
 def test_parquet_files_of_others(tmp_path):
     classes = make_classes()
     hugging_face_parquet(tmp_path / "hf", classes)
+    assert not is_class_folder(tmp_path / "hf")
     dataset = open_dataset(tmp_path / "hf", stage=Stage(tmp_path / "stage"))
     assert len(dataset) == 30
     space = LabelSpace.load("fall11")

@@ -1,13 +1,15 @@
+import csv
+import io
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from wn21k_zoo.cli.app import app
 from wn21k_zoo.errors import DataError, UnknownSynsetError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.inspect import contact_sheet, describe, verify_shards
@@ -32,8 +34,7 @@ def copy(prepared, tmp_path):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "wn21k_zoo", "data", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return CliRunner().invoke(app, ["data", *map(str, arguments)])
 
 
 def test_info_counts(prepared):
@@ -51,7 +52,11 @@ def test_info_counts(prepared):
     assert json.loads(shown.stdout) == json.loads(json.dumps(described))
     (line,) = run("info", prepared, "-f", "jsonl").stdout.splitlines()
     assert json.loads(line) == json.loads(shown.stdout)
-    assert "imbalance" in run("info", prepared, "-f", "table").stdout
+    shown = run("info", prepared, "-f", "table").stdout
+    assert "imbalance" in shown
+    assert "with images" in shown
+    rows = list(csv.DictReader(io.StringIO(run("info", prepared, "-f", "csv").stdout)))
+    assert [(row["split"], row["images"]) for row in rows] == [("train", "24"), ("validation", "6")]
 
 
 def test_a_contact_sheet_shows_the_images_of_a_class(prepared, tmp_path):
@@ -77,8 +82,9 @@ def test_verify_finds_nothing_where_nothing_is_wrong(prepared):
     steps = []
     assert verify_shards(prepared, lambda *step: steps.append(step)) == []
     assert steps[-1][0] == steps[-1][1]
-    done = run("verify", prepared)
-    assert (done.returncode, done.stdout) == (0, "")
+    for kind, expected in (("table", ""), ("json", "[]\n"), ("jsonl", ""), ("csv", "file,key,problem\n")):
+        done = run("verify", prepared, "-f", kind)
+        assert (done.exit_code, done.stdout) == (0, expected)
 
 
 def test_verify_names_the_damaged_image(copy):
@@ -94,7 +100,7 @@ def test_verify_names_the_damaged_image(copy):
     assert second.problem == "the image is damaged"
     assert second.key.startswith("n0")
     done = run("verify", copy, "-f", "csv")
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert f"{shard.name},{second.key},the image is damaged" in done.stdout
 
 
@@ -152,7 +158,7 @@ def test_what_is_no_prepared_folder_is_one_line(tmp_path, command):
         (__file__, "is a file"),
     ):
         done = run(command, place)
-        assert done.returncode == 1
+        assert done.exit_code == 1
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
     (tmp_path / "_info.json").write_text('{"splits": {}}')
@@ -163,7 +169,7 @@ def test_prepare_on_the_command_line(tmp_path, prepared):
     source = prepared.parent / "source.tar"
     options = ["--min-images", "5", "--val-per-class", "2", "--size", "32", "--shard-size", "7", "--workers", "1"]
     done = run("prepare", source, tmp_path / "out", *options)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert done.stdout == (prepared / "SUMMARY.md").read_text()
     files = [path.relative_to(prepared) for path in prepared.rglob("*") if path.is_file()]
     assert all((tmp_path / "out" / path).read_bytes() == (prepared / path).read_bytes() for path in files)
@@ -175,5 +181,5 @@ def test_prepare_on_the_command_line(tmp_path, prepared):
     assert "are free at" in dry.stderr
     assert not (tmp_path / "dry").exists()
     wrong = run("prepare", source, tmp_path / "out", "--label-space", "fal11")
-    assert (wrong.returncode, "Did you mean fall11" in wrong.stderr) == (1, True)
-    assert run("prepare", source, tmp_path / "out", "--quality", "101").returncode == 2
+    assert (wrong.exit_code, "Did you mean fall11" in wrong.stderr) == (1, True)
+    assert run("prepare", source, tmp_path / "out", "--quality", "101").exit_code == 2

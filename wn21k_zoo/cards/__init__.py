@@ -15,8 +15,8 @@ from types import MappingProxyType
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from wn21k_zoo.cards.sections import PAPER, SECTIONS, in_millions, markdown_table, parameter_count, summary
-from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource, Metric, Source, URLSource
+from wn21k_zoo.cards.sections import SECTIONS, in_millions, markdown_table, parameter_count, summary
+from wn21k_zoo.checkpoints import CHECKPOINTS, PAPER, Checkpoint, HubSource, Metric, Source, URLSource
 from wn21k_zoo.errors import InvalidArgumentError, RecordError
 
 __all__ = [

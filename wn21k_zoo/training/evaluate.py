@@ -167,8 +167,8 @@ def _subject(model: str | os.PathLike[str], which: str, label_space: str | None)
         if (own := _of_own_classes(model)) is None:
             raise
         return own
-    config = dict(loaded.data_config or {})
-    module = Normalized(loaded.module, config.get("mean", (0.0,) * 3), config.get("std", (1.0,) * 3))
+    config = dict(loaded.data_config or {})  # of what has a name it is known
+    module = Normalized(loaded.module, config["mean"], config["std"])
     return _Subject(loaded.name, module, loaded.label_space, loaded.label_space.wnids, loaded.head, _own_resize(config))
 
 

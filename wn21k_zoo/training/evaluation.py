@@ -52,7 +52,7 @@ class Evaluation(nn.Module):
     ) -> None:
         super().__init__()
         self._levels = Levels(tree, order) if tree is not None and order == "level" else None
-        if tree is not None and not (tree.depths.max() and Levels(tree).depths):
+        if tree is not None and not (tree.depths.max() and tree.levels):
             tree = None  # nothing is above anything, or nothing beside it: no more to say than which class it is
         self.leaf, self.raw = LeafAccuracy(_leaves(tree, classes)), LeafAccuracy(classes)
         self.calibration = Calibration()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -19,16 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, LabelSpaceError, UnknownSynsetError, did_you_mean
+from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.sources import files_below
 from wn21k_zoo.training.storage import expanded
 
 __all__ = ["FolderDataset", "is_class_folder", "is_divided", "open_folder", "open_folders"]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 _VALIDATION = ("validation", "val", "valid", "test")
 _SPLITS = ("train", "validation", "all")
-_WNID = re.compile(r"n\d{8}")
+_LOOK = 20  # files in a folder, that tell whether they are shards
 _GROUP = 1000  # files that count as one shard
 _INDEX = np.dtype([("offset", np.int64), ("size", np.int64), ("target", np.int32)])
 
@@ -105,7 +107,7 @@ class FolderDataset:
             DataError: A folder's name is no wnid, or none is a class of it.
         """
         mapped = self.mapped(
-            space.wnids, f"class of {space.name}; folders must be named by the wnids of its classes", _WNID
+            space.wnids, f"class of {space.name}; folders must be named by the wnids of its classes", WNID_PATTERN
         )
         if not len(mapped):
             raise DataError(f"{self.root}, {self.split}: no folder is named by a class of {space.name}.")
@@ -177,7 +179,7 @@ class _LooseFiles:
 
 
 def is_class_folder(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is a local folder that has folders, and neither shards nor our ``_info.json``.
+    """Whether a place is a local folder that has folders, and no shards, not in these either, nor our ``_info.json``.
 
     Raises:
         DataError: The path begins with ~ and the name of no user.
@@ -186,9 +188,9 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
     if not folder.is_dir() or (folder / "_info.json").exists():
         return False
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    return any(entry.is_dir() for entry in entries) and not any(
-        entry.suffix in (".tar", ".parquet") for entry in entries
-    )
+    below = [entry for entry in entries if entry.is_dir()]
+    inside = [file for each in below for file in itertools.islice(each.iterdir(), _LOOK)]
+    return bool(below) and not any(entry.suffix in (".tar", ".parquet") for entry in [*entries, *inside])
 
 
 def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDataset:
@@ -263,7 +265,7 @@ def _dataset(
     empty = np.flatnonzero(np.bincount(targets, minlength=len(classes)) == 0)
     # A class of few images may have none for validation.
     if len(empty) and (split != "validation" or not len(numbers)):
-        raise DataError(f"{root}, {split}: the class {classes[empty[0]]} has no images ({', '.join(SUFFIXES)}).")
+        raise DataError(f"{root}, {split}: the class {classes[empty[0]]} has no images ({' '.join(IMAGE_SUFFIXES)}).")
     numbers = numbers[np.argsort(listing.hashes[numbers], kind="stable")].astype(np.int64)  # groups are mixed
     return FolderDataset(
         root=root,
@@ -293,7 +295,7 @@ def _images(root: Path, below: str) -> list[str]:
     return sorted(
         f"{below}/{name}"
         for name, _ in files_below(root / below)
-        if name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
+        if name.lower().endswith(IMAGE_SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
     )
 
 

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, first_line
+from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.extra import pa, pq
 from wn21k_zoo.training.shards import END_OF_TAR, INDEX_DTYPE, encode_record
 
 __all__ = ["convert_parquet", "index_parquet", "index_tar", "split_of"]
 
-_WNID = re.compile(r"n\d{8}(?![0-9])")
+_WNID = re.compile(rf"{WNID_PATTERN.pattern}(?![0-9])")
 _IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 _SPLITS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
 

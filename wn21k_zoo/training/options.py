@@ -65,9 +65,9 @@ class PrepareOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far it is: ``done`` of ``total`` bytes of the source, or shards; ``images`` so far in this run."""
+    """How far a stage is: ``done`` of ``total`` bytes, shards or the like; ``images`` so far in this run."""
 
-    stage: Literal["classes", "sort", "shards", "manifest", "verify"]
+    stage: Literal["classes", "sort", "shards", "manifest", "verify", "evaluate"]
     done: int
     total: int
     images: int

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from wn21k_zoo import building, convert
 from wn21k_zoo.errors import ModelError, RecipeError, RunError, UnknownModelError, first_line
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LabelSpace
+from wn21k_zoo.training.manifest import PUBLISHED_TOTALS
 from wn21k_zoo.training.network import checkpoint_gradients, is_place, resolved, teacher_record
 from wn21k_zoo.training.presets import ARCHITECTURES
 from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
@@ -25,9 +26,9 @@ from wn21k_zoo.training.state import RunFolder
 
 __all__ = ["IMAGES", "Plan", "cost_table", "plan"]
 
-# Training images: arXiv 2104.10972 for 21K-P, arXiv 1409.0575 for ImageNet-1K.
+# Training images; of ImageNet-1K by arXiv 1409.0575.
 IMAGES: Mapping[str, int] = MappingProxyType(
-    {"imagenet21k_p_fall11": 11_797_632, "imagenet21k_p_winter21": 11_060_223, "imagenet1k": 1_281_167}
+    {"imagenet1k": 1_281_167, **{name: totals.train for name, totals in PUBLISHED_TOTALS.items()}}
 )
 _PER_PARAMETER = {"adam": 16, "adamw": 16, "lamb": 16, "sgd": 12}  # bytes: weight, gradient, moments, all float32
 

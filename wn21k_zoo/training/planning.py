@@ -115,7 +115,7 @@ def check_space_before(source: Source, options: PrepareOptions, output: Path) ->
     with contextlib.suppress(DataSourceError):  # an archive that ends too early is told of when its classes are done
         for one in source.classes(work / "spool", lambda name: name[-9:] in index_of(options.label_space)):
             classes.append(one)
-    counts = [count_class(one, options, source.is_split) for one in classes[:: max(1, len(classes) // 32)]]
+    counts = [count_class(one, options, source.is_split) for one in classes[:: -(-len(classes) // 32) or 1]]
     read = sum(count.source_bytes for count in counts)
     stored = sum(count.stored_bytes for count in counts)
     if read:

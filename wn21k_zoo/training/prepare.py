@@ -67,7 +67,7 @@ def prepare(
         options: What to make.
         workers: Processes, or Ray tasks at a time. Default: all cores, of this machine or of the cluster.
         engine: ``local`` or ``ray``; the result is the same to the byte. On a cluster all nodes must see both paths.
-        ray_address: Of a running Ray cluster; default: one on this machine.
+        ray_address: Of a running Ray cluster; default: ``RAY_ADDRESS``, else one on this machine.
         max_bad: Allowed share of images that cannot be used.
         allow_truncated: Go on with what is there where an archive ends too early; the class it ends in is left out.
         resume: If false, what an unfinished run left is deleted first.

@@ -56,8 +56,6 @@ class Architecture:
         teacher: Record that is distilled.
         train_speed: Published images per second of training on one V100 in mixed precision.
         infer_speed: Published images per second of inference on one V100.
-        semantic_top1: Published, in percent.
-        in1k_top1: Published top-1 on ImageNet-1K after fine-tuning, in percent.
     """
 
     record: str
@@ -65,41 +63,39 @@ class Architecture:
     teacher: str = "tresnet_v2_l.miil_in21k"
     train_speed: float
     infer_speed: float
-    semantic_top1: float
-    in1k_top1: float
 
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "mobilenetv3_large_100": Architecture(
             record="mobilenetv3_large_100.miil_in21k", start="mobilenetv3_large_100.ra_in1k",
-            train_speed=1210, infer_speed=5980, semantic_top1=73.1, in1k_top1=78.0,
+            train_speed=1210, infer_speed=5980,
         ),
         "ofa_flops_595m_s": Architecture(
             record="ofa_flops_595m_s.miil_in21k", start=None,
-            train_speed=500, infer_speed=3240, semantic_top1=75.0, in1k_top1=81.0,
+            train_speed=500, infer_speed=3240,
         ),
         "resnet50": Architecture(
             record="resnet50.miil_in21k", start="resnet50.ram_in1k",
-            train_speed=720, infer_speed=2760, semantic_top1=75.6, in1k_top1=82.0,
+            train_speed=720, infer_speed=2760,
         ),
         "mixer_b16_224": Architecture(
             # Not fine-tuned from 21K, whatever its name: https://github.com/huggingface/pytorch-image-models/pull/651
             record="mixer_b16_224.miil_in21k", start="mixer_b16_224.goog_in21k_ft_in1k",
-            train_speed=420, infer_speed=1420, semantic_top1=76.3, in1k_top1=82.3,
+            train_speed=420, infer_speed=1420,
         ),
         "tresnet_m": Architecture(
             record="tresnet_m.miil_in21k", start="tresnet_m.miil_in1k",
-            train_speed=670, infer_speed=2970, semantic_top1=76.4, in1k_top1=83.1,
+            train_speed=670, infer_speed=2970,
         ),
         "tresnet_v2_l": Architecture(
             record="tresnet_v2_l.miil_in21k", start=None, teacher="vit_base_patch16_224_miil.in21k",
-            train_speed=300, infer_speed=1460, semantic_top1=76.7, in1k_top1=83.9,
+            train_speed=300, infer_speed=1460,
         ),
         "vit_base_patch16_224_miil": Architecture(
             # The same network but for the biases of its queries, keys and values, which have no place here.
             record="vit_base_patch16_224_miil.in21k", start="deit_base_patch16_224.fb_in1k",
-            train_speed=340, infer_speed=1140, semantic_top1=77.6, in1k_top1=84.4,
+            train_speed=340, infer_speed=1140,
         ),
     }
 )  # fmt: skip

@@ -11,7 +11,6 @@ import contextlib
 import gzip
 import lzma
 import os
-import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,10 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from wn21k_zoo.errors import DataSourceError
+from wn21k_zoo.synsets import WNID_PATTERN
 
 __all__ = ["ClassSource", "Member", "Source", "files_below", "member_reader", "open_source", "read_members"]
 
-_WNID = re.compile(r"n\d{8}")
 _IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 _SPLIT_FOLDERS = {
     "imagenet21k_train": "train",
@@ -242,7 +241,7 @@ def _open_folder(path: Path) -> Source:
 def _folder_classes(folder: Path, split: str | None) -> Iterator[ClassSource]:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         stem = entry.name.removesuffix(".tar")
-        if not _WNID.fullmatch(stem):
+        if not WNID_PATTERN.fullmatch(stem):
             continue
         path = Path(entry.path)
         if entry.is_dir() and stem == entry.name:
@@ -281,7 +280,7 @@ def _place(name: str) -> tuple[str, str | None] | None:
     """Class and split of a member of an archive of class folders; None if it lies in no class folder."""
     parts = PurePosixPath(name).parts
     for position in range(len(parts) - 2, -1, -1):
-        if _WNID.fullmatch(parts[position]):
+        if WNID_PATTERN.fullmatch(parts[position]):
             split = next((_SPLIT_FOLDERS[part] for part in parts[:position] if part in _SPLIT_FOLDERS), None)
             return parts[position], split
     return None
@@ -296,7 +295,7 @@ def _plain_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Ite
         end = member.offset_data + member.size
         if end > size:
             raise DataSourceError(f"{path} ends within {member.name}: it was not fetched whole.")
-        if member.isreg() and member.name.endswith(".tar") and _WNID.fullmatch(stem) and wanted(stem):
+        if member.isreg() and member.name.endswith(".tar") and WNID_PATTERN.fullmatch(stem) and wanted(stem):
             yield ClassSource(wnid=stem, path=path, num_bytes=member.size, position=end, offset=member.offset_data)
 
 
@@ -350,7 +349,7 @@ def _compressed_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -
     with _stream(path) as (archive, raw):
         for member in _members(archive):
             stem = PurePosixPath(member.name).name.removesuffix(".tar")
-            if not (member.isreg() and member.name.endswith(".tar") and _WNID.fullmatch(stem) and wanted(stem)):
+            if not (member.isreg() and member.name.endswith(".tar") and WNID_PATTERN.fullmatch(stem) and wanted(stem)):
                 continue
             file: Any = archive.extractfile(member)
             copy = spool / f"{stem}.tar"

@@ -132,8 +132,8 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
         except UnresolvedLabelSpaceError:
             raise not_of_synsets(name) from None
         module, theirs, their_head = loaded.module, loaded.label_space, loaded.head
-        config = loaded.data_config or {}
-        mean, std = config.get("mean", (0.0, 0.0, 0.0)), config.get("std", (1.0, 1.0, 1.0))
+        config = loaded.data_config or {}  # of what has a name it is known
+        mean, std = config["mean"], config["std"]
     about = ""
     teacher: nn.Module
     if theirs.wnids == space.wnids and their_head == head:
