@@ -277,7 +277,7 @@ def test_build_writes_what_differs_and_keeps_prose(run, checkout):
     assert "Fictions" not in text
     assert "99.9 semantic top-1" in (checkout / "README.md").read_text(encoding="utf-8")
     assert run("build", "--check", change=[changed]).exit_code == 0
-    assert not list(checkout.rglob("*.part"))
+    assert not [*checkout.rglob("*.part"), *checkout.rglob(".*.tmp")]
 
 
 def test_line_ends_of_windows_are_no_difference(run, checkout):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 from wn21k_zoo import download, hub
 from wn21k_zoo.checkpoints import LOCK_FILE, Checkpoint, HubSource, PackageSource, URLSource, apply_lock
 from wn21k_zoo.errors import ModelError, RecordError, RemoteNotFoundError, first_line
+from wn21k_zoo.files import atomic_file
 
 __all__ = ["lock_sources", "read_lock", "write_lock"]
 
@@ -73,14 +73,11 @@ def write_lock(lock: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     Raises:
         RecordError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(lock, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with atomic_file(path) as file:
+            file.write((json.dumps(lock, indent=2) + "\n").encode())
     except OSError as error:
         raise RecordError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _ask(source: HubSource | URLSource) -> dict[str, Any]:

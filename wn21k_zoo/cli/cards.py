@@ -12,6 +12,7 @@ import typer
 from wn21k_zoo import registry
 from wn21k_zoo.cli.output import say
 from wn21k_zoo.errors import InvalidArgumentError, RecordError
+from wn21k_zoo.files import atomic_file
 
 __all__ = ["app"]
 
@@ -79,8 +80,7 @@ def _shown(path: Path) -> str:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        part.write_bytes(text.encode())
-        part.replace(path)
+        with atomic_file(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise RecordError(f"{path} cannot be written ({error.strerror}).") from error

@@ -137,6 +137,7 @@ def build(
     ] = False,
 ) -> None:
     """Build the label spaces' and trees' data anew from WordNet 3.0: always the same bytes."""
+    from wn21k_zoo.files import atomic_file
     from wn21k_zoo.wordnet import compile_data, packaged_data
 
     if output is None and not check:
@@ -148,9 +149,8 @@ def build(
         try:
             for name, content in files.items():
                 (output / name).parent.mkdir(parents=True, exist_ok=True)
-                part = (output / name).with_name(f"{Path(name).name}.part")
-                part.write_bytes(content)
-                part.replace(output / name)
+                with atomic_file(output / name) as file:
+                    file.write(content)
         except OSError as error:
             raise TreeError(f"{output} cannot be written ({error.strerror}).") from error
         say(f"{len(files)} files written to {output}")

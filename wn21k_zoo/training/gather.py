@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wn21k_zoo.files import atomic_file
 from wn21k_zoo.training.classes import index_of
 from wn21k_zoo.training.extra import pa, pc, pq
 from wn21k_zoo.training.manifest import MANIFEST_SCHEMA, ClassResult
@@ -22,7 +23,6 @@ from wn21k_zoo.training.shards import (
     MANIFEST_FILE,
     WORK_FOLDER,
     Shard,
-    atomic_file,
     index_path,
     shard_name,
     write_index,

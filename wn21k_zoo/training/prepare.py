@@ -29,6 +29,7 @@ from typing import Any
 
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
 from wn21k_zoo.exclusive import exclusive
+from wn21k_zoo.files import atomic_file
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.engines import Engine
@@ -37,7 +38,7 @@ from wn21k_zoo.training.gather import write_manifest, write_shards
 from wn21k_zoo.training.manifest import ClassResult, classes_csv, summary
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
 from wn21k_zoo.training.planning import check_space_before, check_space_during
-from wn21k_zoo.training.shards import INDEX_FOLDER, INFO_FILE, WORK_FOLDER, DatasetInfo, Shard, atomic_file, read_info
+from wn21k_zoo.training.shards import INDEX_FOLDER, INFO_FILE, WORK_FOLDER, DatasetInfo, Shard, read_info
 from wn21k_zoo.training.sources import ClassSource, Source, open_source
 
 __all__ = ["PrepareOptions", "Progress", "prepare"]

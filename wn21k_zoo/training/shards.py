@@ -15,22 +15,18 @@ timm's reader asks for (``splits``, ``filenames``, ``shard_lengths``, ``num_samp
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import tarfile
-import threading
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError
+from wn21k_zoo.files import atomic_file
 
 __all__ = [
     "END_OF_TAR",
@@ -41,7 +37,6 @@ __all__ = [
     "WORK_FOLDER",
     "DatasetInfo",
     "Shard",
-    "atomic_file",
     "encode_record",
     "index_path",
     "read_index",
@@ -184,44 +179,6 @@ def write_index(path: Path, index: NDArray[np.void]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         np.save(file, np.ascontiguousarray(index, dtype=INDEX_DTYPE), allow_pickle=False)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is at ``path``, complete and on the disk, after the block; or not there if the block fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        _replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Give a file its name; on Windows it may have to wait for who has the former one open, such as a virus scanner."""
-    for seconds in (0.05, 0.2, 1.0) if os.name == "nt" else ():
-        try:
-            source.replace(target)
-        except PermissionError:
-            time.sleep(seconds)
-        else:
-            return
-    source.replace(target)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a file's new name to the disk, too; not every system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def encode_record(key: str, image: bytes, target: int, details: dict[str, Any]) -> tuple[bytes, int]:

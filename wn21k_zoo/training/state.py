@@ -28,8 +28,8 @@ import torch
 
 from wn21k_zoo.errors import RecipeError, RunError, first_line
 from wn21k_zoo.exclusive import exclusive
+from wn21k_zoo.files import atomic_file
 from wn21k_zoo.training.recipe import Recipe
-from wn21k_zoo.training.shards import atomic_file
 from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status, write_text
 
 __all__ = ["FORMAT", "CheckpointWriter", "RunFolder", "copied", "names_of", "read_checkpoint", "read_lines"]

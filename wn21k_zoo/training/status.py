@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import RunError, first_line
-from wn21k_zoo.training.shards import atomic_file
+from wn21k_zoo.files import atomic_file
 
 __all__ = ["STATUS_FILE", "mark_preempted", "read_status", "write_status", "write_text"]
 
