@@ -22,10 +22,10 @@ from PIL import Image
 
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError, DiskSpaceError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.training import planning
+from wn21k_zoo.training import dry_run
 from wn21k_zoo.training.classes import _keys_of, decide
+from wn21k_zoo.training.dry_run import count
 from wn21k_zoo.training.gather import _shard_of_each
-from wn21k_zoo.training.planning import count
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import MANIFEST_FILE, encode_record, index_path, read_index, read_info
 from wn21k_zoo.training.sources import ClassSource
@@ -487,7 +487,7 @@ def test_wrong_sources_and_outputs_are_one_line_each(tmp_path, monkeypatch):
 
 def test_disk_space_is_checked_before_anything_is_written(tmp_path, monkeypatch):
     source = write_layout("nested.tar", tmp_path / "nested.tar", make_classes())
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(DiskSpaceError, match="GB more are needed"):
         prepare(source, tmp_path / "out", OPTIONS, workers=1)
     assert not list((tmp_path / "out").glob("*.tar"))

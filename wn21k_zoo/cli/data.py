@@ -163,7 +163,7 @@ def verify(
 
 
 def _count(source: Path, output: Path, options: PrepareOptions, run: dict[str, Any], format: Format | None) -> None:  # noqa: A002
-    from wn21k_zoo.training.planning import count
+    from wn21k_zoo.training.dry_run import count
 
     with progress_bar() as progress:
         counts = count(source, options, **run, progress=progress)

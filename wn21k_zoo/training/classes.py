@@ -16,11 +16,11 @@ from wn21k_zoo.errors import DataSourceError
 from wn21k_zoo.files import atomic_file
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.extra import cv2, pa, pq
-from wn21k_zoo.training.images import BadImageError, store_image
 from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult
 from wn21k_zoo.training.options import PrepareOptions, disk_full_as_error
 from wn21k_zoo.training.shards import encode_record, sample_hash
 from wn21k_zoo.training.sources import ClassSource, Member, member_reader, read_members
+from wn21k_zoo.training.storing import BadImageError, store_image
 
 __all__ = ["decide", "finished_classes", "index_of", "prepare_class", "read_or_bad"]
 

@@ -28,7 +28,7 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.levels import Levels
-from wn21k_zoo.training.recipe import OURS, RANDOM, Recipe, check_architecture
+from wn21k_zoo.training.recipe import RANDOM, RESERVED, Recipe, check_architecture
 
 __all__ = [
     "Normalized",
@@ -255,7 +255,7 @@ def resolved(recipe: Recipe) -> Recipe:
     if not isinstance(arguments, dict):
         return recipe
     recipe = recipe.model_copy(deep=True)
-    of_start = {name: value for name, value in arguments.items() if name not in OURS}
+    of_start = {name: value for name, value in arguments.items() if name not in RESERVED}
     recipe.model.arguments = {**of_start, **recipe.model.arguments}
     return recipe
 

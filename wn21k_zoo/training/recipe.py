@@ -34,11 +34,11 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"Training ({error.name} is missing)", "train") from error
 
-__all__ = ["NAME", "OURS", "RANDOM", "Recipe", "Section", "check_architecture", "sized"]
+__all__ = ["NAME", "RANDOM", "RESERVED", "Recipe", "Section", "check_architecture", "sized"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a recipe, and of the record that comes of it
 # Of timm.create_model: what the recipe's other fields, the data and verified fetching decide.
-OURS = ("cache_dir", "checkpoint_path", "features_only", "in_chans", "num_classes", "pretrained", "pretrained_cfg",
+RESERVED = ("cache_dir", "checkpoint_path", "features_only", "in_chans", "num_classes", "pretrained", "pretrained_cfg",
         "pretrained_cfg_overlay")  # fmt: skip
 
 
@@ -78,7 +78,7 @@ class Model(Section):
             head is kept if it speaks the same classes; a new one begins with small weights. Of another architecture
             they are taken if all that it has in addition are biases. ``random:`` before it: as if it were there, but
             with random weights, for a trial.
-        arguments: More for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; not those of :data:`OURS`.
+        arguments: More for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; not those of :data:`RESERVED`.
         mean: Subtracted per channel from pixels in [0, 1].
         std: Divided by, per channel.
         channels_last: Memory format of the weights and images.
@@ -251,10 +251,10 @@ class Recipe(Section):
         """
         if not NAME.fullmatch(self.name):
             raise RecipeError(f"name cannot be {self.name!r}: letters, digits, dots, - and _ make one.")
-        if ours := sorted({*OURS} & {*self.model.arguments}):
+        if reserved := sorted({*RESERVED} & {*self.model.arguments}):
             raise RecipeError(
-                f"model.arguments cannot have {ours[0]!r}: weights are those of model.start, outputs the classes of "
-                "the data."
+                f"model.arguments cannot have {reserved[0]!r}: weights are those of model.start, outputs the classes "
+                "of the data."
             )
         if self.data.label_space is not None:
             try:

@@ -12,11 +12,11 @@ from pathlib import Path
 from wn21k_zoo.errors import DataSourceError, DiskSpaceError
 from wn21k_zoo.training.classes import decide, index_of, read_or_bad
 from wn21k_zoo.training.engines import Engine
-from wn21k_zoo.training.images import BadImageError, store_image
 from wn21k_zoo.training.manifest import ClassResult
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks
 from wn21k_zoo.training.shards import WORK_FOLDER
 from wn21k_zoo.training.sources import ClassSource, Source, member_reader, open_source, read_members
+from wn21k_zoo.training.storing import BadImageError, store_image
 
 __all__ = ["ClassCount", "check_space_before", "check_space_during", "count", "count_class"]
 
