@@ -82,6 +82,12 @@ def test_what_was_measured_in_training_is_measured_again(run, exported, data):
         assert again["images"] == 6
 
 
+def test_a_model_is_not_judged_by_the_images_that_it_has_seen(exported, data, tmp_path):
+    assert evaluate(exported, data, workers=0)["split"] == "validation"
+    others = evaluate(exported, make_folder(tmp_path / "others", images=5), workers=0)
+    assert (others["split"], others["images"]) == ("all", 30)
+
+
 def test_the_draft_is_a_record(exported):
     scope = {}
     exec((exported / "record.py").read_text(), scope)  # noqa: S102
@@ -194,6 +200,7 @@ def test_some_of_the_classes_of_ones_own_can_be_evaluated(tmp_path):
     train(recipe, data, tmp_path / "run", ALONE, workers=0)
     every = evaluate(tmp_path / "run", data, split="all", workers=0)
     assert (every["images"], every["top1"]) == (60, 100)
+    assert evaluate(export_run(tmp_path / "run", tmp_path / "model"), data, workers=0)["split"] == "validation"
     shutil.rmtree(data / "cats")
     some = evaluate(tmp_path / "run", data, split="all", workers=0)
     assert (some["images"], some["classes"], some["classes_with_images"], some["top1"]) == (40, 3, 2, 100)

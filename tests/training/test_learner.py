@@ -63,10 +63,11 @@ def test_what_is_evaluated_is_the_average_in_evaluation(data, decay):
     assert learner.network.training
 
 
-def test_the_rate_is_that_of_the_fastest(data):
-    learner = learner_of(data, optimizer={"head_lr_factor": 10.0})
-    assert learner.rate == max(group["lr"] for group in learner.optimizer.param_groups)
-    assert learner.rate > min(group["lr"] for group in learner.optimizer.param_groups)
+def test_the_rate_is_that_of_all_but_the_head(data):
+    for factor in (10.0, 0.1):
+        learner = learner_of(data, optimizer={"head_lr_factor": factor})
+        rates = sorted({group["lr"] for group in learner.optimizer.param_groups}, reverse=factor < 1)
+        assert [learner.rate, learner.rate * factor] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize(("loss", "broken"), [(1.0, False), (math.nan, True), (math.inf, True), (-math.inf, True)])

@@ -111,7 +111,8 @@ def test_perfect_predictions_are_perfect_whatever_the_head(head, order):
     figures = evaluation.compute()
     assert (figures["semantic_top1"], figures["top1"], figures["images"]) == (100, 100, 5)
     assert (figures["leaf_images"], figures["leaves"], figures["classes_with_images"]) == (3, 3, 5)
-    assert figures["mean_lca_error"] == 0  # for a cat a tabby is said, which is one
+    assert figures["mean_lca_error"] == figures["mean_lca_error_of_mistakes"] == 0
+    assert figures["hierarchical_precision"] == figures["hierarchical_recall"] == 100  # of leaves, as top1
     assert figures["calibration_error"] < 0.1
     if head != "sigmoid":
         assert figures["raw_top1"] >= 40

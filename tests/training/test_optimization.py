@@ -59,9 +59,20 @@ def test_an_average_has_averaged_batch_statistics():
     before = module[1].running_mean.clone()
     module(torch.rand(2, 3, 4, 4))
     average.update(module, 2)
-    expected = (before + module[1].running_mean) / 2
+    expected = (before + 10 * module[1].running_mean) / 11
     torch.testing.assert_close(average.module[1].running_mean, expected)
     assert average.module[1].num_batches_tracked == module[1].num_batches_tracked == 1
+
+
+def test_an_average_forgets_what_a_short_run_began_with():
+    module = torch.nn.Linear(1, 1)
+    average = average_of(module, 0.9999)
+    for step in range(1, 41):
+        torch.nn.init.constant_(module.weight, step)
+        average.update(module, step)
+    assert 34 < float(average.module.weight.detach()) < 40
+    assert average.get_decay(89_000) < 0.9999
+    assert average.get_decay(100_000) == 0.9999
 
 
 @pytest.mark.parametrize("persistent", [True, False])
@@ -93,6 +104,15 @@ def test_biases_and_what_has_one_dimension_do_not_decay():
             assert group["weight_decay"] == (0.3 if decays else 0.0), name
             assert group["lr"] == pytest.approx(6e-4 if name.startswith("classifier.") else 3e-4), name
     assert seen == set(names.values())
+
+
+@pytest.mark.parametrize(("name", "exempts"), [("adam", False), ("sgd", False), ("adamw", True), ("lamb", True)])
+def test_what_a_network_exempts_does_not_decay_with_later_optimizers(name, exempts):
+    module = timm.create_model("test_vit", num_classes=3)
+    optimizer = build_optimizer(small_recipe(optimizer={"name": name, "weight_decay": 0.3}), module)
+    decays = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
+    assert decays[id(module.pos_embed)] == decays[id(module.cls_token)] == (0.0 if exempts else 0.3)
+    assert decays[id(module.head.weight)] == 0.3
 
 
 def test_the_heads_of_a_distilled_transformer_have_their_rate():

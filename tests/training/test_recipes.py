@@ -148,6 +148,8 @@ def test_what_is_published_is_in_the_published_recipe():
     assert (recipe.schedule.name, recipe.schedule.epochs) == ("one_cycle", 80)
     assert (recipe.schedule.warmup, recipe.schedule.start_divisor) == (0.1, 20)
     assert (recipe.data.batch_size, recipe.data.batch_per_device) == (512, 64)
+    large = presets.in21k("tresnet_m").data
+    assert (large.batch_size, large.batch_per_device) == (8 * 416, 416)
     assert (recipe.loss.kind, recipe.loss.label_smoothing) == ("semantic_softmax", 0.2)
     assert (recipe.data.augmentation, recipe.data.size, recipe.model.mean) == ("published", 224, (0, 0, 0))
     scratch = presets.from_scratch(recipe)
@@ -462,10 +464,20 @@ def test_a_plan_counts_what_a_run_does():
     assert plan(small_recipe(), images=800, gpus=1, images_per_second=10).hours == 0.044  # 1,600 images
     small = override(small_recipe("test_vit"), ['model.arguments={"img_size": 32}'])
     assert plan(small, images=1000).steps > 0
-    with pytest.raises(RecipeError, match="does not take images of 32 pixels"):
+    with pytest.raises(RecipeError, match=r'does not take images of 32 pixels: .*arguments={"img_size": 32}'):
         plan(small_recipe("vit_tiny_patch16_224"), images=1000)
     with pytest.raises(RecipeError, match="test_vit cannot be built"):
         plan(override(small, ['model.arguments={"no_such": 1}']), images=1000)
+
+
+def test_a_plan_says_when_batch_statistics_come_from_few_images():
+    recipe = presets.in21k("resnet50")
+    assert "over 8 images per process" in plan(recipe, gpus=64).remarks
+    assert "with 288 images at a time (here 8)" in plan(recipe, gpus=64).assumed
+    for change, gpus in (("", 8), ("model.sync_batchnorm=true", 64)):
+        assert plan(override(recipe, change.split()), gpus=gpus).remarks == ""
+    assert plan(presets.in21k("vit_base_patch16_224_miil"), gpus=64).remarks == ""
+    assert plan(override(recipe, ["data.batch_per_device=8"]), gpus=1).remarks == ""  # as its owner wants it
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -111,7 +111,7 @@ def by_hand(recipe, data, teacher):
         optimizer.step()
         optimizer.zero_grad()
         state = {name: value.clone() for name, value in network.state_dict().items()}
-        decay = recipe.run.ema_decay
+        decay = min(recipe.run.ema_decay, step / (step + 10))
         average = {
             name: decay * average[name] + (1 - decay) * value if average and value.is_floating_point() else value
             for name, value in state.items()
@@ -151,8 +151,8 @@ def test_a_run_computes_what_is_written_down_here(data, tmp_path, monkeypatch, a
         data={"augmentation": "none", "batch_per_device": 4},
         loss={"kind": kind, "label_smoothing": 0.13, "teacher": teacher, "distillation_weight": 3.0 if teacher else 0},
         optimizer=optimizer,
-        schedule={"name": "cosine", "warmup": 0.3, "start_divisor": 10.0, "end_divisor": 50.0},
-        run={"seed": 3, "ema_decay": 0.7},
+        schedule={"name": "cosine", "warmup": 0.3, "start_divisor": 10.0, "end_divisor": 4.0},
+        run={"seed": 3, "ema_decay": 0.4},
     )
     learners = []
 
@@ -175,6 +175,6 @@ def test_a_run_computes_what_is_written_down_here(data, tmp_path, monkeypatch, a
     }
     for name, value in average.items():
         torch.testing.assert_close(kept[name], value, rtol=1e-3, atol=1e-4, msg=name)
-    assert any((average[name] - value).abs().max() > 1e-3 for name, value in weights.items())
+    assert any((average[name] - value).abs().max() > 4e-4 for name, value in weights.items())
     if kind == "semantic_softmax":
         assert figures["semantic_top1"] == pytest.approx(top1)

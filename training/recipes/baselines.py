@@ -9,7 +9,7 @@ r"""The paper's baselines beside semantic softmax: TResNet-M with one softmax ov
 On 8 V100 (estimated, not measured: images over the published 670 images per second and GPU):
 
     single_label                     944 M images    48.9 hours
-    single_label_distilled           944 M images    71.4 hours
+    single_label_distilled           944 M images    71.3 hours
     single_label_from_scratch      1,652 M images    85.6 hours
     multi_label                      944 M images    48.9 hours
 

@@ -25,6 +25,7 @@ turn; `wn21k train plan` computes it for others):
 
 in1k takes the usual folders, DIR/train/n01440764/... and DIR/val/n01440764/...; the others what `wn21k data prepare`
 makes. The published speeds are the highest there are, in half precision; a V100 has no bf16, which in21k_modern takes.
+That one crops, and shards made with --resize short-edge --size 256 leave it more to see.
 
 ImageNet-1K weights to begin with: mixer_b16_224.goog_in21k_ft_in1k, which in spite of its name
 has not seen ImageNet-21K (https://github.com/huggingface/pytorch-image-models/pull/651); which ones the authors took is

@@ -11,7 +11,8 @@ The first recipe; the others by :NAME after the file:
                  --recipe training/recipes/resnet50.py --data DIR --output DIR
              or one of training/launch/
 
-The batch of a step stays the same on any number of GPUs. What each one takes on 8 V100 (estimated, not measured: images
+The batch of a step stays the same on any number of GPUs; on many, batch normalisation sees few images of it, and
+model.sync_batchnorm=true is for that. What each recipe takes on 8 V100 (estimated, not measured: images
 over the published 720 images per second and GPU, with a teacher at its published inference speed in
 turn; `wn21k train plan` computes it for others):
 
@@ -25,6 +26,7 @@ turn; `wn21k train plan` computes it for others):
 
 in1k takes the usual folders, DIR/train/n01440764/... and DIR/val/n01440764/...; the others what `wn21k data prepare`
 makes. The published speeds are the highest there are, in half precision; a V100 has no bf16, which in21k_modern takes.
+That one crops, and shards made with --resize short-edge --size 256 leave it more to see.
 
 ImageNet-1K weights to begin with: resnet50.ram_in1k; which ones the authors took is not published.
 wn21k_zoo/training/presets.py says what is published and what had to be chosen, above all the weight of the distillation

@@ -11,19 +11,21 @@ The first recipe; the others by :NAME after the file:
                  --recipe training/recipes/tresnet_v2_l.py --data DIR --output DIR
              or one of training/launch/
 
-The batch of a step stays the same on any number of GPUs. What each one takes on 8 V100 (estimated, not measured: images
+The batch of a step stays the same on any number of GPUs; on many, batch normalisation sees few images of it, and
+model.sync_batchnorm=true is for that. What each recipe takes on 8 V100 (estimated, not measured: images
 over the published 300 images per second and GPU, with a teacher at its published inference speed in
 turn; `wn21k train plan` computes it for others):
 
     in21k                          1,652 M images   241.5 hours
     in21k_without_distillation     1,652 M images   191.2 hours
     in21k_winter21                 1,548 M images   179.2 hours
-    in21k_modern                   1,062 M images   122.9 hours
+    in21k_modern                   1,652 M images   191.2 hours
     in1k                              51 M images     7.5 hours
     in1k_without_distillation         51 M images     5.9 hours
 
 in1k takes the usual folders, DIR/train/n01440764/... and DIR/val/n01440764/...; the others what `wn21k data prepare`
 makes. The published speeds are the highest there are, in half precision; a V100 has no bf16, which in21k_modern takes.
+That one crops, and shards made with --resize short-edge --size 256 leave it more to see.
 
 No ImageNet-1K weights of this architecture are known to us that have not seen ImageNet-21K. With some of your own, a
 folder, say, tresnet_v2_l.py:in21k:DIR has the published settings. Without, what begins with in21k begins with

@@ -24,7 +24,9 @@ turn; `wn21k train plan` computes it for others):
     in1k_without_distillation         51 M images     5.2 hours
 
 in1k takes the usual folders, DIR/train/n01440764/... and DIR/val/n01440764/...; the others what `wn21k data prepare`
-makes. The published speeds are the highest there are, in half precision; a V100 has no bf16, which in21k_modern takes.
+makes. The published speeds are the highest there are, in half precision (apex's O2, faster than
+autocast); a V100 has no bf16, which in21k_modern takes. That one crops, and shards made with --resize short-edge
+--size 256 leave it more to see.
 
 ImageNet-1K weights to begin with: deit_base_patch16_224.fb_in1k, without the biases of queries, keys and
 values, for which this network has no place; which ones the authors took is not published.

@@ -242,7 +242,7 @@ def evaluate(
         typer.Option(
             "--split",
             help="validation, train, or all. Default: validation; all images of a folder that is not divided, unless "
-            "MODEL is a run.",
+            "MODEL was trained on that folder.",
         ),
     ] = None,
     which: Annotated[Literal["best", "last"], typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",

@@ -23,7 +23,7 @@ from wn21k_zoo.training.data import Batch, Loader
 from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.learner import Learner, check_finite, not_deterministic
-from wn21k_zoo.training.network import resolved
+from wn21k_zoo.training.network import few_for_statistics, resolved
 from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.rescue import Rescue
@@ -147,6 +147,8 @@ class _Run:
             self.reporter.say("this GPU has no bf16 of its own; --set run.precision=fp16 is faster")
         if self.learner.about_teacher:
             self.reporter.say(self.learner.about_teacher)
+        if few := few_for_statistics(self.learner.module, self.recipe, self.world.size):
+            self.reporter.say(few)
         if self.layout != [self.world.size, self.micro]:
             self.reporter.say(
                 f"it went in {self.layout[0]} processes with {self.layout[1]} images at a time, and goes on in "

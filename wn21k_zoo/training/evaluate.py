@@ -32,7 +32,7 @@ from wn21k_zoo.training.data import (
 )
 from wn21k_zoo.training.engines import count_cores
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
-from wn21k_zoo.training.export import load_run
+from wn21k_zoo.training.export import TRAINED_ON, load_run
 from wn21k_zoo.training.folder import is_divided
 from wn21k_zoo.training.network import Normalized, memory_format
 from wn21k_zoo.training.splits import evaluation_resize
@@ -63,7 +63,8 @@ def evaluate(
         data: Shards or a URL of them, mapped to the model's classes by synset; or a folder of class folders named by
             wnids (for a run on classes of one's own, by its classes).
         split: ``train``, ``validation``, or for class folders ``all``. Default: ``validation``; but all images of a
-            folder that is not divided, unless the model is a run, which has seen nine in ten of them.
+            folder that is not divided, unless the model is a run, or was exported from one that was trained on that
+            folder, and so has seen nine in ten of them.
         which: Checkpoint of a run, ``best`` or ``last``.
         label_space: Classes of a folder's model, when it does not say.
         batch_size: Images at a time.
@@ -95,7 +96,8 @@ def evaluate(
         torch.cuda.set_device(chosen)  # for the thread that pins memory, too
     subject = _subject(model, which, label_space)
     if split is None:
-        split = "validation" if subject.is_run or not is_class_folder(data) or is_divided(data) else "all"
+        has_parts = subject.is_run or not is_class_folder(data) or is_divided(data) or _has_seen(subject, data)
+        split = "validation" if has_parts else "all"
     dataset = _dataset(data, split, subject)
     tree = SemanticTree.from_label_space(subject.space) if subject.space else None
     layout = memory_format(chosen)
@@ -142,6 +144,7 @@ class _Subject:
     head: Head
     resize: Augmentation
     is_run: bool = False
+    trained_on: str | None = None
 
 
 def _subject(model: str | os.PathLike[str], which: str, label_space: str | None) -> _Subject:
@@ -169,13 +172,16 @@ def _subject(model: str | os.PathLike[str], which: str, label_space: str | None)
         return own
     config = dict(loaded.data_config or {})  # of what has a name it is known
     module = Normalized(loaded.module, config["mean"], config["std"])
-    return _Subject(loaded.name, module, loaded.label_space, loaded.label_space.wnids, loaded.head, _own_resize(config))
+    space, folder = loaded.label_space, building.configured_folder(os.fspath(model))
+    seen = building.read_config(folder).get(TRAINED_ON) if folder is not None else None
+    return _Subject(loaded.name, module, space, space.wnids, loaded.head, _own_resize(config), trained_on=seen)
 
 
 def _of_own_classes(model: str | os.PathLike[str]) -> _Subject | None:
     """An exported folder whose classes are no synsets, None for anything else."""
     folder = building.as_folder(model)
-    names = building.read_config(folder).get("label_names") if folder is not None else None
+    described = building.read_config(folder) if folder is not None else {}
+    names = described.get("label_names")
     if folder is None or not names:
         return None
     from timm.data import resolve_model_data_config
@@ -183,7 +189,8 @@ def _of_own_classes(model: str | os.PathLike[str]) -> _Subject | None:
     module = building.create_model(folder)
     config = resolve_model_data_config(module)
     normalized = Normalized(module, config["mean"], config["std"])
-    return _Subject(folder.name, normalized, None, tuple(names), "softmax", _own_resize(config))
+    seen = described.get(TRAINED_ON)
+    return _Subject(folder.name, normalized, None, tuple(names), "softmax", _own_resize(config), trained_on=seen)
 
 
 @dataclass(frozen=True)
@@ -202,6 +209,11 @@ def _own_resize(config: dict[str, Any]) -> _OwnResize:
     from timm.data import create_transform
 
     return _OwnResize(create_transform(**config, use_prefetcher=True))  # bytes, not normalised
+
+
+def _has_seen(subject: _Subject, data: str | os.PathLike[str]) -> bool:
+    """Whether a model was trained on that part of a folder which is for training."""
+    return subject.trained_on is not None and _dataset(data, "train", subject).digest == subject.trained_on
 
 
 def _dataset(data: str | os.PathLike[str], split: str, subject: _Subject) -> ShardedDataset | FolderDataset:

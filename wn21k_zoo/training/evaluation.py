@@ -88,7 +88,7 @@ class Evaluation(nn.Module):
                 probability = scores.probability.index_select(1, self.semantic.levels.positions)
                 order = _precise(confidence) * (1 + 1e-9 * _precise(probability))  # below what float32 can tell apart
             predictions = self.leaf.update(order, targets_b)
-            self.distances.update(predictions, targets_b)
+            self.distances.update(predictions, targets_b, self.leaf.has(targets_b))
         sure = confidence.gather(1, predictions[:, None])[:, 0]
         self.calibration.update(sure, predictions == targets_b, self.leaf.has(targets_b))
 
@@ -96,9 +96,9 @@ class Evaluation(nn.Module):
         """All figures, in percent where they are shares; waits for all ranks.
 
         ``top1`` and ``top5`` are of the images of leaves, which ``leaf_images`` counts, for the leaf with the highest
-        confidence, as are calibration and, over all ``images``, the hierarchical ones. ``raw_top1`` is of the highest
-        logit of all classes with images, and ``raw_semantic_top1`` of the highest logit of each level, the published
-        protocol. A confidence is what the model gives among all its classes, also where few of them have images.
+        confidence, as are calibration and the hierarchical ones. ``raw_top1`` is of the highest logit of all classes
+        with images, and ``raw_semantic_top1`` of the highest logit of each level, the published protocol. A confidence
+        is what the model gives among all its classes, also where few of them have images.
 
         Raises:
             NonFiniteError: Logits were not finite.

@@ -25,7 +25,10 @@ from wn21k_zoo.training.recipe import NAME, Recipe
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["Trained", "export_run", "load_checkpoint", "load_run"]
+__all__ = ["TRAINED_ON", "Trained", "export_run", "load_checkpoint", "load_run"]
+
+TRAINED_ON = "trained_on"
+"""What config.json of an exported folder calls the digest of the images that its network has seen."""
 
 
 class Trained:
@@ -38,6 +41,7 @@ class Trained:
         class_names: A wnid, or a folder's name, per output.
         run: Name of its folder.
         step: Of the checkpoint.
+        trained_on: Digest of the data set's training images.
         figures: Of the evaluation at that step, empty when there was none.
     """
 
@@ -46,6 +50,7 @@ class Trained:
         self.recipe: Recipe = folder.recipe()
         self.run = folder.path.name
         self.step: int = state["step"]
+        self.trained_on: str = data["files"]["train"]
         self.figures: dict[str, Any] = state["figures"] if state["figures"].get("step") == self.step else {}
         name = data["label_space"]
         self.space: LabelSpace | None = None
@@ -204,6 +209,7 @@ def export_run(
         config = publish.folder_config(checkpoint, trained.module, trained.class_names)
     if arguments := trained.recipe.model.arguments:
         config["model_args"] = dict(arguments)
+    config[TRAINED_ON] = trained.trained_on
     card = _card(checkpoint, trained)
     return publish.write_export(target, trained.module, config, labels, card, dtype, _draft(checkpoint))
 

@@ -114,8 +114,8 @@ class Learner:
 
     @property
     def rate(self) -> float:
-        """The highest learning rate of the next step."""
-        return float(max(group["lr"] for group in self.optimizer.param_groups))
+        """The learning rate of the next step; of all but the classifier, where that has its own."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def begin(self) -> None:
         """A step begins; the leading rank keeps the batch statistics, which it changes, of the one before."""

@@ -175,22 +175,16 @@ class HierarchicalDistances(_Counts):
         self.register_buffer("depths", torch.from_numpy(tree.depths.astype(np.int64)), persistent=False)
 
     @torch.no_grad()
-    def update(self, predictions_b: Tensor, targets_b: Tensor) -> None:
-        """Count a batch of class indices, [B] int64 each."""
+    def update(self, predictions_b: Tensor, targets_b: Tensor, counted_b: Tensor | None = None) -> None:
+        """Count a batch of class indices, [B] int64 each; or only those of [B] bool."""
+        counted = torch.ones_like(targets_b) if counted_b is None else counted_b.long()
         ours, truth = self.chains[predictions_b], self.chains[targets_b]
         common = ((ours == truth) & (ours >= 0)).sum(1)
         lengths = self.depths[targets_b] + 1
-        errors = (lengths - common) * (predictions_b != targets_b)  # a descendant of the truth is 0 levels above it
-        self.counts += torch.stack(
-            [
-                torch.ones_like(targets_b).sum(),
-                (predictions_b != targets_b).sum(),
-                errors.sum(),
-                common.sum(),
-                (self.depths[predictions_b] + 1).sum(),
-                lengths.sum(),
-            ]
-        )
+        wrong = predictions_b != targets_b
+        errors = (lengths - common) * wrong  # a descendant of the truth is 0 levels above it
+        each = torch.stack([torch.ones_like(common), wrong, errors, common, self.depths[predictions_b] + 1, lengths])
+        self.counts += (each * counted).sum(1)
 
     def compute(self) -> dict[str, float]:
         """Errors in levels, the rest in percent, over all ranks."""

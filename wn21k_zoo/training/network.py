@@ -35,6 +35,7 @@ __all__ = [
     "build_network",
     "check_head",
     "checkpoint_gradients",
+    "few_for_statistics",
     "heads_of",
     "is_place",
     "memory_format",
@@ -45,10 +46,12 @@ __all__ = [
     "synchronised",
     "teacher_record",
     "try_size",
+    "wrong_size",
 ]
 
 
 _LOG = logging.getLogger(__name__)
+_ENOUGH = 32  # images for batch statistics: arXiv 1803.08494, figure 1
 
 
 class Normalized(nn.Module):
@@ -267,6 +270,26 @@ def synchronised(module: nn.Module) -> nn.Module:
     return cast(nn.Module, convert_sync_batchnorm(module))
 
 
+def wrong_size(what: str, size: int, error: Exception) -> RecipeError:
+    """What is said of a network that does not take images of a size."""
+    return RecipeError(
+        f"{what} does not take images of {size} pixels: {first_line(error).rstrip('.')}; set data.size, or "
+        f'model.arguments={{"img_size": {size}}} where the architecture takes that.'
+    )
+
+
+def few_for_statistics(module: nn.Module, recipe: Recipe, ranks: int) -> str:
+    """What is said of batch statistics over few images because there are many ranks; else empty."""
+    images = recipe.micro_batches(ranks)[0]
+    has_statistics = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules())
+    if ranks == 1 or images >= _ENOUGH or recipe.model.sync_batchnorm or not has_statistics:
+        return ""
+    return (
+        f"batch normalisation over {images} images per process is another training than over more; "
+        "model.sync_batchnorm=true, or a larger data.batch_size, avoids that"
+    )
+
+
 @torch.no_grad()
 def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_classes: int) -> None:
     """See that a network takes images of a size and gives a logit for each class.
@@ -280,8 +303,7 @@ def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_
     except (RuntimeError, AssertionError, ValueError) as error:
         if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
             raise
-        hint = f'; set data.size, or model.arguments={{"img_size": {size}}} where the architecture takes that'
-        raise RecipeError(f"{what} does not take images of {size} pixels: {first_line(error)}{hint}.") from error
+        raise wrong_size(what, size, error) from error
     finally:
         module.train(training)
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):

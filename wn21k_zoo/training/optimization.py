@@ -65,22 +65,30 @@ class Criterion(nn.Module):
 
 
 def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
-    """The optimizer of a recipe; biases and one-dimensional parameters have no weight decay, as published."""
+    """The optimizer of a recipe; biases and one-dimensional parameters have no weight decay, as published.
+
+    With AdamW and LAMB, which published recipes of later networks take, nor has what a network of timm's exempts, such
+    as position embeddings. The first group is that of the whole network's rate, if any has it.
+    """
     settings = recipe.optimizer
+    exempt: set[str] = set()
+    if settings.name in ("adamw", "lamb"):
+        exempt = set(getattr(module, "no_weight_decay", set)())
     of_head = {id(parameter) for head in heads_of(module) for parameter in head.parameters()}
     if settings.head_lr_factor != 1 and not of_head:
         raise RecipeError("The network has no classifier that optimizer.head_lr_factor could be for; set it to 1.")
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((parameter.ndim >= 2, id(parameter) in of_head), []).append(parameter)
+            decays = parameter.ndim >= 2 and name not in exempt
+            groups.setdefault((id(parameter) in of_head, decays), []).append(parameter)
     parameters = [
         {
             "params": members,
             "weight_decay": settings.weight_decay if decays else 0.0,
             "lr": settings.lr * (settings.head_lr_factor if in_head else 1.0),
         }
-        for (decays, in_head), members in sorted(groups.items(), key=lambda item: item[0])
+        for (in_head, decays), members in sorted(groups.items(), key=lambda item: item[0])
     ]
     if settings.name == "sgd":
         return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
@@ -125,9 +133,12 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRSchedu
 def average_of(module: nn.Module, decay: float) -> ModelEmaV3:
     """Its moving average, batch statistics included: those of the live weights do not fit averaged ones.
 
+    At its beginning it goes back over a tenth of the steps alone, else the weights that a short run begins with would
+    be most of it: at step t the decay is (t - 1) / (t + 9) at most, about TensorFlow's ExponentialMovingAverage.
+
     What is no floating-point number is copied. torch's own averages that, too, and rounds down: indices into tables of
     position biases then are wrong. And it makes the host wait for a GPU at each update.
     """
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(module, decay)
+    return ModelEmaV3(module, decay, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0)

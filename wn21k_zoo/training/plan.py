@@ -18,7 +18,14 @@ from wn21k_zoo import building, convert
 from wn21k_zoo.errors import ModelError, RecipeError, RunError, UnknownModelError, first_line
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LabelSpace
 from wn21k_zoo.training.manifest import PUBLISHED_TOTALS
-from wn21k_zoo.training.network import checkpoint_gradients, is_place, resolved, teacher_record
+from wn21k_zoo.training.network import (
+    checkpoint_gradients,
+    few_for_statistics,
+    is_place,
+    resolved,
+    teacher_record,
+    wrong_size,
+)
 from wn21k_zoo.training.presets import ARCHITECTURES
 from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
 from wn21k_zoo.training.recipe_files import recipes_in
@@ -51,6 +58,7 @@ class Plan:
         hours: None when nobody says how fast it is.
         images_per_second: Per GPU; published for a V100 where it is not given.
         assumed: How hours were estimated.
+        remarks: What to think about; empty when there is nothing.
     """
 
     steps_per_epoch: int
@@ -65,6 +73,7 @@ class Plan:
     hours: float | None
     images_per_second: float | None
     assumed: str
+    remarks: str
 
 
 def plan(
@@ -104,11 +113,12 @@ def plan(
     steps = per_epoch * recipe.schedule.epochs
     steps = min(steps, recipe.schedule.max_steps or steps)
     seen = steps * recipe.data.batch_size
-    speed, assumed = (images_per_second, "as given") if images_per_second else _published_speed(recipe)
+    speed, assumed = (images_per_second, "as given") if images_per_second else _published_speed(recipe, micro)
     num_classes = classes or (len(LabelSpace.load(space)) if space else 1000)
     arguments = tuple(recipe.model.arguments.items())
     model = recipe.model
-    parameters, kept = _size(model.architecture, num_classes, recipe.data.size, arguments, model.gradient_checkpointing)
+    module, kept = _size(model.architecture, num_classes, recipe.data.size, arguments, model.gradient_checkpointing)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
     halved = recipe.run.precision != "fp32"
     per_parameter = _PER_PARAMETER[recipe.optimizer.name] + 4 * bool(recipe.run.ema_decay) + 2 * halved
     memory: float = parameters * per_parameter
@@ -117,7 +127,8 @@ def plan(
         if teacher is None:
             assumed += "; memory without the teacher, whose network is not known here"
         else:
-            memory += (4 + 2 * halved) * _size(teacher, num_classes, recipe.data.size)[0]
+            weights = _size(teacher, num_classes, recipe.data.size)[0].parameters()
+            memory += (4 + 2 * halved) * sum(parameter.numel() for parameter in weights)
     memory += micro * (kept / (1 + halved) + 6 * 4 * num_classes)
     return Plan(
         steps_per_epoch=per_epoch,
@@ -132,6 +143,7 @@ def plan(
         hours=_rounded(seen / speed / gpus / 3600) if speed else None,
         images_per_second=round(speed, 1) if speed else None,
         assumed=assumed,
+        remarks=few_for_statistics(module, recipe, gpus),
     )
 
 
@@ -148,21 +160,24 @@ def cost_table(path: Path, gpus: int = 8) -> list[str]:
     return lines
 
 
-def _published_speed(recipe: Recipe) -> tuple[float | None, str]:
+def _published_speed(recipe: Recipe, images: int) -> tuple[float | None, str]:
     """Images per second of one V100, with the teacher's forward pass in its turn."""
     known = ARCHITECTURES.get(recipe.model.architecture)
     if known is None:
         return None, "unknown; give images per second"
     if recipe.data.size != 224 or recipe.run.precision == "fp32" or recipe.model.gradient_checkpointing:
         return None, "published for 224 pixels in half precision only; give images per second"
-    seconds = 1 / known.train_speed
+    seconds, how = 1 / known.train_speed, "published training speed of a V100"
+    if known.max_batch is not None:
+        how += f" with {known.max_batch * 9 // 10} images at a time (here {images})"
+    how += known.speed_note
     if recipe.loss.teacher is None:
-        return known.train_speed, "published training speed of a V100"
+        return known.train_speed, how
     architecture = _architecture_of(recipe.loss.teacher)
     if architecture is None or architecture not in ARCHITECTURES:
         return None, "the teacher's speed is unknown; give images per second"
     seconds += 1 / ARCHITECTURES[architecture].infer_speed
-    return 1 / seconds, "published training speed of a V100 and the teacher's published inference speed"
+    return 1 / seconds, f"{how} and the teacher's published inference speed"
 
 
 def _architecture_of(name: str) -> str | None:
@@ -190,8 +205,8 @@ def _size(
     size: int,
     arguments: tuple[tuple[str, Any], ...] = (),
     gradient_checkpointing: bool = False,
-) -> tuple[int, float]:
-    """Parameters, and bytes that are kept of one image in float32 to go backward; nothing is computed or allocated."""
+) -> tuple[nn.Module, float]:
+    """Network, and bytes that are kept of one image in float32 to go backward; nothing is computed or allocated."""
     check_architecture(architecture)
     with torch.device("meta"):
         try:
@@ -203,7 +218,7 @@ def _size(
             checkpoint_gradients(module, architecture)
             # What a block keeps while it is computed again is another guess.
             kept = _kept(module, architecture, size) + kept / 8
-    return sum(parameter.numel() for parameter in module.parameters()), kept
+    return module, kept
 
 
 def _kept(module: nn.Module, architecture: str, size: int) -> float:
@@ -221,7 +236,7 @@ def _kept(module: nn.Module, architecture: str, size: int) -> float:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             module(torch.empty(images, 3, size, size))
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"{architecture} does not take images of {size} pixels: {first_line(error)}") from None
+        raise wrong_size(architecture, size, error) from None
     for weights in (*module.parameters(), *module.buffers()):
         storages.pop(weights.untyped_storage()._cdata, None)
     return sum(storages.values()) / images
