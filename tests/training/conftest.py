@@ -1,3 +1,4 @@
+import itertools
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from wn21k_zoo.training import engine
+from wn21k_zoo.training.optimization import Criterion
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import index_path, read_index, read_info
 
@@ -46,6 +48,19 @@ def stop_at(monkeypatch):
             react(self, answer)
 
         monkeypatch.setattr(engine._Run, "_react", stopping)
+
+    return at
+
+
+@pytest.fixture
+def at_loss(monkeypatch):
+    """Makes logits go through something before each loss; it is given their number, from 1."""
+
+    def at(action):
+        forward, numbers = Criterion.forward, itertools.count(1)
+        monkeypatch.setattr(
+            Criterion, "forward", lambda self, logits, *others: forward(self, action(logits, next(numbers)), *others)
+        )
 
     return at
 

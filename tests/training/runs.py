@@ -72,9 +72,9 @@ def in_ninth_step(action):
     """The logits of the ninth step go through ``action`` first."""
     forward, calls = Criterion.forward, []
 
-    def changed(self, logits, targets, teacher=None):
+    def changed(self, logits, *others):
         calls.append(1)
-        return forward(self, action(logits) if len(calls) == 9 else logits, targets, teacher)
+        return forward(self, action(logits) if len(calls) == 9 else logits, *others)
 
     Criterion.forward = changed
 

@@ -79,6 +79,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(data, tmp_path, stop_at, st
         recipe.model.arguments = {"drop_rate": 0.3, "drop_path_rate": 0.2}
         recipe.run.ema_decay, recipe.optimizer.clip_norm, recipe.data.batch_per_device = 0.9, 1.0, 4
         recipe.data.augmentation, recipe.schedule.name, recipe.optimizer.name = "modern", "cosine", "adamw"
+        recipe.data.mixup, recipe.data.cutmix = 0.2, 1.0
         recipe.run.log_every = 4  # lines over the ends of epochs and of the first part
     run(recipe, data, tmp_path / "whole")
     stop_at(stop)
@@ -147,17 +148,10 @@ def test_a_finished_run_is_left_alone(data, tmp_path, capsys):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(
-    data, tmp_path, monkeypatch, bad, device
+    data, tmp_path, monkeypatch, at_loss, bad, device
 ):
     world = World(0, 1, torch.device(device))
-    forward = Criterion.forward
-    calls = []
-
-    def breaking(self, logits, targets, teacher=None):
-        calls.append(1)
-        return forward(self, logits * bad if len(calls) == 9 else logits, targets, teacher)
-
-    monkeypatch.setattr(Criterion, "forward", breaking)
+    at_loss(lambda logits, number: logits * bad if number == 9 else logits)
     with pytest.raises(NonFiniteError, match="The loss of step 9 is not finite"):
         run(small_recipe(), data, tmp_path, world)
     assert RunFolder(tmp_path).status()["state"] == "failed"
@@ -222,14 +216,9 @@ def test_every_optimizer_and_schedule(data, tmp_path, name, schedule):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision(data, tmp_path, monkeypatch, precision):
-    forward, seen = Criterion.forward, set()
-
-    def looking(self, logits, targets, teacher=None):
-        seen.add(logits.dtype)
-        return forward(self, logits, targets, teacher)
-
-    monkeypatch.setattr(Criterion, "forward", looking)
+def test_mixed_precision(data, tmp_path, at_loss, precision):
+    seen = set()
+    at_loss(lambda logits, _: seen.add(logits.dtype) or logits)
     run(small_recipe(run={"precision": precision}, schedule={"max_steps": 2}), data, tmp_path)
     assert seen == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
     weights = [value for value in final(tmp_path)["model"].values() if value.is_floating_point()]
@@ -244,32 +233,27 @@ def test_compiled_it_computes_the_same_to_rounding(data, tmp_path):
     assert_close_weights(final(tmp_path / "False"), final(tmp_path / "True"), 1e-5)
 
 
-def test_a_second_ctrl_c_ends_it_at_once_and_is_marked(data, tmp_path, monkeypatch):
-    forward, calls = Criterion.forward, []
-
-    def interrupted(self, logits, targets, teacher=None):
-        calls.append(len(calls))
-        if len(calls) == 9:  # of 12
+def test_a_second_ctrl_c_ends_it_at_once_and_is_marked(data, tmp_path, at_loss):
+    def interrupted(logits, number):
+        if number == 9:  # of 12
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
                 sum(range(1000))  # the handler runs between two steps of Python
-        return forward(self, logits, targets, teacher)
+        return logits
 
-    monkeypatch.setattr(Criterion, "forward", interrupted)
+    at_loss(interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_told(small_recipe(), data, tmp_path)
     assert RunFolder(tmp_path).status() == {"state": "preempted", "step": 6, "total": 12}
     assert final(tmp_path)["step"] == 6
 
 
-def test_an_operation_that_is_not_deterministic_is_one_line(data, tmp_path, monkeypatch):
-    forward = Criterion.forward
-
-    def putting(self, logits, targets, teacher=None):
+def test_an_operation_that_is_not_deterministic_is_one_line(data, tmp_path, at_loss):
+    def putting(logits, _):
         torch.zeros(1).put_(torch.zeros(1, dtype=torch.int64), torch.ones(1))
-        return forward(self, logits, targets, teacher)
+        return logits
 
-    monkeypatch.setattr(Criterion, "forward", putting)
+    at_loss(putting)
     with pytest.raises(RecipeError, match=r"put_.* has no deterministic .*; set run.deterministic to false"):
         run(small_recipe(run={"deterministic": True}), data, tmp_path)
     assert RunFolder(tmp_path).status()["state"] == "failed"

@@ -8,7 +8,16 @@ from wn21k_zoo import LabelSpace, create_model
 from wn21k_zoo.errors import RecipeError
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.export import export_run, load_run
-from wn21k_zoo.training.network import Normalized, _moved, build_network, reorder_head, resolved, synchronised, try_size
+from wn21k_zoo.training.network import (
+    Normalized,
+    _moved,
+    build_network,
+    freeze_backbone,
+    reorder_head,
+    resolved,
+    synchronised,
+    try_size,
+)
 
 from .checks import run
 from .runs import make_folder, small_recipe
@@ -124,3 +133,29 @@ def test_arguments_of_the_start_are_taken_unless_the_recipe_has_others(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     recipe = small_recipe("test_vit", model={"start": str(tmp_path), "arguments": {"depth": 2}})
     assert resolved(recipe).model.arguments == {"img_size": 32, "depth": 2}
+
+
+@pytest.mark.parametrize("precise", [{}, {"batch_per_device": 4}])
+def test_a_frozen_backbone_stays_as_it_began_and_the_classifier_does_not(tmp_path, precise):
+    data = make_folder(tmp_path / "images", images=12)
+    begun = small_recipe("test_efficientnet", schedule={"max_steps": 1})
+    run(begun, data, tmp_path / "begun")
+    start = str(export_run(tmp_path / "begun", tmp_path / "model"))
+    recipe = small_recipe(
+        "test_efficientnet",
+        model={"start": start, "freeze_backbone": True, "arguments": {"drop_path_rate": 0.5}},
+        data={"augmentation": "none", **precise},
+        optimizer={"lr": 1e-1},
+        schedule={"epochs": 4},
+    )
+    run(recipe, data, tmp_path / "run")
+    before, after = (load_run(tmp_path / each, "last").module.state_dict() for each in ("begun", "run"))
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_what_cannot_be_frozen_is_refused():
+    with pytest.raises(RecipeError, match="would keep random weights"):
+        small_recipe(model={"freeze_backbone": True}).check()
+    with pytest.raises(RecipeError, match="no classifier to train alone"):
+        freeze_backbone(timm.create_model("test_convnext", num_classes=0))

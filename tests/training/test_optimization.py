@@ -143,6 +143,23 @@ def test_the_loss_is_that_of_the_recipe(kind):
         torch.testing.assert_close(Criterion(recipe, None)(logits, targets), plain)
 
 
+@pytest.mark.parametrize("kind", ["semantic_softmax", "single_label", "multi_label"])
+@pytest.mark.parametrize("tree", [TREE, None])
+def test_the_loss_of_mixed_images_is_of_both_targets_and_one_distillation(kind, tree):
+    recipe = small_recipe(loss={"kind": kind, "label_smoothing": 0.0})
+    logits, theirs, targets = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([0, 1, 2, 5])
+    loss = Criterion(recipe, tree)
+    mixed = loss(logits, targets, share=0.3)
+    torch.testing.assert_close(mixed, 0.3 * loss(logits, targets) + 0.7 * loss(logits, targets.flip(0)))
+    if tree is None or kind == "multi_label":
+        return
+    recipe.loss.distillation_weight = 3.0
+    taught = Criterion(recipe, tree)
+    distilled = taught(logits, targets, theirs) - loss(logits, targets)
+    assert distilled > 0.01
+    torch.testing.assert_close(taught(logits, targets, theirs, 0.3), mixed + distilled)
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "lamb", "sgd"])
 def test_optimizers_have_what_the_recipe_says(name):
     fields = {"momentum": 0.7} if name == "sgd" else {"betas": (0.7, 0.9)}

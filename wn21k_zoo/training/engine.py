@@ -152,8 +152,8 @@ class _Run:
         if self.layout != [self.world.size, self.micro]:
             self.reporter.say(
                 f"it went in {self.layout[0]} processes with {self.layout[1]} images at a time, and goes on in "
-                f"{self.world.size} with {self.micro}: results are the same to rounding, but with batch normalisation "
-                "or dropout they are others"
+                f"{self.world.size} with {self.micro}: results are the same to rounding, but with batch normalisation, "
+                "dropout or mixed images they are others"
             )
         try:
             if self.agreement.stops():  # told so while it was being built

@@ -18,7 +18,8 @@ from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import explain
-from wn21k_zoo.training.network import Normalized, build_network, memory_format, synchronised, try_size
+from wn21k_zoo.training.mixing import mix
+from wn21k_zoo.training.network import Normalized, build_network, freeze_backbone, memory_format, synchronised, try_size
 from wn21k_zoo.training.optimization import Criterion, average_of, build_optimizer, build_schedule
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits
@@ -81,6 +82,8 @@ class Learner:
     def _build(self, splits: Splits, steps: int) -> None:
         recipe, space = self._recipe, splits.space
         network = build_network(recipe, splits.class_names, self.levels)
+        if recipe.model.freeze_backbone:
+            freeze_backbone(network)
         self.module = Normalized(network, recipe.model.mean, recipe.model.std).to(self._device)
         self._format = memory_format(self._device, recipe.model.channels_last)
         self.module.to(memory_format=self._format)
@@ -119,11 +122,17 @@ class Learner:
 
     def begin(self) -> None:
         """A step begins; the leading rank keeps the batch statistics, which it changes, of the one before."""
-        self.network.train()
+        self._train()
         if self._world.leads:
             _copy(self._kept, self._buffers)
         self._within = True
         self._mark()
+
+    def _train(self) -> None:
+        """Let batch statistics, dropout and the like be those of training, where that is trained."""
+        self.network.train()
+        if self._recipe.model.freeze_backbone:
+            freeze_backbone(self.module.module)
 
     def _mark(self) -> None:
         """What a checkpoint holds is there as soon as a GPU has done all it was asked until now."""
@@ -165,13 +174,15 @@ class Learner:
         if not len(batch):
             return self._nothing()
         if not self.network.training:  # after a batch without images
-            self.network.train()
-        images = batch.images.contiguous(memory_format=self._format)
+            self._train()
+        data = self._recipe.data
+        images, share = mix(batch.images, data.mixup, data.cutmix)
+        images = images.contiguous(memory_format=self._format)
         with self.autocast():
             with torch.no_grad():
                 teacher = self._teacher(images) if self._teacher is not None else None
             logits = self.network(images)
-        loss: Tensor = self.criterion(logits, batch.targets, teacher)
+        loss: Tensor = self.criterion(logits, batch.targets, teacher, share)
         self._last = loss.detach(), logits.detach(), batch.targets
         return loss
 

@@ -36,6 +36,7 @@ __all__ = [
     "check_head",
     "checkpoint_gradients",
     "few_for_statistics",
+    "freeze_backbone",
     "heads_of",
     "is_place",
     "memory_format",
@@ -346,6 +347,20 @@ def reorder_head(module: nn.Module, index: Tensor) -> None:
         for head in heads_of(module):
             for parameter in head.parameters(recurse=False):
                 parameter.copy_(parameter[index.to(parameter.device)].clone())
+
+
+def freeze_backbone(module: nn.Module) -> None:
+    """Let no training change what comes before the classifier: neither its weights nor its batch statistics.
+
+    Raises:
+        RecipeError: There is no classifier.
+    """
+    heads = heads_of(module)
+    if not any(True for head in heads for _ in head.parameters()):
+        raise RecipeError("The network has no classifier to train alone; set model.freeze_backbone to false.")
+    module.eval().requires_grad_(False)
+    for head in heads:
+        head.train().requires_grad_(True)
 
 
 def refuse_run(field: str, name: str) -> None:

@@ -47,20 +47,26 @@ class Criterion(nn.Module):
         if tree is not None and self.weight:
             self.distillation = SemanticDistillationLoss(tree, "level", recipe.loss.kind == "semantic_softmax")
 
-    def forward(self, logits: Tensor, targets: Tensor, teacher: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, targets: Tensor, teacher: Tensor | None = None, share: float = 1.0) -> Tensor:
         """Mean over a batch; logits and the teacher's in level order where there is a tree, [batch, classes].
 
-        What is not finite is NaN here and no error, so that all ranks get to where they agree to stop.
+        Of mixed images, see :func:`wn21k_zoo.training.mixing.mix`, so much is of the targets, and the rest of those in
+        reverse order. What is not finite is NaN here and no error, so that all ranks get to where they agree to stop.
         """
         try:
-            if self.loss is None:
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.smoothing)
-            else:
-                loss = self.loss(logits, targets)
+            loss = self._of(logits, targets)
+            if share < 1:
+                loss = share * loss + (1 - share) * self._of(logits, targets.flip(0))
             if self.distillation is not None and teacher is not None:
                 loss = loss + self.weight / len(targets) * self.distillation(logits, teacher)
         except NonFiniteError:
             return logits.float().sum() * math.nan
+        return loss
+
+    def _of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.loss is None:
+            return F.cross_entropy(logits.float(), targets, label_smoothing=self.smoothing)
+        loss: Tensor = self.loss(logits, targets)
         return loss
 
 

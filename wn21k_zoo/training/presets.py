@@ -182,8 +182,8 @@ def modern(architecture: str) -> Recipe:
 
     LAMB for the networks with batch normalisation, as in arXiv 2110.00476; AdamW and stochastic depth for the others,
     as in arXiv 2106.10270, at the upper end of what the authors recommend to Adam for this very transfer (2e-4 to 5e-4:
-    issue 17 of their repository). It begins with ImageNet-1K weights where :data:`ARCHITECTURES` has some, else with
-    random ones and for more epochs.
+    issue 17 of their repository); with the mixup of both. It begins with ImageNet-1K weights where
+    :data:`ARCHITECTURES` has some, else with random ones and for more epochs.
 
     It crops, down to 8 % of an image: shards made by ``wn21k data prepare --resize short-edge --size 256`` or larger
     leave it more to see than squashed ones of 224 pixels.
@@ -195,9 +195,11 @@ def modern(architecture: str) -> Recipe:
     recipe.schedule.epochs = 90 if known.start else _EPOCHS_FROM_SCRATCH
     recipe.schedule.start_divisor, recipe.schedule.end_divisor = 1000.0, 1000.0
     if architecture.startswith(("vit_", "mixer_")):
+        recipe.data.mixup = 0.2
         recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay = "adamw", 5e-4, 0.03
         recipe.model.arguments = {"drop_path_rate": 0.1}
     else:
+        recipe.data.mixup, recipe.data.cutmix = 0.1, 1.0
         recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay = "lamb", 3e-3, 0.02
     recipe.optimizer.clip_norm = 1.0
     recipe.run.precision, recipe.run.ema_decay = "bf16", 0.9999

@@ -78,6 +78,7 @@ class Model(Section):
             head is kept if it speaks the same classes; a new one begins with small weights. Of another architecture
             they are taken if all that it has in addition are biases. ``random:`` before it: as if it were there, but
             with random weights, for a trial.
+        freeze_backbone: Train the classifier alone; all before it stays as it began, batch statistics too.
         arguments: More for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; not those of :data:`RESERVED`.
         mean: Subtracted per channel from pixels in [0, 1].
         std: Divided by, per channel.
@@ -89,6 +90,7 @@ class Model(Section):
 
     architecture: str
     start: str | None = None
+    freeze_backbone: bool = False
     arguments: dict[str, bool | int | float | str | tuple[int | float | str, ...]] = {}
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -109,6 +111,9 @@ class Data(Section):
         batch_per_device: At most so many images go through the network at a time; the rest is accumulated.
         augmentation: ``published`` (cutout and RandAugment), ``modern`` (random resized crop, flip, RandAugment, random
             erasing), ``finetune`` (random resized crop, flip) or ``none``.
+        mixup: Images of a batch are added up in pairs, in shares from the Beta distribution with this parameter, and
+            their losses with them (arXiv 1710.09412); 0: no.
+        cutmix: The same with a rectangle of one in the other (arXiv 1905.04899); with both, each has half the batches.
         crop_pct: Evaluation resizes the shorter side to size / crop_pct and crops the centre; None: squash.
         window: So many shards are mixed with each other.
         max_bad: Share of damaged samples that is endured.
@@ -119,6 +124,8 @@ class Data(Section):
     batch_size: int = pydantic.Field(default=512, ge=1)
     batch_per_device: int = pydantic.Field(default=64, ge=1)
     augmentation: Literal["published", "modern", "finetune", "none"] = "published"
+    mixup: float = pydantic.Field(default=0.0, ge=0)
+    cutmix: float = pydantic.Field(default=0.0, ge=0)
     crop_pct: float | None = pydantic.Field(default=None, gt=0, le=1)
     window: int = pydantic.Field(default=16, ge=1)
     max_bad: float = pydantic.Field(default=0.01, ge=0, le=1)
@@ -271,6 +278,10 @@ class Recipe(Section):
                 "loss.distillation_weight is set, but there is no loss.teacher.",
             ),
             (any(value <= 0 for value in self.model.std), "model.std must be above 0."),
+            (
+                self.model.freeze_backbone and self.model.start is None,
+                "model.freeze_backbone would keep random weights; set model.start.",
+            ),
             (
                 self.data.augmentation == "published"
                 and (self.model.mean, self.model.std) != ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
