@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["atomic_file"]
+from wn21k_zoo.errors import DataOutputError
+
+__all__ = ["atomic_file", "check_writable"]
 
 
 @contextlib.contextmanager
@@ -49,3 +51,17 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_writable(path: Path) -> None:
+    """See that a file can be written, before the work for it.
+
+    Raises:
+        DataOutputError: It cannot.
+    """
+    if path.is_dir():
+        raise DataOutputError(f"{path} is a folder; name a file.")
+    if not path.absolute().parent.is_dir():
+        raise DataOutputError(f"{path} cannot be written: there is no folder {path.absolute().parent}.")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise DataOutputError(f"{path} cannot be written: permission denied; name another file.")

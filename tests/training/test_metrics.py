@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
 from wn21k_zoo.training.evaluation import Evaluation
-from wn21k_zoo.training.metrics import Calibration, HierarchicalDistances, LeafAccuracy, SemanticAccuracy
+from wn21k_zoo.training.metrics import Calibration, ClassAccuracy, HierarchicalDistances, LeafAccuracy, SemanticAccuracy
 from wn21k_zoo.tree import SemanticTree
 
 TREE = SemanticTree.load("winter21")
@@ -93,6 +93,15 @@ def test_calibration():
     assert figures["calibration_error"] == pytest.approx((85 + 4 * 20.25) / 5)
 
 
+def test_each_class_counts_the_same_in_balanced_accuracy():
+    metric = ClassAccuracy(4)
+    metric.update(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 0]), torch.tensor([True] * 4))
+    metric.update(torch.tensor([2, 3, 2]), torch.tensor([2, 2, 9]), torch.tensor([True, True, False]))
+    metric.update(torch.tensor([1]), torch.tensor([1]), torch.tensor([False]))
+    assert metric.per_class() == {0: (4, 3), 2: (2, 1)}
+    assert metric.compute() == {"balanced_top1": pytest.approx((75 + 50) / 2)}
+
+
 # Animal, cat, tabby, dog, plant: cat and animal have descendants here.
 NESTED = SemanticTree.from_wnids(["n00015388", "n02121808", "n02123045", "n02084071", "n00017222"])
 
@@ -114,6 +123,7 @@ def test_perfect_predictions_are_perfect_whatever_the_head(head, order):
     assert figures["mean_lca_error"] == figures["mean_lca_error_of_mistakes"] == 0
     assert figures["hierarchical_precision"] == figures["hierarchical_recall"] == 100  # of leaves, as top1
     assert figures["calibration_error"] < 0.1
+    assert figures["balanced_top1"] == 100
     if head != "sigmoid":
         assert figures["raw_top1"] >= 40
 

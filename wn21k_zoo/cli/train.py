@@ -193,6 +193,7 @@ _COMPARED = (
     "raw_semantic_top1",
     "top1",
     "top5",
+    "balanced_top1",
     "raw_top1",
     "mean_lca_error",
     "mean_lca_error_of_mistakes",
@@ -261,13 +262,17 @@ def evaluate(
     max_bad: Annotated[float, typer.Option("--max-bad", min=0, max=1, help="Allowed share of damaged images.")] = 0.01,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="All figures as a JSON file.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="A reliability diagram as PNG (extra plot).")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", help="CSV file with a row per image: class, prediction, confidence.")
+    ] = None,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Semantic and leaf accuracy, hierarchical errors, calibration and throughput of a model on a split."""
     from wn21k_zoo.errors import DataOutputError
+    from wn21k_zoo.files import check_writable
     from wn21k_zoo.training.evaluate import evaluate as run_evaluation
     from wn21k_zoo.training.options import Progress
-    from wn21k_zoo.training.plots import check_picture, check_writable, plot_reliability
+    from wn21k_zoo.training.plots import check_picture, plot_reliability
 
     if output is not None:
         check_writable(output)
@@ -285,6 +290,7 @@ def evaluate(
             device=device,
             precision=precision,
             max_bad=max_bad,
+            predictions=predictions,
             progress=lambda done, total: progress(Progress(stage="evaluate", done=done, total=total, images=0)),
         )
     if figures["left_out"]:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from torch import nn
+from torch import Tensor, nn
 
 from wn21k_zoo import building
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import DataError, InvalidArgumentError, UnresolvedLabelSpaceError
+from wn21k_zoo.files import atomic_file, check_writable
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model, select_device
 from wn21k_zoo.training.augment import Image
 from wn21k_zoo.training.data import (
     Augmentation,
+    Batch,
     FolderDataset,
     Loader,
     ShardedDataset,
@@ -54,6 +58,7 @@ def evaluate(
     device: str = "auto",
     precision: str = "fp32",
     max_bad: float = 0.01,
+    predictions: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Figures of a model on a split of a data set.
@@ -72,10 +77,13 @@ def evaluate(
         device: auto, cpu, cuda or mps.
         precision: fp32, bf16 or fp16.
         max_bad: Share of damaged images that is endured.
+        predictions: CSV file for a row per image: ``image``, ``class`` and ``prediction`` (wnids, or the model's own
+            names) and ``confidence``; there when all of it is done.
         progress: Told of batches done and to do.
 
     Returns:
-        What :meth:`wn21k_zoo.training.evaluation.Evaluation.compute` gives, with ``images_per_second``, ``model``,
+        What :meth:`wn21k_zoo.training.evaluation.Evaluation.compute` gives, with ``per_class`` (a list of ``class``,
+        ``images`` and ``top1``, the lowest first), ``images_per_second``, ``model``,
         ``label_space``, ``classes``, ``head``, ``split``, ``bad_samples``, ``left_out`` (images of classes that the
         model does not know) and ``device``. Semantic and hierarchical figures are over the tree of the model's own
         classes; where that has one level (ImageNet-1K) there are none.
@@ -83,6 +91,7 @@ def evaluate(
     Raises:
         ModelError, UnknownModelError, RunError: The model cannot be loaded.
         DataError: The data cannot be read, or has none of the model's classes.
+        DataOutputError: ``predictions`` cannot be written.
         InvalidArgumentError: A number is out of range.
         NonFiniteError: The model's outputs are not finite.
     """
@@ -91,6 +100,8 @@ def evaluate(
     dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision not in dtypes:
         raise InvalidArgumentError(f"precision is {precision!r}; it can be {', '.join(dtypes)}.")
+    if predictions is not None:
+        check_writable(expanded(predictions))
     chosen = select_device(device)
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)  # for the thread that pins memory, too
@@ -113,14 +124,14 @@ def evaluate(
         max_bad=max_bad,
     )
     total, begin, dtype = len(loader), time.perf_counter(), dtypes[precision]
-    with torch.inference_mode():
+    with torch.inference_mode(), _rows(predictions, dataset, subject.class_names) as write:
         for number, batch in enumerate(loader, start=1):
             if len(batch):  # else all its images are damaged
                 with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
                     logits = module(batch.images.contiguous(memory_format=layout))
-                evaluation.update(logits, batch.targets)
+                write(batch, *evaluation.update(logits, batch.targets))
             progress(number, total)
-    figures = evaluation.compute()
+        figures = evaluation.compute()
     return {
         "model": subject.name,
         "label_space": subject.space.name if subject.space else None,
@@ -128,11 +139,43 @@ def evaluate(
         "head": subject.head,
         "split": split,
         **figures,
+        "per_class": _per_class(evaluation, subject.class_names),
         "bad_samples": loader.bad_samples,
         "left_out": dataset.left_out,
         "images_per_second": figures["images"] / (time.perf_counter() - begin),
         "device": chosen.type,
     }
+
+
+def _per_class(evaluation: Evaluation, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    rows = [
+        {"class": class_names[index], "images": images, "top1": 100 * right / images}
+        for index, (images, right) in evaluation.classes.per_class().items()
+    ]
+    return sorted(rows, key=lambda row: row["top1"])
+
+
+@contextlib.contextmanager
+def _rows(
+    place: str | os.PathLike[str] | None, dataset: ShardedDataset | FolderDataset, class_names: Sequence[str]
+) -> Iterator[Callable[[Batch, Tensor, Tensor], None]]:
+    """Within, what writes a row for each image of a batch, its prediction and confidence; nothing without a place."""
+    if place is None:
+        yield lambda batch, predictions, confidences: None
+        return
+    with atomic_file(expanded(place)) as file:
+        text = io.TextIOWrapper(cast(io.BufferedWriter, file), "utf-8", newline="", errors="surrogateescape")
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(("image", "class", "prediction", "confidence"))
+
+        def write(batch: Batch, predictions: Tensor, confidences: Tensor) -> None:
+            names = dataset.names(batch.samples.tolist())
+            columns = (each.tolist() for each in (batch.targets, predictions, confidences))
+            for name, target, prediction, confidence in zip(names, *columns, strict=True):
+                table.writerow((name, class_names[target], class_names[prediction], f"{confidence:.6f}"))
+
+        yield write
+        text.detach()
 
 
 @dataclass(frozen=True)

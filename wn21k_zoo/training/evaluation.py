@@ -17,7 +17,14 @@ from wn21k_zoo.hierarchy import Decoder
 from wn21k_zoo.training.dataset import ShardedDataset
 from wn21k_zoo.training.folder import FolderDataset
 from wn21k_zoo.training.levels import Levels, Order
-from wn21k_zoo.training.metrics import BrokenRows, Calibration, HierarchicalDistances, LeafAccuracy, SemanticAccuracy
+from wn21k_zoo.training.metrics import (
+    BrokenRows,
+    Calibration,
+    ClassAccuracy,
+    HierarchicalDistances,
+    LeafAccuracy,
+    SemanticAccuracy,
+)
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["Evaluation", "classes_with_images"]
@@ -55,7 +62,7 @@ class Evaluation(nn.Module):
         if tree is not None and not (tree.depths.max() and tree.levels):
             tree = None  # nothing is above anything, or nothing beside it: no more to say than which class it is
         self.leaf, self.raw = LeafAccuracy(_leaves(tree, classes)), LeafAccuracy(classes)
-        self.calibration = Calibration()
+        self.classes, self.calibration = ClassAccuracy(max(classes) + 1), Calibration()
         self.broken = BrokenRows()
         self.semantic = SemanticAccuracy(tree, "level") if tree is not None else None
         self.raw_semantic = SemanticAccuracy(tree) if tree is not None and head != "semantic_softmax" else None
@@ -65,10 +72,14 @@ class Evaluation(nn.Module):
         self.to(device)
 
     @torch.no_grad()
-    def update(self, logits_bn: Tensor, targets_b: Tensor) -> None:
-        """Count a batch: logits [B, N] and indices in the label space [B] int64; an empty batch is none."""
+    def update(self, logits_bn: Tensor, targets_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Count a batch: logits [B, N] and indices in the label space [B] int64; an empty batch is none.
+
+        Returns:
+            Of each image the leaf that is predicted, [B] int64, and its confidence, [B].
+        """
         if not len(targets_b):
-            return
+            return targets_b, logits_bn.new_zeros(0)
         logits_bn = logits_bn.float()
         self.broken.update(logits_bn)
         if self._levels is not None:
@@ -89,16 +100,19 @@ class Evaluation(nn.Module):
                 order = _precise(confidence) * (1 + 1e-9 * _precise(probability))  # below what float32 can tell apart
             predictions = self.leaf.update(order, targets_b)
             self.distances.update(predictions, targets_b, self.leaf.has(targets_b))
-        sure = confidence.gather(1, predictions[:, None])[:, 0]
-        self.calibration.update(sure, predictions == targets_b, self.leaf.has(targets_b))
+        sure, counted = confidence.gather(1, predictions[:, None])[:, 0], self.leaf.has(targets_b)
+        self.classes.update(predictions, targets_b, counted)
+        self.calibration.update(sure, predictions == targets_b, counted)
+        return predictions, sure
 
     def compute(self) -> dict[str, Any]:
         """All figures, in percent where they are shares; waits for all ranks.
 
         ``top1`` and ``top5`` are of the images of leaves, which ``leaf_images`` counts, for the leaf with the highest
-        confidence, as are calibration and the hierarchical ones. ``raw_top1`` is of the highest logit of all classes
-        with images, and ``raw_semantic_top1`` of the highest logit of each level, the published protocol. A confidence
-        is what the model gives among all its classes, also where few of them have images.
+        confidence, as are calibration, the hierarchical ones, and ``balanced_top1``, the mean of all classes' own.
+        ``raw_top1`` is of the highest logit of all classes with images, and ``raw_semantic_top1`` of the highest logit
+        of each level, the published protocol. A confidence is what the model gives among all its classes, also where
+        few of them have images.
 
         Raises:
             NonFiniteError: Logits were not finite.
@@ -109,7 +123,7 @@ class Evaluation(nn.Module):
             figures |= self.semantic.compute()
             figures["raw_semantic_top1"] = (self.raw_semantic or self.semantic).compute()["semantic_top1"]
         leaf, raw = self.leaf.compute(), self.raw.compute()
-        figures |= {"top1": leaf["top1"], "top5": leaf["top5"], "raw_top1": raw["top1"]}
+        figures |= {"top1": leaf["top1"], "top5": leaf["top5"], **self.classes.compute(), "raw_top1": raw["top1"]}
         if self.distances is not None:
             figures |= self.distances.compute()
         figures |= self.calibration.compute()

@@ -92,6 +92,10 @@ class FolderDataset:
         """The path of an image below the root, with slashes."""
         return self._names[self._numbers[sample]]
 
+    def names(self, samples: Sequence[int]) -> list[str]:
+        """The paths of images below the root."""
+        return [self.name(sample) for sample in samples]
+
     @functools.cached_property
     def label_space(self) -> LabelSpace | None:
         """The classes as synsets if all their names are wnids, else None."""

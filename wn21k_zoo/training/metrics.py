@@ -18,7 +18,7 @@ from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
 from wn21k_zoo.training.levels import Levels, Order
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["BrokenRows", "Calibration", "HierarchicalDistances", "LeafAccuracy", "SemanticAccuracy"]
+__all__ = ["BrokenRows", "Calibration", "ClassAccuracy", "HierarchicalDistances", "LeafAccuracy", "SemanticAccuracy"]
 
 
 class _Counts(nn.Module):
@@ -147,6 +147,35 @@ class LeafAccuracy(_Counts):
         """Percentages over all ranks: ``top1``, ``top5``; and ``images`` of the classes."""
         first, any_of_five, count = self._total()
         return {"top1": 100 * first / max(1, count), "top5": 100 * any_of_five / max(1, count), "images": count}
+
+
+class ClassAccuracy(_Counts):
+    """Top-1 of each class by itself, whatever its share of the images.
+
+    Args:
+        num_classes: So many, from the first of the label space, can be counted.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, 2)
+
+    @torch.no_grad()
+    def update(self, predictions_b: Tensor, targets_b: Tensor, counted_b: Tensor) -> None:
+        """Count a batch of class indices, [B] int64 each, where [B] bool says so."""
+        rows = targets_b.clamp_max(len(self.counts) - 1)  # what is beyond is not counted
+        for column, values in enumerate((counted_b, counted_b & (predictions_b == targets_b))):
+            self.counts[:, column].scatter_add_(0, rows, values.long())
+
+    def per_class(self) -> dict[int, tuple[int, int]]:
+        """Of each class with images, by its index in the label space: images, and right ones; over all ranks."""
+        total = self._total()
+        pairs = enumerate(zip(total[::2], total[1::2], strict=True))
+        return {index: (images, right) for index, (images, right) in pairs if images}
+
+    def compute(self) -> dict[str, float]:
+        """``balanced_top1``: the mean percentage of the classes with images, over all ranks."""
+        shares = [right / images for images, right in self.per_class().values()]
+        return {"balanced_top1": 100 * sum(shares) / max(1, len(shares))}
 
 
 class HierarchicalDistances(_Counts):

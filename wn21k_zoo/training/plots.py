@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import DataOutputError, MissingExtraError, RunError
+from wn21k_zoo.files import check_writable
 from wn21k_zoo.training.state import RunFolder, names_of, read_lines
 
-__all__ = ["check_picture", "check_writable", "plot_reliability", "plot_runs"]
+__all__ = ["check_picture", "plot_reliability", "plot_runs"]
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> Path:
@@ -89,20 +89,6 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
     if not lines:
         raise RunError(f"{folder.metrics} has no lines yet.")
     return lines
-
-
-def check_writable(path: Path) -> None:
-    """See that a file can be written, before the work for it.
-
-    Raises:
-        DataOutputError: It cannot.
-    """
-    if path.is_dir():
-        raise DataOutputError(f"{path} is a folder; name a file.")
-    if not path.absolute().parent.is_dir():
-        raise DataOutputError(f"{path} cannot be written: there is no folder {path.absolute().parent}.")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise DataOutputError(f"{path} cannot be written: permission denied; name another file.")
 
 
 def check_picture(path: Path) -> None:

@@ -1,0 +1,69 @@
+"""What is told of each image and each class; the figures themselves are in test_export.py and test_metrics.py."""
+
+import csv
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from wn21k_zoo.errors import DataOutputError, NonFiniteError
+from wn21k_zoo.training.evaluate import evaluate
+from wn21k_zoo.training.prepare import PrepareOptions, prepare
+from wn21k_zoo.training.state import RunFolder, read_checkpoint
+
+from . import checks
+from .runs import small_recipe
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    checks.run(small_recipe(optimizer={"lr": 1e-3}), data, folder)
+    return folder
+
+
+def test_a_row_per_image_says_what_was_predicted(run, data, tmp_path):
+    figures = evaluate(run, data, split="all", workers=0, batch_size=7, predictions=tmp_path / "rows.csv")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    assert len(rows) == figures["images"] == 60
+    assert {row["image"] for row in rows} == {path.relative_to(data).as_posix() for path in data.glob("*/*.jpg")}
+    assert all(row["image"].startswith(f"{row['class']}/") for row in rows)
+    assert all(0 <= float(row["confidence"]) <= 1 for row in rows)
+    for each in figures["per_class"]:
+        of_class = [row for row in rows if row["class"] == each["class"]]
+        right = [row for row in of_class if row["prediction"] == each["class"]]
+        assert (each["images"], each["top1"]) == (len(of_class), pytest.approx(100 * len(right) / len(of_class)))
+    shares = [each["top1"] for each in figures["per_class"]]
+    assert shares == sorted(shares)
+    assert figures["balanced_top1"] == pytest.approx(sum(shares) / len(shares))
+
+
+def test_rows_of_shards_have_the_names_in_them_and_those_of_a_failure_are_not_there(run, data, tmp_path):
+    options = PrepareOptions(min_images=0, val_per_class=3, size=32, shard_size=4)
+    prepare(data, tmp_path / "shards", options, workers=1)
+    place = tmp_path / "rows.csv"
+    evaluate(run, tmp_path / "shards", workers=0, predictions=place)
+    rows = list(csv.DictReader(place.read_text().splitlines()))
+    manifest = pq.read_table(tmp_path / "shards" / "manifest.parquet", filters=[("split", "=", "validation")])
+    assert {(row["image"], row["class"]) for row in rows} == {
+        (f"{one['key']}.jpg", one["synset"]) for one in manifest.to_pylist()
+    }
+    place.unlink()
+    with pytest.raises(DataOutputError, match="cannot be written"):
+        evaluate(run, data, workers=0, predictions=tmp_path / "no" / "rows.csv")
+    with pytest.raises(NonFiniteError):
+        evaluate(_broken(run, tmp_path), data, workers=0, predictions=place)
+    assert not place.exists()
+
+
+def _broken(run, tmp_path):
+    shutil.copytree(run, tmp_path / "broken")
+    best = RunFolder(tmp_path / "broken").best
+    checkpoint = read_checkpoint(best)
+    for part in ("model", "average"):
+        for tensor in (checkpoint[part] or {}).values():
+            tensor.fill_(torch.nan) if tensor.is_floating_point() else None
+    best.unlink()
+    torch.save(checkpoint, best)
+    return tmp_path / "broken"
