@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -32,6 +33,11 @@ settings.register_profile("same_examples", derandomize=True)
 settings.load_profile("same_examples")
 
 EMBEDDED = "efficientnet_lite0.embedded_in1k"
+
+
+def pytest_unconfigure():
+    """Leave nothing behind, in none of the processes that run tests."""
+    shutil.rmtree(_HOME, ignore_errors=True)
 
 
 def run_in_terminal(command, environment):

@@ -190,3 +190,11 @@ def test_evaluation_of_what_is_not_there(run, data, tmp_path):
         assert done.exit_code != 0
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_compared_figures_have_two_digits_and_may_be_0(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    line = {"kind": "evaluation", "step": 3, "epoch": 1, "images": 7, "top1": 12.3456, "top5": 0.0}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (row,) = [json.loads(each) for each in wn21k("train", "compare", tmp_path / "run").stdout.splitlines()]
+    assert (row["top1"], row["top5"], row["semantic_top1"]) == (12.35, 0, None)

@@ -278,3 +278,27 @@ def test_size_is_checked_when_made(kind):
             kind(size)
     assert pickle.loads(pickle.dumps(kind(96))) == kind(96)  # noqa: S301
     assert kind().size == 224
+
+
+def by_pillow(image, size, source):
+    """The published pipeline on Pillow's images, with the draws in the documented order."""
+    image = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+    x, y = int(source.random() * size), int(source.random() * size)
+    colour = tuple(int(source.random() * 256) for _ in range(3))
+    half = int(0.5 * size + 0.5) // 2
+    ImageDraw.Draw(image).rectangle((x - half, y - half, x + half, y + half), fill=colour)
+    for _ in range(2):
+        name, index = list(PILLOW)[int(source.random() * 15)], 1 + int(source.random() * 9)
+        if source.random() < 0.5:
+            magnitude = magnitude_of(name, index)
+            if OPERATIONS[name].signed and source.random() < 0.5:
+                magnitude = -magnitude
+            image = PILLOW[name](image, magnitude, source)
+    return np.asarray(image)
+
+
+def test_the_whole_is_pillows():
+    image = data.chelsea()
+    for seed in range(100):
+        ours = PublishedAugmentation(64)(image, random.Random(seed))
+        np.testing.assert_array_equal(ours, by_pillow(image, 64, random.Random(seed)), str(seed))

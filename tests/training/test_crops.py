@@ -133,3 +133,53 @@ def test_crops_out_of_range():
     for make in (lambda: RandomCrop(0), lambda: RandomCrop(8, scale=0), lambda: CenterCrop(8, crop_pct=2)):
         with pytest.raises(ValueError, match="must be"):
             make()
+
+
+def test_what_is_made_smaller_is_averaged_and_what_is_made_larger_is_smooth():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    means = image.reshape(16, 4, 16, 4, 3).mean((1, 3))
+    steps = np.repeat(np.array([[0, 200]], np.uint8), 2, 0)[..., None].repeat(3, 2)
+    for seed in range(4):
+        found = RandomCrop(16, scale=1.0)(image, Random(seed))
+        assert min(np.abs(each - means).max() for each in (found, found[:, ::-1])) <= 1
+        assert len(np.unique(RandomCrop(16, scale=1.0)(steps, Random(seed)))) > 2
+
+
+def test_what_is_erased_is_noise_of_its_own():
+    crop, image = RandomCrop(96, scale=1.0, erase=1.0), np.zeros((96, 96, 3), np.uint8)
+    erased = [found[found.any(2)] for found in (crop(image, Random(seed)) for seed in range(60))]
+    erased = [each for each in erased if len(each)]
+    assert len({tuple(each[0].tolist()) for each in erased}) == len(erased)
+    assert all(each.std(0).min() > 60 for each in erased)
+    noise = np.concatenate(erased)
+    np.testing.assert_allclose(noise.mean(0), 127.5, atol=1)
+    assert noise.max() == 255
+
+
+def test_a_crop_may_touch_every_edge():
+    drawn = [crops._rectangle((10, 12), (0.25, 0.25), (1.0, 1.0), Random(seed)) for seed in range(1000)]
+    assert {(tall, wide) for *_, tall, wide in drawn} == {(5, 5)}
+    assert {top for top, *_ in drawn} == set(range(6))
+    assert {left for _, left, *_ in drawn} == set(range(8))
+
+
+@pytest.mark.parametrize(("size", "crop_pct"), [(224, 0.9), (384, 0.95), (64, 0.93)])
+def test_evaluation_resizes_as_timm_at_224(size, crop_pct):
+    image = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
+    transform = create_transform(
+        (3, size, size), interpolation="bilinear", crop_pct=crop_pct, crop_mode="center", use_prefetcher=True
+    )
+    theirs = np.asarray(transform(Image.fromarray(image))).transpose(1, 2, 0)
+    np.testing.assert_array_equal(CenterCrop(size, crop_pct)(image, Random(0)), theirs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RandomCrop(8, erase=1.5), lambda: RandomCrop(8, erase=-0.1), lambda: RandomCrop(8, operations=-1),
+        lambda: RandomCrop(8, scale=1.5), lambda: CenterCrop(8, crop_pct=0.0), lambda: CenterCrop(0),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_crop_has(make):
+    with pytest.raises(ValueError, match="must be"):
+        make()

@@ -7,13 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from wn21k_zoo.errors import DataOutputError, NonFiniteError
+from wn21k_zoo.errors import BadImagesError, DataOutputError, NonFiniteError
 from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
 
 from . import checks
-from .runs import small_recipe
+from .runs import WNIDS, make_folder, small_recipe
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +67,30 @@ def _broken(run, tmp_path):
     best.unlink()
     torch.save(checkpoint, best)
     return tmp_path / "broken"
+
+
+def test_the_checkpoint_that_is_asked_for_is_evaluated(run, data, tmp_path):
+    broken = _broken(run, tmp_path)
+    assert evaluate(broken, data, workers=0, which="last")["images"] == 6
+    with pytest.raises(NonFiniteError):
+        evaluate(broken, data, workers=0)
+
+
+def test_an_evaluation_is_in_the_precision_that_is_asked_for(run, data):
+    errors = {
+        precision: evaluate(run, data, workers=0, precision=precision)["calibration_error"]
+        for precision in ("fp32", "fp16", "bf16")
+    }
+    off = {precision: abs(error - errors["fp32"]) for precision, error in errors.items()}
+    assert 0 < off["fp16"] < off["bf16"] < 1
+
+
+def test_so_many_damaged_images_are_endured_in_an_evaluation_as_are_allowed(run, tmp_path):
+    images = make_folder(tmp_path / "images")
+    for name in WNIDS[:2]:
+        for path in (images / name).iterdir():
+            path.write_bytes(b"damaged")
+    figures = evaluate(run, images, split="all", workers=0, max_bad=0.5)
+    assert (figures["images"], figures["bad_samples"]) == (40, 20)
+    with pytest.raises(BadImagesError):
+        evaluate(run, images, split="all", workers=0)

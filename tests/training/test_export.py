@@ -28,7 +28,8 @@ from wn21k_zoo.training.data import Loader, Squash, open_folder
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import train
 from wn21k_zoo.training.evaluate import evaluate
-from wn21k_zoo.training.export import export_run, load_run
+from wn21k_zoo.training.export import Trained, export_run, load_run
+from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.metrics import SemanticAccuracy
 from wn21k_zoo.training.plots import plot_reliability, plot_runs
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
@@ -399,3 +400,59 @@ def test_raw_semantic_top1_is_the_published_protocol_whatever_the_head(run, data
         with torch.no_grad():
             metric.update(trained.module(batch.images), batch.targets)
     assert figures["raw_semantic_top1"] == metric.compute()["semantic_top1"]
+
+
+def test_the_head_of_a_run_is_in_the_order_of_its_classes(run):
+    trained, state = load_run(run, "last"), RunFolder(run).newest()
+    prefix = "module.module."
+    weights = {key.removeprefix(prefix): value for key, value in state["average"].items() if key.startswith(prefix)}
+    network = timm.create_model("test_convnext", num_classes=len(WNIDS)).eval()
+    network.load_state_dict(weights, strict=False)
+    columns = Levels(SemanticTree.from_label_space(trained.space), "level").columns  # which class is in which place
+    assert columns.tolist() != list(range(len(WNIDS)))
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(trained.module(pixels)[:, columns], network(pixels))
+    assert not trained.module.training
+
+
+@pytest.mark.parametrize("crop_pct", [None, 0.875])
+def test_confidences_are_those_of_the_training_for_a_run_and_its_export(data, tmp_path, crop_pct):
+    recipe = small_recipe(
+        model={"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.25, 0.3)},
+        data={"augmentation": "finetune", "crop_pct": crop_pct},
+        optimizer={"lr": 3e-3},
+        run={"ema_decay": 0.5},
+    )
+    train(recipe, data, tmp_path / "run", ALONE, workers=0)
+    folder = export_run(tmp_path / "run", tmp_path / "model")
+    expected = load_run(tmp_path / "run").figures
+    for subject in (tmp_path / "run", folder):
+        found = evaluate(subject, data, split="validation", workers=0)
+        for ours, theirs in zip(found["reliability"], expected["reliability"], strict=True):
+            assert ours == pytest.approx(theirs, abs=0.01)
+
+
+def test_the_draft_says_what_was_measured_and_how_images_are_prepared(run):
+    trained = load_run(run)
+    trained.figures = {
+        "semantic_top1": 1.0, "raw_semantic_top1": 23.456, "top1": 34.567, "top5": 90.0, "images": 1200,
+        "leaf_images": 800,
+    }  # fmt: skip
+    trained.recipe.model.mean, trained.recipe.model.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    trained.recipe.data.augmentation = "finetune"
+    for crop_pct, resize in ((None, ("squash", 1.0)), (0.9, ("crop", 0.9))):
+        trained.recipe.data.crop_pct = crop_pct
+        record = trained.checkpoint()
+        assert (record.resize, record.crop_pct) == resize
+        assert (record.mean, record.std, record.interpolation) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear")
+    assert [(metric.name, metric.value, metric.dataset) for metric in record.metrics] == [
+        ("semantic top-1", 23.46, "1,200 validation images"), ("top-1", 34.57, "800 validation images"),
+    ]  # fmt: skip
+
+
+def test_figures_of_another_step_are_not_those_of_a_checkpoint(run):
+    folder = RunFolder(run)
+    state = folder.newest()
+    assert Trained(folder, state).figures["step"] == state["step"]
+    assert Trained(folder, state | {"figures": state["figures"] | {"step": 1}}).figures == {}

@@ -15,6 +15,7 @@ from PIL import Image
 from wn21k_zoo.errors import DataError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.data import Loader, Squash, Stage, is_class_folder, open_dataset
+from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
 
 from .archives import OUTSIDE, WNIDS, jpeg, make_classes, tar_bytes
 from .hub_folder import serve_repository
@@ -146,3 +147,94 @@ def test_gated_repositories_on_the_hub(tmp_path, kind):
             else:
                 assert "cannot be read" in done.stderr
                 assert "Traceback" not in done.stderr
+
+
+CLASSES = {"n02123045": 4, "n02084071": 0}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"n02123045_1.JPG": b"a"}, [(b"a", 4)]),
+        ({"n02123045_1.png": b"a", "n02084071_1.webp": b"b"}, [(b"a", 4), (b"b", 0)]),
+        ({"n02123045/1.jpg": b"a", "n02084071/1.jpg": b"b"}, [(b"a", 4), (b"b", 0)]),  # one stem in two folders
+        ({"n02123045/1.jpg": b"a", "n02123045/1.cls": b"7"}, [(b"a", 4)]),
+        ({"n02123045_1.jpg": b"a", "n02123045_1.seg.png": b"mask"}, [(b"a", 4)]),  # a key ends at its first dot
+        ({"n02123045_1.jpg": b"a", "n02084071_2.json": b"{}"}, [(b"a", 4)]),  # a sample without an image
+        ({"n02123045_1.json": b'{"class_name": "n02084071"}', "n02123045_1.jpg": b"a"}, [(b"a", 4)]),  # the key counts
+        ({"01.jpg": b"a", "01.json": b'{"class_name": "n02084071"}'}, [(b"a", 0)]),
+        ({"part/01.jpg": b"a", "part/01.json": b'{"synset": "n02084071"}'}, [(b"a", 0)]),
+        ({"n07920052_1.jpg": b"a", "n02084071_1.jpg": b"b"}, [(b"b", 0)]),  # of a class that is not asked for
+    ],
+)
+def test_samples_of_a_tar_by_key_and_kind(files, expected):
+    whole = tar_bytes(files)
+    index = index_tar(io.BytesIO(whole), "x.tar", CLASSES).tolist()
+    assert [(whole[offset : offset + size], target) for offset, size, target in index] == expected
+
+
+def test_nine_digits_are_no_synset():
+    with pytest.raises(DataError, match="neither the key"):
+        index_tar(io.BytesIO(tar_bytes({"n021230451.jpg": b"a"})), "x.tar", CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("imagenet22k-train-0000.tar", "train"), ("data/validation-00000-of-00013.parquet", "validation"),
+        ("train/imagenet-val-0001.tar", "validation"), ("valid_0.tar", "validation"), ("TEST-0.tar", "test"),
+        ("trains-0.tar", None),
+    ],
+)  # fmt: skip
+def test_the_split_that_a_name_says(name, split):
+    assert split_of(name) == split
+
+
+def parquet(table, names=None, **options):
+    if names is not None:
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    file = io.BytesIO()
+    pq.write_table(table, file, **options)
+    return file
+
+
+def test_rows_of_a_table_by_a_column_of_text(tmp_path):
+    # A name in words beside the synset, a class 0, one that is not asked for, and images of which one is missing.
+    table = pa.table(
+        {
+            "label": ["tabby", "dog", "espresso", "dog"],
+            "synset": ["n02123045", "x/n02084071_9.JPEG", "n07920052", "n02084071"],
+            "image": [b"a", None, b"c", b"d"],
+        }
+    )
+    rows = index_parquet(parquet(table), "x.parquet", CLASSES)
+    assert rows[["offset", "target"]].tolist() == [(0, 4), (1, 0), (3, 0)]
+    index = convert_parquet(parquet(table), rows, tmp_path / "x.tar").tolist()
+    whole = (tmp_path / "x.tar").read_bytes()
+    assert [(whole[offset : offset + size], target) for offset, size, target in index] == [
+        (b"a", 4), (b"", 0), (b"d", 0),
+    ]  # fmt: skip
+
+
+def test_numbers_whose_names_are_not_all_synsets_say_no_class():
+    table = pa.table({"label": [0, 1], "image": [b"a", b"b"]})
+    assert index_parquet(parquet(table, ["n02123045", "n02084071"]), "x", CLASSES)["target"].tolist() == [4, 0]
+    with pytest.raises(DataError, match="no column that names synsets"):
+        index_parquet(parquet(table, ["n02123045", "dog"]), "x", CLASSES)
+
+
+def test_rows_without_a_label_have_no_class():
+    table = pa.table({"label": pa.array([0, -1, None, 1, 2], pa.int64()), "image": [b"a"] * 5})
+    rows = index_parquet(parquet(table, ["n02123045", "n02084071"]), "x", CLASSES)
+    assert rows[["offset", "target"]].tolist() == [(0, 4), (3, 0)]
+
+
+def test_images_are_those_with_bytes_and_may_be_missing(tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    box = [{"x": number} for number in range(3)]
+    images = pa.array([{"bytes": b"a", "path": "a"}, {"bytes": None, "path": "b"}, None], kind)
+    table = pa.table({"box": box, "picture": images, "synset": ["n02123045"] * 3})
+    rows = index_parquet(parquet(table), "x.parquet", CLASSES)
+    index = convert_parquet(parquet(table), rows, tmp_path / "x.tar")
+    assert index["size"].tolist() == [1, 0, 0]

@@ -187,3 +187,85 @@ def test_figures_are_the_same_in_either_order(head):
         figures.append(evaluation.compute())
     assert figures[0] == figures[1]
     assert 0 < figures[0]["raw_semantic_top1"] < 100
+
+
+def test_semantic_accuracy_is_over_pairs_and_not_the_mean_of_levels():
+    animal, cat, plant = (NESTED.index(wnid) for wnid in ("n00015388", "n02121808", "n00017222"))
+    logits = torch.zeros(4, len(NESTED))
+    logits[:, [animal, cat]] = 1  # said of all four
+    metric = SemanticAccuracy(NESTED)
+    metric.update(logits, torch.tensor([cat, plant, plant, plant]))
+    assert metric.compute() == {"semantic_top1": 40, "levels": {0: 25, 1: 100}}
+
+
+def test_top5_is_of_five():
+    metric = LeafAccuracy(range(8))
+    metric.update(torch.arange(8.0).flip(0).expand(8, 8), torch.arange(8))  # class k has rank k
+    assert metric.compute() == {"top1": 12.5, "top5": 62.5, "images": 8}
+
+
+def test_the_default_bins_are_fifteen():
+    metric = Calibration()
+    confidences = torch.arange(15) / 15 + 0.01
+    metric.update(confidences, torch.ones(15, dtype=torch.bool), torch.ones(15, dtype=torch.bool))
+    assert [row["images"] for row in metric.compute()["reliability"]] == [1] * 15
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_outputs_of_any_kind_that_are_not_finite_give_no_figures(bad):
+    evaluation = Evaluation(NESTED, "sigmoid", range(5))  # of which infinity would be a confidence of 1
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = bad
+    evaluation.update(logits, torch.tensor([0, 1, 2]))
+    with pytest.raises(NonFiniteError, match="The logits of 1 of 3 images"):
+        evaluation.compute()
+
+
+@pytest.mark.parametrize(
+    ("imaged", "leaves"),
+    [
+        (("n00015388", "n02123045"), 1),  # animal and tabby: an ancestor, though no parent
+        (("n02121808", "n02084071"), 2),  # cat and dog: of the cat's tabby there is no image
+    ],
+)
+def test_leaves_are_those_with_no_imaged_class_below(imaged, leaves):
+    evaluation = Evaluation(NESTED, "softmax", [NESTED.index(wnid) for wnid in imaged])
+    evaluation.update(torch.zeros(1, 5), torch.tensor([0]))
+    figures = evaluation.compute()
+    assert (figures["leaves"], figures["classes_with_images"]) == (leaves, 2)
+
+
+def test_semantic_top1_is_by_the_softmax_within_a_level():
+    # feline and canine; cat below the first, wolf below the second
+    tree = SemanticTree.from_wnids(["n02120997", "n02083346", "n02121620", "n02114100"])
+    evaluation = Evaluation(tree, "semantic_softmax", range(4))
+    evaluation.update(torch.tensor([[9.0, 0.0, 0.0, 3.0]]), torch.tensor([3]))  # a feline, and a wolf
+    figures = evaluation.compute()
+    assert figures["levels"] == {0: 0, 1: 100}
+    assert figures["semantic_top1"] == figures["raw_semantic_top1"] == 50
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+def test_raw_semantic_of_a_plain_head_is_by_the_highest_logit(head):
+    animal, tabby, plant = (NESTED.index(wnid) for wnid in ("n00015388", "n02123045", "n00017222"))
+    logits = torch.full((1, len(NESTED)), -9.0)
+    logits[0, [tabby, plant]] = torch.tensor([5.0, 1.0])  # more of a tabby than a plant, whose own logit is higher
+    evaluation = Evaluation(NESTED, head, range(len(NESTED)))
+    evaluation.update(logits, torch.tensor([animal]))
+    figures = evaluation.compute()
+    assert (figures["semantic_top1"], figures["raw_semantic_top1"]) == (100, 0)
+
+
+def test_two_classes_of_which_one_is_above_the_other_have_no_levels():
+    tree = SemanticTree.from_wnids(["n02121808", "n02123045"])
+    evaluation = Evaluation(tree, "softmax", range(2))
+    evaluation.update(torch.eye(2), torch.arange(2))
+    assert not {"semantic_top1", "mean_lca_error"} & set(evaluation.compute())
+
+
+def test_logits_in_half_precision_are_read_in_float32():
+    evaluation = Evaluation(None, "softmax", range(3))
+    logits = torch.tensor([[1.5, 0.25, 0.0]], dtype=torch.bfloat16)
+    evaluation.update(logits, torch.tensor([0]))
+    (row,) = evaluation.compute()["reliability"]
+    assert row["confidence"] == pytest.approx(100 * float(logits.float().softmax(1)[0, 0]), abs=1e-3)

@@ -567,3 +567,12 @@ def test_files_of_one_stem_have_keys_of_their_own():
         names[0]: f"{WNIDS[0]}_1", names[1]: f"{WNIDS[0]}-000001", names[2]: f"{WNIDS[0]}-000002",
         names[3]: f"{WNIDS[0]}_2",
     }  # fmt: skip
+
+
+def test_the_published_options():
+    assert PrepareOptions() == PrepareOptions(
+        label_space="fall11", min_images=500, val_per_class=50, size=224, resize="squash", quality=95, shard_size=10_000
+    )
+    for wrong in ({"quality": 101}, {"size": 0}, {"size": 8193}, {"val_per_class": -1}, {"min_images": -1}):
+        with pytest.raises(InvalidArgumentError, match="it must be from"):
+            PrepareOptions(**wrong)

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import train
-from wn21k_zoo.training.plan import cost_table, plan
+from wn21k_zoo.training.plan import cost_table
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.recipe import RANDOM, Recipe
 from wn21k_zoo.training.recipe_files import load_recipe, override, recipes_in, shipped_recipes
@@ -421,106 +422,105 @@ def test_the_folder_of_a_run_stands_for_its_recipe(tmp_path):
         load_recipe(str(tmp_path))
 
 
-def test_a_plan_counts_the_teacher_wherever_it_is(tmp_path):
-    recipe = presets.in21k("resnet50")
-    with_record = plan(recipe, images_per_second=100)
-    save_for_hf(timm.create_model("tresnet_v2_l", num_classes=3), tmp_path / "teacher")
-    recipe.loss.teacher = str(tmp_path / "teacher")
-    assert plan(recipe, images_per_second=100).memory_gb == with_record.memory_gb
-    recipe.loss.teacher = "nowhere/teacher"
-    without = plan(recipe, images_per_second=100)
-    assert without.memory_gb < with_record.memory_gb
-    assert "without the teacher" in without.assumed
-    recipe.loss.teacher = "vit_small_patch14_dinov2.lvd142m"
-    with pytest.raises(RecipeError, match="not known to be synsets, which those of a teacher must be"):
-        plan(recipe, images_per_second=100)
-    recipe.loss.teacher = "tresnet_v2_m"
-    with pytest.raises(UnknownModelError, match="Did you mean"):
-        plan(recipe, images_per_second=100)
-
-
-@pytest.mark.parametrize("speed", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_speed_that_is_none(speed):
-    with pytest.raises(RecipeError, match="are no speed"):
-        plan(presets.in21k("resnet50"), images_per_second=speed)
-
-
-def test_a_plan_counts_what_a_run_does():
-    recipe = presets.in21k("resnet50")
-    for gpus, accumulation in ((1, 8), (8, 1), (16, 1)):
-        figures = plan(recipe, gpus=gpus, images_per_second=1000)
-        assert figures.steps == 80 * (11_797_632 // 512)
-        assert figures.accumulation == accumulation
-        assert figures.batch_per_gpu * accumulation * gpus == 512
-        assert figures.hours == pytest.approx(figures.steps * 512 / 1000 / gpus / 3600, abs=0.1)
-    assert figures.parameters == sum(parameter.numel() for parameter in _resnet().parameters())
-    with pytest.raises(RecipeError, match="cannot be shared by 3"):
-        plan(recipe, gpus=3)
-    with pytest.raises(RecipeError, match="give --data or --images"):
-        plan(small_recipe())
-    with pytest.raises(RecipeError, match=r"fewer than data\.batch_size"):
-        plan(recipe, images=10)
-    assert plan(small_recipe(), images=1000).hours is None
-    assert plan(small_recipe(), images=800, gpus=1, images_per_second=10).hours == 0.044  # 1,600 images
-    small = override(small_recipe("test_vit"), ['model.arguments={"img_size": 32}'])
-    assert plan(small, images=1000).steps > 0
-    with pytest.raises(RecipeError, match=r'does not take images of 32 pixels: .*arguments={"img_size": 32}'):
-        plan(small_recipe("vit_tiny_patch16_224"), images=1000)
-    with pytest.raises(RecipeError, match="test_vit cannot be built"):
-        plan(override(small, ['model.arguments={"no_such": 1}']), images=1000)
-
-
-def test_a_plan_says_when_batch_statistics_come_from_few_images():
-    recipe = presets.in21k("resnet50")
-    assert "over 8 images per process" in plan(recipe, gpus=64).remarks
-    assert "with 288 images at a time (here 8)" in plan(recipe, gpus=64).assumed
-    for change, gpus in (("", 8), ("model.sync_batchnorm=true", 64)):
-        assert plan(override(recipe, change.split()), gpus=gpus).remarks == ""
-    assert plan(presets.in21k("vit_base_patch16_224_miil"), gpus=64).remarks == ""
-    assert plan(override(recipe, ["data.batch_per_device=8"]), gpus=1).remarks == ""  # as its owner wants it
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_memory_of_a_plan_is_near_what_torch_counts(checkpointing):
-    recipe = small_recipe("resnet18")
-    recipe.data.size, recipe.data.batch_size, recipe.data.batch_per_device = 128, 32, 32
-    recipe.optimizer.name, recipe.model.gradient_checkpointing = "adam", checkpointing
-    network = timm.create_model("resnet18")
-    network.set_grad_checkpointing(checkpointing)
-    optimizer = torch.optim.Adam(network.parameters())
-    tracker = pytest.importorskip("torch.distributed._tools.mem_tracker").MemTracker()
-    tracker.track_external(network, optimizer)
-    with tracker:
-        for _ in range(2):
-            network(torch.rand(32, 3, 128, 128)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            tracker.reset_mod_stats()
-    peak = sum(parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values())
-    assert plan(recipe, gpus=1, images=1000).memory_gb == pytest.approx(peak / 1e9, rel=0.25)
-
-
-def _resnet():
-    return timm.create_model("resnet50", num_classes=11_221)
-
-
-@pytest.mark.parametrize(
-    "change", [{"data": {"size": 448}}, {"run": {"precision": "fp32"}}, {"model": {"gradient_checkpointing": True}}]
-)
-def test_a_speed_is_not_taken_for_that_of_another_training(change):
-    recipe = presets.in21k("resnet50")
-    assert plan(recipe).hours == 68.0
-    for section, fields in change.items():
-        for name, value in fields.items():
-            setattr(getattr(recipe, section), name, value)
-    figures = plan(recipe)
-    assert figures.hours is None
-    assert "224 pixels in half precision" in figures.assumed
-
-
 def test_the_folder_of_classes_is_what_the_finetuning_takes(tmp_path):
     recipe = load_recipe(f"{FOLDER / 'finetune.py'}:embedded").debug()
     make_folder(tmp_path / "mine", names=("cats", "dogs"))
     figures = train(recipe, tmp_path / "mine", tmp_path / "run", World(0, 1, torch.device("cpu")), workers=0)
     assert figures["images"] == 2
     assert json.loads((tmp_path / "run" / "data.json").read_text())["class_names"] == ["cats", "dogs"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data.size", 15), ("data.batch_size", 0), ("data.crop_pct", 0.0), ("data.max_bad", 1.5), ("data.window", 0),
+        ("loss.label_smoothing", 1.0), ("loss.distillation_weight", -1.0), ("optimizer.lr", 0.0),
+        ("optimizer.lr", float("inf")), ("optimizer.lr", float("nan")), ("optimizer.weight_decay", -1.0),
+        ("optimizer.momentum", 1.0), ("optimizer.clip_norm", 0.0), ("schedule.epochs", 0), ("schedule.warmup", 1.0),
+        ("schedule.end_divisor", 0.5), ("run.ema_decay", 1.0), ("run.ema_decay", 0.0), ("run.keep", 0),
+    ],
+)  # fmt: skip
+def test_a_number_out_of_its_range_is_refused(field, value):
+    section, name = field.split(".")
+    with pytest.raises(RecipeError, match=re.escape(field)):
+        setattr(getattr(small_recipe(), section), name, value)
+
+
+@pytest.mark.parametrize("name", [".hidden", "-x", "_x", ""])
+def test_names_that_begin_oddly(name):
+    recipe = small_recipe()
+    recipe.name = name
+    with pytest.raises(RecipeError, match="letters, digits"):
+        recipe.check()
+
+
+def test_how_evenly_a_batch_must_be_shared():
+    recipe = override(small_recipe(), ["data.batch_size=85", "data.batch_per_device=64"])
+    assert recipe.micro_batches(1) == (17, 5)  # a quarter of what would fit is enough
+    recipe.data.batch_size = 65
+    with pytest.raises(RecipeError, match="more divisors"):
+        recipe.micro_batches(1)
+
+
+def test_a_trial_is_small_and_plain():
+    recipe = presets.in21k("resnet50")
+    recipe.model.compile = recipe.model.sync_batchnorm = True
+    recipe.run.deterministic = True
+    small = recipe.debug(8)
+    assert (small.data.batch_size, small.data.batch_per_device, small.micro_batches(8)) == (16, 2, (2, 1))
+    assert (small.model.compile, small.model.sync_batchnorm, small.run.evaluate_batches) == (False, False, 1)
+    assert (small.run.precision, small.schedule.max_steps, small.data.window) == ("fp32", 2, 1)
+    assert recipe.model.compile
+
+
+def test_a_recipe_file_has_its_helpers_and_leaves_the_path_alone(tmp_path, monkeypatch):
+    text = "from wn21k_zoo.training import presets\n"
+    text += "def _base():\n    return presets.in21k('resnet50')\n"
+    text += "def of(start):\n    return presets.finetune(start)\n"
+    text += "def mine():\n    return presets.in1k('resnet50')\n"
+    (tmp_path / "mine.py").write_text(text)
+    before = list(sys.path)
+    assert list(recipes_in(tmp_path / "mine.py")) == ["mine"]
+    assert load_recipe(str(tmp_path / "mine.py")) == presets.in1k("resnet50")  # the first that needs no argument
+    assert sys.path == before
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe("~/mine.py:mine") == presets.in1k("resnet50")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text(presets.in1k("resnet50").to_json())
+    assert load_recipe("~/run") == presets.in1k("resnet50")
+
+
+def test_spaces_around_a_value_are_none_of_it():
+    assert override(small_recipe(), ["optimizer.name = adamw"]).optimizer.name == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [("semantic_softmax", "semantic_softmax"), ("single_label", "softmax"), ("multi_label", "sigmoid")],
+)
+def test_how_outputs_are_read(kind, head):
+    assert small_recipe(loss={"kind": kind}).loss.head == head
+
+
+def test_what_was_chosen_is_in_the_recipes():
+    recipe = presets.in21k("resnet50", "mine")
+    assert (recipe.model.start, recipe.run.precision) == ("mine", "fp16")  # not the known start
+    assert (recipe.loss.teacher, recipe.loss.distillation_weight) == ("tresnet_v2_l.miil_in21k", 10)
+    assert presets.in21k("tresnet_v2_l").loss.teacher == "vit_base_patch16_224_miil.in21k"
+    tuned = presets.in1k("resnet50")
+    assert (tuned.model.start, tuned.data.crop_pct) == ("resnet50.miil_in21k", 0.875)
+    assert (tuned.loss.distillation_weight, tuned.run.ema_decay) == (10, 0.9997)
+    chosen = {
+        name: (recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay, recipe.model.arguments)
+        for name in presets.ARCHITECTURES
+        if (recipe := presets.modern(name))
+    }
+    for name, settings in chosen.items():
+        transformer = name.startswith(("vit_", "mixer_"))
+        expected = ("adamw", 5e-4, 0.03, {"drop_path_rate": 0.1}) if transformer else ("lamb", 3e-3, 0.02, {})
+        assert settings == expected, name
+    assert (presets.modern("resnet50").run.ema_decay, presets.modern("resnet50").run.precision) == (0.9999, "bf16")
+    own = presets.finetune("resnet50.miil_in21k")
+    assert (own.optimizer.head_lr_factor, own.optimizer.clip_norm, own.data.crop_pct) == (10, 1, None)
+    assert (own.model.mean, own.model.std) == ((0, 0, 0), (1, 1, 1))
+    assert presets.finetune("efficientnet_lite0.embedded_in1k").data.crop_pct == 0.875

@@ -91,7 +91,8 @@ def _synset_in(details: Any) -> str:
 def index_parquet(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray[np.void]:
     """Which rows of a Parquet file have a class in ``classes``.
 
-    In the index, ``offset`` is the number of the row, ``size`` 0 and ``target`` the class.
+    In the index, ``offset`` is the number of the row, ``size`` 0 and ``target`` the class. Rows without a label have
+    none.
 
     Raises:
         DataError: It has no label column whose values or names are synsets.
@@ -103,8 +104,10 @@ def index_parquet(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDA
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{name} is no Parquet file that can be read: {first_line(error)}") from None
     if names is not None:
-        table = np.array([classes.get(_synset(one), -1) for one in names], np.int32)
-        targets = table[values.to_numpy()]
+        table = np.array([*(classes.get(_synset(one), -1) for one in names), -1], np.int32)
+        numbers = values.fill_null(-1).to_numpy()
+        # Of a test split, whose labels are kept back, they are -1: no class.
+        targets = table[np.where((numbers >= 0) & (numbers < len(names)), numbers, len(names))]
     else:
         targets = np.array([classes.get(_synset(one), -1) for one in values.to_pylist()], np.int32)
     rows = np.flatnonzero(targets >= 0)

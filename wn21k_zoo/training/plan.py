@@ -101,7 +101,7 @@ def plan(
     if images_per_second is not None and not 0 < images_per_second < math.inf:
         raise RecipeError(f"{images_per_second} images per second are no speed; give a number above 0.")
     space = LABEL_SPACE_ALIASES.get(recipe.data.label_space or "", recipe.data.label_space)
-    images = images or IMAGES.get(space or "")
+    images = IMAGES.get(space or "") if images is None else images
     if images is None:
         raise RecipeError(
             f"How many images {recipe.data.label_space or 'your folder'} has is not known; give --data or --images."

@@ -1,0 +1,45 @@
+"""Pictures of runs and of calibration."""
+
+import json
+
+import pytest
+
+from wn21k_zoo.errors import (
+    DataOutputError,
+)
+from wn21k_zoo.training import plots
+from wn21k_zoo.training.plots import plot_reliability, plot_runs
+
+
+def test_a_picture_of_runs_has_each_figure_in_its_panel(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, output: drawn.append(figure))
+    rows = [{"kind": "train", "step": 1, "loss": 5.0, "lr": 0.1, "images_per_second": 70.0},
+            {"kind": "evaluation", "step": 1, "semantic_top1": 40.0, "top1": 30.0, "images_per_second": 9.0},
+            {"kind": "train", "step": 2, "loss": 4.0, "lr": 0.2, "images_per_second": 80.0}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_runs([tmp_path], tmp_path / "x.png")
+    panels = [[line.get_ydata() for line in axes.lines if len(line.get_ydata())] for axes in drawn[0].axes]
+    assert [[list(map(float, each)) for each in panel] for panel in panels] == [
+        [[5.0, 4.0]], [[0.1, 0.2]], [[40.0], [30.0]], [[70.0, 80.0]],
+    ]  # fmt: skip
+
+
+def test_a_picture_of_calibration_has_accuracy_over_confidence(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, output: drawn.append(figure))
+    rows = [{"images": 10, "confidence": 20.0, "accuracy": 60.0}, {"images": 40, "confidence": 90.0, "accuracy": 75.0}]
+    plot_reliability({"reliability": rows, "calibration_error": 20.0}, tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] == [
+        ([0, 100], [0, 100]), ([20.0, 90.0], [60.0, 75.0]),
+    ]  # fmt: skip
+    assert [(bar.get_center()[0], bar.get_height()) for bar in axes.patches] == [(20.0, 5.0), (90.0, 20.0)]
+
+
+def test_a_picture_is_named_as_one_in_either_case(tmp_path):
+    line = {"kind": "train", "step": 1, "loss": 5.0, "lr": 0.1, "images_per_second": 70.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert plot_runs([tmp_path], tmp_path / "x.PNG").is_file()
+    with pytest.raises(DataOutputError, match="pictures are PNG"):
+        plot_runs([tmp_path], tmp_path / "x.pdf")
