@@ -65,7 +65,7 @@ def test_a_plan_says_when_batch_statistics_come_from_few_images():
     recipe = presets.in21k("resnet50")
     assert "over 8 images per process" in plan(recipe, gpus=64).remarks
     assert "with 288 images at a time (here 8)" in plan(recipe, gpus=64).assumed
-    for change, gpus in (("", 8), ("model.sync_batchnorm=true", 64)):
+    for change, gpus in (("", 8), ("model.sync_batchnorm=true", 64), ("model.freeze_backbone=true", 64)):
         assert plan(override(recipe, change.split()), gpus=gpus).remarks == ""
     assert plan(presets.in21k("vit_base_patch16_224_miil"), gpus=64).remarks == ""
     assert plan(override(recipe, ["data.batch_per_device=8"]), gpus=1).remarks == ""  # as its owner wants it

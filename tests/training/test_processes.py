@@ -44,7 +44,7 @@ def test_20_kills_at_random_moments_leave_a_loadable_checkpoint(data, tmp_path):
         schedule={"epochs": 400}, run={"checkpoint_minutes": 1e-9, "log_every": 50, "evaluate_every": 9}
     )
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["wn21k_zoo.training.engine", "training.runs"])
+    context.set_forkserver_preload(["wn21k_zoo.training.engine", "tests.training.runs"])  # for what it imports
     choose, reached = random.Random(1), 0  # noqa: S311
     for _ in range(20):
         process = context.Process(target=run_until_killed, args=(recipe.to_json(), str(data), str(tmp_path / "run")))

@@ -283,7 +283,8 @@ def few_for_statistics(module: nn.Module, recipe: Recipe, ranks: int) -> str:
     """What is said of batch statistics over few images because there are many ranks; else empty."""
     images = recipe.micro_batches(ranks)[0]
     has_statistics = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules())
-    if ranks == 1 or images >= _ENOUGH or recipe.model.sync_batchnorm or not has_statistics:
+    model = recipe.model
+    if ranks == 1 or images >= _ENOUGH or model.sync_batchnorm or model.freeze_backbone or not has_statistics:
         return ""
     return (
         f"batch normalisation over {images} images per process is another training than over more; "
