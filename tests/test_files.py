@@ -1,5 +1,6 @@
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,25 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_it_is_
         file.write(b"content")
     assert done == ["file", "name", "folder"]
     assert target.read_bytes() == b"content"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_links_and_special_files_stay_what_they_are(tmp_path):
+    (tmp_path / "target").write_bytes(b"former")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with atomic_file(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    with atomic_file(tmp_path / "pipe") as file:
+        file.write(b"row")
+    reader.join()
+    assert read == [b"row"]
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])

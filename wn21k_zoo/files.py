@@ -17,7 +17,15 @@ __all__ = ["atomic_file", "check_writable"]
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is at ``path``, complete and on the disk, after the block; or not there if the block fails."""
+    """A file that is at ``path``, complete and on the disk, after the block; or not there if the block fails.
+
+    A link stays one, to the new file; what is no regular file, such as /dev/stdout, is written as it comes.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -83,10 +83,17 @@ def test_what_was_measured_in_training_is_measured_again(run, exported, data):
         assert again["images"] == 6
 
 
-def test_a_model_is_not_judged_by_the_images_that_it_has_seen(exported, data, tmp_path):
-    assert evaluate(exported, data, workers=0)["split"] == "validation"
-    others = evaluate(exported, make_folder(tmp_path / "others", images=5), workers=0)
-    assert (others["split"], others["images"]) == ("all", 30)
+def test_a_model_is_not_judged_by_the_images_that_it_has_seen(run, exported, data, tmp_path):
+    grown = shutil.copytree(data, tmp_path / "grown")
+    shutil.copy(next((grown / WNIDS[0]).iterdir()), grown / WNIDS[0] / "new.jpg")
+    others = shutil.copytree(data, tmp_path / "others")
+    for path in others.glob("*/*.jpg"):
+        path.rename(path.with_stem(f"other{path.stem}"))
+    for model in (run, exported):
+        assert evaluate(model, data, workers=0)["split"] == "validation"
+        assert evaluate(model, grown, workers=0)["split"] == "validation"
+        assert (found := evaluate(model, others, workers=0))["split"] == "all"
+        assert found["images"] == 60
 
 
 def test_the_draft_is_a_record(exported):

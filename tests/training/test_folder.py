@@ -2,7 +2,8 @@ import os
 
 import pytest
 
-from wn21k_zoo.errors import BadImagesError, DataError
+from wn21k_zoo.cli.predict import _expand
+from wn21k_zoo.errors import BadImagesError, DataError, MissingExtraError
 from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.crops import CenterCrop
@@ -94,7 +95,9 @@ def test_images_are_those_that_a_prediction_takes_from_a_folder(tmp_path):
         (tmp_path / each / "notes.txt").touch()
         for number, suffix in enumerate(IMAGE_SUFFIXES):
             (tmp_path / each / f"{number}{suffix.upper()}").touch()
-    assert len(open_folder(tmp_path, "all")) == 2 * len(IMAGE_SUFFIXES)
+    folder = open_folder(tmp_path, "all")
+    assert len(folder) == 2 * len(IMAGE_SUFFIXES)
+    assert {str(tmp_path / name) for name in names(folder)} == {*_expand([str(tmp_path)])}
 
 
 def test_shards_in_folders_are_no_classes(tmp_path):
@@ -104,6 +107,38 @@ def test_shards_in_folders_are_no_classes(tmp_path):
         (tmp_path / "shards" / split).mkdir(parents=True)
         (tmp_path / "shards" / split / "0.tar").touch()
     assert not is_class_folder(tmp_path / "shards")
+    (tmp_path / "photos" / "a" / "backup.tar").touch()  # beside images
+    assert is_class_folder(tmp_path / "photos")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="who may read anything")
+def test_a_folder_that_cannot_be_read_says_nothing(tmp_path):
+    make_folder(tmp_path, images=2, names=("a", "b"))
+    (tmp_path / "lost+found").mkdir(mode=0)
+    assert is_class_folder(tmp_path)
+
+
+def test_heif_photographs_want_their_extra(tmp_path, monkeypatch):
+    make_folder(tmp_path, images=2, names=("a", "b"))
+    (tmp_path / "a" / "x.HEIC").touch()
+    assert len(open_folder(tmp_path, "all")) == 5
+    monkeypatch.setattr("wn21k_zoo.training.folder.find_spec", lambda _: None)
+    with pytest.raises(MissingExtraError, match=r"HEIF photographs, which needs an extra: pip install .*heif"):
+        open_folder(tmp_path, "all")
+
+
+def test_a_sketch_tells_how_much_two_folders_have_in_common(tmp_path):
+    def common(one, other):
+        return len({*one.sketch} & {*other.sketch}) / len(one.sketch)
+
+    make_folder(tmp_path, images=150, names=("a", "b"))
+    before = open_folder(tmp_path, "all")
+    for path in sorted((tmp_path / "a").iterdir())[:20]:
+        path.unlink()
+    (tmp_path / "b" / "new.jpg").write_bytes(jpeg(1))
+    assert 0.8 < common(before, open_folder(tmp_path, "all")) < 1
+    make_folder(tmp_path / "others", images=150, names=("c", "d"))
+    assert common(before, open_folder(tmp_path / "others", "all")) == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a right there")

@@ -80,6 +80,11 @@ def test_parquet_files_of_others(tmp_path):
     classes = make_classes()
     hugging_face_parquet(tmp_path / "hf", classes)
     assert not is_class_folder(tmp_path / "hf")
+    named = Loader(
+        open_dataset(tmp_path / "hf", stage=Stage(tmp_path / "stage")),
+        batch_size=4, training=False, augmentation=Squash(SIZE), names=True,
+    )  # fmt: skip
+    assert len({name for batch in named for name in batch.names}) == 30  # rows of the two files have the same numbers
     dataset = open_dataset(tmp_path / "hf", stage=Stage(tmp_path / "stage"))
     assert len(dataset) == 30
     space = LabelSpace.load("fall11")

@@ -115,6 +115,14 @@ def test_what_a_network_exempts_does_not_decay_with_later_optimizers(name, exemp
     assert decays[id(module.head.weight)] == 0.3
 
 
+def test_exemptions_may_be_patterns():
+    module = timm.create_model("xcit_nano_12_p16_224", num_classes=3, depth=1)
+    optimizer = build_optimizer(small_recipe(optimizer={"name": "adamw", "weight_decay": 0.3}), module)
+    decays = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
+    assert decays[id(module.pos_embed.token_projection.weight)] == 0.0
+    assert decays[id(module.head.weight)] == 0.3
+
+
 def test_the_heads_of_a_distilled_transformer_have_their_rate():
     module = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, depth=1)
     groups = build_optimizer(small_recipe(optimizer={"head_lr_factor": 10.0}), module).param_groups

@@ -68,7 +68,20 @@ def test_a_plan_says_when_batch_statistics_come_from_few_images():
     for change, gpus in (("", 8), ("model.sync_batchnorm=true", 64), ("model.freeze_backbone=true", 64)):
         assert plan(override(recipe, change.split()), gpus=gpus).remarks == ""
     assert plan(presets.in21k("vit_base_patch16_224_miil"), gpus=64).remarks == ""
-    assert plan(override(recipe, ["data.batch_per_device=8"]), gpus=1).remarks == ""  # as its owner wants it
+    few = override(recipe, ["data.batch_per_device=8"])  # as its owner wants it
+    assert plan(few, gpus=1).remarks == plan(few, gpus=2).remarks == ""
+
+
+def test_a_plan_of_a_classifier_alone_needs_less():
+    recipe = presets.finetune("vit_base_patch16_224_miil.in21k")
+    whole = plan(recipe, images=1000, gpus=1)
+    recipe.model.freeze_backbone = True
+    alone = plan(recipe, images=1000, gpus=1)
+    assert alone.parameters == whole.parameters
+    assert alone.memory_gb < 0.1 * whole.memory_gb
+    recipe = presets.without_distillation(presets.in21k("resnet50"))
+    recipe.model.freeze_backbone = True
+    assert plan(recipe).hours is None
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

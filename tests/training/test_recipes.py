@@ -483,7 +483,8 @@ def test_a_recipe_file_has_its_helpers_and_leaves_the_path_alone(tmp_path, monke
     assert list(recipes_in(tmp_path / "mine.py")) == ["mine"]
     assert load_recipe(str(tmp_path / "mine.py")) == presets.in1k("resnet50")  # the first that needs no argument
     assert sys.path == before
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
     assert load_recipe("~/mine.py:mine") == presets.in1k("resnet50")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").write_text(presets.in1k("resnet50").to_json())

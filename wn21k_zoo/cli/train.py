@@ -260,7 +260,9 @@ def evaluate(
         Literal["fp32", "bf16", "fp16"], typer.Option("--precision", help="Of the forward pass.")
     ] = "fp32",
     max_bad: Annotated[float, typer.Option("--max-bad", min=0, max=1, help="Allowed share of damaged images.")] = 0.01,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="All figures as a JSON file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="All figures as a JSON file, of each class too.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="A reliability diagram as PNG (extra plot).")] = None,
     predictions: Annotated[
         Path | None, typer.Option("--predictions", help="CSV file with a row per image: class, prediction, confidence.")
@@ -295,7 +297,7 @@ def evaluate(
         )
     if figures["left_out"]:
         say(f"{figures['left_out']:,} images have classes that the model does not know; they are left out")
-    _print_figures(figures, format)
+    _print_figures({name: value for name, value in figures.items() if name != "per_class"}, format)
     if output is not None:
         try:
             output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

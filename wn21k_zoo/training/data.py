@@ -68,13 +68,15 @@ class Batch:
     """What one rank gets of one batch.
 
     ``images``: [n, 3, size, size] on the device, channels_last, floating point in [0, 1]. ``targets``: class indices,
-    [n] int64. ``samples``: numbers of the samples in the data set, [n] int64, on the CPU. ``n`` is smaller than the
-    batch size where samples were damaged, and in the last batch of an evaluation.
+    [n] int64. ``samples``: numbers of the samples in the data set, [n] int64, on the CPU. ``names``: of the images,
+    where the loader was asked for them. ``n`` is smaller than the batch size where samples were damaged, and in the
+    last batch of an evaluation.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
     samples: torch.Tensor
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -105,6 +107,7 @@ class Loader:
         dtype: Of the images.
         window: So many shards are mixed with each other.
         max_bad: Share of an epoch's samples that may be damaged; ten of a thousand always may, for 0.01.
+        names: Whether batches tell the names of their images.
         group: In training, so many batches of each rank make a step; what is left of an epoch and less than a step is
             left out.
 
@@ -134,6 +137,7 @@ class Loader:
         window: int = 16,
         max_bad: float = 0.01,
         group: int = 1,
+        names: bool = False,
     ) -> None:
         if isinstance(dataset, (str, os.PathLike)):
             raise InvalidArgumentError(f"Loader takes a data set, such as open_dataset({os.fspath(dataset)!r}).")
@@ -155,7 +159,9 @@ class Loader:
         self._named: set[tuple[str, str]] = set()
         self._order = SampleOrder(dataset.lengths, window if training else 0, seed)
         self._plan = _Plan(len(dataset), batch_size, training, rank, world_size, group)
-        reader = _Reader(dataset, self._order, augmentation or (PublishedAugmentation() if training else Squash()))
+        reader = _Reader(
+            dataset, self._order, augmentation or (PublishedAugmentation() if training else Squash()), names
+        )
         self._batches: DataLoader[dict[str, Any]] = DataLoader(
             reader,
             batch_size=None,
@@ -207,7 +213,7 @@ class Loader:
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                 images = _to_unit(raw["images"], self.device).permute(0, 3, 1, 2).to(self.dtype)
                 targets = raw["targets"].to(self.device, non_blocking=stream is not None)
-            now = raw["seen"], Batch(images, targets, raw["samples"])
+            now = raw["seen"], Batch(images, targets, raw["samples"], tuple(raw["names"]))
             if stream is None:
                 yield now
                 continue
@@ -321,8 +327,10 @@ def _end_when_the_parent_says_so() -> None:
 class _Reader(Dataset[dict[str, Any]]):
     """From a range of positions to a batch of bytes; runs in the workers."""
 
-    def __init__(self, dataset: ShardedDataset | FolderDataset, order: SampleOrder, augmentation: Augmentation) -> None:
-        self.dataset, self.order, self.augmentation = dataset, order, augmentation
+    def __init__(
+        self, dataset: ShardedDataset | FolderDataset, order: SampleOrder, augmentation: Augmentation, names: bool
+    ) -> None:
+        self.dataset, self.order, self.augmentation, self.names = dataset, order, augmentation, names
         self._open: OrderedDict[int, tuple[Images, NDArray[np.void]]] = OrderedDict()
         self._ahead: threading.Thread | None = None
         self._staged: tuple[int, int] | None = None
@@ -350,6 +358,7 @@ class _Reader(Dataset[dict[str, Any]]):
         pixels = np.empty(0)
         targets: list[int] = []
         samples: list[int] = []
+        names: list[str] = []
         bad: list[tuple[str, str, str]] = []
         for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
             file, index = self._shard(shard)
@@ -369,12 +378,15 @@ class _Reader(Dataset[dict[str, Any]]):
             pixels[len(targets)] = augmented
             targets.append(int(entry["target"]))
             samples.append(sample)
+            if self.names:
+                names.append(self.dataset.place(shard, file.key(int(entry["offset"]))))
         if images is None:
             images = torch.empty((0, 1, 1, 3), dtype=torch.uint8)
         return {
             "images": images[: len(targets)],
             "targets": torch.tensor(targets, dtype=torch.int64),
             "samples": torch.tensor(samples, dtype=torch.int64),
+            "names": names,
             "bad": bad,
             "seen": seen,
         }

@@ -95,21 +95,9 @@ class ShardedDataset:
         path, index = self.local(number)
         return _TarImages(path), index
 
-    def names(self, samples: Sequence[int]) -> list[str]:
-        """Of samples, counted through over all shards, those of their files.
-
-        Raises:
-            DataError, FileNotFoundError: As :meth:`open`.
-        """
-        starts = np.cumsum([0, *self.lengths])
-        shards = np.searchsorted(starts, samples, side="right") - 1
-        names = {}
-        for shard in sorted(set(shards.tolist())):
-            file, index = self.open(shard)
-            with contextlib.closing(file):
-                for sample in np.asarray(samples)[shards == shard].tolist():
-                    names[sample] = file.key(int(index[sample - starts[shard]]["offset"]))
-        return [names[sample] for sample in samples]
+    def place(self, shard: int, key: str) -> str:
+        """What tells an image from all others: the key where we gave it, else its shard as well."""
+        return key if self.shards[shard].sha256 else f"{self.shards[shard].name}/{key}"
 
     def index(self, number: int) -> NDArray[np.void]:
         """What is in a shard: offset, size and target of each sample; the shard itself is not fetched.

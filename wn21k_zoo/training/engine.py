@@ -147,7 +147,8 @@ class _Run:
             self.reporter.say("this GPU has no bf16 of its own; --set run.precision=fp16 is faster")
         if self.learner.about_teacher:
             self.reporter.say(self.learner.about_teacher)
-        if few := few_for_statistics(self.learner.module, self.recipe, self.world.size):
+        few = few_for_statistics(self.learner.module, self.recipe, self.world.size)
+        if few and self.device.type == "cuda" and not self.step:
             self.reporter.say(few)
         if self.layout != [self.world.size, self.micro]:
             self.reporter.say(

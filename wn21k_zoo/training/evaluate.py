@@ -7,7 +7,7 @@ import csv
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, cast
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wn21k_zoo import building
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import DataError, InvalidArgumentError, UnresolvedLabelSpaceError
+from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError, UnresolvedLabelSpaceError
 from wn21k_zoo.files import atomic_file, check_writable
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model, select_device
@@ -68,8 +68,8 @@ def evaluate(
         data: Shards or a URL of them, mapped to the model's classes by synset; or a folder of class folders named by
             wnids (for a run on classes of one's own, by its classes).
         split: ``train``, ``validation``, or for class folders ``all``. Default: ``validation``; but all images of a
-            folder that is not divided, unless the model is a run, or was exported from one that was trained on that
-            folder, and so has seen nine in ten of them.
+            folder that is not divided, unless the model is a run, or exported from one, that was trained on it, and so
+            has seen nine in ten of them.
         which: Checkpoint of a run, ``best`` or ``last``.
         label_space: Classes of a folder's model, when it does not say.
         batch_size: Images at a time.
@@ -78,11 +78,12 @@ def evaluate(
         precision: fp32, bf16 or fp16.
         max_bad: Share of damaged images that is endured.
         predictions: CSV file for a row per image: ``image``, ``class`` and ``prediction`` (wnids, or the model's own
-            names) and ``confidence``; there when all of it is done.
+            names) and ``confidence``; there when all of it is done. Predictions are leaves, see
+            :class:`wn21k_zoo.training.evaluation.Evaluation`, so that no image of a class above them has its own.
         progress: Told of batches done and to do.
 
     Returns:
-        What :meth:`wn21k_zoo.training.evaluation.Evaluation.compute` gives, with ``per_class`` (a list of ``class``,
+        What :meth:`wn21k_zoo.training.evaluation.Evaluation.compute` gives, with ``per_class`` (of each leaf ``class``,
         ``images`` and ``top1``, the lowest first), ``images_per_second``, ``model``,
         ``label_space``, ``classes``, ``head``, ``split``, ``bad_samples``, ``left_out`` (images of classes that the
         model does not know) and ``device``. Semantic and hierarchical figures are over the tree of the model's own
@@ -107,7 +108,7 @@ def evaluate(
         torch.cuda.set_device(chosen)  # for the thread that pins memory, too
     subject = _subject(model, which, label_space)
     if split is None:
-        has_parts = subject.is_run or not is_class_folder(data) or is_divided(data) or _has_seen(subject, data)
+        has_parts = not is_class_folder(data) or is_divided(data) or _has_seen(subject, data)
         split = "validation" if has_parts else "all"
     dataset = _dataset(data, split, subject)
     tree = SemanticTree.from_label_space(subject.space) if subject.space else None
@@ -122,9 +123,10 @@ def evaluate(
         workers=min(16, count_cores()) if workers is None else workers,
         device=chosen,
         max_bad=max_bad,
+        names=predictions is not None,
     )
     total, begin, dtype = len(loader), time.perf_counter(), dtypes[precision]
-    with torch.inference_mode(), _rows(predictions, dataset, subject.class_names) as write:
+    with torch.inference_mode(), _rows(predictions, subject.class_names) as write:
         for number, batch in enumerate(loader, start=1):
             if len(batch):  # else all its images are damaged
                 with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
@@ -157,25 +159,28 @@ def _per_class(evaluation: Evaluation, class_names: Sequence[str]) -> list[dict[
 
 @contextlib.contextmanager
 def _rows(
-    place: str | os.PathLike[str] | None, dataset: ShardedDataset | FolderDataset, class_names: Sequence[str]
+    place: str | os.PathLike[str] | None, class_names: Sequence[str]
 ) -> Iterator[Callable[[Batch, Tensor, Tensor], None]]:
     """Within, what writes a row for each image of a batch, its prediction and confidence; nothing without a place."""
     if place is None:
         yield lambda batch, predictions, confidences: None
         return
-    with atomic_file(expanded(place)) as file:
-        text = io.TextIOWrapper(cast(io.BufferedWriter, file), "utf-8", newline="", errors="surrogateescape")
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(("image", "class", "prediction", "confidence"))
+    path = expanded(place)
+    try:
+        with atomic_file(path) as file:
+            text = io.TextIOWrapper(cast(io.BufferedWriter, file), "utf-8", newline="", errors="surrogateescape")
+            table = csv.writer(text, lineterminator="\n")
+            table.writerow(("image", "class", "prediction", "confidence"))
 
-        def write(batch: Batch, predictions: Tensor, confidences: Tensor) -> None:
-            names = dataset.names(batch.samples.tolist())
-            columns = (each.tolist() for each in (batch.targets, predictions, confidences))
-            for name, target, prediction, confidence in zip(names, *columns, strict=True):
-                table.writerow((name, class_names[target], class_names[prediction], f"{confidence:.6f}"))
+            def write(batch: Batch, predictions: Tensor, confidences: Tensor) -> None:
+                columns = (each.tolist() for each in (batch.targets, predictions, confidences))
+                for name, target, prediction, confidence in zip(batch.names, *columns, strict=True):
+                    table.writerow((name, class_names[target], class_names[prediction], f"{confidence:.6f}"))
 
-        yield write
-        text.detach()
+            yield write
+            text.detach()
+    except OSError as error:
+        raise DataOutputError(f"{path} cannot be written: {error.strerror}; name another file.") from None
 
 
 @dataclass(frozen=True)
@@ -186,8 +191,7 @@ class _Subject:
     class_names: tuple[str, ...]
     head: Head
     resize: Augmentation
-    is_run: bool = False
-    trained_on: str | None = None
+    trained_on: Sequence[int] = ()
 
 
 def _subject(model: str | os.PathLike[str], which: str, label_space: str | None) -> _Subject:
@@ -203,7 +207,7 @@ def _subject(model: str | os.PathLike[str], which: str, label_space: str | None)
             class_names=trained.class_names,
             head=recipe.loss.head,
             resize=evaluation_resize(recipe),
-            is_run=True,
+            trained_on=trained.trained_on,
         )
     if which != "best":
         raise InvalidArgumentError(f"{model} is no run, and has no {which} checkpoint.")
@@ -213,10 +217,10 @@ def _subject(model: str | os.PathLike[str], which: str, label_space: str | None)
         if (own := _of_own_classes(model)) is None:
             raise
         return own
-    config = dict(loaded.data_config or {})  # of what has a name it is known
+    config = dict(cast(Mapping[str, Any], loaded.data_config))  # of what has a name it is known
     module = Normalized(loaded.module, config["mean"], config["std"])
     space, folder = loaded.label_space, building.configured_folder(os.fspath(model))
-    seen = building.read_config(folder).get(TRAINED_ON) if folder is not None else None
+    seen = building.read_config(folder).get(TRAINED_ON, ()) if folder is not None else ()
     return _Subject(loaded.name, module, space, space.wnids, loaded.head, _own_resize(config), trained_on=seen)
 
 
@@ -232,7 +236,7 @@ def _of_own_classes(model: str | os.PathLike[str]) -> _Subject | None:
     module = building.create_model(folder)
     config = resolve_model_data_config(module)
     normalized = Normalized(module, config["mean"], config["std"])
-    seen = described.get(TRAINED_ON)
+    seen = described.get(TRAINED_ON, ())
     return _Subject(folder.name, normalized, None, tuple(names), "softmax", _own_resize(config), trained_on=seen)
 
 
@@ -255,8 +259,11 @@ def _own_resize(config: dict[str, Any]) -> _OwnResize:
 
 
 def _has_seen(subject: _Subject, data: str | os.PathLike[str]) -> bool:
-    """Whether a model was trained on that part of a folder which is for training."""
-    return subject.trained_on is not None and _dataset(data, "train", subject).digest == subject.trained_on
+    """Whether a model was trained on most of that part of a folder which is for training."""
+    there = _dataset(data, "train", subject)
+    if not subject.trained_on or not isinstance(there, FolderDataset):
+        return False
+    return 2 * len({*subject.trained_on} & {*there.sketch}) >= len(subject.trained_on)
 
 
 def _dataset(data: str | os.PathLike[str], split: str, subject: _Subject) -> ShardedDataset | FolderDataset:

@@ -28,7 +28,7 @@ from wn21k_zoo.tree import SemanticTree
 __all__ = ["TRAINED_ON", "Trained", "export_run", "load_checkpoint", "load_run"]
 
 TRAINED_ON = "trained_on"
-"""What config.json of an exported folder calls the digest of the images that its network has seen."""
+"""What config.json of an exported folder calls the sketch of the images that its network has seen."""
 
 
 class Trained:
@@ -41,7 +41,7 @@ class Trained:
         class_names: A wnid, or a folder's name, per output.
         run: Name of its folder.
         step: Of the checkpoint.
-        trained_on: Digest of the data set's training images.
+        trained_on: Of the training images, if they are a folder, what :attr:`FolderDataset.sketch` says; else empty.
         figures: Of the evaluation at that step, empty when there was none.
     """
 
@@ -50,7 +50,7 @@ class Trained:
         self.recipe: Recipe = folder.recipe()
         self.run = folder.path.name
         self.step: int = state["step"]
-        self.trained_on: str = data["files"]["train"]
+        self.trained_on: list[int] = data.get("sketch", [])
         self.figures: dict[str, Any] = state["figures"] if state["figures"].get("step") == self.step else {}
         name = data["label_space"]
         self.space: LabelSpace | None = None
@@ -209,7 +209,8 @@ def export_run(
         config = publish.folder_config(checkpoint, trained.module, trained.class_names)
     if arguments := trained.recipe.model.arguments:
         config["model_args"] = dict(arguments)
-    config[TRAINED_ON] = trained.trained_on
+    if trained.trained_on:
+        config[TRAINED_ON] = trained.trained_on
     card = _card(checkpoint, trained)
     return publish.write_export(target, trained.module, config, labels, card, dtype, _draft(checkpoint))
 

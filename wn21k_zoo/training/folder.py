@@ -6,6 +6,7 @@ which one image in ten, chosen by a hash of its name, is for validation.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,12 +15,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import DataError, LabelSpaceError, UnknownSynsetError, did_you_mean
+from wn21k_zoo.errors import DataError, LabelSpaceError, MissingExtraError, UnknownSynsetError, did_you_mean
 from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
@@ -30,6 +32,7 @@ __all__ = ["FolderDataset", "is_class_folder", "is_divided", "open_folder", "ope
 
 _VALIDATION = ("validation", "val", "valid", "test")
 _SPLITS = ("train", "validation", "all")
+_SKETCH = 128
 _LOOK = 20  # files in a folder, that tell whether they are shards
 _GROUP = 1000  # files that count as one shard
 _INDEX = np.dtype([("offset", np.int64), ("size", np.int64), ("target", np.int32)])
@@ -78,6 +81,7 @@ class FolderDataset:
     targets: NDArray[np.int32]
     _names: _Names
     _numbers: NDArray[np.int64]
+    _hashes: NDArray[np.uint64]
     left_out: int = 0
 
     def __len__(self) -> int:
@@ -92,9 +96,10 @@ class FolderDataset:
         """The path of an image below the root, with slashes."""
         return self._names[self._numbers[sample]]
 
-    def names(self, samples: Sequence[int]) -> list[str]:
-        """The paths of images below the root."""
-        return [self.name(sample) for sample in samples]
+    def place(self, shard: int, key: str) -> str:
+        """What tells an image from all others: its path."""
+        del shard
+        return key
 
     @functools.cached_property
     def label_space(self) -> LabelSpace | None:
@@ -134,6 +139,7 @@ class FolderDataset:
             class_names=class_names,
             targets=targets[there],
             _numbers=self._numbers[there],
+            _hashes=self._hashes[there],
             left_out=self.left_out + len(there) - int(there.sum()),
         )
 
@@ -142,6 +148,11 @@ class FolderDataset:
         """Of the files' names below the folder; not of what is in them, nor of where it lies."""
         arrays = (self._names.text, self._names.ends, self._numbers)
         return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+    @property
+    def sketch(self) -> list[int]:
+        """The smallest hashes of the files' names; those of two sets agree as much as the sets (MinHash)."""
+        return [int(each) for each in np.sort(self._hashes)[:_SKETCH]]
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -193,8 +204,24 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
         return False
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     below = [entry for entry in entries if entry.is_dir()]
-    inside = [file for each in below for file in itertools.islice(each.iterdir(), _LOOK)]
-    return bool(below) and not any(entry.suffix in (".tar", ".parquet") for entry in [*entries, *inside])
+    if not below or _have_shards([entry.name for entry in entries]):
+        return False
+    return not any(_have_shards(_some_of(each)) for each in below)
+
+
+def _have_shards(names: Sequence[str]) -> bool:
+    """Whether files are shards: not where an archive lies beside images."""
+    return any(name.endswith((".tar", ".parquet")) for name in names) and not any(map(_is_image, names))
+
+
+def _some_of(folder: Path) -> list[str]:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # lost+found is for its owner alone
+        return [entry.name for entry in itertools.islice(entries, _LOOK)]
+    return []
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDataset:
@@ -206,6 +233,7 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
 
     Raises:
         DataError: It holds no classes or images, or the splits' classes differ.
+        MissingExtraError: It has HEIF photographs.
     """
     return open_folders(place, (split,))[0]
 
@@ -278,6 +306,7 @@ def _dataset(
         targets=listing.targets[numbers],
         _names=listing.names,
         _numbers=numbers,
+        _hashes=listing.hashes[numbers],
     )
 
 
@@ -296,11 +325,14 @@ def _classes(folder: Path, at_least: int = 2) -> list[str]:
 
 def _images(root: Path, below: str) -> list[str]:
     """Without hidden ones, such as the ._photo.jpg beside each photo.jpg that macOS copies to other file systems."""
-    return sorted(
+    names = sorted(
         f"{below}/{name}"
         for name, _ in files_below(root / below)
-        if name.lower().endswith(IMAGE_SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
+        if _is_image(name) and not any(part.startswith(".") for part in name.split("/"))
     )
+    if any(name.lower().endswith((".heic", ".heif")) for name in names) and find_spec("pillow_heif") is None:
+        raise MissingExtraError(f"{root / below} has HEIF photographs, which", "heif")
+    return names
 
 
 def _hash(name: bytes) -> bytes:

@@ -19,7 +19,15 @@ from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import explain
 from wn21k_zoo.training.mixing import mix
-from wn21k_zoo.training.network import Normalized, build_network, freeze_backbone, memory_format, synchronised, try_size
+from wn21k_zoo.training.network import (
+    Normalized,
+    build_network,
+    freeze_backbone,
+    memory_format,
+    synchronised,
+    train_head,
+    try_size,
+)
 from wn21k_zoo.training.optimization import Criterion, average_of, build_optimizer, build_schedule
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits
@@ -132,7 +140,7 @@ class Learner:
         """Let batch statistics, dropout and the like be those of training, where that is trained."""
         self.network.train()
         if self._recipe.model.freeze_backbone:
-            freeze_backbone(self.module.module)
+            train_head(self.module.module)
 
     def _mark(self) -> None:
         """What a checkpoint holds is there as soon as a GPU has done all it was asked until now."""
@@ -192,7 +200,8 @@ class Learner:
         Raises:
             BadImagesError: The other ranks wait for its batch statistics, which it has none of.
         """
-        if self._recipe.model.sync_batchnorm and self._world.size > 1:
+        model = self._recipe.model
+        if model.sync_batchnorm and not model.freeze_backbone and self._world.size > 1:
             raise BadImagesError(
                 "All images of a batch are damaged, and model.sync_batchnorm needs one: remove those that are named "
                 "above, or raise data.batch_per_device."

@@ -167,13 +167,13 @@ class ClassAccuracy(_Counts):
             self.counts[:, column].scatter_add_(0, rows, values.long())
 
     def per_class(self) -> dict[int, tuple[int, int]]:
-        """Of each class with images, by its index in the label space: images, and right ones; over all ranks."""
+        """Of each class of which images count, by its index: so many, and right ones; over all ranks."""
         total = self._total()
         pairs = enumerate(zip(total[::2], total[1::2], strict=True))
         return {index: (images, right) for index, (images, right) in pairs if images}
 
     def compute(self) -> dict[str, float]:
-        """``balanced_top1``: the mean percentage of the classes with images, over all ranks."""
+        """``balanced_top1``: the mean percentage of the classes of which images count, over all ranks."""
         shares = [right / images for images, right in self.per_class().values()]
         return {"balanced_top1": 100 * sum(shares) / max(1, len(shares))}
 

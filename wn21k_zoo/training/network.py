@@ -46,6 +46,7 @@ __all__ = [
     "resolved",
     "synchronised",
     "teacher_record",
+    "train_head",
     "try_size",
     "wrong_size",
 ]
@@ -281,10 +282,11 @@ def wrong_size(what: str, size: int, error: Exception) -> RecipeError:
 
 def few_for_statistics(module: nn.Module, recipe: Recipe, ranks: int) -> str:
     """What is said of batch statistics over few images because there are many ranks; else empty."""
-    images = recipe.micro_batches(ranks)[0]
+    images = recipe.data.batch_size // ranks
     has_statistics = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules())
     model = recipe.model
-    if ranks == 1 or images >= _ENOUGH or model.sync_batchnorm or model.freeze_backbone or not has_statistics:
+    enough = min(_ENOUGH, recipe.data.batch_per_device)
+    if ranks == 1 or images >= enough or model.sync_batchnorm or model.freeze_backbone or not has_statistics:
         return ""
     return (
         f"batch normalisation over {images} images per process is another training than over more; "
@@ -351,7 +353,7 @@ def reorder_head(module: nn.Module, index: Tensor) -> None:
 
 
 def freeze_backbone(module: nn.Module) -> None:
-    """Let no training change what comes before the classifier: neither its weights nor its batch statistics.
+    """Let no training change the weights of what comes before the classifier.
 
     Raises:
         RecipeError: There is no classifier.
@@ -359,9 +361,16 @@ def freeze_backbone(module: nn.Module) -> None:
     heads = heads_of(module)
     if not any(True for head in heads for _ in head.parameters()):
         raise RecipeError("The network has no classifier to train alone; set model.freeze_backbone to false.")
-    module.eval().requires_grad_(False)
+    module.requires_grad_(False)
     for head in heads:
-        head.train().requires_grad_(True)
+        head.requires_grad_(True)
+
+
+def train_head(module: nn.Module) -> None:
+    """Let the classifier behave as in training, and what comes before it as in evaluation."""
+    module.eval()
+    for head in heads_of(module):
+        head.train()
 
 
 def refuse_run(field: str, name: str) -> None:

@@ -21,6 +21,7 @@ from wn21k_zoo.training.manifest import PUBLISHED_TOTALS
 from wn21k_zoo.training.network import (
     checkpoint_gradients,
     few_for_statistics,
+    freeze_backbone,
     is_place,
     resolved,
     teacher_record,
@@ -37,7 +38,7 @@ __all__ = ["IMAGES", "Plan", "cost_table", "plan"]
 IMAGES: Mapping[str, int] = MappingProxyType(
     {"imagenet1k": 1_281_167, **{name: totals.train for name, totals in PUBLISHED_TOTALS.items()}}
 )
-_PER_PARAMETER = {"adam": 16, "adamw": 16, "lamb": 16, "sgd": 12}  # bytes: weight, gradient, moments, all float32
+_PER_TRAINED = {"adam": 12, "adamw": 12, "lamb": 12, "sgd": 8}  # bytes beside a weight: gradient, moments, all float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +118,19 @@ def plan(
     num_classes = classes or (len(LabelSpace.load(space)) if space else 1000)
     arguments = tuple(recipe.model.arguments.items())
     model = recipe.model
-    module, kept = _size(model.architecture, num_classes, recipe.data.size, arguments, model.gradient_checkpointing)
+    module, kept = _size(
+        model.architecture,
+        num_classes,
+        recipe.data.size,
+        arguments,
+        model.gradient_checkpointing,
+        model.freeze_backbone,
+    )
     parameters = sum(parameter.numel() for parameter in module.parameters())
     halved = recipe.run.precision != "fp32"
-    per_parameter = _PER_PARAMETER[recipe.optimizer.name] + 4 * bool(recipe.run.ema_decay) + 2 * halved
-    memory: float = parameters * per_parameter
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    memory: float = parameters * (4 + 4 * bool(recipe.run.ema_decay) + 2 * halved)
+    memory += trained * _PER_TRAINED[recipe.optimizer.name]
     if recipe.loss.teacher is not None:
         teacher = _architecture_of(recipe.loss.teacher)
         if teacher is None:
@@ -167,6 +176,8 @@ def _published_speed(recipe: Recipe, images: int) -> tuple[float | None, str]:
         return None, "unknown; give images per second"
     if recipe.data.size != 224 or recipe.run.precision == "fp32" or recipe.model.gradient_checkpointing:
         return None, "published for 224 pixels in half precision only; give images per second"
+    if recipe.model.freeze_backbone:
+        return None, "published for the training of the whole network only; give images per second"
     seconds, how = 1 / known.train_speed, "published training speed of a V100"
     if known.max_batch is not None:
         how += f" with {known.max_batch * 9 // 10} images at a time (here {images})"
@@ -205,6 +216,7 @@ def _size(
     size: int,
     arguments: tuple[tuple[str, Any], ...] = (),
     gradient_checkpointing: bool = False,
+    frozen: bool = False,
 ) -> tuple[nn.Module, float]:
     """Network, and bytes that are kept of one image in float32 to go backward; nothing is computed or allocated."""
     check_architecture(architecture)
@@ -213,6 +225,8 @@ def _size(
             module = convert.build(architecture, num_classes=num_classes, **dict(arguments)).train()
         except Exception as error:  # timm has many ways to refuse an argument
             raise RecipeError(f"{architecture} cannot be built: {first_line(error)}") from error
+        if frozen:
+            freeze_backbone(module)
         kept = _kept(module, architecture, size)
         if gradient_checkpointing:
             checkpoint_gradients(module, architecture)

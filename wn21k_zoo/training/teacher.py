@@ -6,6 +6,7 @@ Shape suffixes: B batch, N classes of the student.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -132,7 +133,7 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
         except UnresolvedLabelSpaceError:
             raise not_of_synsets(name) from None
         module, theirs, their_head = loaded.module, loaded.label_space, loaded.head
-        config = loaded.data_config or {}  # of what has a name it is known
+        config = cast(Mapping[str, Any], loaded.data_config)  # of what has a name it is known
         mean, std = config["mean"], config["std"]
     about = ""
     teacher: nn.Module
