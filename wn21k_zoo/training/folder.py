@@ -32,6 +32,7 @@ __all__ = ["FolderDataset", "is_class_folder", "is_divided", "open_folder", "ope
 
 _VALIDATION = ("validation", "val", "valid", "test")
 _SPLITS = ("train", "validation", "all")
+_SHARDS = (".tar", ".parquet")
 _SKETCH = 128
 _LOOK = 20  # files in a folder, that tell whether they are shards
 _GROUP = 1000  # files that count as one shard
@@ -203,15 +204,16 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
     if not folder.is_dir() or (folder / "_info.json").exists():
         return False
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    below = [entry for entry in entries if entry.is_dir()]
-    if not below or _have_shards([entry.name for entry in entries]):
+    below = sorted(entry for entry in entries if entry.is_dir())
+    if any(entry.name.endswith(_SHARDS) for entry in entries):
         return False
-    return not any(_have_shards(_some_of(each)) for each in below)
-
-
-def _have_shards(names: Sequence[str]) -> bool:
-    """Whether files are shards: not where an archive lies beside images."""
-    return any(name.endswith((".tar", ".parquet")) for name in names) and not any(map(_is_image, names))
+    for each in below:
+        names = _some_of(each)
+        if any(map(_is_image, names)):
+            return True
+        if any(name.endswith(_SHARDS) for name in names):
+            return False
+    return bool(below)
 
 
 def _some_of(folder: Path) -> list[str]:
