@@ -129,7 +129,7 @@ def test_heif_photographs_want_their_extra(tmp_path, monkeypatch):
 
 def test_a_sketch_tells_how_much_two_folders_have_in_common(tmp_path):
     def common(one, other):
-        return len({*one.sketch} & {*other.sketch}) / len(one.sketch)
+        return len({*one.sketch.split()} & {*other.sketch.split()}) / len(one.sketch.split())
 
     make_folder(tmp_path, images=150, names=("a", "b"))
     before = open_folder(tmp_path, "all")

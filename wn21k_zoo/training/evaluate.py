@@ -191,7 +191,7 @@ class _Subject:
     class_names: tuple[str, ...]
     head: Head
     resize: Augmentation
-    trained_on: Sequence[int] = ()
+    trained_on: str = ""
 
 
 def _subject(model: str | os.PathLike[str], which: str, label_space: str | None) -> _Subject:
@@ -220,7 +220,7 @@ def _subject(model: str | os.PathLike[str], which: str, label_space: str | None)
     config = dict(cast(Mapping[str, Any], loaded.data_config))  # of what has a name it is known
     module = Normalized(loaded.module, config["mean"], config["std"])
     space, folder = loaded.label_space, building.configured_folder(os.fspath(model))
-    seen = building.read_config(folder).get(TRAINED_ON, ()) if folder is not None else ()
+    seen = building.read_config(folder).get(TRAINED_ON, "") if folder is not None else ""
     return _Subject(loaded.name, module, space, space.wnids, loaded.head, _own_resize(config), trained_on=seen)
 
 
@@ -236,7 +236,7 @@ def _of_own_classes(model: str | os.PathLike[str]) -> _Subject | None:
     module = building.create_model(folder)
     config = resolve_model_data_config(module)
     normalized = Normalized(module, config["mean"], config["std"])
-    seen = described.get(TRAINED_ON, ())
+    seen = described.get(TRAINED_ON, "")
     return _Subject(folder.name, normalized, None, tuple(names), "softmax", _own_resize(config), trained_on=seen)
 
 
@@ -263,7 +263,8 @@ def _has_seen(subject: _Subject, data: str | os.PathLike[str]) -> bool:
     there = _dataset(data, "train", subject)
     if not subject.trained_on or not isinstance(there, FolderDataset):
         return False
-    return 2 * len({*subject.trained_on} & {*there.sketch}) >= len(subject.trained_on)
+    seen = {*subject.trained_on.split()}
+    return 2 * len(seen & {*there.sketch.split()}) >= len(seen)
 
 
 def _dataset(data: str | os.PathLike[str], split: str, subject: _Subject) -> ShardedDataset | FolderDataset:

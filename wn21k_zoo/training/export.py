@@ -50,7 +50,7 @@ class Trained:
         self.recipe: Recipe = folder.recipe()
         self.run = folder.path.name
         self.step: int = state["step"]
-        self.trained_on: list[int] = data.get("sketch", [])
+        self.trained_on: str = data.get("sketch", "")
         self.figures: dict[str, Any] = state["figures"] if state["figures"].get("step") == self.step else {}
         name = data["label_space"]
         self.space: LabelSpace | None = None

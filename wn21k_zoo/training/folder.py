@@ -33,7 +33,7 @@ __all__ = ["FolderDataset", "is_class_folder", "is_divided", "open_folder", "ope
 _VALIDATION = ("validation", "val", "valid", "test")
 _SPLITS = ("train", "validation", "all")
 _SHARDS = (".tar", ".parquet")
-_SKETCH = 128
+_SKETCH = 64  # hashes
 _LOOK = 20  # files in a folder, that tell whether they are shards
 _GROUP = 1000  # files that count as one shard
 _INDEX = np.dtype([("offset", np.int64), ("size", np.int64), ("target", np.int32)])
@@ -151,9 +151,9 @@ class FolderDataset:
         return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
     @property
-    def sketch(self) -> list[int]:
+    def sketch(self) -> str:
         """The smallest hashes of the files' names; those of two sets agree as much as the sets (MinHash)."""
-        return [int(each) for each in np.sort(self._hashes)[:_SKETCH]]
+        return " ".join(f"{each:016x}" for each in np.sort(self._hashes)[:_SKETCH].tolist())
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ class Splits:
             "class_names": None if self.space and self.space.name != "custom" else list(self.class_names),
             "images": {"train": len(self.train), "validation": len(self.validation)},
             "files": {"train": self.train.digest, "validation": self.validation.digest},
-            "sketch": self.train.sketch if isinstance(self.train, FolderDataset) else [],
+            "sketch": self.train.sketch if isinstance(self.train, FolderDataset) else "",
         }
 
 
