@@ -260,11 +260,11 @@ def _own_resize(config: dict[str, Any]) -> _OwnResize:
 
 def _has_seen(subject: _Subject, data: str | os.PathLike[str]) -> bool:
     """Whether a model was trained on most of that part of a folder which is for training."""
-    there = _dataset(data, "train", subject)
-    if not subject.trained_on or not isinstance(there, FolderDataset):
-        return False
     seen = {*subject.trained_on.split()}
-    return 2 * len(seen & {*there.sketch.split()}) >= len(seen)
+    if not seen:
+        return False
+    there = _dataset(data, "train", subject)
+    return isinstance(there, FolderDataset) and 2 * len(seen & {*there.sketch.split()}) >= len(seen)
 
 
 def _dataset(data: str | os.PathLike[str], split: str, subject: _Subject) -> ShardedDataset | FolderDataset:
