@@ -1,5 +1,7 @@
 import os
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -50,6 +52,17 @@ def test_links_and_special_files_stay_what_they_are(tmp_path):
     reader.join()
     assert read == [b"row"]
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no such name here")  # noqa: PTH110
+@pytest.mark.parametrize("piped", [False, True])
+def test_what_goes_to_stdout_goes_there(tmp_path, piped):
+    code = "from pathlib import Path; from wn21k_zoo.files import atomic_file\n"
+    code += "with atomic_file(Path('/dev/stdout')) as file: file.write(b'rows')"
+    with (tmp_path / "out").open("wb") as out:
+        done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE if piped else out)
+    assert (done.stdout or (tmp_path / "out").read_bytes()) == b"rows"
+    assert os.path.lexists("/dev/stdout")
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])

@@ -21,11 +21,11 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
     A link stays one, to the new file; what is no regular file, such as /dev/stdout, is written as it comes.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
+    if path.exists() and (not path.is_file() or path.is_relative_to("/dev")):
         with path.open("wb") as file:
             yield file
         return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
