@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from wn21k_zoo.training.folder import open_folder
 from wn21k_zoo.training.rescue import Rescue
@@ -131,6 +132,18 @@ def test_two_ranks_equal_one_to_rounding(data, tmp_path, images, model):
     assert_close_weights(final(tmp_path / "one"), final(tmp_path / "two"))
     evaluations = [lines(tmp_path / name, "evaluation") for name in ("one", "two")]
     assert [[line["images"] for line in each] for each in evaluations] == [[6, 6], [6, 6]]
+
+
+@pytest.mark.slow
+def test_with_a_frozen_backbone_batch_normalisation_is_the_same_on_two_ranks(data, tmp_path):
+    model = {"start": "random:test_efficientnet.r160_in1k", "freeze_backbone": True}
+    recipe = small_recipe("test_efficientnet", model=model, optimizer=FAST)
+    run(recipe, data, tmp_path / "one")
+    subprocess.run(command(recipe, data, tmp_path / "two", tmp_path, ranks=2), check=True, env=ENVIRONMENT)
+    one, two = (final(tmp_path / name)["model"] for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=0, atol=2e-6 * name.startswith("classifier."), msg=name)
+    assert float(one["classifier.bias"].abs().max()) > 1e-3  # it began with zeros
 
 
 @pytest.mark.slow
