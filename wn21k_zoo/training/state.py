@@ -34,7 +34,7 @@ from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status, wr
 
 __all__ = ["FORMAT", "CheckpointWriter", "RunFolder", "copied", "names_of", "read_checkpoint", "read_lines"]
 
-FORMAT = 2
+FORMAT = 3  # groups of the optimizer by head, then by decay; averages that begin over few steps
 """Of a checkpoint's content; another number when something in it means something else."""
 
 _LOG = logging.getLogger(__name__)
