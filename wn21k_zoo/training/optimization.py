@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from fnmatch import fnmatchcase as fnmatch
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -87,7 +87,7 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim >= 2 and not any(fnmatch(name, pattern) for pattern in exempt)
+            decays = parameter.ndim >= 2 and not any(fnmatchcase(name, pattern) for pattern in exempt)
             groups.setdefault((id(parameter) in of_head, decays), []).append(parameter)
     parameters = [
         {
