@@ -1,4 +1,5 @@
 import json
+import copy
 import pickle
 import subprocess
 import sys
@@ -98,6 +99,35 @@ def test_unknown_nodes(fall11):
             fall11[key]
     with pytest.raises(UnknownTreeError, match="Did you mean fall11"):
         SemanticTree.load("fal11")
+
+
+def test_what_is_a_node(fall11):
+    cat = fall11["n02121620"]
+    assert cat in fall11
+    assert cat.index in fall11
+    assert np.int64(cat.index) in fall11
+    assert all(node in fall11 for node in fall11)
+    assert not any(other in fall11 for other in ("cat", "", len(fall11), -1, True, None, [], 1.0, "n02121621"))
+    with pytest.raises(UnknownSynsetError, match="'' is not a wnid"):
+        fall11.index("")
+
+
+def test_a_tree_can_be_copied_whatever_was_asked_of_it(fall11):
+    _ = (repr(fall11), fall11.class_tree_list, fall11.digest, fall11.children(0), fall11.roots)
+    for copied in (pickle.loads(pickle.dumps(fall11)), copy.deepcopy(fall11)):
+        assert (copied.name, copied.label_space, copied.digest) == (fall11.name, fall11.label_space, fall11.digest)
+        assert not copied.parents.flags.writeable
+        assert not copied.difference(fall11)
+
+
+def test_what_a_tree_gives_cannot_change_it(fall11):
+    before = fall11.digest
+    fall11.class_tree_list[0].append(99_999)
+    assert fall11.class_tree_list[0][-1] != 99_999
+    assert SemanticTree.load("fall11").digest == before
+    for array in (fall11.parents, fall11.depths, *fall11.levels.values()):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
 
 
 @settings(max_examples=60, deadline=None)

@@ -201,8 +201,11 @@ class SemanticTree:
     def __iter__(self) -> Iterator[Node]:
         return (self[index] for index in range(len(self)))
 
-    def __contains__(self, wnid: object) -> bool:
-        return wnid in self.label_space
+    def __contains__(self, node: object) -> bool:
+        return self._find(node) is not None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.label_space, self.parents, self.name)  # what is derived from these is derived anew
 
     def __repr__(self) -> str:
         return f"SemanticTree({self.name!r}, {len(self):,} classes, {len(self.levels)} levels)"
@@ -219,11 +222,12 @@ class SemanticTree:
         These are the published hierarchies: a depth with a single class has nothing to choose from.
         """
         counts = np.bincount(self.depths)
-        return MappingProxyType(
-            {int(depth): np.flatnonzero(self.depths == depth) for depth in np.flatnonzero(counts > 1)}
-        )
+        levels = {int(depth): np.flatnonzero(self.depths == depth) for depth in np.flatnonzero(counts > 1)}
+        for indices in levels.values():
+            indices.flags.writeable = False
+        return MappingProxyType(levels)
 
-    @functools.cached_property
+    @property
     def class_tree_list(self) -> list[list[int]]:
         """The published form: for each class the indices of itself, its parent, its grandparent, ... to the root."""
         return [[index, *self._ancestor_indices(index)] for index in range(len(self))]
@@ -241,20 +245,26 @@ class SemanticTree:
         Raises:
             UnknownSynsetError: The tree has no such node.
         """
+        if (index := self._find(node)) is not None:
+            return index
+        key = node.wnid if isinstance(node, Node) else node
+        if not isinstance(key, str):
+            raise UnknownSynsetError(f"{key!r} is no node of the tree {self.name}: use a wnid or 0 to {len(self) - 1}.")
+        if not WNID_PATTERN.fullmatch(key):
+            nodes = self.search(key, limit=3) if key.strip() else ()
+            found = ", ".join(f"{node.wnid} ({node.name.split(', ')[0]})" for node in nodes)
+            hint = f" Did you mean {found}?" if found else " Search for a name by tree.search or wn21k tree search."
+            raise UnknownSynsetError(f"{key!r} is not a wnid.{hint}")
+        near = self.nearest(key)
+        hint = f"its nearest ancestor there is {near}" if near else "nor is any of its ancestors"
+        raise UnknownSynsetError(f"{key} is not a class of the tree {self.name}; {hint}.")
+
+    def _find(self, node: object) -> int | None:
         key = node.wnid if isinstance(node, Node) else node
         if isinstance(key, str):
-            if key in self.label_space.index:
-                return self.label_space.index[key]
-            if not WNID_PATTERN.fullmatch(key):
-                found = ", ".join(f"{node.wnid} ({node.name.split(', ')[0]})" for node in self.search(key, limit=3))
-                hint = f" Did you mean {found}?" if found else " Search for a name by tree.search or wn21k tree search."
-                raise UnknownSynsetError(f"{key!r} is not a wnid.{hint}")
-            near = self.nearest(key)
-            hint = f"its nearest ancestor there is {near}" if near else "nor is any of its ancestors"
-            raise UnknownSynsetError(f"{key} is not a class of the tree {self.name}; {hint}.")
-        if isinstance(key, (int, np.integer)) and not isinstance(key, bool) and 0 <= key < len(self):
-            return int(key)
-        raise UnknownSynsetError(f"{key!r} is no node of the tree {self.name}: use a wnid or 0 to {len(self) - 1}.")
+            return self.label_space.index.get(key)
+        is_index = isinstance(key, (int, np.integer)) and not isinstance(key, bool)
+        return int(cast(int, key)) if is_index and 0 <= cast(int, key) < len(self) else None
 
     def __getitem__(self, node: int | str | Node) -> Node:
         index = self.index(node)
@@ -323,8 +333,10 @@ class SemanticTree:
         case does not count, and among equals the shallower node comes first.
 
         Raises:
-            InvalidArgumentError: The query is empty.
+            InvalidArgumentError: The query is empty, or the limit negative.
         """
+        if limit is not None and limit < 0:
+            raise InvalidArgumentError(f"limit is {limit}; it must be at least 0, or None for all.")
         text = str(query).strip().casefold()
         if not text:
             raise InvalidArgumentError("Nothing to search for; give a name, a wnid or an index.")
@@ -415,6 +427,10 @@ class SemanticTree:
             wnid: self.wnids[parent] if parent >= 0 else None
             for wnid, parent in zip(self.wnids, self._parent_list, strict=True)
         }
+
+
+def _restored(label_space: LabelSpace, parents: NDArray[np.int32], name: str) -> SemanticTree:
+    return SemanticTree(label_space, parents, name=name)
 
 
 @functools.cache
