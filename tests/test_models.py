@@ -81,9 +81,30 @@ def test_a_module_of_a_record_is_read_as_its_record(fall11):
     loaded = models.load_model(module, label_space="fall11")
     assert loaded.head == "semantic_softmax"
     assert loaded.data_config["crop_mode"] == "squash"
-    assert models.load_model(module, label_space=fall11.wnids[::-1]).head == "softmax"
+    with pytest.raises(InvalidArgumentError, match="give head"):
+        models.load_model(module, label_space=fall11.wnids[::-1])
+    assert models.load_model(module, label_space=fall11.wnids[::-1], head="softmax").head == "softmax"
     half = Predictor(module.to(torch.bfloat16), label_space="fall11", device="cpu")
     assert half(CAT).head == "semantic_softmax"
+
+
+def test_how_outputs_are_read_is_not_guessed(tmp_path, fall11):
+    module = timm.create_model("mobilenetv3_small_050", num_classes=len(fall11.wnids))
+    save_for_hf(module, tmp_path / "mine", model_config={"label_names": list(fall11.wnids)})
+    for model, options in ((module, {"label_space": "fall11"}), (tmp_path / "mine", {})):
+        with pytest.raises(InvalidArgumentError, match=r"give head \(--head\)"):
+            models.load_model(model, **options)
+        assert models.load_model(model, **options, head="semantic_softmax").head == "semantic_softmax"
+
+
+def test_the_preprocessing_of_a_folder(folder, tmp_path, embedded):
+    image = Image.new("RGB", (300, 200), "teal")
+    assert torch.equal(models.create_transform(folder)(image), embedded.transform(image))
+    other = copy_of(folder, tmp_path, crop_pct=1.0, input_size=[3, 256, 256])
+    assert models.create_transform(str(other))(image).shape == (3, 256, 256)
+    assert "RandomResizedCrop" in str(models.create_transform(other, training=True))
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        models.create_transform(tmp_path)
 
 
 def test_a_folder_with_wnids_as_names(folder, tmp_path, embedded):

@@ -2,10 +2,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import EMBEDDED
 from PIL import Image
@@ -166,6 +170,84 @@ def test_arrays_with_four_dimensions_are_several(embedded):
     assert len(embedded(np.zeros((2, 8, 8, 3), np.uint8))) == 2
     assert len(embedded(torch.zeros(3, 3, 8, 8))) == 3
     assert embedded(Image.new("RGB", (8, 8))).source is None
+
+
+def test_columns_are_several(embedded, photographs):
+    paths = [str(path) for path in photographs[:2]]
+    expected = embedded(paths)
+    columns = [np.array(paths), np.array([Path(path) for path in paths], dtype=object)]
+    try:
+        import pandas
+    except ImportError:
+        pass
+    else:
+        columns.append(pandas.DataFrame({"path": paths})["path"])
+    for column in columns:
+        assert embedded(column) == expected
+    for array in (np.zeros(3), torch.zeros(3)):
+        with pytest.raises(ImageError, match="is no image"):
+            embedded(array)
+
+
+def test_a_stream_is_of_several(embedded, photographs):
+    for image in (CAT, photographs[0], b"bytes", np.zeros((8, 8, 3), np.uint8)):
+        with pytest.raises(InvalidArgumentError, match="call the predictor itself"):
+            embedded.stream(image)
+
+
+def test_what_is_printed_of_a_prediction_is_a_line(embedded):
+    shown = repr([embedded(CAT)])
+    assert shown.startswith(f"[Prediction({CAT!r}: domestic cat")
+    assert len(shown) < 200
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_costs_no_other_image(embedded, tmp_path):
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
+    first, moving, last = embedded([CAT, tmp_path / "moves.gif", CAT], errors="return")
+    assert first == last
+    assert isinstance(moving, ImageError)
+    assert "animated" in str(moving)
+
+
+class Counting(torch.nn.Module):
+    """Is slow, and counts how often it is run in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.trained = torch.nn.Parameter(torch.zeros(1000)), 0
+
+    def forward(self, images):
+        for _ in range(5):
+            time.sleep(0.002)
+            self.trained += self.training
+        return self.weight.expand(len(images), -1)
+
+
+def test_threads_may_share_a_module_of_ones_own():
+    module = Counting()
+
+    def run(_):
+        predictor = Predictor(module, label_space="imagenet1k", transform=lambda image: torch.zeros(3, 2, 2))
+        return predictor([np.zeros((4, 4, 3), np.uint8)] * 2, errors="return")
+
+    with ThreadPoolExecutor(4) as threads:
+        assert len(list(threads.map(run, range(16)))) == 16
+    assert module.trained == 0
+    assert module.training
+
+
+def test_compiled_and_exported_modules(embedded):
+    module = timm.create_model("mobilenetv3_small_050", num_classes=1000).eval()
+    expected = Predictor(module, label_space="imagenet1k", device="cpu")(CAT)
+    wrapped = Predictor(torch.compile(module, backend="eager"), label_space="imagenet1k", device="cpu")(CAT)
+    assert wrapped.top_k[0].probability == pytest.approx(expected.top_k[0].probability, abs=1e-5)
+    batch = torch.zeros(2, 3, 224, 224)
+    exported = torch.export.export(module, (batch,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
+    transform = Predictor(module, label_space="imagenet1k", device="cpu").transform
+    found = Predictor(exported, label_space="imagenet1k", transform=transform, device="cpu")([CAT, CAT])
+    assert found[0].top_k[0].probability == pytest.approx(expected.top_k[0].probability, abs=1e-5)
 
 
 def test_the_same_lazy_image_and_file_object_may_stand_several_times(embedded, photographs):

@@ -1,5 +1,5 @@
-import json
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -85,8 +85,9 @@ def test_search(fall11):
     ranks = [node.name.split(", ")[0] for node in fall11.search("dog", limit=None)]
     assert ranks[0].startswith("dog")
     assert len(fall11.search("dog", limit=3)) == 3
-    with pytest.raises(InvalidArgumentError):
-        fall11.search("  ")
+    for query, limit in (("  ", 20), ("dog", -1)):
+        with pytest.raises(InvalidArgumentError):
+            fall11.search(query, limit)
 
 
 def test_unknown_nodes(fall11):
@@ -114,7 +115,7 @@ def test_what_is_a_node(fall11):
 
 def test_a_tree_can_be_copied_whatever_was_asked_of_it(fall11):
     _ = (repr(fall11), fall11.class_tree_list, fall11.digest, fall11.children(0), fall11.roots)
-    for copied in (pickle.loads(pickle.dumps(fall11)), copy.deepcopy(fall11)):
+    for copied in (pickle.loads(pickle.dumps(fall11)), copy.deepcopy(fall11)):  # noqa: S301
         assert (copied.name, copied.label_space, copied.digest) == (fall11.name, fall11.label_space, fall11.digest)
         assert not copied.parents.flags.writeable
         assert not copied.difference(fall11)

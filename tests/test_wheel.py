@@ -32,6 +32,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert shipped <= set(names)
+    assert "wn21k_zoo/py.typed" in names  # or no type checker looks at our annotations
     recipes = {f"wn21k_zoo/_recipes/{path.name}" for path in (ROOT / "training" / "recipes").glob("*.py")}
     assert recipes == {name for name in names if "recipes/" in name}
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "SAMPLES", "AnimatedImageWarning", "describe_source", "load_image"]
 
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 89_478_485
+"""From where on Pillow warns of a decompression bomb."""
 # Of the files in a folder that are taken for images; a file that is named is tried whatever it is called.
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
@@ -71,7 +72,7 @@ def load_image(image: ImageLike, *, allow_url: bool = False) -> Image.Image:
     Raises:
         ImageNotFoundError: No such file.
         ImageDecodeError: Truncated, empty, a directory, or not an image.
-        ImageTooLargeError: Over 100 megapixels.
+        ImageTooLargeError: Over 89 megapixels.
         UnsupportedImageError: A type, shape, data type or value range with no single reading.
         ImageURLError: A URL that is not allowed or cannot be fetched.
         MissingExtraError: The image needs an optional dependency (HEIF photographs, samples).
@@ -149,7 +150,7 @@ def _open(file: Path | BinaryIO, name: str | None) -> Image.Image:
     shown = name or "The image"
     try:
         return Image.open(file)
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # warnings can be errors
         raise ImageTooLargeError(
             f"{shown} has over {MAX_PIXELS // 10**6} megapixels; make it smaller first."
         ) from error

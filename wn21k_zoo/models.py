@@ -18,6 +18,7 @@ from wn21k_zoo.building import (
     LABELS_FILE,
     as_folder,
     build_from_folder,
+    configured_folder,
     fetch_from_hub,
     load_pretrained,
     read_config,
@@ -35,6 +36,7 @@ from wn21k_zoo.errors import (
     first_line,
 )
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.tree import SemanticTree
 
 if TYPE_CHECKING:
     import torch
@@ -93,9 +95,12 @@ def load_model(
         model: A record's name, a timm name with a known label space, a folder with ``config.json`` and weights,
             ``hf-hub:ORG/NAME[@REVISION]``, a module (taken as it is), or None for :func:`choose_default`.
         label_space: Classes of the outputs of a module or a folder: a shipped name, wnids or a :class:`LabelSpace`.
-        head: How to read the outputs of a module or a folder, 'softmax' when nobody says otherwise.
+        head: How to read the outputs of a module or a folder that does not say: ``semantic_softmax`` (a softmax per
+            level, as :class:`wn21k_zoo.training.losses.SemanticSoftmaxLoss` trains), ``softmax`` or ``sigmoid``. Not
+            needed where all classes are of one level.
 
     Raises:
+        InvalidArgumentError: There is no such head, or none is given where one is needed.
         UnknownModelError: Nothing answers to that name.
         UnresolvedLabelSpaceError: The classes of its outputs are not known.
         LabelSpaceError: The label space has another number of classes than the model has outputs.
@@ -149,18 +154,30 @@ def choose_default() -> str:
     return _embedded_instead("is neither cached nor reachable")
 
 
-def create_transform(name: str, training: bool = False) -> Any:
-    """The preprocessing of a checkpoint: a transform from an RGB PIL image to a float32 tensor [3, H, W].
+def create_transform(
+    name: str | os.PathLike[str], training: bool = False, *, cache_dir: str | os.PathLike[str] | None = None
+) -> Any:
+    """The preprocessing of a model: a transform from an RGB PIL image to a float32 tensor [3, H, W].
 
     Args:
-        name: A record or a timm model with a known label space.
-        training: timm's training transform (random resized crop, flip, colour jitter) with the checkpoint's size,
+        name: A record, a timm model with a known label space, a folder, or ``hf-hub:ORG/NAME[@REVISION]``.
+        training: timm's training transform (random resized crop, flip, colour jitter) with the model's size,
             interpolation, mean and std, in place of the one that predictions use.
+        cache_dir: Folder of the cache.
 
     Raises:
         UnknownModelError, UnresolvedLabelSpaceError: As :func:`wn21k_zoo.registry.resolve_checkpoint`.
+        ModelError: The configuration of a folder or repository cannot be had.
     """
-    return build_transform(registry.resolve_checkpoint(name).data_config, training=training)
+    from timm.data import resolve_data_config
+
+    folder = configured_folder(name, cache_dir)
+    if folder is None:
+        return build_transform(registry.resolve_checkpoint(os.fspath(name)).data_config, training=training)
+    config = read_config(folder)
+    known = None if (folder / LABELS_FILE).is_file() else _checkpoint_of_config(config)
+    own = resolve_data_config(pretrained_cfg=config.get("pretrained_cfg", config))
+    return build_transform(_published_data_config(known, own), training=training)
 
 
 def build_transform(data_config: Mapping[str, Any], training: bool = False) -> Any:
@@ -254,13 +271,14 @@ def _load_folder(
         space, head = space or stated_space, head or stated_head
     if space is None:
         space = _label_space_of_config(config, known, folder)
+    head = head or _head_of(known, space, str(folder))
     module = build_from_folder(folder, weights).eval()
     _check_outputs(module, space, str(folder))
     return LoadedModel(
         name=str(folder),
         module=module,
         label_space=space,
-        head=head or (known.head if known else "softmax"),
+        head=head,
         data_config=_published_data_config(
             known if labels is None else None,  # what we exported says itself how it is to be prepared
             timm.data.resolve_model_data_config(module),
@@ -323,7 +341,7 @@ def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, 
 
 
 def _from_module(module: Any, space: LabelSpace | None, head: Head | None) -> LoadedModel:
-    from timm.data import resolve_model_data_config
+    from timm.data import resolve_data_config
     from torch import nn
 
     if not isinstance(module, nn.Module):
@@ -344,9 +362,20 @@ def _from_module(module: Any, space: LabelSpace | None, head: Head | None) -> Lo
         name=type(module).__name__,
         module=module,
         label_space=space,
-        head=head or (known.head if known else "softmax"),
-        data_config=_published_data_config(known, resolve_model_data_config(module)) if settings else None,
+        head=head or _head_of(known, space, type(module).__name__),
+        data_config=_published_data_config(known, resolve_data_config(pretrained_cfg=settings)) if settings else None,
         owned=False,
+    )
+
+
+def _head_of(known: Checkpoint | None, space: LabelSpace, name: str) -> Head:
+    if known is not None:
+        return known.head
+    if not SemanticTree.from_label_space(space).depths.any():
+        return "softmax"
+    raise InvalidArgumentError(
+        f"Nothing says how the outputs of {name} are to be read; give head (--head): softmax, over all classes; "
+        "semantic_softmax, one per level, as SemanticSoftmaxLoss trains; or sigmoid."
     )
 
 

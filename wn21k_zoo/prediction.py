@@ -78,7 +78,7 @@ class Output:
     probability: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Prediction:
     """Everything that was predicted for one image.
 
@@ -168,6 +168,9 @@ class Prediction:
     def __str__(self) -> str:
         path = " > ".join(f"{label.short_name} {label.confidence:.2f}" for label in self.path)
         return f"{self.label.name if self.label else 'no label'} | {path}"
+
+    def __repr__(self) -> str:
+        return f"Prediction({self.source!r}: {self.label or 'no label'}, model={self.model!r})"
 
     def _repr_html_(self) -> str:
         rows = "".join(

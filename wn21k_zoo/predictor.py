@@ -5,15 +5,17 @@ The module is called ``predictor`` because ``wn21k_zoo.predict`` is the function
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import operator
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +50,9 @@ __all__ = ["Predictor", "predict"]
 Errors = Literal["raise", "return"]
 Result = Prediction | Wn21kError
 
+# Held while a module is run that is not ours: one thread would put it back into training while another runs it.
+_OTHERS = threading.Lock()
+
 
 class Predictor:
     """A model that is ready for any number of images.
@@ -63,7 +68,8 @@ class Predictor:
         tree: Whose labels are given: a shipped tree's name, a file of wnids or a :class:`SemanticTree`. By default
             fall11, or winter21 for a head over its classes; for a semantic softmax always the tree over its classes.
         label_space: Classes of the outputs of a module or a folder.
-        head: Kind of head of a module or a folder.
+        head: How outputs of a module or a folder are to be read that does not say: ``semantic_softmax``, ``softmax``
+            or ``sigmoid``; see :func:`wn21k_zoo.models.load_model`.
         transform: From an RGB PIL image to a float tensor [3, H, W], in place of the model's own preprocessing.
         allow_url: Whether images may be URLs.
 
@@ -112,15 +118,27 @@ class Predictor:
         if self._memory_format is not None:
             self.module.to(memory_format=self._memory_format)
         self.transform = transform or _own_transform(model)
+        self._owned = model.owned
         self._short_side = None if transform else _short_side(model.data_config or {})
         self._decoder = Decoder(self.tree, self.label_space, self.head, self.device)
 
-    def __call__(self, images: ImageLike | Iterable[ImageLike], *, errors: Errors = "raise") -> Any:
+    # A str is an iterable of them: the first that fits counts.
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, images: ImageLike, *, errors: Literal["raise"] = "raise"
+    ) -> Prediction: ...
+    @overload
+    def __call__(self, images: ImageLike, *, errors: Errors) -> Result: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, images: Iterable[ImageLike], *, errors: Literal["raise"] = "raise") -> list[Prediction]: ...
+    @overload
+    def __call__(self, images: Iterable[ImageLike], *, errors: Errors) -> list[Result]: ...
+    def __call__(self, images: Any, *, errors: Errors = "raise") -> Any:
         """One prediction for one image, a list of them for several, in their order.
 
         Args:
             images: An image as :func:`wn21k_zoo.images.load_image` takes it, or an iterable of them; an array or
-                tensor with four dimensions is several.
+                tensor with four dimensions is several, and so is a column of paths or images.
             errors: 'raise' the first error, or 'return' each in the place of its prediction.
 
         Returns:
@@ -134,7 +152,7 @@ class Predictor:
             raise InvalidArgumentError(f"errors is {errors!r}; it can be 'raise' or 'return'.")
         several = _is_several(images)
         results: list[Result] = []
-        for result in self.stream(cast("Iterable[ImageLike]", images) if several else [cast("ImageLike", images)]):
+        for result in self.stream(images if several else [images]):
             if errors == "raise" and isinstance(result, Wn21kError):
                 raise result
             results.append(result)
@@ -147,7 +165,18 @@ class Predictor:
             images: Any number of images.
             read_ahead: Decode the next batch while the model runs on this one. Without it no more than one batch is
                 taken before its results are given, as a source wants that waits for them.
+
+        Raises:
+            InvalidArgumentError: It is one image.
+            ModelError: The model cannot be run.
         """
+        if not _is_several(images):
+            raise InvalidArgumentError(
+                f"stream takes an iterable of images, not one {type(images).__name__}; call the predictor itself."
+            )
+        return self._stream(images, read_ahead)
+
+    def _stream(self, images: Iterable[ImageLike], read_ahead: bool) -> Iterator[Result]:
         ahead = self.batch_size if read_ahead else 0
         waiting: deque[tuple[str | None, Future[torch.Tensor]]] = deque()
         remaining = iter(images)
@@ -205,6 +234,8 @@ class Predictor:
                 outcomes.append(future.result())
             except Wn21kError as error:
                 outcomes.append(error)
+            except Warning as warning:  # which the caller wants to be errors
+                outcomes.append(ImageError(str(warning)))
         usable = [outcome for outcome in outcomes if not isinstance(outcome, Wn21kError)]
         predictions = iter(self._run(usable) if usable else [])
         for (source, _), outcome in zip(batch, outcomes, strict=True):
@@ -213,12 +244,13 @@ class Predictor:
     def _run(self, tensors: list[torch.Tensor]) -> list[Callable[[str | None], Result]]:
         import torch
 
-        modes = [(part, part.training) for part in self.module.modules()]  # some may be frozen, some not
-        self.module.eval()
         try:
             with torch.inference_mode():
                 pixels = torch.stack(tensors).to(self.device, _dtype_of(self.module))
-                logits = self.module(pixels.contiguous(memory_format=self._memory_format or torch.contiguous_format))
+                with contextlib.nullcontext() if self._owned else _OTHERS, _evaluating(self.module):
+                    logits = self.module(
+                        pixels.contiguous(memory_format=self._memory_format or torch.contiguous_format)
+                    )
                 if tuple(logits.shape) != (len(tensors), len(self.label_space)):
                     raise ModelError(
                         f"{self.name} gives outputs of shape {tuple(logits.shape)} for {len(tensors)} images; "
@@ -231,9 +263,6 @@ class Predictor:
                 raise
             hint = " Try a smaller batch size." if is_out_of_memory(error) else ""
             raise ModelError(f"{self.name} cannot be run on these images: {first_line(error)}{hint}") from error
-        finally:
-            for part, was_training in modes:
-                part.training = was_training
         rows = NodeScores(
             outputs=scores.outputs.cpu(),
             probability=scores.probability.cpu(),
@@ -301,8 +330,38 @@ class Predictor:
         )
 
 
+@overload
+def predict(
+    images: ImageLike,
+    model: ModelLike | None = None,
+    top_k: int = 5,
+    threshold: float = 0.5,
+    device: str | torch.device = "auto",
+    errors: Literal["raise"] = "raise",
+    **options: Any,
+) -> Prediction: ...
+@overload
+def predict(
+    images: Iterable[ImageLike],
+    model: ModelLike | None = None,
+    top_k: int = 5,
+    threshold: float = 0.5,
+    device: str | torch.device = "auto",
+    errors: Literal["raise"] = "raise",
+    **options: Any,
+) -> list[Prediction]: ...
+@overload
 def predict(
     images: ImageLike | Iterable[ImageLike],
+    model: ModelLike | None = None,
+    top_k: int = 5,
+    threshold: float = 0.5,
+    device: str | torch.device = "auto",
+    errors: Errors = "raise",
+    **options: Any,
+) -> Any: ...
+def predict(
+    images: Any,
     model: ModelLike | None = None,
     top_k: int = 5,
     threshold: float = 0.5,
@@ -378,7 +437,8 @@ def _positive(name: str, value: int) -> int:
 def _is_several(images: Any) -> bool:
     dimensions = getattr(images, "ndim", None)
     if isinstance(dimensions, int):
-        return dimensions == 4
+        kind = getattr(getattr(images, "dtype", None), "kind", None)  # of a column of a table, or of an array
+        return dimensions == 4 or (dimensions == 1 and kind in ("O", "U", "T"))
     single = isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(images, "read")
     return not single and isinstance(images, Iterable) and not hasattr(images, "getbands")
 
@@ -402,6 +462,19 @@ def _default_tree(label_space: LabelSpace, head: Head) -> SemanticTree:
     if head == "semantic_softmax" and set(label_space.wnids) != set(fall11.wnids):
         return SemanticTree.from_label_space(label_space)
     return fall11
+
+
+@contextlib.contextmanager
+def _evaluating(module: Any) -> Iterator[None]:
+    """A module in evaluation mode, and then again as it was: some parts may be frozen, some not."""
+    modes = [(part, part.training) for part in module.modules()]
+    with contextlib.suppress(NotImplementedError):  # of torch.export, whose mode is that of its export
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, was_training in modes:
+            part.training = was_training
 
 
 def _device_of(module: Any) -> torch.device:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import Wn21kError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "CSV_COLUMNS",
     "Format",
     "FormatOption",
+    "HeadOption",
     "ResultWriter",
     "choose_format",
     "log_as_messages",
@@ -64,6 +66,9 @@ class Format(StrEnum):
 
 FormatOption = Annotated[
     Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
+]
+HeadOption = Annotated[
+    Head | None, typer.Option("--head", help="How to read the outputs of a folder's model, when it does not say.")
 ]
 
 

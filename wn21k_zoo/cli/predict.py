@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wn21k_zoo.checkpoints import CHECKPOINTS
-from wn21k_zoo.cli.output import Format, FormatOption, ResultWriter, choose_format, console, say, warnings_as_messages
+from wn21k_zoo.cli.output import (
+    Format,
+    FormatOption,
+    HeadOption,
+    ResultWriter,
+    choose_format,
+    console,
+    say,
+    warnings_as_messages,
+)
 from wn21k_zoo.errors import ImageNotFoundError, InvalidArgumentError, Wn21kError
 
 if TYPE_CHECKING:
@@ -59,6 +68,7 @@ def predict(
     label_space: Annotated[
         str | None, typer.Option("--label-space", help="Classes of a folder's model, when it does not say.")
     ] = None,
+    head: HeadOption = None,
     format: FormatOption = None,  # noqa: A002
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     batch_size: Annotated[
@@ -98,6 +108,7 @@ def predict(
             batch_size=batch_size,
             tree=tree,
             label_space=label_space,
+            head=head,
             allow_url=allow_url,
         )
         if level is not None and level not in predictor.tree.levels:

@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from wn21k_zoo.cli.output import Format, FormatOption, choose_format, print_table, printed_as_json, progress_bar, say
+from wn21k_zoo.cli.output import (
+    Format,
+    FormatOption,
+    HeadOption,
+    choose_format,
+    print_table,
+    printed_as_json,
+    progress_bar,
+    say,
+)
 
 __all__ = ["app", "register"]
 
@@ -250,6 +259,7 @@ def evaluate(
     label_space: Annotated[
         str | None, typer.Option("--label-space", help="Classes of a folder's model, when it does not say.")
     ] = None,
+    head: HeadOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")] = 64,
     workers: Annotated[
         int | None,
@@ -287,6 +297,7 @@ def evaluate(
             split=split,
             which=which,
             label_space=label_space,
+            head=head,
             batch_size=batch_size,
             workers=workers,
             device=device,

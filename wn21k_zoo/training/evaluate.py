@@ -53,6 +53,7 @@ def evaluate(
     split: str | None = None,
     which: str = "best",
     label_space: str | None = None,
+    head: Head | None = None,
     batch_size: int = 64,
     workers: int | None = None,
     device: str = "auto",
@@ -72,6 +73,7 @@ def evaluate(
             has seen nine in ten of them.
         which: Checkpoint of a run, ``best`` or ``last``.
         label_space: Classes of a folder's model, when it does not say.
+        head: How its outputs are to be read, when it does not say; as :func:`wn21k_zoo.models.load_model`.
         batch_size: Images at a time.
         workers: Processes that load images; default: the cores of this machine, at most 16.
         device: auto, cpu, cuda or mps.
@@ -106,7 +108,7 @@ def evaluate(
     chosen = select_device(device)
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)  # for the thread that pins memory, too
-    subject = _subject(model, which, label_space)
+    subject = _subject(model, which, label_space, head)
     if split is None:
         has_parts = not is_class_folder(data) or is_divided(data) or _has_seen(subject, data)
         split = "validation" if has_parts else "all"
@@ -194,10 +196,14 @@ class _Subject:
     trained_on: str = ""
 
 
-def _subject(model: str | os.PathLike[str], which: str, label_space: str | None) -> _Subject:
+def _subject(
+    model: str | os.PathLike[str], which: str, label_space: str | None = None, head: Head | None = None
+) -> _Subject:
     if (expanded(model) / "recipe.json").is_file():
-        if label_space is not None:
-            raise InvalidArgumentError(f"{model} is a run and says what its classes are; leave out label_space.")
+        if label_space is not None or head is not None:
+            raise InvalidArgumentError(
+                f"{model} is a run and says what its classes and head are; leave out label_space and head."
+            )
         trained = load_run(model, which)
         recipe = trained.recipe
         return _Subject(
@@ -212,7 +218,7 @@ def _subject(model: str | os.PathLike[str], which: str, label_space: str | None)
     if which != "best":
         raise InvalidArgumentError(f"{model} is no run, and has no {which} checkpoint.")
     try:
-        loaded = load_model(model, label_space=label_space)
+        loaded = load_model(model, label_space=label_space, head=head)
     except UnresolvedLabelSpaceError:
         if (own := _of_own_classes(model)) is None:
             raise
