@@ -219,6 +219,14 @@ def test_too_many_damaged_samples_end_it(damaged):
         batches(loader(folder, batch_size=4, max_bad=0.001, seed=1))
 
 
+def test_a_look_at_a_batch_costs_an_evaluation_nothing(shards):
+    looked_at = Loader(open_dataset(shards, "validation"), batch_size=3, training=False)
+    next(iter(looked_at))
+    assert sum(map(len, looked_at)) == sum(map(len, looked_at)) == 8
+    looked_at.load_state_dict({"epoch": 0, "samples_seen": 6})
+    assert sum(map(len, looked_at)) == 2
+
+
 def test_what_cannot_be_is_refused(shards, tmp_path):
     dataset = open_dataset(shards)
     for wrong in ({"batch_size": 0}, {"batch_size": 1, "rank": 1}, {"batch_size": 100}, {"batch_size": 1, "seed": -1}):
@@ -226,6 +234,8 @@ def test_what_cannot_be_is_refused(shards, tmp_path):
             Loader(dataset, **wrong)
     with pytest.raises(InvalidArgumentError, match=r"such as open_dataset\('shards'\)"):
         Loader("shards", batch_size=1)
+    with pytest.raises(InvalidArgumentError, match="no TensorDataset"):
+        Loader(torch.utils.data.TensorDataset(torch.zeros(4)), batch_size=1)
     with pytest.raises(InvalidArgumentError, match="no state"):
         loader(shards).load_state_dict({"epoch": 0, "samples_seen": 10**6})
     for place, split, message in (

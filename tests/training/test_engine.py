@@ -1,4 +1,5 @@
 import io
+import itertools
 import math
 import os
 import re
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wn21k_zoo.errors import BadImagesError, DataError, NonFiniteError, RecipeError, RunError
+from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError, NonFiniteError, RecipeError, RunError
 from wn21k_zoo.training import engine
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import Preempted
@@ -248,6 +249,71 @@ def test_a_second_ctrl_c_ends_it_at_once_and_is_marked(data, tmp_path, at_loss):
     assert final(tmp_path)["step"] == 6
 
 
+def interrupts(number):
+    """Ctrl-C in the loss of a step."""
+
+    def interrupted(logits, seen):
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGINT)
+            sum(range(1000))
+        return logits
+
+    return interrupted
+
+
+def test_ctrl_c_in_a_notebook_costs_no_step(data, tmp_path, at_loss):
+    run(small_recipe(), data, tmp_path / "whole")
+    at_loss(interrupts(9))
+    with pytest.raises(KeyboardInterrupt):
+        run(small_recipe(), data, tmp_path / "parts")
+    assert RunFolder(tmp_path / "parts").status() == {"state": "preempted", "step": 8, "total": 12}
+    run(small_recipe(), data, tmp_path / "parts")
+    assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
+
+
+def test_ctrl_c_amid_a_change_leaves_the_checkpoint_before(data, tmp_path, monkeypatch):
+    run(small_recipe(), data, tmp_path / "whole")
+    update, counted = Learner.update, itertools.count(1)
+
+    def interrupted(learner):
+        update(learner)
+        if next(counted) == 9:  # the weights are those of step 9, and the run is not yet told
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Learner, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(small_recipe(), data, tmp_path / "parts")
+    assert RunFolder(tmp_path / "parts").status() == {"state": "preempted", "step": 6, "total": 12}
+    run(small_recipe(), data, tmp_path / "parts")
+    assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_is_torchs_is_afterwards_as_it_was(data, tmp_path, deterministic, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        torch.manual_seed(3)
+        expected = torch.rand(4)
+        torch.manual_seed(3)
+        run(small_recipe(run={"deterministic": not deterministic}, schedule={"max_steps": 1}), data, tmp_path)
+        assert torch.equal(torch.rand(4), expected)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert torch.backends.cudnn.benchmark == deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_what_is_no_recipe_or_device_is_said(data, tmp_path):
+    with pytest.raises(RecipeError, match="take one of wn21k_zoo"):
+        engine.train("finetune", data, tmp_path)
+    with pytest.raises(InvalidArgumentError, match="use auto, cpu, cuda"):
+        engine.train(small_recipe(), data, tmp_path, device="gpu")
+    engine.train(small_recipe(schedule={"max_steps": 1}), data, tmp_path, device="cpu", workers=0)
+    assert final(tmp_path)["step"] == 1
+
+
 def test_an_operation_that_is_not_deterministic_is_one_line(data, tmp_path, at_loss):
     def putting(logits, _):
         torch.zeros(1).put_(torch.zeros(1, dtype=torch.int64), torch.ones(1))
@@ -257,7 +323,7 @@ def test_an_operation_that_is_not_deterministic_is_one_line(data, tmp_path, at_l
     with pytest.raises(RecipeError, match=r"put_.* has no deterministic .*; set run.deterministic to false"):
         run(small_recipe(run={"deterministic": True}), data, tmp_path)
     assert RunFolder(tmp_path).status()["state"] == "failed"
-    torch.use_deterministic_algorithms(False)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from wn21k_zoo.errors import BadImagesError, DataError, MissingExtraError
 from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.crops import CenterCrop
-from wn21k_zoo.training.data import Loader, is_class_folder, open_folder, open_folders
+from wn21k_zoo.training.data import Loader, is_class_folder, open_dataset, open_folder, open_folders
 
 from .archives import OUTSIDE, jpeg
 from .runs import WNIDS, make_folder
@@ -164,6 +164,15 @@ def test_what_is_no_data_set(tmp_path):
         open_folder(tmp_path)
     with pytest.raises(DataError, match="has the splits train, validation, all, not 'vall'"):
         open_folder(tmp_path, "vall")
+    with pytest.raises(DataError, match="Did you mean validation"):
+        open_folder(tmp_path, "val")
+    with pytest.raises(DataError, match="open_folder takes folders of classes"):
+        open_dataset(tmp_path)
+    with pytest.raises(DataError, match="does not exist; name a folder of class folders"):
+        open_folder(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="is a file; name a folder of class folders"):
+        open_folder(tmp_path / "file")
     (tmp_path / "other" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match="none for validation"):
         open_folder(tmp_path / "other")

@@ -85,10 +85,10 @@ class Batch:
 class Loader:
     """Batches of a data set for one rank.
 
-    Iterating gives the rest of the current epoch and then stands at the beginning of the next. In training all ranks
+    In training, iterating gives the rest of the current epoch and then stands at the beginning of the next; all ranks
     get equally many full batches, and what is left of an epoch at its end, less than a batch, is left out. In
-    evaluation the samples come in their own order, each exactly once over all ranks; a rank's last batch may be
-    smaller, or missing.
+    evaluation it gives all samples, unless :meth:`load_state_dict` came just before, in their own order, each exactly
+    once over all ranks; a rank's last batch may be smaller, or missing.
 
     A damaged sample is logged with shard and key, counted in ``bad_samples`` and left out; its batch is smaller by one,
     or empty, so that no other rank waits.
@@ -139,8 +139,10 @@ class Loader:
         group: int = 1,
         names: bool = False,
     ) -> None:
-        if isinstance(dataset, (str, os.PathLike)):
-            raise InvalidArgumentError(f"Loader takes a data set, such as open_dataset({os.fspath(dataset)!r}).")
+        if not isinstance(dataset, (ShardedDataset, FolderDataset)):
+            named = isinstance(dataset, (str, os.PathLike))
+            what = f"such as open_dataset({os.fspath(dataset)!r})" if named else f"no {type(dataset).__name__}"
+            raise InvalidArgumentError(f"Loader takes what open_dataset or open_folder gives, {what}.")
         if min(batch_size, window, group) < 1 or not 0 <= rank < world_size or workers < 0 or seed < 0:
             raise InvalidArgumentError(
                 f"batch_size {batch_size}, rank {rank} of {world_size}, workers {workers}, window {window}, group "
@@ -156,6 +158,7 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype, self.max_bad = torch.device(device), dtype, max_bad
         self.bad_samples = self._bad_of_epoch = self._seen_of_epoch = 0
+        self._told = False  # where to begin
         self._named: set[tuple[str, str]] = set()
         self._order = SampleOrder(dataset.lengths, window if training else 0, seed)
         self._plan = _Plan(len(dataset), batch_size, training, rank, world_size, group)
@@ -180,6 +183,9 @@ class Loader:
         return sum(1 for _ in self._plan.tasks(0, 0))
 
     def __iter__(self) -> Iterator[Batch]:
+        if not self.training and not self._told:
+            self._plan.samples_seen = 0
+        self._told = False
         with _shielded():
             loaded = iter(self._batches)
         self._bad_of_epoch = self._seen_of_epoch = 0
@@ -201,6 +207,7 @@ class Loader:
         if state["epoch"] < 0 or not 0 <= state["samples_seen"] <= len(self.dataset):
             raise InvalidArgumentError(f"{state} is no state of a data set of {len(self.dataset):,} samples.")
         self._plan.epoch, self._plan.samples_seen = state["epoch"], state["samples_seen"]
+        self._told = True
 
     def _on_device(self, loaded: Iterator[dict[str, Any]]) -> Iterator[tuple[int, Batch]]:
         """Convert each batch, the next one while the one before is worked on where the device has streams."""

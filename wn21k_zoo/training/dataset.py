@@ -214,7 +214,12 @@ def open_dataset(
     mine = [name for name in names if split_of(name) == split]
     if not mine:
         there = sorted({found for name in names if (found := split_of(name))})
-        other = ", nor folders of classes (CLASS/photo.jpg)" if storage.local is not None else ", or is out of reach"
+        other = ", or is out of reach"
+        if storage.local is not None:
+            folders = any(entry.is_dir() for entry in storage.local.iterdir())
+            other = (
+                "; open_folder takes folders of classes" if folders else ", nor folders of classes (CLASS/photo.jpg)"
+            )
         what = (
             f"its splits are {', '.join(there)}" if there else f"it holds no shards (SPLIT-*.tar or *.parquet){other}"
         )

@@ -48,16 +48,21 @@ def train(
     output: str | os.PathLike[str],
     world: World | None = None,
     *,
+    device: str | torch.device = "auto",
     workers: int | None = None,
     signals: Signals | None = None,
 ) -> dict[str, Any]:
     """Run a recipe, or go on where a run in the same folder was.
+
+    Ctrl-C, in a notebook as well, leaves a checkpoint of the last whole step. Random numbers of torch, and whether it
+    is deterministic, are afterwards as they were before.
 
     Args:
         recipe: What to run.
         data: See :func:`wn21k_zoo.training.splits.open_splits`.
         output: Folder of the run; all ranks see it.
         world: The processes that run it together; default: those of torchrun, or this one alone.
+        device: auto, cpu, cuda, cuda:N or mps, where no world is given.
         workers: Processes per rank that load images; default: the cores of this machine over its ranks, at most 16.
         signals: On those that come in its context, write a checkpoint and raise :class:`Preempted`.
 
@@ -65,12 +70,17 @@ def train(
         The figures of the last evaluation.
 
     Raises:
-        RecipeError, DataError, RunError, ModelError: Something does not fit; nothing has started.
+        RecipeError, DataError, RunError, ModelError, InvalidArgumentError: Something does not fit; nothing has started.
         NonFiniteError: The loss was not finite, on every rank; the last checkpoint is as it was.
         Preempted: As above.
     """
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"The recipe is {recipe!r}; take one of wn21k_zoo.training.presets, or load_recipe(name) of "
+            "wn21k_zoo.training.recipe_files."
+        )
     if world is None:
-        with join() as joined:
+        with join(device) as joined:
             return train(recipe, data, output, joined, workers=workers, signals=signals)
     recipe.check()
     recipe = resolved(recipe)
@@ -81,7 +91,30 @@ def train(
         rescue = Rescue(folder, world)
         if signals is not None:
             stack.enter_context(signals.patient(rescue))
-        return _Run(recipe, splits, folder, world, Agreement(world, signals or Signals()), rescue, workers).go()
+        stack.enter_context(_torch_as_it_was(world.device))
+        agreement = Agreement(world, signals or Signals())
+        return _Run(recipe, splits, folder, world, agreement, rescue, workers, signals is not None).go()
+
+
+@contextlib.contextmanager
+def _torch_as_it_was(device: torch.device) -> Iterator[None]:
+    """Within, a run may set what is torch's for the whole process."""
+    deterministic, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    benchmark = torch.backends.cudnn.benchmark
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
+            _set_deterministic(deterministic, warns)
+
+
+def _set_deterministic(wanted: bool, warns: bool = False) -> None:
+    if wanted != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
+        torch.use_deterministic_algorithms(wanted, warn_only=warns)
 
 
 class _Run:
@@ -93,15 +126,15 @@ class _Run:
         world: World,
         agreement: Agreement,
         rescue: Rescue,
-        workers: int | None = None,
+        workers: int | None,
+        signals: bool,
     ) -> None:
         self.recipe, self.splits, self.folder, self.world = recipe, splits, folder, world
-        self.agreement, self.rescue = agreement, rescue
+        self.agreement, self.rescue, self.signals = agreement, rescue, signals
         self.device = world.device
         if recipe.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-        if recipe.run.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
-            torch.use_deterministic_algorithms(recipe.run.deterministic)
+        _set_deterministic(recipe.run.deterministic)
         torch.backends.cudnn.benchmark = not recipe.run.deterministic  # all images have one size
         self.micro, self.group = recipe.micro_batches(world.size)
         images = recipe.data.batch_size
@@ -116,6 +149,7 @@ class _Run:
         world.lead(lambda: folder.begin(recipe, splits.describe()))
         self.loaders = open_loaders(recipe, splits, world, workers)
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
+        self.whole = True  # what a checkpoint holds; not when a change of it failed on its way
         self.window = Window(self.device)
         self.saved: tuple[int, int] | None = None
         self.layout = [world.size, self.micro]
@@ -171,8 +205,10 @@ class _Run:
             if problem is not end:
                 raise problem from end
             raise
-        except KeyboardInterrupt:  # a second Ctrl-C, which waits for no checkpoint but one that is being written
-            if self.writer is not None:
+        except KeyboardInterrupt:
+            if not self.signals:  # of a program or notebook
+                self.rescue(time.monotonic() + LIMIT_SECONDS)
+            elif self.writer is not None:  # the second one, which waits for no checkpoint but one that is being written
                 with contextlib.suppress(RunError):
                     self.writer.wait()
                 if self.folder.status().get("state") != "failed":  # by another rank
@@ -247,7 +283,7 @@ class _Run:
             self._save()  # an evaluation that fails, over damaged images, say, costs no training
         figures = self._evaluate() if evaluates else {}
         is_best = False
-        with self.rescue.changing:
+        with self._changing():
             if evaluates:
                 self.figures = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **figures}
                 self.reporter.evaluation(self.figures)
@@ -268,7 +304,7 @@ class _Run:
         self.window.pause()
 
     def _step(self, batches: Iterator[Batch]) -> Answer:
-        with self.rescue.changing:
+        with self._changing():
             self.learner.begin()
         total = torch.zeros((), device=self.device)
         for number in range(self.group):
@@ -290,11 +326,19 @@ class _Run:
         if answer.broken:
             why = self.learner.why_not_finite()
             raise NonFiniteError(f"The loss of step {self.step + 1:,} is not finite: {why}")
-        with self.rescue.changing:
+        with self._changing():
             self.window.add(total, self.recipe.data.batch_size)  # before what says that all of a state is there
             self.learner.update()
             self.step += 1
         return answer
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Within, what a checkpoint holds is changed, and nobody writes one of it before all of that is done."""
+        with self.rescue.changing:
+            self.whole = False
+            yield
+            self.whole = True
 
     def _react(self, answer: Answer) -> None:
         if answer.stop:
@@ -323,7 +367,7 @@ class _Run:
 
     def _rescued(self) -> None:
         """Write the state before the step that is under way, in another thread than the one that is in it."""
-        if self.writer is None or not self.learner.whole:
+        if self.writer is None or not self.whole:
             return
         if self.saved != (self.step, self.evaluated):
             self.writer.wait()

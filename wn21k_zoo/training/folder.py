@@ -245,7 +245,10 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
     root = expanded(place).absolute()
     for split in splits:
         if split not in _SPLITS:
-            raise DataError(f"{root} has the splits {', '.join(_SPLITS)}, not {split!r}.{did_you_mean(split, _SPLITS)}")
+            near = " Did you mean validation?" if split in _VALIDATION else did_you_mean(split, _SPLITS)
+            raise DataError(f"{root} has the splits {', '.join(_SPLITS)}, not {split!r}.{near}")
+    if not root.is_dir():
+        raise DataError(f"{root} {'is a file' if root.exists() else 'does not exist'}; name a folder of class folders.")
     below = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     if "train" not in below:
         classes = _classes(root)

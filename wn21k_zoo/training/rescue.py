@@ -56,7 +56,7 @@ class Rescue:
             return
         step = self._folder.newest_step()
         mark_preempted(self._folder.path, step)
-        sys.stderr.write(f"wn21k: told to stop, it left what it was in; the same command goes on at step {step:,}\n")
+        sys.stderr.write(f"wn21k: told to stop, it left what it was in; begun again it goes on at step {step:,}\n")
 
     def _state(self) -> str | None:
         return self._folder.status().get("state")
