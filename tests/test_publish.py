@@ -330,6 +330,21 @@ def write_server():
         server.server_close()
 
 
+@pytest.mark.slow
+def test_with_a_token_and_a_message_of_ones_own(folder, tmp_path):
+    code = f"""
+from wn21k_zoo.publish import publish_folder
+publish_folder({str(folder)!r}, "org/name", token="hf_mine", commit_message="Better weights")
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"}
+    with write_server() as (endpoint, committed, seen):
+        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert set(committed) == FILES
+    assert {authorization for _, authorization, _ in seen} == {"Bearer hf_mine"}
+    assert any(b"Better weights" in body for _, _, body in seen)
+
+
 FINETUNE = Path(__file__).parent.parent / "training" / "recipes" / "finetune.py"
 
 

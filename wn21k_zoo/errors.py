@@ -47,6 +47,7 @@ One line of text that says what is wrong and what to do next; the class says wha
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -263,6 +264,9 @@ class MissingExtraError(Wn21kError, ImportError):
         return type(self), (self.what, self.extra)
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
 def did_you_mean(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """' Did you mean a, b?' for the candidates nearest to ``name``, or '' when none is near."""
     by_folded = {candidate.lower(): candidate for candidate in candidates}
@@ -284,5 +288,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line, for use inside ours."""
-    lines = str(error).strip().splitlines()
+    lines = _COLOUR.sub("", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

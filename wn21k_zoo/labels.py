@@ -127,6 +127,9 @@ class LabelSpace:
     def __iter__(self) -> Iterator[str]:
         return iter(self.wnids)
 
+    def __getitem__(self, index: int) -> str:
+        return self.wnids[index]
+
     def __contains__(self, wnid: object) -> bool:
         return wnid in self.index
 

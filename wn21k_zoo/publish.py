@@ -109,7 +109,9 @@ def check_target(folder: str | os.PathLike[str], dtype: str | None, force: bool)
     if target.exists() and not target.is_dir():
         raise InvalidArgumentError(f"{target} is a file; name a folder.")
     if target.is_dir() and any(not path.name.startswith(".") for path in target.iterdir()) and not force:
-        raise InvalidArgumentError(f"{target} is not empty; choose another folder, or replace it with --force.")
+        raise InvalidArgumentError(
+            f"{target} is not empty; choose another folder, or replace it with force=True (--force)."
+        )
     for left in target.glob(f"{_TEMPORARY}*"):  # of an export that was killed
         shutil.rmtree(left, ignore_errors=True)
     others = [path for path in target.glob("*") if not path.name.startswith(".")]  # but .git, .DS_Store
@@ -171,7 +173,8 @@ def publish_folder(
     *,
     private: bool = False,
     revision: str | None = None,
-    message: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
 ) -> str:
     """Push a folder to the Hugging Face Hub; the repository and the branch are made if they are not there.
 
@@ -180,7 +183,8 @@ def publish_folder(
         repo_id: ``ORG/NAME``.
         private: Make a new repository private.
         revision: Branch, by default main.
-        message: Of the commit.
+        commit_message: Of the commit.
+        token: Of who publishes; default: ``HF_TOKEN``, or that of ``hf auth login``.
 
     Returns:
         URL of the commit.
@@ -197,9 +201,9 @@ def publish_folder(
     planned = plan_upload(folder)
     if hub.is_offline():
         raise OfflineError(f"{repo_id} cannot be published: the network is switched off (HF_HUB_OFFLINE, --offline).")
-    if get_token() is None:
+    if token is None and get_token() is None:
         raise PublishError("The Hub must know who publishes: hf auth login, or set HF_TOKEN to a token that may write.")
-    client = HfApi(library_name="wn21k_zoo")
+    client = HfApi(token=token, library_name="wn21k_zoo")
     try:
         client.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and revision != "main":
@@ -209,7 +213,7 @@ def publish_folder(
             folder_path=Path(folder).expanduser(),
             allow_patterns=[path.name for path in planned],
             revision=revision,
-            commit_message=message or "Upload with wn21k_zoo",
+            commit_message=commit_message or "Upload with wn21k_zoo",
         )
     except Exception as error:  # the Hub's client and its transport have many kinds
         raise PublishError(f"{repo_id} could not be published: {first_line(error)}") from error
@@ -238,7 +242,7 @@ def _load(model: str, record: str | None) -> tuple[Checkpoint, nn.Module]:
             raise ConversionError(f"{path} does not fit {checkpoint.name}: {first_line(error)}") from error
         return checkpoint, module
     if record is not None:
-        raise InvalidArgumentError(f"--record is for weight files, and {model} is none.")
+        raise InvalidArgumentError(f"record (--record) is for weight files, and {model} is none.")
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors") and not path.exists():
         raise UnknownModelError(f"There is no file {path}.")
     try:
@@ -267,7 +271,7 @@ def _record_of(converted: convert.Converted, record: str | None) -> Checkpoint:
         return checkpoint
     if len(fitting) != 1:
         names = ", ".join(checkpoint.name for checkpoint in fitting) or "none"
-        raise InvalidArgumentError(f"Records of {what}: {names}; say which one by --record.")
+        raise InvalidArgumentError(f"Records of {what}: {names}; say which one by record (--record).")
     return fitting[0]
 
 

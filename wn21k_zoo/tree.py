@@ -227,15 +227,20 @@ class SemanticTree:
             indices.flags.writeable = False
         return MappingProxyType(levels)
 
-    @property
+    def chain(self, index: int) -> list[int]:
+        """Indices of a class, its parent, its grandparent, ... to the root."""
+        return [index, *self._ancestor_indices(index)]
+
+    @functools.cached_property
     def class_tree_list(self) -> list[list[int]]:
-        """The published form: for each class the indices of itself, its parent, its grandparent, ... to the root."""
-        return [[index, *self._ancestor_indices(index)] for index in range(len(self))]
+        """The published form: the :meth:`chain` of each class. Yours to change; nothing here goes by it."""
+        return [self.chain(index) for index in range(len(self))]
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 of :attr:`class_tree_list` as JSON without spaces, in hexadecimal."""
-        return hashlib.sha256(json.dumps(self.class_tree_list, separators=(",", ":")).encode()).hexdigest()
+        """sha256 of the :meth:`chain` of each class, as JSON without spaces, in hexadecimal."""
+        chains = [self.chain(index) for index in range(len(self))]
+        return hashlib.sha256(json.dumps(chains, separators=(",", ":")).encode()).hexdigest()
 
     # Nodes and their relations
 

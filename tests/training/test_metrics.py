@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,6 +62,42 @@ def test_leaf_accuracy_chooses_among_the_given_classes_only():
     assert metric.has(torch.tensor([0, 1, 4, 8, 9, 100])).tolist() == [False, True, True, True, False, False]
     metric.reset()
     assert metric.compute() == {"top1": 0, "top5": 0, "images": 0}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_have_no_semantic_accuracy(bad):
+    metric = SemanticAccuracy(TREE)
+    logits, targets = torch.zeros(3, len(TREE)), torch.tensor([1, 2, 3])
+    metric.update(logits, targets)
+    logits[1, 7] = -math.inf  # masked
+    metric.update(logits, targets)
+    metric.compute()
+    logits[1, 5] = bad
+    metric.update(logits, targets)
+    with pytest.raises(NonFiniteError, match="logits of 1 images"):
+        metric.compute()
+    metric.reset()
+    metric.update(torch.zeros(3, len(TREE)), targets)
+    metric.compute()
+
+
+def test_what_no_metric_can_count_is_said(monkeypatch):
+    semantic = SemanticAccuracy(TREE)
+    monkeypatch.setattr(semantic.levels, "check_range", lambda targets: None)  # as on a GPU, which is not waited for
+    semantic.update(torch.zeros(3, len(TREE)), torch.tensor([1, -1, len(TREE)]))
+    distances = HierarchicalDistances(TREE)
+    distances.update(torch.tensor([1, 1, len(TREE)]), torch.tensor([1, -1, 1]))
+    for metric in (semantic, distances):
+        with pytest.raises(InvalidArgumentError, match="of 2 images are no classes, which are 0 to 10449"):
+            metric.compute()
+    for wrong in (lambda: HierarchicalDistances("fall11"), lambda: Calibration(0), lambda: LeafAccuracy([-1, 2])):
+        with pytest.raises(InvalidArgumentError):
+            wrong()
+    with pytest.raises(InvalidArgumentError, match=r"scores are of 6 classes, .* has the index 100"):
+        LeafAccuracy([1, 100]).update(torch.zeros(2, 6), torch.tensor([1, 1]))
+    twice = LeafAccuracy([1, 1, 2])
+    twice.update(torch.zeros(2, 6), torch.tensor([1, -1]))
+    assert twice.compute() == {"top1": 100, "top5": 100, "images": 1}
 
 
 def test_leaf_accuracy_needs_classes():

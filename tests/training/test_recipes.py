@@ -171,6 +171,22 @@ def test_nothing_is_known_of_other_architectures():
         presets.finetune("resnet50.a1_in1kk")
 
 
+@pytest.mark.parametrize("change", ["without_distillation", "winter21", "from_scratch", "single_label", "multi_label"])
+def test_a_recipe_of_another_leaves_that_as_it_was(change):
+    recipe, same = presets.in21k("resnet50"), presets.in21k("resnet50")
+    changed = getattr(presets, change)(recipe)
+    assert recipe == same
+    assert changed != same
+
+
+def test_a_folder_to_begin_with_may_be_a_path(tmp_path, monkeypatch):
+    module = timm.create_model("resnet18", num_classes=3)
+    save_for_hf(module, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    recipe = presets.finetune(Path("mine"))
+    assert (recipe.name, recipe.model.start) == ("mine_finetuned", str(tmp_path / "mine"))
+
+
 def test_two_recipes_share_nothing():
     one, other = presets.in21k("resnet50"), presets.in21k("resnet50")
     one.optimizer.lr = 1.0

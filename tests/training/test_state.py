@@ -37,7 +37,7 @@ def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(data, tmp_path):
     run(small_recipe(), data, tmp_path)
     for path in RunFolder(tmp_path).steps():
         path.write_bytes(b"nothing")
-    with pytest.raises(RunError, match="Name another --output to begin anew"):
+    with pytest.raises(RunError, match="Name another output folder to begin anew"):
         run(small_recipe(), data, tmp_path)
     assert {path.read_bytes() for path in RunFolder(tmp_path).steps()} == {b"nothing"}
 
@@ -66,7 +66,7 @@ def test_another_recipe_or_other_data_are_not_mixed_into_a_run(data, tmp_path):
 
 def test_what_is_no_place_for_a_run(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="is a file; name a folder as --output"):
+    with pytest.raises(RunError, match="is a file; name a folder for the output"):
         run(small_recipe(), data, tmp_path / "file")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"")

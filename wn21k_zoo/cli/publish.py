@@ -57,4 +57,4 @@ def publish(
         total = sum(planned.values()) / 1e6
         say(f"{total:,.1f} MB would go to {repo}, branch {revision or 'main'}{', private' if private else ''}")
         return
-    typer.echo(publish_folder(folder, repo, private=private, revision=revision, message=message))
+    typer.echo(publish_folder(folder, repo, private=private, revision=revision, commit_message=message))

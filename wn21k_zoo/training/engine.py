@@ -399,7 +399,7 @@ class _Run:
             try:
                 found = self.folder.newest()
             except RunError as error:
-                raise RunError(f"{error} Name another --output to begin anew.") from None
+                raise RunError(f"{error} Name another output folder to begin anew.") from None
 
         self.world.lead(newest)
         step = self.world.whole(found["step"] if found is not None else -1)
@@ -409,7 +409,7 @@ class _Run:
         if state.get("teacher", self.learner.teacher_digest) != self.learner.teacher_digest:
             raise RunError(
                 f"loss.teacher {self.recipe.loss.teacher} has other weights than when the run in {self.folder.path} "
-                "began; put the former ones back, or name another --output."
+                "began; put the former ones back, or name another output folder."
             )
         self.learner.load_state_dict(state)
         self.step, self.evaluated = state["step"], state["evaluated"]

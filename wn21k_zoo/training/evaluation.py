@@ -139,8 +139,7 @@ def _leaves(tree: SemanticTree | None, classes: Sequence[int]) -> list[int]:
     """The classes that are no ancestor of another one of them."""
     if tree is None:
         return list(classes)
-    chains = tree.class_tree_list
-    above = {ancestor for index in classes for ancestor in chains[index][1:]}
+    above = {ancestor for index in classes for ancestor in tree.chain(index)[1:]}
     return [index for index in classes if index not in above]
 
 

@@ -86,7 +86,7 @@ class Trained:
         elif not NAME.fullmatch(name):
             raise InvalidArgumentError(f"{name!r} is no name for a record; letters, digits, dots, - and _ make one.")
         elif registry.is_known(name):
-            raise InvalidArgumentError(f"{name} is the name of published weights; give --name another one.")
+            raise InvalidArgumentError(f"{name} is the name of published weights; take another name (--name).")
         metrics = tuple(
             Metric(
                 name=label,
@@ -140,7 +140,7 @@ def load_run(run: str | os.PathLike[str], which: str = "best") -> Trained:
         try:
             state: dict[str, Any] | None = read_checkpoint(folder.best)
         except RunError as error:
-            raise RunError(f"{error} The last one may be whole: take that (--checkpoint last).") from None
+            raise RunError(f"{error} The last one may be whole: take that (which='last', --checkpoint last).") from None
     else:
         state = folder.newest()
     if state is None:

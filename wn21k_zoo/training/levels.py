@@ -15,7 +15,7 @@ from wn21k_zoo.errors import InvalidArgumentError
 from wn21k_zoo.hierarchy import Hierarchy
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["Levels", "Order"]
+__all__ = ["Levels", "Order", "check_tree"]
 
 Order = Literal["published", "level"]
 _MAX_WEIGHT = 20.0  # arXiv 2104.10972 has no bound; the published code has this one
@@ -45,8 +45,7 @@ class Levels(nn.Module):
 
     def __init__(self, tree: SemanticTree, order: Order = "published") -> None:
         super().__init__()
-        if not isinstance(tree, SemanticTree):
-            raise InvalidArgumentError(f"{tree!r:.60} is no tree; give one such as SemanticTree.load('fall11').")
+        check_tree(tree)
         if order not in ("published", "level"):
             raise InvalidArgumentError(f"order must be 'published' or 'level', not {order!r}.")
         hierarchy = Hierarchy(tree)
@@ -116,6 +115,16 @@ class Levels(nn.Module):
         """Targets that can be looked up without harm, [B], and whether all were in range, []; waits for nothing."""
         valid = (targets_b >= 0) & (targets_b < self.num_classes)
         return targets_b.where(valid, 0), valid.all()
+
+
+def check_tree(tree: object) -> None:
+    """See that it is one.
+
+    Raises:
+        InvalidArgumentError: It is not.
+    """
+    if not isinstance(tree, SemanticTree):
+        raise InvalidArgumentError(f"{tree!r:.60} is no tree; give one such as SemanticTree.load('fall11').")
 
 
 def _ancestors(tree: SemanticTree, hierarchy: Hierarchy, depths: tuple[int, ...]) -> np.ndarray[tuple[int, int]]:

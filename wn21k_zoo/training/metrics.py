@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
-from wn21k_zoo.training.levels import Levels, Order
+from wn21k_zoo.training.levels import Levels, Order, check_tree
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["BrokenRows", "Calibration", "ClassAccuracy", "HierarchicalDistances", "LeafAccuracy", "SemanticAccuracy"]
@@ -62,10 +62,21 @@ class BrokenRows(_Counts):
         """
         broken, images = self._total()
         if broken:
-            raise NonFiniteError(
-                f"The logits of {broken:,} of {images:,} images are NaN or infinite: the network diverged (a lower "
-                "optimizer.lr may help), or is too wide for fp16 (take bf16 or fp32)."
-            )
+            raise _not_finite(f"{broken:,} of {images:,}")
+
+
+def _not_finite(images: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"The logits of {images} images are NaN or infinite: the network diverged (a lower optimizer.lr may help), or "
+        "is too wide for fp16 (take bf16 or fp32)."
+    )
+
+
+def _out_of_range(images: int, num_classes: int) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"The targets or predictions of {images:,} images are no classes, which are 0 to {num_classes - 1}; do the "
+        "data and the tree speak the same label space?"
+    )
 
 
 class SemanticAccuracy(_Counts):
@@ -78,12 +89,14 @@ class SemanticAccuracy(_Counts):
         order: In which order logits come, see :class:`Levels`.
 
     Raises:
-        InvalidArgumentError: From ``update``: shapes or targets that do not fit.
+        InvalidArgumentError: From ``update``: shapes or targets that do not fit; of a GPU such targets from
+            ``compute``.
+        NonFiniteError: From ``compute``: the largest logit of a level was NaN or infinite.
     """
 
     def __init__(self, tree: SemanticTree, order: Order = "published") -> None:
         levels = Levels(tree, order)
-        super().__init__(len(levels.depths), 2)
+        super().__init__(len(levels.depths) + 1, 2)  # the last: images with broken logits, and with impossible targets
         self.levels = levels
 
     @torch.no_grad()
@@ -92,13 +105,21 @@ class SemanticAccuracy(_Counts):
         if not len(targets_b):
             return
         self.levels.check(logits_bn, targets_b)
-        ancestors = self.levels.ancestors[targets_b]
-        predicted = torch.stack([scores.argmax(1) for scores in self.levels.split(logits_bn)], 1)
-        self.counts += torch.stack([(predicted == ancestors).sum(0), (ancestors >= 0).sum(0)], 1)
+        there = (targets_b >= 0) & (targets_b < self.levels.num_classes)  # else a GPU would be of no use afterwards
+        ancestors = self.levels.ancestors[targets_b.where(there, 0)]
+        best = [scores.max(1) for scores in self.levels.split(logits_bn)]
+        predicted = torch.stack([each.indices for each in best], 1)
+        broken = ~torch.stack([each.values for each in best], 1).isfinite().all(1)
+        levels = torch.stack([(predicted == ancestors).sum(0), (ancestors >= 0).sum(0)], 1)
+        self.counts += torch.cat([levels, torch.stack([broken.sum(), (~there).sum()])[None]])
 
     def compute(self) -> dict[str, float | dict[int, float]]:
         """Percentages over all ranks: ``semantic_top1``, and ``levels``: depth -> percent where something was valid."""
-        total = self._total()
+        *total, broken, impossible = self._total()
+        if impossible:
+            raise _out_of_range(impossible, self.levels.num_classes)
+        if broken:
+            raise _not_finite(f"{broken:,}")
         right, valid = total[::2], total[1::2]
         per_level = {
             depth: 100 * hits / count
@@ -115,7 +136,7 @@ class LeafAccuracy(_Counts):
         classes: Indices in the label space, such as those that have images.
 
     Raises:
-        InvalidArgumentError: No classes.
+        InvalidArgumentError: No classes, or a negative one; from ``update``: scores that lack one.
     """
 
     classes: Tensor
@@ -123,15 +144,21 @@ class LeafAccuracy(_Counts):
 
     def __init__(self, classes: Sequence[int]) -> None:
         super().__init__(3)
-        if not len(classes):
-            raise InvalidArgumentError("LeafAccuracy needs at least one class.")
-        self.register_buffer("classes", torch.tensor(sorted(classes)), persistent=False)
-        self.register_buffer("chosen", torch.zeros(max(classes) + 1, dtype=torch.bool), persistent=False)
+        ordered = sorted(set(classes))
+        if not ordered or ordered[0] < 0:
+            raise InvalidArgumentError("LeafAccuracy needs at least one class, and indices from 0.")
+        self.register_buffer("classes", torch.tensor(ordered), persistent=False)
+        self.register_buffer("chosen", torch.zeros(ordered[-1] + 1, dtype=torch.bool), persistent=False)
         self.chosen[self.classes] = True
 
     @torch.no_grad()
     def update(self, scores_bn: Tensor, targets_b: Tensor) -> Tensor:
         """Count a batch: scores [B, N] and targets [B] int64, both of the label space; gives predictions, [B] int64."""
+        if scores_bn.shape[1] < len(self.chosen):
+            raise InvalidArgumentError(
+                f"The scores are of {scores_bn.shape[1]:,} classes, and one that counts has the index "
+                f"{len(self.chosen) - 1:,}."
+            )
         chosen = scores_bn.index_select(1, self.classes)
         best = self.classes[chosen.topk(min(5, len(self.classes)), 1).indices]
         hits = best == targets_b[:, None]
@@ -141,7 +168,7 @@ class LeafAccuracy(_Counts):
     def has(self, targets_b: Tensor) -> Tensor:
         """Whether each target is one of the classes, [B] bool."""
         last = len(self.chosen) - 1
-        return self.chosen[targets_b.clamp_max(last)] & (targets_b <= last)
+        return self.chosen[targets_b.clamp(0, last)] & (targets_b >= 0) & (targets_b <= last)
 
     def compute(self) -> dict[str, float]:
         """Percentages over all ranks: ``top1``, ``top5``; and ``images`` of the classes."""
@@ -162,7 +189,7 @@ class ClassAccuracy(_Counts):
     @torch.no_grad()
     def update(self, predictions_b: Tensor, targets_b: Tensor, counted_b: Tensor) -> None:
         """Count a batch of class indices, [B] int64 each, where [B] bool says so."""
-        rows = targets_b.clamp_max(len(self.counts) - 1)  # what is beyond is not counted
+        rows = targets_b.clamp(0, len(self.counts) - 1)  # what is beyond is not counted
         for column, values in enumerate((counted_b, counted_b & (predictions_b == targets_b))):
             self.counts[:, column].scatter_add_(0, rows, values.long())
 
@@ -190,15 +217,20 @@ class HierarchicalDistances(_Counts):
 
     Args:
         tree: The classes and their hierarchy.
+
+    Raises:
+        InvalidArgumentError: That is no tree; from ``compute``: a prediction or target was no class of it.
     """
 
     chains: Tensor
     depths: Tensor
 
     def __init__(self, tree: SemanticTree) -> None:
-        super().__init__(6)
+        super().__init__(7)
+        check_tree(tree)
         chains = np.full((len(tree), int(tree.depths.max()) + 1), -1, np.int64)
-        for index, chain in enumerate(tree.class_tree_list):
+        for index in range(len(tree)):
+            chain = tree.chain(index)
             chains[index, : len(chain)] = chain[::-1]
         self.register_buffer("chains", torch.from_numpy(chains), persistent=False)
         self.register_buffer("depths", torch.from_numpy(tree.depths.astype(np.int64)), persistent=False)
@@ -207,17 +239,25 @@ class HierarchicalDistances(_Counts):
     def update(self, predictions_b: Tensor, targets_b: Tensor, counted_b: Tensor | None = None) -> None:
         """Count a batch of class indices, [B] int64 each; or only those of [B] bool."""
         counted = torch.ones_like(targets_b) if counted_b is None else counted_b.long()
+        there = (torch.minimum(predictions_b, targets_b) >= 0) & (
+            torch.maximum(predictions_b, targets_b) < len(self.depths)
+        )
+        predictions_b, targets_b = predictions_b.where(there, 0), targets_b.where(there, 0)
         ours, truth = self.chains[predictions_b], self.chains[targets_b]
         common = ((ours == truth) & (ours >= 0)).sum(1)
         lengths = self.depths[targets_b] + 1
         wrong = predictions_b != targets_b
         errors = (lengths - common) * wrong  # a descendant of the truth is 0 levels above it
-        each = torch.stack([torch.ones_like(common), wrong, errors, common, self.depths[predictions_b] + 1, lengths])
+        each = torch.stack(
+            [torch.ones_like(common), wrong, errors, common, self.depths[predictions_b] + 1, lengths, ~there]
+        )
         self.counts += (each * counted).sum(1)
 
     def compute(self) -> dict[str, float]:
         """Errors in levels, the rest in percent, over all ranks."""
-        images, mistakes, errors, common, predicted, truth = self._total()
+        images, mistakes, errors, common, predicted, truth, impossible = self._total()
+        if impossible:
+            raise _out_of_range(impossible, len(self.depths))
         return {
             "mean_lca_error": errors / max(1, images),
             "mean_lca_error_of_mistakes": errors / max(1, mistakes),
@@ -231,9 +271,14 @@ class Calibration(_Counts):
 
     Args:
         bins: Equally wide parts of [0, 1].
+
+    Raises:
+        InvalidArgumentError: There are none.
     """
 
     def __init__(self, bins: int = 15) -> None:
+        if bins < 1:
+            raise InvalidArgumentError(f"bins is {bins}; it must be at least 1.")
         super().__init__(bins, 3)
         self.bins = bins
 

@@ -22,9 +22,11 @@ cropped in evaluation as timm does with the published results; semantic softmax 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -154,6 +156,7 @@ def from_scratch(recipe: Recipe) -> Recipe:
 
     Published for :func:`single_label`; semantic softmax and distillation are our addition, not tried on ImageNet-21K.
     """
+    recipe = recipe.model_copy(deep=True)
     recipe.name = f"{recipe.name}_from_scratch"
     recipe.model.start = None
     recipe.data.batch_size, recipe.data.batch_per_device = 512, 64
@@ -219,7 +222,7 @@ def in1k(architecture: str) -> Recipe:
     return recipe
 
 
-def finetune(start: str = "mobilenetv3_large_100.miil_in21k") -> Recipe:
+def finetune(start: str | os.PathLike[str] = "mobilenetv3_large_100.miil_in21k") -> Recipe:
     """Weights fine-tuned on a folder of class folders of one's own.
 
     Args:
@@ -229,6 +232,8 @@ def finetune(start: str = "mobilenetv3_large_100.miil_in21k") -> Recipe:
         UnknownModelError: There are no such weights.
         ModelError: The folder or repository does not say what they are.
     """
+    if isinstance(start, os.PathLike):
+        start = str(Path(start).absolute())  # a folder, also without a slash
     name, architecture, size, mean, std, crop_pct = _described(start)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("._-") or architecture
     recipe = Recipe(name=f"{name}_finetuned", model=Model(architecture=architecture, start=start))
@@ -263,6 +268,7 @@ def _described(start: str) -> tuple[str, str, int, Any, Any, float | None]:
 
 
 def _without_teacher(recipe: Recipe) -> Recipe:
+    recipe = recipe.model_copy(deep=True)
     recipe.loss.teacher, recipe.loss.distillation_weight = None, 0.0
     return recipe
 

@@ -79,16 +79,16 @@ class RunFolder:
             RunError: It holds another run or something else.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file; name a folder as --output.")
+            raise RunError(f"{self.path} is a file; name a folder for the output.")
         if not self.path.is_dir():
             return
         try:
             names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
         except OSError as error:
-            raise RunError(f"{self.path} cannot be read: {first_line(error)}; name another --output.") from None
+            raise RunError(f"{self.path} cannot be read: {first_line(error)}; name another output folder.") from None
         if (foreign := names - _OURS) and "recipe.json" not in names:
             raise RunError(
-                f"{self.path} holds {min(foreign)}, which is of no run; name an empty or new folder as --output."
+                f"{self.path} holds {min(foreign)}, which is of no run; name an empty or new folder for the output."
             )
         if self.steps() and (self.path / "recipe.json").is_file():
             self._same(recipe, data)
@@ -104,7 +104,7 @@ class RunFolder:
             for left in self.checkpoints.glob("*.tmp*"):
                 left.unlink(missing_ok=True)
         except OSError as error:
-            raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another --output.") from None
+            raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another output folder.") from None
         write_text(self.path / "recipe.json", recipe.to_json())
         write_text(self.path / "data.json", json.dumps(dict(data), indent=1) + "\n")
 
@@ -118,9 +118,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another --output.") from None
-        busy = f"Another run is writing to {self.path}; wait for it, or name another --output."
-        with exclusive(self.path / ".lock", RunError, "name another --output.", busy=busy, seconds=2):
+            raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another output folder.") from None
+        busy = f"Another run is writing to {self.path}; wait for it, or name another output folder."
+        with exclusive(self.path / ".lock", RunError, "name another output folder.", busy=busy, seconds=2):
             yield
 
     def recipe(self) -> Recipe:
@@ -209,12 +209,12 @@ class RunFolder:
                 if (before := theirs[section][field]) != now and (section, field) not in _FREE:
                     raise RunError(
                         f"{self.path} holds a run with {section}.{field} = {before!r}, not {now!r}; name another "
-                        "--output, or go on with the recipe.json in it."
+                        "output folder, or go on with the recipe.json in it."
                     )
         known = self.data() if (self.path / "data.json").is_file() else data
         for key in ("classes", "images", "files"):
             if known.get(key, data.get(key)) != data.get(key):
-                raise RunError(f"{self.path} holds a run on other data ({key} differ); name another --output.")
+                raise RunError(f"{self.path} holds a run on other data ({key} differ); name another output folder.")
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
