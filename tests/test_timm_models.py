@@ -99,12 +99,14 @@ name = "mobilenetv3_large_100.miil_in21k"
 first = timm.create_model("wn21k_" + name, pretrained=True, cache_dir={str(tmp_path / "named")!r})
 second = wn21k_zoo.create_model(name, cache_dir={str(tmp_path / "named")!r}, num_classes=5)
 same = bool((first.conv_stem.weight == second.conv_stem.weight).all())
-print(json.dumps([first.num_classes, second.num_classes, same]))
+third = wn21k_zoo.Predictor(name, cache_dir={str(tmp_path / "named")!r}, device="cpu")
+seen = wn21k_zoo.predict("sample:cat", model=name, cache_dir={str(tmp_path / "named")!r}, device="cpu")
+print(json.dumps([first.num_classes, second.num_classes, same, third("sample:cat") == seen]))
 """
     environment = {**os.environ, "HF_ENDPOINT": published_hub, "WN21K_CACHE": str(tmp_path / "other")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [11_221, 5, True]
+    assert json.loads(done.stdout) == [11_221, 5, True, True]
     assert (tmp_path / "named/hub/timm--mobilenetv3_large_100.miil_in21k/model.safetensors").is_file()
     assert not (tmp_path / "other").exists()
 

@@ -155,13 +155,13 @@ def pretrained_config(checkpoint: Checkpoint, num_classes: int | None = None) ->
     return {key: value for key, value in config.items() if value is not None}
 
 
-def load_pretrained(checkpoint: Checkpoint) -> nn.Module:
+def load_pretrained(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> nn.Module:
     """The network of a checkpoint with its weights, strictly loaded, on the CPU and in evaluation mode.
 
     Raises:
         ModelError, MissingExtraError: As :func:`load_model`.
     """
-    return build_checkpoint(checkpoint, pretrained=True).eval()
+    return build_checkpoint(checkpoint, pretrained=True, cache_dir=cache_dir).eval()
 
 
 def as_folder(name: str | os.PathLike[str]) -> Path | None:

@@ -88,6 +88,7 @@ def load_model(
     *,
     label_space: LabelSpaceLike | None = None,
     head: Head | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """Load a model for prediction, on the CPU and in evaluation mode.
 
@@ -98,6 +99,7 @@ def load_model(
         head: How to read the outputs of a module or a folder that does not say: ``semantic_softmax`` (a softmax per
             level, as :class:`wn21k_zoo.training.losses.SemanticSoftmaxLoss` trains), ``softmax`` or ``sigmoid``. Not
             needed where all classes are of one level.
+        cache_dir: Folder of the cache.
 
     Raises:
         InvalidArgumentError: There is no such head, or none is given where one is needed.
@@ -117,7 +119,7 @@ def load_model(
         return _from_module(model, space, head)
     name = os.fspath(model)
     if name.startswith(HUB_PREFIX):
-        return _from_hub(name, space, head)
+        return _from_hub(name, space, head, cache_dir)
     if (folder := as_folder(model)) is not None:
         labels = folder / LABELS_FILE
         return _load_folder(folder, None, labels if labels.is_file() else None, space, head)
@@ -128,7 +130,7 @@ def load_model(
         )
     return LoadedModel(
         name=checkpoint.name,
-        module=load_pretrained(checkpoint),
+        module=load_pretrained(checkpoint, cache_dir),
         label_space=LabelSpace.load(checkpoint.label_space),
         head=checkpoint.head,
         data_config=checkpoint.data_config,
@@ -252,8 +254,10 @@ def _embedded_instead(why: str) -> str:
     return EMBEDDED_CHECKPOINT
 
 
-def _from_hub(name: str, space: LabelSpace | None, head: Head | None) -> LoadedModel:
-    config, weights, labels = fetch_from_hub(name)
+def _from_hub(
+    name: str, space: LabelSpace | None, head: Head | None, cache_dir: str | os.PathLike[str] | None
+) -> LoadedModel:
+    config, weights, labels = fetch_from_hub(name, cache_dir)
     loaded = _load_folder(config.path.parent, weights.path, labels.path if labels else None, space, head)
     return replace(loaded, name=name)
 
@@ -330,8 +334,8 @@ def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, 
             # Names of its own: not the classes of the checkpoint it was made from.
             raise UnresolvedLabelSpaceError(
                 f"{folder} has classes of its own, such as {names[0]!r}, which are no WordNet synsets: load it with "
-                f"timm.create_model('local-dir:{folder}', pretrained=True), or, if they are other names of synsets, "
-                "give label_space (a name or wnids)."
+                f"timm.create_model('local-dir:{folder}', pretrained=True) and wn21k_zoo.create_transform('{folder}'); "
+                "or, if they are other names of synsets, give label_space (a name or wnids)."
             ) from None
     if known is None:
         raise UnresolvedLabelSpaceError(

@@ -72,6 +72,7 @@ class Predictor:
             or ``sigmoid``; see :func:`wn21k_zoo.models.load_model`.
         transform: From an RGB PIL image to a float tensor [3, H, W], in place of the model's own preprocessing.
         allow_url: Whether images may be URLs.
+        cache_dir: Folder of the cache.
 
     Raises:
         InvalidArgumentError: A value that is not allowed.
@@ -97,6 +98,7 @@ class Predictor:
         head: Head | None = None,
         transform: Callable[[Any], torch.Tensor] | None = None,
         allow_url: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.top_k = _positive("top_k", top_k)
         chosen_batch_size = None if batch_size is None else _positive("batch_size", batch_size)
@@ -105,7 +107,7 @@ class Predictor:
         chosen_tree = _as_tree(tree)  # before the model: a wrong name should not cost a download
         chosen_device = models.select_device(device) if device != "auto" else None
         if not isinstance(model, LoadedModel):
-            model = models.load_model(model, label_space=label_space, head=head)
+            model = models.load_model(model, label_space=label_space, head=head, cache_dir=cache_dir)
         self.name = model.name
         self.label_space = model.label_space
         self.head = model.head
@@ -389,13 +391,13 @@ def predict(
         Wn21kError: As :class:`Predictor`.
     """
     chosen: Any = models.choose_default() if model is None else model
-    unknown = set(options) - {"batch_size", "tree", "label_space", "head", "transform", "allow_url"}
+    unknown = set(options) - {"batch_size", "tree", "label_space", "head", "transform", "allow_url", "cache_dir"}
     if unknown:
         raise InvalidArgumentError(
             f"predict has no option {', '.join(sorted(unknown))}; help(wn21k_zoo.Predictor) lists them."
         )
     stays_the_same = isinstance(chosen, str) and not looks_like_path(chosen) and not Path(chosen).is_dir()
-    if stays_the_same and not options.keys() & {"label_space", "head"}:
+    if stays_the_same and not options.keys() & {"label_space", "head", "cache_dir"}:
         chosen = _load_once(chosen, str(models.select_device(device)))
     return Predictor(chosen, top_k=top_k, threshold=threshold, device=device, **options)(images, errors=errors)
 

@@ -1,7 +1,9 @@
 import pytest
 import timm
 import torch
+from timm.optim import param_groups_layer_decay
 
+from wn21k_zoo import convert
 from wn21k_zoo.errors import RecipeError
 from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
 from wn21k_zoo.training.optimization import Criterion, average_of, build_optimizer, build_schedule
@@ -83,6 +85,32 @@ def test_an_average_keeps_indices(persistent):
     for step in range(1, 4):
         average.update(module, step)
     assert torch.equal(average.module.index, torch.arange(1000))
+
+
+@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "mobilenetv3_small_050", "ofa_flops_595m_s"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "lamb", "sgd"])
+def test_lower_layers_have_lower_rates(architecture, name):
+    module = convert.build(architecture, num_classes=3)
+    theirs = {
+        id(parameter): group["lr_scale"]
+        for group in param_groups_layer_decay(module, layer_decay=0.5)
+        for parameter in group["params"]
+    }
+    head = {id(parameter) for parameter in module.get_classifier().parameters()}
+    recipe = small_recipe(optimizer={"name": name, "lr": 0.1, "layer_decay": 0.5, "head_lr_factor": 3.0})
+    groups = build_optimizer(recipe, module).param_groups
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert rates == {key: pytest.approx(0.3 if key in head else 0.1 * scale) for key, scale in theirs.items()}
+    assert groups[0]["lr"] == max(group["lr"] for group in groups if id(group["params"][0]) not in head)
+
+
+def test_layers_must_be_known():
+    class Plain(torch.nn.Linear):
+        def get_classifier(self):
+            return self
+
+    with pytest.raises(RecipeError, match="what the layers of a Plain are"):
+        build_optimizer(small_recipe(optimizer={"layer_decay": 0.5}), Plain(1, 1))
 
 
 def test_lamb_clips_no_more_than_is_asked_for():

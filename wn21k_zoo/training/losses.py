@@ -35,6 +35,9 @@ class SemanticSoftmaxLoss(nn.Module):
     Level k counts for the samples whose chain of ancestors reaches it, is divided by the whole batch, and weighs
     W_k = min(20, N / number of classes at depth k or deeper).
 
+    On the CPU it is an operation of its own, with a first derivative alone and none by ``torch.func``; elsewhere it is
+    made of torch's.
+
     Args:
         tree: The classes and their hierarchy.
         label_smoothing: Share of the target that is spread over the level's classes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,11 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     """The optimizer of a recipe; biases and one-dimensional parameters have no weight decay, as published.
 
     With AdamW and LAMB, which published recipes of later networks take, nor has what a network of timm's exempts, such
-    as position embeddings. The first group is that of the whole network's rate, if any has it.
+    as position embeddings. The first group is that of the whole network's rate, or, where layers have others, of the
+    layer below the classifier, if any is trained.
+
+    Raises:
+        RecipeError: The network has no classifier or no layers, which the recipe has rates for.
     """
     settings = recipe.optimizer
     exempt: set[str] = set()
@@ -84,18 +88,20 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     of_head = {id(parameter) for head in heads_of(module) for parameter in head.parameters()}
     if settings.head_lr_factor != 1 and not of_head:
         raise RecipeError("The network has no classifier that optimizer.head_lr_factor could be for; set it to 1.")
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    above = _layers_above(module) if settings.layer_decay != 1 else {}
+    groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and not any(fnmatchcase(name, pattern) for pattern in exempt)
-            groups.setdefault((id(parameter) in of_head, decays), []).append(parameter)
+            in_head = id(parameter) in of_head
+            groups.setdefault((in_head, 0 if in_head else above.get(name, 0), decays), []).append(parameter)
     parameters = [
         {
             "params": members,
             "weight_decay": settings.weight_decay if decays else 0.0,
-            "lr": settings.lr * (settings.head_lr_factor if in_head else 1.0),
+            "lr": settings.lr * (settings.head_lr_factor if in_head else settings.layer_decay**depth),
         }
-        for (in_head, decays), members in sorted(groups.items(), key=lambda item: item[0])
+        for (in_head, depth, decays), members in sorted(groups.items(), key=lambda item: item[0])
     ]
     if settings.name == "sgd":
         return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
@@ -106,6 +112,20 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
         return cast(Optimizer, Lamb(parameters, lr=settings.lr, betas=settings.betas, max_grad_norm=None))
     kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
     return kind(parameters, lr=settings.lr, betas=settings.betas)
+
+
+def _layers_above(module: nn.Module) -> dict[str, int]:
+    """How many layers stand above that of each parameter, the classifier among them."""
+    from timm.models import group_parameters
+
+    try:
+        layers = group_parameters(module, cast(Any, module).group_matcher(coarse=False), reverse=True)
+    except AttributeError:
+        raise RecipeError(
+            f"Nobody says what the layers of a {type(module).__name__} are; set optimizer.layer_decay to 1."
+        ) from None
+    last = max(layers.values())
+    return {name: last - layer for name, layer in layers.items()}
 
 
 def build_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRScheduler:
