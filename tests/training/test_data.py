@@ -368,7 +368,7 @@ def test_processes_that_are_not_a_loaders_hear_signals(shards, tmp_path, start_m
 
 
 LOADS_UNDER_FIRE = """
-import multiprocessing, subprocess, sys
+import multiprocessing, signal, subprocess, sys
 import psutil
 from wn21k_zoo.training.data import Loader, Squash, open_dataset
 
@@ -383,8 +383,9 @@ if __name__ == "__main__":
                 each for each in psutil.Process().children(recursive=True)
                 if not each.children() and "resource_tracker" not in " ".join(each.cmdline())
             ]
-            for name in ("-INT", "-TERM"):  # not from here: the word of this process counts
-                subprocess.run(["kill", name, str(worker.pid)], check=True)
+            for number in (signal.SIGINT, signal.SIGTERM):  # not from here: the word of this process counts
+                kill = f"import os; os.kill({worker.pid}, {int(number)})"
+                subprocess.run([sys.executable, "-c", kill], check=True)
     print(count, len(loader))
 """
 

@@ -167,7 +167,9 @@ def test_without_a_compiler_torch_compile_says_so_in_one_line(data, tmp_path):
 def test_a_rank_without_an_image_changes_nothing(tmp_path):
     folder = make_folder(tmp_path / "images")
     (folder / open_folder(folder, "train").name(7)).write_bytes(b"nothing")
-    recipe = small_recipe(optimizer=FAST, data={"batch_size": 2, "batch_per_device": 2}, schedule={"epochs": 1})
+    # At a higher rate the loss of so few images jumps, and takes rounding with it.
+    slow = {**FAST, "lr": 0.01}
+    recipe = small_recipe(optimizer=slow, data={"batch_size": 2, "batch_per_device": 2}, schedule={"epochs": 1})
     run(recipe, folder, tmp_path / "one")
     recipe.data.batch_per_device = 1
     subprocess.run(command(recipe, folder, tmp_path / "two", tmp_path, ranks=2), check=True, env=ENVIRONMENT)

@@ -139,7 +139,7 @@ class Loader:
         group: int = 1,
         names: bool = False,
     ) -> None:
-        if not isinstance(dataset, (ShardedDataset, FolderDataset)):
+        if not hasattr(dataset, "lengths"):
             named = isinstance(dataset, (str, os.PathLike))
             what = f"such as open_dataset({os.fspath(dataset)!r})" if named else f"no {type(dataset).__name__}"
             raise InvalidArgumentError(f"Loader takes what open_dataset or open_folder gives, {what}.")

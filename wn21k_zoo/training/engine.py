@@ -126,8 +126,8 @@ class _Run:
         world: World,
         agreement: Agreement,
         rescue: Rescue,
-        workers: int | None,
-        signals: bool,
+        workers: int | None = None,
+        signals: bool = False,
     ) -> None:
         self.recipe, self.splits, self.folder, self.world = recipe, splits, folder, world
         self.agreement, self.rescue, self.signals = agreement, rescue, signals
