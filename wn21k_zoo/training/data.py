@@ -141,7 +141,7 @@ class Loader:
     ) -> None:
         if not hasattr(dataset, "lengths"):
             named = isinstance(dataset, (str, os.PathLike))
-            what = f"such as open_dataset({os.fspath(dataset)!r})" if named else f"no {type(dataset).__name__}"
+            what = f"such as open_dataset({str(dataset)!r})" if named else f"no {type(dataset).__name__}"
             raise InvalidArgumentError(f"Loader takes what open_dataset or open_folder gives, {what}.")
         if min(batch_size, window, group) < 1 or not 0 <= rank < world_size or workers < 0 or seed < 0:
             raise InvalidArgumentError(
