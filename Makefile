@@ -18,6 +18,7 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_program.py
 	$(BIN)/kubernetes-validate --quiet --strict training/launch/kubernetes.yaml
 
 bench: .venv/test.stamp

@@ -109,7 +109,10 @@ def test_the_preprocessing_of_a_folder(folder, tmp_path, embedded):
 
 def test_a_folder_with_wnids_as_names(folder, tmp_path, embedded):
     wnids = [*embedded.label_space.wnids[:-1], "n02121808"]
-    assert models.load_model(copy_of(folder, tmp_path, label_names=wnids)).label_space.wnids == tuple(wnids)
+    other = copy_of(folder, tmp_path, label_names=wnids)
+    with pytest.raises(InvalidArgumentError, match="give head"):  # a cat is above some of the others
+        models.load_model(other)
+    assert models.load_model(other, head="softmax").label_space.wnids == tuple(wnids)
 
 
 def test_bad_folders(folder, tmp_path):
@@ -238,8 +241,16 @@ def test_default_without_a_network(monkeypatch):
         predict(CAT)
 
 
+def test_the_default_is_looked_for_in_the_named_cache(tmp_path):
+    record = registry.get_checkpoint(DEFAULT_CHECKPOINT)
+    place = tmp_path / "hub" / record.sources[0].repo_id.replace("/", "--") / "model.safetensors"
+    place.parent.mkdir(parents=True)
+    place.touch()
+    assert models.choose_default(tmp_path) == DEFAULT_CHECKPOINT
+
+
 def test_default_without_the_extra(monkeypatch):
-    monkeypatch.setattr(models.download, "find_local", lambda checkpoint: None)
+    monkeypatch.setattr(models.download, "find_local", lambda *_: None)
     with pytest.raises(MissingExtraError, match=r"network.*wn21k-zoo\[embedded\]"):
         models.choose_default()
 

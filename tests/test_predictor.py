@@ -14,7 +14,7 @@ import torch
 from conftest import EMBEDDED
 from PIL import Image
 
-from wn21k_zoo import Predictor, SemanticTree, predict
+from wn21k_zoo import AnimatedImageWarning, Predictor, SemanticTree, predict
 from wn21k_zoo.errors import (
     ImageError,
     ImageNotFoundError,
@@ -27,7 +27,7 @@ from wn21k_zoo.errors import (
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import LoadedModel
 from wn21k_zoo.prediction import error_to_dict, json_schema
-from wn21k_zoo.predictor import _largest
+from wn21k_zoo.predictor import _RUNNING, _largest
 
 CAT = "sample:cat"
 SCHEMA = jsonschema.Draft202012Validator(json_schema())
@@ -184,6 +184,7 @@ def test_columns_are_several(embedded, photographs):
         columns.append(pandas.DataFrame({"path": paths})["path"])
     for column in columns:
         assert embedded(column) == expected
+    assert embedded(np.array([])) == []
     for array in (np.zeros(3), torch.zeros(3)):
         with pytest.raises(ImageError, match="is no image"):
             embedded(array)
@@ -205,10 +206,13 @@ def test_what_is_printed_of_a_prediction_is_a_line(embedded):
 def test_a_warning_that_is_an_error_costs_no_other_image(embedded, tmp_path):
     frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
-    first, moving, last = embedded([CAT, tmp_path / "moves.gif", CAT], errors="return")
-    assert first == last
-    assert isinstance(moving, ImageError)
-    assert "animated" in str(moving)
+    path = tmp_path / "moves.gif"
+    with Image.open(path) as opened, path.open("rb") as file:
+        for moving in (path, path.read_bytes(), opened, file):
+            first, error, last = embedded([CAT, moving, CAT], errors="return")
+            assert first == last
+            assert isinstance(error, ImageError)
+            assert isinstance(error.__cause__, AnimatedImageWarning)
 
 
 class Counting(torch.nn.Module):
@@ -236,6 +240,30 @@ def test_threads_may_share_a_module_of_ones_own():
         assert len(list(threads.map(run, range(16)))) == 16
     assert module.trained == 0
     assert module.training
+
+
+class Cascade(torch.nn.Module):
+    """Asks another model of one's own while it runs."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+
+    def forward(self, images):
+        inner = Predictor(self.first, label_space="imagenet1k", transform=lambda image: torch.zeros(3, 2, 2))
+        inner(np.zeros((4, 4, 3), np.uint8))
+        assert not self.first.training
+        return self.first(images)
+
+
+def test_models_of_ones_own_may_share_parts():
+    first = Counting()
+    predictor = Predictor(Cascade(first), label_space="imagenet1k", transform=lambda image: torch.zeros(3, 2, 2))
+    predictor(np.zeros((4, 4, 3), np.uint8))
+    assert first.training
+    assert predictor.module.training
+    assert first.trained == 0
+    assert not _RUNNING
 
 
 def test_compiled_and_exported_modules(embedded):

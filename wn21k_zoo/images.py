@@ -31,7 +31,9 @@ from wn21k_zoo.errors import (
 if TYPE_CHECKING:
     import torch
 
-    ImageLike = str | os.PathLike[str] | Image.Image | NDArray[Any] | torch.Tensor | bytes | BinaryIO
+    ImageLike = (
+        str | os.PathLike[str] | Image.Image | NDArray[Any] | torch.Tensor | bytes | bytearray | memoryview | BinaryIO
+    )
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "SAMPLES", "AnimatedImageWarning", "describe_source", "load_image"]
 

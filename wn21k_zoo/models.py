@@ -114,7 +114,7 @@ def load_model(
         raise InvalidArgumentError(f"head is {head!r}; it can be {', '.join(HEADS)}.")
     space = _as_label_space(label_space)
     if model is None:
-        model = choose_default()
+        model = choose_default(cache_dir)
     if not isinstance(model, (str, os.PathLike)):
         return _from_module(model, space, head)
     name = os.fspath(model)
@@ -138,8 +138,11 @@ def load_model(
     )
 
 
-def choose_default() -> str:
+def choose_default(cache_dir: str | os.PathLike[str] | None = None) -> str:
     """The model that is used when none is named.
+
+    Args:
+        cache_dir: Folder of the cache.
 
     The environment variable ``WN21K_MODEL``; else the 21K default if its weights are on this machine, or if one
     request of at most half a second shows that they can be downloaded; else the embedded ImageNet-1K model, with a
@@ -151,7 +154,7 @@ def choose_default() -> str:
     if named := os.environ.get("WN21K_MODEL"):
         return named
     default = registry.get_checkpoint(DEFAULT_CHECKPOINT)
-    if download.find_local(default) is not None or _default_is_reachable():
+    if download.find_local(default, cache_dir) is not None or _default_is_reachable():
         return DEFAULT_CHECKPOINT
     return _embedded_instead("is neither cached nor reachable")
 
@@ -275,14 +278,13 @@ def _load_folder(
         space, head = space or stated_space, head or stated_head
     if space is None:
         space = _label_space_of_config(config, known, folder)
-    head = head or _head_of(known, space, str(folder))
     module = build_from_folder(folder, weights).eval()
     _check_outputs(module, space, str(folder))
     return LoadedModel(
         name=str(folder),
         module=module,
         label_space=space,
-        head=head,
+        head=head or _head_of(known, space, str(folder)),
         data_config=_published_data_config(
             known if labels is None else None,  # what we exported says itself how it is to be prepared
             timm.data.resolve_model_data_config(module),
@@ -373,7 +375,7 @@ def _from_module(module: Any, space: LabelSpace | None, head: Head | None) -> Lo
 
 
 def _head_of(known: Checkpoint | None, space: LabelSpace, name: str) -> Head:
-    if known is not None:
+    if known is not None and LabelSpace.load(known.label_space).wnids == space.wnids:
         return known.head
     if not SemanticTree.from_label_space(space).depths.any():
         return "softmax"

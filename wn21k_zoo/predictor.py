@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,17 +41,23 @@ from wn21k_zoo.tree import SemanticTree
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from wn21k_zoo.images import ImageLike
     from wn21k_zoo.models import ModelLike
+
+    # What type checkers can tell apart; an array can be one or several.
+    OneImage = str | os.PathLike[str] | Image.Image | bytes | bytearray | memoryview | BinaryIO
+    SeveralImages = list[Any] | tuple[Any, ...] | Iterator[Any]
 
 __all__ = ["Predictor", "predict"]
 
 Errors = Literal["raise", "return"]
 Result = Prediction | Wn21kError
 
-# Held while a module is run that is not ours: one thread would put it back into training while another runs it.
-_OTHERS = threading.Lock()
+# Of each part of a module that is being run: by how many threads, and whether it was in training mode before the first.
+_RUNNING: dict[Any, list[Any]] = {}
+_CHANGING_MODES = threading.Lock()
 
 
 class Predictor:
@@ -120,21 +126,19 @@ class Predictor:
         if self._memory_format is not None:
             self.module.to(memory_format=self._memory_format)
         self.transform = transform or _own_transform(model)
-        self._owned = model.owned
         self._short_side = None if transform else _short_side(model.data_config or {})
         self._decoder = Decoder(self.tree, self.label_space, self.head, self.device)
 
-    # A str is an iterable of them: the first that fits counts.
     @overload
-    def __call__(  # type: ignore[overload-overlap]
-        self, images: ImageLike, *, errors: Literal["raise"] = "raise"
-    ) -> Prediction: ...
+    def __call__(self, images: OneImage, *, errors: Literal["raise"] = "raise") -> Prediction: ...
     @overload
-    def __call__(self, images: ImageLike, *, errors: Errors) -> Result: ...  # type: ignore[overload-overlap]
+    def __call__(self, images: OneImage, *, errors: Errors) -> Result: ...
     @overload
-    def __call__(self, images: Iterable[ImageLike], *, errors: Literal["raise"] = "raise") -> list[Prediction]: ...
+    def __call__(self, images: SeveralImages, *, errors: Literal["raise"] = "raise") -> list[Prediction]: ...
     @overload
-    def __call__(self, images: Iterable[ImageLike], *, errors: Errors) -> list[Result]: ...
+    def __call__(self, images: SeveralImages, *, errors: Errors) -> list[Result]: ...
+    @overload
+    def __call__(self, images: ImageLike | Iterable[ImageLike], *, errors: Errors = "raise") -> Any: ...
     def __call__(self, images: Any, *, errors: Errors = "raise") -> Any:
         """One prediction for one image, a list of them for several, in their order.
 
@@ -202,7 +206,7 @@ class Predictor:
         if hasattr(image, "getbands") or hasattr(image, "read"):
             # A PIL image and a file object have a state that two threads must not share, so they are read here.
             try:
-                image = load_image(image)
+                image = _loaded(image)
             except Wn21kError as error:
                 failed: Future[torch.Tensor] = Future()
                 failed.set_exception(error)
@@ -210,7 +214,7 @@ class Predictor:
         return workers.submit(self._prepare, image)
 
     def _prepare(self, image: ImageLike) -> torch.Tensor:
-        rgb = load_image(image, allow_url=self.allow_url)
+        rgb = _loaded(image, allow_url=self.allow_url)
         self._check_shape(rgb, describe_source(image) or "The image")
         try:
             return self.transform(rgb)
@@ -236,8 +240,6 @@ class Predictor:
                 outcomes.append(future.result())
             except Wn21kError as error:
                 outcomes.append(error)
-            except Warning as warning:  # which the caller wants to be errors
-                outcomes.append(ImageError(str(warning)))
         usable = [outcome for outcome in outcomes if not isinstance(outcome, Wn21kError)]
         predictions = iter(self._run(usable) if usable else [])
         for (source, _), outcome in zip(batch, outcomes, strict=True):
@@ -249,7 +251,7 @@ class Predictor:
         try:
             with torch.inference_mode():
                 pixels = torch.stack(tensors).to(self.device, _dtype_of(self.module))
-                with contextlib.nullcontext() if self._owned else _OTHERS, _evaluating(self.module):
+                with _evaluating(self.module):
                     logits = self.module(
                         pixels.contiguous(memory_format=self._memory_format or torch.contiguous_format)
                     )
@@ -334,7 +336,7 @@ class Predictor:
 
 @overload
 def predict(
-    images: ImageLike,
+    images: OneImage,
     model: ModelLike | None = None,
     top_k: int = 5,
     threshold: float = 0.5,
@@ -344,7 +346,7 @@ def predict(
 ) -> Prediction: ...
 @overload
 def predict(
-    images: Iterable[ImageLike],
+    images: SeveralImages,
     model: ModelLike | None = None,
     top_k: int = 5,
     threshold: float = 0.5,
@@ -390,7 +392,7 @@ def predict(
     Raises:
         Wn21kError: As :class:`Predictor`.
     """
-    chosen: Any = models.choose_default() if model is None else model
+    chosen: Any = models.choose_default(options.get("cache_dir")) if model is None else model
     unknown = set(options) - {"batch_size", "tree", "label_space", "head", "transform", "allow_url", "cache_dir"}
     if unknown:
         raise InvalidArgumentError(
@@ -440,7 +442,7 @@ def _is_several(images: Any) -> bool:
     dimensions = getattr(images, "ndim", None)
     if isinstance(dimensions, int):
         kind = getattr(getattr(images, "dtype", None), "kind", None)  # of a column of a table, or of an array
-        return dimensions == 4 or (dimensions == 1 and kind in ("O", "U", "T"))
+        return dimensions == 4 or (dimensions == 1 and (kind in ("O", "U", "S", "T") or not len(images)))
     single = isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(images, "read")
     return not single and isinstance(images, Iterable) and not hasattr(images, "getbands")
 
@@ -466,17 +468,34 @@ def _default_tree(label_space: LabelSpace, head: Head) -> SemanticTree:
     return fall11
 
 
+def _loaded(image: ImageLike, *, allow_url: bool = False) -> Any:
+    """The image; a warning that the caller wants to be an error is an error of this one alone."""
+    try:
+        return load_image(image, allow_url=allow_url)
+    except Warning as warning:
+        raise ImageError(str(warning)) from warning
+
+
 @contextlib.contextmanager
 def _evaluating(module: Any) -> Iterator[None]:
-    """A module in evaluation mode, and then again as it was: some parts may be frozen, some not."""
-    modes = [(part, part.training) for part in module.modules()]
-    with contextlib.suppress(NotImplementedError):  # of torch.export, whose mode is that of its export
-        module.eval()
+    """A module in evaluation mode, and then again as it was: some parts may be frozen, some not.
+
+    Threads may share one, and parts of it: as it was is what each part is again when the last one is done.
+    """
+    parts = list(module.modules())
+    with _CHANGING_MODES:
+        for part in parts:
+            _RUNNING.setdefault(part, [0, part.training])[0] += 1
     try:
+        with _CHANGING_MODES, contextlib.suppress(NotImplementedError):  # torch.export's have the mode of their export
+            module.eval()
         yield
     finally:
-        for part, was_training in modes:
-            part.training = was_training
+        with _CHANGING_MODES:
+            for part in parts:
+                _RUNNING[part][0] -= 1
+                if not _RUNNING[part][0]:
+                    part.training = _RUNNING.pop(part)[1]
 
 
 def _device_of(module: Any) -> torch.device:

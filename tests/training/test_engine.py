@@ -1,11 +1,11 @@
 import io
-import itertools
 import math
 import os
 import re
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -249,37 +249,56 @@ def test_a_second_ctrl_c_ends_it_at_once_and_is_marked(data, tmp_path, at_loss):
     assert final(tmp_path)["step"] == 6
 
 
-def test_ctrl_c_in_a_notebook_costs_no_step(data, tmp_path, at_loss):
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which is not there where a shell has the tests ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_a_notebook_costs_no_step(data, tmp_path, at_loss, ctrl_c, capsys):
     def interrupted(logits, number):
         if number == 21:  # after the 12 of the whole run
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return logits
 
     at_loss(interrupted)
     run(small_recipe(), data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(small_recipe(), data, tmp_path / "parts")
-    assert RunFolder(tmp_path / "parts").status() == {"state": "preempted", "step": 8, "total": 12}
+    assert "stopped with a checkpoint; begun again it goes on" in capsys.readouterr().err
+    assert RunFolder(tmp_path / "parts").status() == {"state": "preempted", "step": 9, "total": 12}
     run(small_recipe(), data, tmp_path / "parts")
     assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
 
 
-def test_ctrl_c_amid_a_change_leaves_the_checkpoint_before(data, tmp_path, monkeypatch):
-    run(small_recipe(), data, tmp_path / "whole")
-    update, counted = Learner.update, itertools.count(1)
+def test_a_handler_of_the_programs_own_stays(data, tmp_path, at_loss, ctrl_c):
+    heard = []
+    signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    at_loss(lambda logits, number: os.kill(os.getpid(), signal.SIGINT) or logits)
+    run(small_recipe(schedule={"max_steps": 2}), data, tmp_path)
+    assert heard == [signal.SIGINT] * 2
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def interrupted(learner):
-        update(learner)
-        if next(counted) == 9:  # the weights are those of step 9, and the run is not yet told
-            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Learner, "update", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(small_recipe(), data, tmp_path / "parts")
-    assert RunFolder(tmp_path / "parts").status() == {"state": "preempted", "step": 6, "total": 12}
-    run(small_recipe(), data, tmp_path / "parts")
-    assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
+def test_it_runs_in_other_threads(data, tmp_path):
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(run, small_recipe(schedule={"max_steps": 1}), data, tmp_path).result()
+    assert final(tmp_path)["step"] == 1
+
+
+def test_deterministic_is_more_than_a_warning(data, tmp_path, at_loss):
+    seen = []
+    at_loss(lambda logits, number: seen.append(engine._deterministic()) or logits)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        run(small_recipe(run={"deterministic": True}, schedule={"max_steps": 1}), data, tmp_path)
+        assert seen == [(True, False)]
+        assert engine._deterministic() == (True, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -303,6 +322,8 @@ def test_what_is_no_recipe_or_device_is_said(data, tmp_path):
         engine.train("finetune", data, tmp_path)
     with pytest.raises(InvalidArgumentError, match="use auto, cpu, cuda"):
         engine.train(small_recipe(), data, tmp_path, device="gpu")
+    with pytest.raises(InvalidArgumentError, match="The world says"):
+        run(small_recipe(), data, tmp_path, device="cpu")
     engine.train(small_recipe(schedule={"max_steps": 1}), data, tmp_path, device="cpu", workers=0)
     assert final(tmp_path)["step"] == 1
 

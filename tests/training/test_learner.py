@@ -80,8 +80,8 @@ def test_what_ranks_agree_on(loss, broken, save):
 
 def test_nothing_is_rescued_of_a_step_half_done():
     # No attribute of the run but these is looked at.
-    engine._Run._rescued(SimpleNamespace(writer=object(), whole=False))
-    engine._Run._rescued(SimpleNamespace(writer=None, whole=True))
+    engine._Run._rescued(SimpleNamespace(writer=object(), learner=SimpleNamespace(whole=False)))
+    engine._Run._rescued(SimpleNamespace(writer=None, learner=SimpleNamespace(whole=True)))
 
 
 def test_augmentations_are_those_that_are_named():

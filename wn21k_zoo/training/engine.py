@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,16 @@ from typing import Any, NoReturn
 
 import torch
 
-from wn21k_zoo.errors import DataError, NonFiniteError, RecipeError, RunError, Wn21kError, first_line, is_out_of_memory
+from wn21k_zoo.errors import (
+    DataError,
+    InvalidArgumentError,
+    NonFiniteError,
+    RecipeError,
+    RunError,
+    Wn21kError,
+    first_line,
+    is_out_of_memory,
+)
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.data import Batch, Loader
 from wn21k_zoo.training.distributed import World, join
@@ -54,8 +65,9 @@ def train(
 ) -> dict[str, Any]:
     """Run a recipe, or go on where a run in the same folder was.
 
-    Ctrl-C, in a notebook as well, leaves a checkpoint of the last whole step. Random numbers of torch, and whether it
-    is deterministic, are afterwards as they were before.
+    Ctrl-C, in a notebook as well, ends the step that is under way, leaves a checkpoint and is raised then; a second one
+    ends the run at once. The random numbers of torch on the CPU and on the GPU of the run, and whether torch is
+    deterministic, are afterwards as they were before.
 
     Args:
         recipe: What to run.
@@ -73,6 +85,7 @@ def train(
         RecipeError, DataError, RunError, ModelError, InvalidArgumentError: Something does not fit; nothing has started.
         NonFiniteError: The loss was not finite, on every rank; the last checkpoint is as it was.
         Preempted: As above.
+        KeyboardInterrupt: Ctrl-C.
     """
     if not isinstance(recipe, Recipe):
         raise RecipeError(
@@ -82,38 +95,52 @@ def train(
     if world is None:
         with join(device) as joined:
             return train(recipe, data, output, joined, workers=workers, signals=signals)
+    if device != "auto":
+        raise InvalidArgumentError("The world says on which device a run is; leave out device.")
     recipe.check()
     recipe = resolved(recipe)
     folder, splits = RunFolder(Path(output)), open_splits(recipe, data)
     world.lead(lambda: folder.check(recipe, splits.describe()))
     with contextlib.ExitStack() as stack:
         world.lead(lambda: stack.enter_context(folder.locked()))
-        rescue = Rescue(folder, world)
-        if signals is not None:
-            stack.enter_context(signals.patient(rescue))
+        rescue, told = Rescue(folder, world), signals or Signals()
+        # In other threads, or where a program has a handler of its own, nobody but that hears of it.
+        if signals is not None or (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):
+            stack.enter_context(told.patient(rescue))
         stack.enter_context(_torch_as_it_was(world.device))
-        agreement = Agreement(world, signals or Signals())
-        return _Run(recipe, splits, folder, world, agreement, rescue, workers, signals is not None).go()
+        try:
+            return _Run(recipe, splits, folder, world, Agreement(world, told), rescue, workers).go()
+        except Preempted:
+            if signals is not None or not told.number:
+                raise
+            if world.leads:
+                sys.stderr.write("wn21k: stopped with a checkpoint; begun again it goes on\n")
+            raise KeyboardInterrupt from None
 
 
 @contextlib.contextmanager
 def _torch_as_it_was(device: torch.device) -> Iterator[None]:
     """Within, a run may set what is torch's for the whole process."""
-    deterministic, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    benchmark = torch.backends.cudnn.benchmark
+    before, benchmark = _deterministic(), torch.backends.cudnn.benchmark
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:
             torch.backends.cudnn.benchmark = benchmark
-            _set_deterministic(deterministic, warns)
+            _set_deterministic(*before)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    """Whether torch is, and whether it warns in place of an error."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled(), warns
 
 
 def _set_deterministic(wanted: bool, warns: bool = False) -> None:
-    if wanted != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
+    if (wanted, warns) != _deterministic():  # setting it takes seconds
         torch.use_deterministic_algorithms(wanted, warn_only=warns)
 
 
@@ -127,10 +154,9 @@ class _Run:
         agreement: Agreement,
         rescue: Rescue,
         workers: int | None = None,
-        signals: bool = False,
     ) -> None:
         self.recipe, self.splits, self.folder, self.world = recipe, splits, folder, world
-        self.agreement, self.rescue, self.signals = agreement, rescue, signals
+        self.agreement, self.rescue = agreement, rescue
         self.device = world.device
         if recipe.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
@@ -149,7 +175,6 @@ class _Run:
         world.lead(lambda: folder.begin(recipe, splits.describe()))
         self.loaders = open_loaders(recipe, splits, world, workers)
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
-        self.whole = True  # what a checkpoint holds; not when a change of it failed on its way
         self.window = Window(self.device)
         self.saved: tuple[int, int] | None = None
         self.layout = [world.size, self.micro]
@@ -205,10 +230,8 @@ class _Run:
             if problem is not end:
                 raise problem from end
             raise
-        except KeyboardInterrupt:
-            if not self.signals:  # of a program or notebook
-                self.rescue(time.monotonic() + LIMIT_SECONDS)
-            elif self.writer is not None:  # the second one, which waits for no checkpoint but one that is being written
+        except KeyboardInterrupt:  # a second Ctrl-C, which waits for no checkpoint but one that is being written
+            if self.writer is not None:
                 with contextlib.suppress(RunError):
                     self.writer.wait()
                 if self.folder.status().get("state") != "failed":  # by another rank
@@ -283,7 +306,7 @@ class _Run:
             self._save()  # an evaluation that fails, over damaged images, say, costs no training
         figures = self._evaluate() if evaluates else {}
         is_best = False
-        with self._changing():
+        with self.rescue.changing:
             if evaluates:
                 self.figures = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **figures}
                 self.reporter.evaluation(self.figures)
@@ -304,7 +327,7 @@ class _Run:
         self.window.pause()
 
     def _step(self, batches: Iterator[Batch]) -> Answer:
-        with self._changing():
+        with self.rescue.changing:
             self.learner.begin()
         total = torch.zeros((), device=self.device)
         for number in range(self.group):
@@ -326,19 +349,11 @@ class _Run:
         if answer.broken:
             why = self.learner.why_not_finite()
             raise NonFiniteError(f"The loss of step {self.step + 1:,} is not finite: {why}")
-        with self._changing():
+        with self.rescue.changing:
             self.window.add(total, self.recipe.data.batch_size)  # before what says that all of a state is there
             self.learner.update()
             self.step += 1
         return answer
-
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Within, what a checkpoint holds is changed, and nobody writes one of it before all of that is done."""
-        with self.rescue.changing:
-            self.whole = False
-            yield
-            self.whole = True
 
     def _react(self, answer: Answer) -> None:
         if answer.stop:
@@ -367,7 +382,7 @@ class _Run:
 
     def _rescued(self) -> None:
         """Write the state before the step that is under way, in another thread than the one that is in it."""
-        if self.writer is None or not self.whole:
+        if self.writer is None or not self.learner.whole:
             return
         if self.saved != (self.step, self.evaluated):
             self.writer.wait()
@@ -430,7 +445,6 @@ class _Run:
             "level" if self.splits.tree is not None else "published",
             device=self.device,
         )
-        self.loaders[1].load_state_dict({"epoch": 0, "samples_seen": 0})
         begin = time.perf_counter()
         for batch in self._while_wanted(self.loaders[1]):
             if not len(batch):  # all its images are damaged

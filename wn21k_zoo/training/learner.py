@@ -57,6 +57,7 @@ class Learner:
         levels: Of the tree, in the order of the network's outputs; None without one.
         about_teacher: What is told about the network that is distilled; may be empty.
         teacher_digest: Of its weights; empty without one.
+        whole: Whether weights and optimizer are those after a step; not when :meth:`update` failed on its way.
 
     Raises:
         RecipeError, ModelError: Something does not fit.
@@ -71,7 +72,7 @@ class Learner:
                 "Each class is above or below the others, so no level has two to choose between; set loss.kind to "
                 "single_label."
             )
-        self.about_teacher = self.teacher_digest = ""
+        self.whole, self.about_teacher, self.teacher_digest = True, "", ""
         self._within = False  # a step, whose beginning kept the batch statistics
         self._there: torch.cuda.Event | None = None
         try:
@@ -224,6 +225,7 @@ class Learner:
 
     def update(self) -> None:
         """Change the weights."""
+        self.whole = False
         if self._recipe.optimizer.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.module.parameters(), self._recipe.optimizer.clip_norm)
@@ -236,7 +238,7 @@ class Learner:
             self._schedule.step()
         if self._average is not None:
             self._average.update(self.module, self._schedule.last_epoch)  # the first is a copy
-        self._within = False
+        self.whole, self._within = True, False
         self._mark()
 
     def why_not_finite(self) -> str:

@@ -71,7 +71,7 @@ class Signals:
 
     @contextlib.contextmanager
     def patient(self, give_up: GiveUp) -> Iterator[None]:
-        """Within :meth:`listening`: signals are wishes, for which the main thread looks at :attr:`number`.
+        """Within, Ctrl-C (and in :meth:`listening` SIGTERM) is a wish: the main thread looks at :attr:`number`.
 
         A second Ctrl-C ends the process at once.
 
