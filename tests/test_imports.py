@@ -74,13 +74,13 @@ def test_the_public_api_is_what_it_says():
     assert callable(wn21k_zoo.predict)
     with pytest.raises(AttributeError):
         wn21k_zoo.nonsense  # noqa: B018
-    assert not {"Any", "importlib", "annotations"} & set(dir(wn21k_zoo))
+    assert not {"Any", "importlib", "annotations", "timm_models"} & set(dir(wn21k_zoo))  # the last registers names
 
 
 def test_a_module_is_there_before_anything_imported_it():
-    code = "import wn21k_zoo as w; print(w.errors.ImageError.__name__, w.tree.Node.__name__, 'tree' in dir(w))"
+    code = "import wn21k_zoo as w; print(w.errors.ImageError.__name__, w.tree.Node.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "ImageError Node True\n"
+    assert done.stdout == "ImageError Node\n"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

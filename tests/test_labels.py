@@ -57,6 +57,12 @@ def test_facts():
     assert "n00001740" not in one
 
 
+def test_a_space_is_a_sequence_of_wnids():
+    space = LabelSpace.load("imagenet1k")
+    assert space[281] == space.wnids[281] == "n02123045"
+    assert [*space] == [space[index] for index in range(len(space))]
+
+
 def test_aliases_and_digests_tell_spaces_apart():
     assert LabelSpace.load("fall11") is LabelSpace.load(LABEL_SPACE_ALIASES["fall11"])
     assert len({LabelSpace.load(name).digest for name in LABEL_SPACES}) == len(LABEL_SPACES)

@@ -126,7 +126,10 @@ def test_what_a_tree_gives_cannot_change_it(fall11):
     tree.class_tree_list[0].append(99_999)
     assert tree.digest == before
     assert 99_999 not in tree.chain(0)
-    for array in (fall11.parents, fall11.depths, *fall11.levels.values()):
+    assert tree.chain(tree[0]) == tree.chain(tree.wnids[0]) == tree.chain(0)
+    with pytest.raises(UnknownSynsetError):
+        tree.chain(-1)
+    for array in (fall11.parents, fall11.depths, *fall11.levels.values(), fall11.child_indices(fall11.roots[0].index)):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
 

@@ -45,20 +45,18 @@ if TYPE_CHECKING:
     from wn21k_zoo.tree import SemanticTree as SemanticTree
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-        globals()[name] = value
-        return value
-    if name in _modules():
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # to type checkers any name would be one
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOME_OF:
+            value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+            globals()[name] = value
+            return value
+        if any(found.name == name for found in pkgutil.iter_modules(__path__)):
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    special = (name for name in globals() if name.startswith("__"))
-    return sorted({*special, *__all__, *_modules()})
-
-
-def _modules() -> set[str]:
-    return {found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_")}
+    # Without modules that nobody named: who looks at all that is here would import them.
+    return sorted({name for name in globals() if name.startswith("__")} | {*__all__})

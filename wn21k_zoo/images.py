@@ -11,7 +11,7 @@ import os
 import warnings
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +31,19 @@ from wn21k_zoo.errors import (
 if TYPE_CHECKING:
     import torch
 
-    ImageLike = (
-        str | os.PathLike[str] | Image.Image | NDArray[Any] | torch.Tensor | bytes | bytearray | memoryview | BinaryIO
-    )
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "SAMPLES",
+    "AnimatedImageWarning",
+    "ImageLike",
+    "describe_source",
+    "load_image",
+]
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "SAMPLES", "AnimatedImageWarning", "describe_source", "load_image"]
-
+ImageLike = Union[
+    str, os.PathLike[str], Image.Image, NDArray[Any], "torch.Tensor", bytes, bytearray, memoryview, BinaryIO
+]
 MAX_PIXELS = 89_478_485
 """From where on Pillow warns of a decompression bomb."""
 # Of the files in a folder that are taken for images; a file that is named is tried whatever it is called.

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 from wn21k_zoo import download, registry
 from wn21k_zoo.building import (
@@ -44,15 +44,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FallbackModelWarning",
+    "LabelSpaceLike",
     "LoadedModel",
+    "ModelLike",
     "choose_default",
     "create_transform",
     "load_model",
     "select_device",
 ]
 
-if TYPE_CHECKING:
-    ModelLike = str | os.PathLike[str] | nn.Module
+ModelLike = Union[str, os.PathLike[str], "nn.Module"]
 LabelSpaceLike = str | LabelSpace | Sequence[str]
 
 HEADS: tuple[Head, ...] = ("semantic_softmax", "softmax", "sigmoid")

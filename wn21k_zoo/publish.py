@@ -202,7 +202,9 @@ def publish_folder(
     if hub.is_offline():
         raise OfflineError(f"{repo_id} cannot be published: the network is switched off (HF_HUB_OFFLINE, --offline).")
     if token is None and get_token() is None:
-        raise PublishError("The Hub must know who publishes: hf auth login, or set HF_TOKEN to a token that may write.")
+        raise PublishError(
+            "The Hub must know who publishes: hf auth login, or give a token that may write by HF_TOKEN or token=."
+        )
     client = HfApi(token=token, library_name="wn21k_zoo")
     try:
         client.create_repo(repo_id, private=private, exist_ok=True)

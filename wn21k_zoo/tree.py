@@ -205,7 +205,8 @@ class SemanticTree:
         return self._find(node) is not None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.label_space, self.parents, self.name)  # what is derived from these is derived anew
+        # What is derived from these is derived anew.
+        return functools.partial(type(self), name=self.name), (self.label_space, self.parents)
 
     def __repr__(self) -> str:
         return f"SemanticTree({self.name!r}, {len(self):,} classes, {len(self.levels)} levels)"
@@ -227,13 +228,14 @@ class SemanticTree:
             indices.flags.writeable = False
         return MappingProxyType(levels)
 
-    def chain(self, index: int) -> list[int]:
-        """Indices of a class, its parent, its grandparent, ... to the root."""
+    def chain(self, node: int | str | Node) -> list[int]:
+        """Indices of a node, its parent, its grandparent, ... to the root."""
+        index = self.index(node)
         return [index, *self._ancestor_indices(index)]
 
     @functools.cached_property
     def class_tree_list(self) -> list[list[int]]:
-        """The published form: the :meth:`chain` of each class. Yours to change; nothing here goes by it."""
+        """The published form: the :meth:`chain` of each class. All who ask have these lists: copy what you change."""
         return [self.chain(index) for index in range(len(self))]
 
     @functools.cached_property
@@ -403,6 +405,7 @@ class SemanticTree:
     @functools.cached_property
     def _children_by_parent(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         order = np.argsort(self.parents, kind="stable")
+        order.flags.writeable = False
         return order, np.searchsorted(self.parents[order], np.arange(-1, len(self) + 1))
 
     def _ancestor_indices(self, index: int) -> list[int]:
@@ -432,10 +435,6 @@ class SemanticTree:
             wnid: self.wnids[parent] if parent >= 0 else None
             for wnid, parent in zip(self.wnids, self._parent_list, strict=True)
         }
-
-
-def _restored(label_space: LabelSpace, parents: NDArray[np.int32], name: str) -> SemanticTree:
-    return SemanticTree(label_space, parents, name=name)
 
 
 @functools.cache

@@ -5,9 +5,11 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
+from timm.models import save_for_hf
 
-from wn21k_zoo.errors import BadImagesError, DataOutputError, NonFiniteError
+from wn21k_zoo.errors import BadImagesError, DataOutputError, InvalidArgumentError, NonFiniteError
 from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
@@ -67,6 +69,22 @@ def _broken(run, tmp_path):
     best.unlink()
     torch.save(checkpoint, best)
     return tmp_path / "broken"
+
+
+def test_how_outputs_are_read_is_what_is_asked_for(run, data, tmp_path):
+    module = timm.create_model("test_convnext", num_classes=len(WNIDS))
+    own = make_folder(tmp_path / "own", names="abcdef")
+    for names, images in ((list(WNIDS), data), ([each.name for each in sorted(own.iterdir())], own)):
+        place = tmp_path / f"of_{names[0]}"
+        save_for_hf(module, place, model_config={"label_names": names})
+        for head in ("softmax", "sigmoid"):
+            assert evaluate(place, images, split="all", head=head, workers=0)["head"] == head
+    with pytest.raises(InvalidArgumentError, match="give head"):
+        evaluate(tmp_path / f"of_{WNIDS[0]}", data, workers=0)
+    with pytest.raises(InvalidArgumentError, match="have no levels; head can be no semantic_softmax"):
+        evaluate(place, own, head="semantic_softmax", workers=0)
+    with pytest.raises(InvalidArgumentError, match="is a run and says"):
+        evaluate(run, data, head="softmax", workers=0)
 
 
 def test_the_checkpoint_that_is_asked_for_is_evaluated(run, data, tmp_path):

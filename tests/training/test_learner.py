@@ -63,11 +63,12 @@ def test_what_is_evaluated_is_the_average_in_evaluation(data, decay):
     assert learner.network.training
 
 
-def test_the_rate_is_that_of_all_but_the_head(data):
-    for factor in (10.0, 0.1):
-        learner = learner_of(data, optimizer={"head_lr_factor": factor})
-        rates = sorted({group["lr"] for group in learner.optimizer.param_groups}, reverse=factor < 1)
-        assert [learner.rate, learner.rate * factor] == pytest.approx(rates)
+@pytest.mark.parametrize("changes", [{"head_lr_factor": 10.0}, {"head_lr_factor": 0.1}, {"layer_decay": 0.5}, {}])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_the_rate_is_that_before_factors(data, changes, freeze):
+    schedule, model = {"name": "constant", "warmup": 0.0}, {"freeze_backbone": freeze}
+    learner = learner_of(data, optimizer={"lr": 0.25, **changes}, schedule=schedule, model=model)
+    assert learner.rate == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(("loss", "broken"), [(1.0, False), (math.nan, True), (math.inf, True), (-math.inf, True)])

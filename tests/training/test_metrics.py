@@ -69,7 +69,8 @@ def test_logits_that_are_not_finite_have_no_semantic_accuracy(bad):
     metric = SemanticAccuracy(TREE)
     logits, targets = torch.zeros(3, len(TREE)), torch.tensor([1, 2, 3])
     metric.update(logits, targets)
-    logits[1, 7] = -math.inf  # masked
+    logits[:, 7] = -math.inf  # masked, and so is all of level 1
+    logits[:, torch.tensor(TREE.levels[1])] = -math.inf
     metric.update(logits, targets)
     metric.compute()
     logits[1, 5] = bad
@@ -95,7 +96,10 @@ def test_what_no_metric_can_count_is_said(monkeypatch):
             wrong()
     with pytest.raises(InvalidArgumentError, match=r"scores are of 6 classes, .* has the index 100"):
         LeafAccuracy([1, 100]).update(torch.zeros(2, 6), torch.tensor([1, 1]))
-    twice = LeafAccuracy([1, 1, 2])
+    each = ClassAccuracy(3)
+    each.update(torch.tensor([0, 2, 1]), torch.tensor([-1, 7, 1]), torch.ones(3, dtype=torch.bool))
+    assert each.per_class() == {1: (1, 1)}
+    twice = LeafAccuracy(torch.tensor([1, 1, 2]))
     twice.update(torch.zeros(2, 6), torch.tensor([1, -1]))
     assert twice.compute() == {"top1": 100, "top5": 100, "images": 1}
 

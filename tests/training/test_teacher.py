@@ -1,9 +1,11 @@
 """Teachers that speak other classes than the student, or have another kind of head."""
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.models import save_for_hf
 from torch import nn
 
 from wn21k_zoo import LabelSpace
@@ -194,6 +196,27 @@ def test_a_teacher_of_the_same_classes_has_its_own_normalisation_and_the_student
         with torch.no_grad():
             torch.testing.assert_close(teacher(images), trained.module.eval()(pixels)[:, levels.columns])
         assert not about
+
+
+def test_a_teacher_that_does_not_say_how_it_is_read_is_asked_for(tmp_path):
+    module = timm.create_model("test_convnext", num_classes=len(WNIDS))
+    save_for_hf(module, tmp_path / "teacher", model_config={"label_names": list(WNIDS)})
+    student = small_recipe(loss={"teacher": str(tmp_path / "teacher"), "distillation_weight": 1.0})
+    levels = Levels(TREE, "level")
+    with pytest.raises(RecipeError, match=r"loss\.teacher_head: Nothing says how"):
+        build_teacher(student, TREE.label_space, levels)
+    for head in ("softmax", "sigmoid"):
+        student.loss.teacher_head = head
+        assert f"is a {head} over" in build_teacher(student, TREE.label_space, levels)[1]
+    student.loss.teacher = "efficientnet_lite0.embedded_in1k"
+    with pytest.raises(RecipeError, match=r"loss\.teacher_head: .* states its own"):
+        build_teacher(student, TREE.label_space, levels)
+    student.loss.teacher = str(tmp_path / "x.pt")
+    with pytest.raises(RecipeError, match=r"leave out loss\.teacher_head"):
+        build_teacher(student, TREE.label_space, levels)
+    student.loss.teacher, student.loss.distillation_weight = None, 0.0
+    with pytest.raises(RecipeError, match=r"there is no loss\.teacher\."):
+        student.check()
 
 
 def test_a_teachers_digest_is_of_all_its_weights_and_buffers():

@@ -220,7 +220,7 @@ def _subject(
     try:
         loaded = load_model(model, label_space=label_space, head=head)
     except UnresolvedLabelSpaceError:
-        if (own := _of_own_classes(model)) is None:
+        if (own := _of_own_classes(model, head)) is None:
             raise
         return own
     config = dict(cast(Mapping[str, Any], loaded.data_config))  # of what has a name it is known
@@ -230,7 +230,7 @@ def _subject(
     return _Subject(loaded.name, module, space, space.wnids, loaded.head, _own_resize(config), trained_on=seen)
 
 
-def _of_own_classes(model: str | os.PathLike[str]) -> _Subject | None:
+def _of_own_classes(model: str | os.PathLike[str], head: Head | None) -> _Subject | None:
     """An exported folder whose classes are no synsets, None for anything else."""
     folder = building.as_folder(model)
     described = building.read_config(folder) if folder is not None else {}
@@ -243,7 +243,10 @@ def _of_own_classes(model: str | os.PathLike[str]) -> _Subject | None:
     config = resolve_model_data_config(module)
     normalized = Normalized(module, config["mean"], config["std"])
     seen = described.get(TRAINED_ON, "")
-    return _Subject(folder.name, normalized, None, tuple(names), "softmax", _own_resize(config), trained_on=seen)
+    kind = head or "softmax"
+    if kind == "semantic_softmax":
+        raise InvalidArgumentError(f"The classes of {folder} are no synsets and have no levels; head can be no {kind}.")
+    return _Subject(folder.name, normalized, None, tuple(names), kind, _own_resize(config), trained_on=seen)
 
 
 @dataclass(frozen=True)

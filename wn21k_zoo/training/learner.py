@@ -111,6 +111,7 @@ class Learner:
         self._kept = {name: buffer.clone() for name, buffer in self._buffers.items()}
         self.criterion = Criterion(recipe, splits.tree).to(self._device)
         self.optimizer = build_optimizer(recipe, self.module.module)
+        self._factor: float = self.optimizer.param_groups[0]["lr"] / recipe.optimizer.lr
         self._schedule = build_schedule(recipe, self.optimizer, steps)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=recipe.run.precision == "fp16")
         decay = recipe.run.ema_decay
@@ -125,8 +126,8 @@ class Learner:
 
     @property
     def rate(self) -> float:
-        """The learning rate of the next step; of all but the classifier, where that has its own."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The learning rate of the next step, before the factors of classifier and layers."""
+        return float(self.optimizer.param_groups[0]["lr"]) / self._factor
 
     def begin(self) -> None:
         """A step begins; the leading rank keeps the batch statistics, which it changes, of the one before."""

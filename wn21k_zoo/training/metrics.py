@@ -8,7 +8,8 @@ Shape suffixes: B batch, N classes, K levels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ class SemanticAccuracy(_Counts):
     Raises:
         InvalidArgumentError: From ``update``: shapes or targets that do not fit; of a GPU such targets from
             ``compute``.
-        NonFiniteError: From ``compute``: the largest logit of a level was NaN or infinite.
+        NonFiniteError: From ``compute``: a logit was NaN or inf; -inf is smaller than all others.
     """
 
     def __init__(self, tree: SemanticTree, order: Order = "published") -> None:
@@ -109,7 +110,8 @@ class SemanticAccuracy(_Counts):
         ancestors = self.levels.ancestors[targets_b.where(there, 0)]
         best = [scores.max(1) for scores in self.levels.split(logits_bn)]
         predicted = torch.stack([each.indices for each in best], 1)
-        broken = ~torch.stack([each.values for each in best], 1).isfinite().all(1)
+        largest = torch.stack([each.values for each in best], 1)
+        broken = (largest.isnan() | (largest == math.inf)).any(1)  # -inf: all of a level are masked
         levels = torch.stack([(predicted == ancestors).sum(0), (ancestors >= 0).sum(0)], 1)
         self.counts += torch.cat([levels, torch.stack([broken.sum(), (~there).sum()])[None]])
 
@@ -142,9 +144,9 @@ class LeafAccuracy(_Counts):
     classes: Tensor
     chosen: Tensor
 
-    def __init__(self, classes: Sequence[int]) -> None:
+    def __init__(self, classes: Iterable[int]) -> None:
         super().__init__(3)
-        ordered = sorted(set(classes))
+        ordered = sorted({int(index) for index in classes})
         if not ordered or ordered[0] < 0:
             raise InvalidArgumentError("LeafAccuracy needs at least one class, and indices from 0.")
         self.register_buffer("classes", torch.tensor(ordered), persistent=False)
@@ -189,7 +191,8 @@ class ClassAccuracy(_Counts):
     @torch.no_grad()
     def update(self, predictions_b: Tensor, targets_b: Tensor, counted_b: Tensor) -> None:
         """Count a batch of class indices, [B] int64 each, where [B] bool says so."""
-        rows = targets_b.clamp(0, len(self.counts) - 1)  # what is beyond is not counted
+        rows = targets_b.clamp(0, len(self.counts) - 1)
+        counted_b = counted_b & (rows == targets_b)  # what is beyond is not counted
         for column, values in enumerate((counted_b, counted_b & (predictions_b == targets_b))):
             self.counts[:, column].scatter_add_(0, rows, values.long())
 

@@ -75,8 +75,7 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     """The optimizer of a recipe; biases and one-dimensional parameters have no weight decay, as published.
 
     With AdamW and LAMB, which published recipes of later networks take, nor has what a network of timm's exempts, such
-    as position embeddings. The first group is that of the whole network's rate, or, where layers have others, of the
-    layer below the classifier, if any is trained.
+    as position embeddings.
 
     Raises:
         RecipeError: The network has no classifier or no layers, which the recipe has rates for.

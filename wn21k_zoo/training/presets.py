@@ -233,7 +233,7 @@ def finetune(start: str | os.PathLike[str] = "mobilenetv3_large_100.miil_in21k")
         ModelError: The folder or repository does not say what they are.
     """
     if isinstance(start, os.PathLike):
-        start = str(Path(start).absolute())  # a folder, also without a slash
+        start = str(Path(start).expanduser().absolute())  # a folder, also without a slash
     name, architecture, size, mean, std, crop_pct = _described(start)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("._-") or architecture
     recipe = Recipe(name=f"{name}_finetuned", model=Model(architecture=architecture, start=start))
@@ -269,7 +269,7 @@ def _described(start: str) -> tuple[str, str, int, Any, Any, float | None]:
 
 def _without_teacher(recipe: Recipe) -> Recipe:
     recipe = recipe.model_copy(deep=True)
-    recipe.loss.teacher, recipe.loss.distillation_weight = None, 0.0
+    recipe.loss.teacher, recipe.loss.teacher_head, recipe.loss.distillation_weight = None, None, 0.0
     return recipe
 
 

@@ -140,12 +140,14 @@ class Loss(Section):
         teacher: Whose predictions are distilled: a record, a folder (such as an exported run), a Hub repository, or a
             checkpoint of a run (``RUN/checkpoints/best.pt``, which must stay as it is); of other classes or another
             kind of head, it is read through the tree.
+        teacher_head: How the outputs of a teacher's folder or repository are to be read, where that does not say.
         distillation_weight: Of the distillation loss, summed over classes and levels and averaged over images.
     """
 
     kind: Literal["semantic_softmax", "single_label", "multi_label"] = "semantic_softmax"
     label_smoothing: float = pydantic.Field(default=0.2, ge=0, lt=1)
     teacher: str | None = None
+    teacher_head: Head | None = None
     distillation_weight: float = pydantic.Field(default=0.0, ge=0)
 
     @property
@@ -162,7 +164,7 @@ class Optimizer(Section):
         name: ``adam`` with weight decay as an L2 term of the gradient, as published; ``adamw`` with decoupled decay;
             ``lamb``, whose decay is part of what the trust ratio scales (arXiv 1904.00962); ``sgd`` with Nesterov
             momentum and the L2 term.
-        lr: Highest learning rate.
+        lr: Highest learning rate, before the factors of classifier and layers.
         weight_decay: Of weights with two dimensions or more; biases and one-dimensional parameters have none.
         momentum: Of SGD.
         betas: Of the others.
@@ -279,6 +281,10 @@ class Recipe(Section):
             (
                 self.loss.teacher is None and self.loss.distillation_weight > 0,
                 "loss.distillation_weight is set, but there is no loss.teacher.",
+            ),
+            (
+                self.loss.teacher is None and self.loss.teacher_head is not None,
+                "loss.teacher_head is set, but there is no loss.teacher.",
             ),
             (any(value <= 0 for value in self.model.std), "model.std must be above 0."),
             (

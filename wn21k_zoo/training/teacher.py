@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wn21k_zoo import convert
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import RecipeError, UnresolvedLabelSpaceError
+from wn21k_zoo.errors import InvalidArgumentError, RecipeError, UnresolvedLabelSpaceError
 from wn21k_zoo.hierarchy import Decoder, Hierarchy
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model
@@ -113,7 +113,8 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
     speaks the same classes with the same kind of head.
 
     Raises:
-        RecipeError: It says nothing about the student's classes, or is the folder of a run.
+        RecipeError: It says nothing about the student's classes, or is the folder of a run, or ``loss.teacher_head`` is
+            missing or one too many.
         ModelError, UnknownModelError, RunError: It cannot be had.
     """
     name, head, device = cast(str, recipe.loss.teacher), recipe.loss.head, levels.columns.device
@@ -121,6 +122,8 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
     if name.startswith(RANDOM):
         module, (mean, std) = _random_teacher(recipe, name.removeprefix(RANDOM), len(space))
     elif name.endswith(".pt"):
+        if recipe.loss.teacher_head is not None:
+            raise RecipeError(f"The run of {name} says what its head is; leave out loss.teacher_head.")
         trained = load_checkpoint(name)
         if trained.space is None:
             raise not_of_synsets(name)
@@ -129,9 +132,11 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
     else:
         refuse_run("loss.teacher", name)
         try:
-            loaded = load_model(name)
+            loaded = load_model(name, head=recipe.loss.teacher_head)
         except UnresolvedLabelSpaceError:
             raise not_of_synsets(name) from None
+        except InvalidArgumentError as error:
+            raise RecipeError(f"loss.teacher_head: {error}") from None
         module, theirs, their_head = loaded.module, loaded.label_space, loaded.head
         config = cast(Mapping[str, Any], loaded.data_config)  # of what has a name it is known
         mean, std = config["mean"], config["std"]
