@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -123,7 +123,7 @@ def load_model(
         return _from_hub(name, space, head, cache_dir)
     if (folder := as_folder(model)) is not None:
         labels = folder / LABELS_FILE
-        return _load_folder(folder, None, labels if labels.is_file() else None, space, head)
+        return _load_folder(str(folder), folder, None, labels if labels.is_file() else None, space, head)
     checkpoint = registry.resolve_checkpoint(name)
     if space is not None or head is not None:
         raise InvalidArgumentError(
@@ -262,12 +262,11 @@ def _from_hub(
     name: str, space: LabelSpace | None, head: Head | None, cache_dir: str | os.PathLike[str] | None
 ) -> LoadedModel:
     config, weights, labels = fetch_from_hub(name, cache_dir)
-    loaded = _load_folder(config.path.parent, weights.path, labels.path if labels else None, space, head)
-    return replace(loaded, name=name)
+    return _load_folder(name, config.path.parent, weights.path, labels.path if labels else None, space, head)
 
 
 def _load_folder(
-    folder: Path, weights: Path | None, labels: Path | None, space: LabelSpace | None, head: Head | None
+    name: str, folder: Path, weights: Path | None, labels: Path | None, space: LabelSpace | None, head: Head | None
 ) -> LoadedModel:
     import timm
 
@@ -280,12 +279,12 @@ def _load_folder(
     if space is None:
         space = _label_space_of_config(config, known, folder)
     module = build_from_folder(folder, weights).eval()
-    _check_outputs(module, space, str(folder))
+    _check_outputs(module, space, name)
     return LoadedModel(
-        name=str(folder),
+        name=name,
         module=module,
         label_space=space,
-        head=head or _head_of(known, space, str(folder)),
+        head=head or _head_of(known, space, name),
         data_config=_published_data_config(
             known if labels is None else None,  # what we exported says itself how it is to be prepared
             timm.data.resolve_model_data_config(module),
