@@ -266,6 +266,7 @@ def test_models_of_ones_own_may_share_parts():
     assert not _RUNNING
 
 
+@pytest.mark.slow
 def test_compiled_and_exported_modules(embedded):
     module = timm.create_model("mobilenetv3_small_050", num_classes=1000).eval()
     expected = Predictor(module, label_space="imagenet1k", device="cpu")(CAT)

@@ -84,6 +84,7 @@ def test_a_plan_of_a_classifier_alone_needs_less():
     assert plan(recipe).hours is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_memory_of_a_plan_is_near_what_torch_counts(checkpointing):
     recipe = small_recipe("resnet18")
