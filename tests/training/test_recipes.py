@@ -73,8 +73,11 @@ def test_every_recipe_can_be_had_and_goes_together(where):
     small = recipe.debug()
     small.check()
     assert small.schedule.max_steps == 2
-    assert recipe.debug(3).micro_batches(3) == (2, 1)
     assert all(name is None or name.startswith(RANDOM) for name in (small.model.start, small.loss.teacher))
+
+
+def test_a_trial_has_images_for_every_process():
+    assert presets.in21k("resnet50").debug(3).micro_batches(3) == (2, 1)
 
 
 def test_no_two_recipes_have_one_name():
