@@ -6,7 +6,6 @@ Importing this package imports neither torch nor timm; a name is loaded when it 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -52,6 +51,8 @@ if not TYPE_CHECKING:  # to type checkers any name would be one
             value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
             globals()[name] = value
             return value
+        import pkgutil
+
         if any(found.name == name for found in pkgutil.iter_modules(__path__)):
             return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
