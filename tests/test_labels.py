@@ -7,7 +7,7 @@ from wn21k_zoo.errors import (
     UnknownLabelSpaceError,
     UnknownSynsetError,
 )
-from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace
+from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, ClassNames, LabelSpace
 from wn21k_zoo.wordnet import TIMM_FILES
 
 SIZES = {
@@ -80,3 +80,15 @@ def test_bad_spaces():
             LabelSpace("x", ("n02121808", wnid))
     with pytest.raises(InvalidArgumentError):
         LabelSpace("x", "n02121808")
+
+
+def test_names_of_classes_that_are_no_synsets():
+    classes = ClassNames(["käse", "a, b", "käse"])
+    assert (classes.names, classes.name, len(classes)) == (("käse", "a, b", "käse"), "own", 3)
+    assert repr(ClassNames(["x"], name="pets")) == "ClassNames('pets', 1 classes)"
+    assert ClassNames(["x"]) == ClassNames(("x",))
+    for wrong in ("cat", 5, ["cat", 5], ["cat", None]):
+        with pytest.raises(InvalidArgumentError, match="name"):
+            ClassNames(wrong)
+    with pytest.raises(EmptyLabelSpaceError):
+        ClassNames([])

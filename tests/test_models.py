@@ -13,7 +13,7 @@ from hub_server import COMMIT, hub_server
 from PIL import Image
 from timm.models import save_for_hf
 
-from wn21k_zoo import FallbackModelWarning, Predictor, models, predict, registry
+from wn21k_zoo import ClassNames, FallbackModelWarning, Predictor, models, predict, registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT
 from wn21k_zoo.errors import (
     DownloadError,
@@ -61,8 +61,19 @@ def test_a_folder_predicts_as_the_model_it_holds(folder, embedded):
 
 def test_a_folder_with_names_of_its_own_is_not_guessed(folder, tmp_path):
     changed = copy_of(folder, tmp_path, label_names=[f"my class {i}" for i in range(1000)])
-    with pytest.raises(UnresolvedLabelSpaceError, match="label_space"):
-        models.load_model(changed)
+    own = models.load_model(changed)
+    assert isinstance(own.label_space, ClassNames)
+    assert (own.label_space.names[7], own.head) == ("my class 7", "softmax")
+    assert models.load_model(changed, head="sigmoid").head == "sigmoid"
+    with pytest.raises(InvalidArgumentError, match="no levels; head can be no semantic_softmax"):
+        models.load_model(changed, head="semantic_softmax")
+    assert predict(CAT, model=changed).top_k[0].name.startswith("my class ")
+    named = ClassNames([f"class {i}" for i in range(1000)], name="mine")
+    assert predict(CAT, model=changed, label_space=named).label_space == "mine"
+    with pytest.raises(LabelSpaceError, match=r"1,000 outputs, but own has 2 classes"):
+        models.load_model(changed, label_space=ClassNames(["cat", "dog"]))
+    with pytest.raises(InvalidArgumentError, match="no name of a class"):
+        models.load_model(changed, label_space=ClassNames([*range(1000)]))
     loaded = models.load_model(changed, label_space="imagenet1k")
     assert loaded.label_space.name == "imagenet1k"
     with pytest.raises(LabelSpaceError, match=r"1,000 outputs.*11,221"):

@@ -24,10 +24,11 @@ from wn21k_zoo.errors import (
     UnknownTreeError,
     Wn21kError,
 )
-from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.labels import ClassNames, LabelSpace
 from wn21k_zoo.models import LoadedModel
+from wn21k_zoo.modes import RUNNING
 from wn21k_zoo.prediction import error_to_dict, json_schema
-from wn21k_zoo.predictor import _RUNNING, _largest
+from wn21k_zoo.reading import largest
 
 CAT = "sample:cat"
 SCHEMA = jsonschema.Draft202012Validator(json_schema())
@@ -126,6 +127,38 @@ def test_the_tree_of_winter21_is_chosen_for_its_classes(fall11):
     assert fixed("imagenet1k", "softmax", torch.zeros(1000), tree="winter21").tree is winter21
     pets = LabelSpace("pets", ("n02121808", "n02123045"))
     assert len(fixed(pets, "semantic_softmax", torch.zeros(2)).tree) == 2
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+def test_classes_that_are_no_synsets(head):
+    logits = torch.tensor([0.5, 3.0, -torch.inf, 1.0]).nan_to_num(neginf=-200.0)  # one has a probability of 0
+    pets = ClassNames(["cat", "dog, big", "[b]ird", "cat"], name="pets")
+    predictor = fixed(pets, head, logits, top_k=4)
+    assert predictor.tree is None
+    assert "label_space='pets', tree='pets'" in repr(predictor)
+    found = predictor(np.zeros((4, 4, 3), np.uint8))
+    SCHEMA.validate(json.loads(found.to_json()))
+    scores = logits.sigmoid() if head == "sigmoid" else logits.softmax(0)
+    assert [output.index for output in found.top_k] == [1, 3, 0, 2]
+    assert [output.probability for output in found.top_k] == pytest.approx([scores[i].item() for i in (1, 3, 0, 2)])
+    assert [output.short_name for output in found.top_k] == ["dog, big", "cat", "cat", "[b]ird"]
+    assert [label.index for label in found.level(0).labels] == [1, 3, 0]  # what scores 0 is left out
+    assert found.path == found.level(0).labels[:1]
+    assert (found.label.name, found.label.short_name, found.label.depth, found.label.wnid) == ("dog, big",) * 2 + (
+        0,
+        "",
+    )
+    assert found.label.confidence == found.label.probability == found.top_k[0].probability
+    assert (str(found.label), found.label_space) == (f"dog, big {found.label.confidence:.2f}", "pets")
+    assert dataclasses.replace(found, threshold=0.99).label is None
+    assert "dog, big" in found._repr_html_()
+    with pytest.raises(InvalidArgumentError, match="in no tree; leave out tree"):
+        fixed(pets, head, logits, tree="fall11")
+
+
+def test_a_single_class_of_ones_own_has_no_level():
+    found = fixed(ClassNames(["cat"]), "softmax", torch.zeros(1))(np.zeros((4, 4, 3), np.uint8))
+    assert (found.levels, found.label.name, found.label.confidence) == ((), "cat", 1.0)
 
 
 def test_trees_that_do_not_do(tmp_path):
@@ -263,7 +296,7 @@ def test_models_of_ones_own_may_share_parts():
     assert first.training
     assert predictor.module.training
     assert first.trained == 0
-    assert not _RUNNING
+    assert not RUNNING
 
 
 @pytest.mark.slow
@@ -339,12 +372,12 @@ def test_a_failing_transform_is_the_images_error():
     assert isinstance(predictor(CAT, errors="return"), ImageError)
 
 
-def test_largest():
+def testlargest():
     values = np.array([0.1, 0.5, 0.5, 0.0, 0.5], np.float32)
-    assert _largest(values, 2).tolist() == [1, 2]
-    assert _largest(values, 99, above=0.1).tolist() == [1, 2, 4]
-    assert _largest(values, 4).tolist() == [1, 2, 4, 0]
-    assert _largest(values, 99).tolist() == [1, 2, 4, 0, 3]
+    assert largest(values, 2).tolist() == [1, 2]
+    assert largest(values, 99, above=0.1).tolist() == [1, 2, 4]
+    assert largest(values, 4).tolist() == [1, 2, 4, 0]
+    assert largest(values, 99).tolist() == [1, 2, 4, 0, 3]
 
 
 def test_changed_weights_are_never_loaded(tmp_path):

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "AnimatedImageWarning": "images",
     "Checkpoint": "checkpoints",
+    "ClassNames": "labels",
     "FallbackModelWarning": "models",
     "LabelSpace": "labels",
     "Prediction": "prediction",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from wn21k_zoo.checkpoints import Checkpoint as Checkpoint
     from wn21k_zoo.errors import Wn21kError as Wn21kError
     from wn21k_zoo.images import AnimatedImageWarning as AnimatedImageWarning
+    from wn21k_zoo.labels import ClassNames as ClassNames
     from wn21k_zoo.labels import LabelSpace as LabelSpace
     from wn21k_zoo.models import FallbackModelWarning as FallbackModelWarning
     from wn21k_zoo.models import create_transform as create_transform

@@ -27,7 +27,7 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.synsets import load_nouns
 
-__all__ = ["LABEL_SPACES", "LABEL_SPACE_ALIASES", "LabelSpace"]
+__all__ = ["LABEL_SPACES", "LABEL_SPACE_ALIASES", "ClassNames", "LabelSpace"]
 
 LABEL_SPACES: Mapping[str, str] = MappingProxyType(
     {
@@ -135,6 +135,45 @@ class LabelSpace:
 
     def __repr__(self) -> str:
         return f"LabelSpace({self.name!r}, {len(self):,} classes)"
+
+
+@dataclass(frozen=True, repr=False)
+class ClassNames:
+    """Classes that are no WordNet synsets, one for each output of a head; a network fine-tuned on folders has such.
+
+    Nothing is known of them but their names: no class is above another one.
+
+    Args:
+        names: In the order of the outputs; any sequence is kept as a tuple.
+        name: What results call them.
+
+    Raises:
+        EmptyLabelSpaceError: There is no class.
+        InvalidArgumentError: A name is no text.
+
+    Example:
+        >>> ClassNames(["healthy", "rust", "scab"])
+        ClassNames('own', 3 classes)
+    """
+
+    names: tuple[str, ...]
+    name: str = "own"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.names, str) or not isinstance(self.names, Iterable):
+            raise InvalidArgumentError(f"names is a {type(self.names).__name__}; give a list of names of classes.")
+        object.__setattr__(self, "names", tuple(self.names))
+        if not self.names:
+            raise EmptyLabelSpaceError("The list of classes is empty; give at least one name.")
+        for name in self.names:
+            if not isinstance(name, str):
+                raise InvalidArgumentError(f"{name!r} is no name of a class; give texts.")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"ClassNames({self.name!r}, {len(self):,} classes)"
 
 
 @functools.cache

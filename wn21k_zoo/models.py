@@ -31,11 +31,12 @@ from wn21k_zoo.errors import (
     MissingExtraError,
     ModelError,
     UnknownModelError,
+    UnknownSynsetError,
     UnresolvedLabelSpaceError,
     Wn21kError,
     first_line,
 )
-from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace
 from wn21k_zoo.tree import SemanticTree
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ __all__ = [
 ]
 
 ModelLike = Union[str, os.PathLike[str], "nn.Module"]
-LabelSpaceLike = str | LabelSpace | Sequence[str]
+Classes = LabelSpace | ClassNames
+LabelSpaceLike = str | Classes | Sequence[str]
 
 HEADS: tuple[Head, ...] = ("semantic_softmax", "softmax", "sigmoid")
 
@@ -70,7 +72,7 @@ class LoadedModel:
     Attributes:
         name: What results call it.
         module: The network; logits have the shape [batch, len(label_space)].
-        label_space: Class of each logit.
+        label_space: Class of each logit; :class:`ClassNames` where they are no synsets.
         head: How the logits are to be read.
         data_config: Preprocessing as ``timm.data.create_transform`` takes it; None when nobody says.
         owned: Whether it was loaded here, so that it may be moved and put into evaluation mode for good.
@@ -78,7 +80,7 @@ class LoadedModel:
 
     name: str
     module: nn.Module
-    label_space: LabelSpace
+    label_space: Classes
     head: Head
     data_config: Mapping[str, Any] | None
     owned: bool
@@ -96,7 +98,8 @@ def load_model(
     Args:
         model: A record's name, a timm name with a known label space, a folder with ``config.json`` and weights,
             ``hf-hub:ORG/NAME[@REVISION]``, a module (taken as it is), or None for :func:`choose_default`.
-        label_space: Classes of the outputs of a module or a folder: a shipped name, wnids or a :class:`LabelSpace`.
+        label_space: Classes of the outputs of a module or a folder: a shipped name, wnids or a :class:`LabelSpace`;
+            :class:`ClassNames` for classes that are no synsets.
         head: How to read the outputs of a module or a folder that does not say: ``semantic_softmax`` (a softmax per
             level, as :class:`wn21k_zoo.training.losses.SemanticSoftmaxLoss` trains), ``softmax`` or ``sigmoid``. Not
             needed where all classes are of one level.
@@ -259,14 +262,14 @@ def _embedded_instead(why: str) -> str:
 
 
 def _from_hub(
-    name: str, space: LabelSpace | None, head: Head | None, cache_dir: str | os.PathLike[str] | None
+    name: str, space: Classes | None, head: Head | None, cache_dir: str | os.PathLike[str] | None
 ) -> LoadedModel:
     config, weights, labels = fetch_from_hub(name, cache_dir)
     return _load_folder(name, config.path.parent, weights.path, labels.path if labels else None, space, head)
 
 
 def _load_folder(
-    name: str, folder: Path, weights: Path | None, labels: Path | None, space: LabelSpace | None, head: Head | None
+    name: str, folder: Path, weights: Path | None, labels: Path | None, space: Classes | None, head: Head | None
 ) -> LoadedModel:
     import timm
 
@@ -284,7 +287,7 @@ def _load_folder(
         name=name,
         module=module,
         label_space=space,
-        head=head or _head_of(known, space, name),
+        head=_head_of(known, space, name, head),
         data_config=_published_data_config(
             known if labels is None else None,  # what we exported says itself how it is to be prepared
             timm.data.resolve_model_data_config(module),
@@ -324,7 +327,7 @@ def _read_labels(path: Path) -> tuple[LabelSpace, Head]:
         raise ModelError(f"{path} is damaged, export the model again: {first_line(error)}") from error
 
 
-def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, folder: Path) -> LabelSpace:
+def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, folder: Path) -> Classes:
     names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
     if names:
         known_space = LabelSpace.load(known.label_space) if known else None
@@ -332,13 +335,8 @@ def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, 
             return known_space
         try:
             return LabelSpace(folder.name, tuple(names))
-        except LookupError:
-            # Names of its own: not the classes of the checkpoint it was made from.
-            raise UnresolvedLabelSpaceError(
-                f"{folder} has classes of its own, such as {names[0]!r}, which are no WordNet synsets: load it with "
-                f"timm.create_model('local-dir:{folder}', pretrained=True) and wn21k_zoo.create_transform('{folder}'); "
-                "or, if they are other names of synsets, give label_space (a name or wnids)."
-            ) from None
+        except UnknownSynsetError:  # names of its own, not the classes of the checkpoint that it was made from
+            return ClassNames(tuple(names))
     if known is None:
         raise UnresolvedLabelSpaceError(
             f"{folder} does not say which WordNet synsets its outputs are; give label_space (a name or wnids)."
@@ -346,7 +344,7 @@ def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, 
     return LabelSpace.load(known.label_space)
 
 
-def _from_module(module: Any, space: LabelSpace | None, head: Head | None) -> LoadedModel:
+def _from_module(module: Any, space: Classes | None, head: Head | None) -> LoadedModel:
     from timm.data import resolve_data_config
     from torch import nn
 
@@ -354,7 +352,8 @@ def _from_module(module: Any, space: LabelSpace | None, head: Head | None) -> Lo
         raise InvalidArgumentError(f"model is a {type(module).__name__}; give a name, a folder or a torch module.")
     if space is None:
         raise UnresolvedLabelSpaceError(
-            "The classes of a module are not known by itself; give label_space (a name such as imagenet1k, or wnids)."
+            "The classes of a module are not known by itself; give label_space (a name such as imagenet1k, wnids, or "
+            "ClassNames)."
         )
     _check_outputs(module, space, type(module).__name__)
     settings = getattr(module, "pretrained_cfg", None)
@@ -362,22 +361,32 @@ def _from_module(module: Any, space: LabelSpace | None, head: Head | None) -> Lo
     if settings:
         config = {**settings, "num_classes": len(space)}
         known = _checkpoint_of_config({"architecture": settings.get("architecture"), "pretrained_cfg": config})
-        if known is not None and LabelSpace.load(known.label_space).wnids != space.wnids:
-            known = None
+        known = known if _speaks(known, space) else None
     return LoadedModel(
         name=type(module).__name__,
         module=module,
         label_space=space,
-        head=head or _head_of(known, space, type(module).__name__),
+        head=_head_of(known, space, type(module).__name__, head),
         data_config=_published_data_config(known, resolve_data_config(pretrained_cfg=settings)) if settings else None,
         owned=False,
     )
 
 
-def _head_of(known: Checkpoint | None, space: LabelSpace, name: str) -> Head:
-    if known is not None and LabelSpace.load(known.label_space).wnids == space.wnids:
+def _speaks(known: Checkpoint | None, space: Classes) -> bool:
+    """Whether the outputs of a checkpoint stand for these classes in this order."""
+    if known is None or isinstance(space, ClassNames):
+        return False
+    return LabelSpace.load(known.label_space).wnids == space.wnids
+
+
+def _head_of(known: Checkpoint | None, space: Classes, name: str, head: Head | None) -> Head:
+    if isinstance(space, ClassNames) and head == "semantic_softmax":
+        raise InvalidArgumentError(f"The classes of {name} are no synsets and have no levels; head can be no {head}.")
+    if head is not None:
+        return head
+    if known is not None and _speaks(known, space):
         return known.head
-    if not SemanticTree.from_label_space(space).depths.any():
+    if isinstance(space, ClassNames) or not SemanticTree.from_label_space(space).depths.any():
         return "softmax"
     raise InvalidArgumentError(
         f"Nothing says how the outputs of {name} are to be read; give head (--head): softmax, over all classes; "
@@ -385,13 +394,13 @@ def _head_of(known: Checkpoint | None, space: LabelSpace, name: str) -> Head:
     )
 
 
-def _check_outputs(module: nn.Module, space: LabelSpace, name: str) -> None:
+def _check_outputs(module: nn.Module, space: Classes, name: str) -> None:
     outputs = getattr(module, "num_classes", None)
     if isinstance(outputs, int) and outputs != len(space):
         raise LabelSpaceError(f"{name} has {outputs:,} outputs, but {space.name} has {len(space):,} classes.")
 
 
-def _as_label_space(label_space: LabelSpaceLike | None) -> LabelSpace | None:
-    if label_space is None or isinstance(label_space, LabelSpace):
+def _as_label_space(label_space: LabelSpaceLike | None) -> Classes | None:
+    if label_space is None or isinstance(label_space, (LabelSpace, ClassNames)):
         return label_space
     return LabelSpace.load(label_space) if isinstance(label_space, str) else LabelSpace("custom", tuple(label_space))

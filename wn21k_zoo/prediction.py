@@ -21,9 +21,9 @@ class Label:
 
     Attributes:
         index: Index of the node in the tree.
-        wnid: WordNet 3.0 noun id; the name alone may be ambiguous.
-        name: Lemmas, joined by ', '.
-        definition: WordNet's definition.
+        wnid: WordNet 3.0 noun id, for the name alone may be ambiguous; empty where the class is no synset.
+        name: Lemmas, joined by ', '; or the class's own name.
+        definition: WordNet's definition; empty where the class is no synset.
         depth: Number of ancestors in the tree.
         probability: p in [0, 1], as the kind of head defines it (:class:`wn21k_zoo.hierarchy.Decoder`).
         confidence: In [0, 1]; never above the confidence of the parent.
@@ -39,11 +39,11 @@ class Label:
 
     @property
     def short_name(self) -> str:
-        """The first lemma."""
-        return self.name.split(", ")[0]
+        """The first lemma; a class's own name is not shortened."""
+        return _short(self)
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.wnid}) {self.confidence:.2f}"
+        return f"{self.name} ({self.wnid}) {self.confidence:.2f}" if self.wnid else f"{self.name} {self.confidence:.2f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,9 @@ class Output:
 
     Attributes:
         index: Index of the output.
-        wnid: Its class.
-        name: Lemmas, joined by ', '.
-        definition: WordNet's definition.
+        wnid: Its class; empty where that is no synset.
+        name: Lemmas, joined by ', '; or the class's own name.
+        definition: WordNet's definition; empty where the class is no synset.
         probability: Softmax, or sigmoid, over all outputs.
     """
 
@@ -76,6 +76,11 @@ class Output:
     name: str
     definition: str
     probability: float
+
+    @property
+    def short_name(self) -> str:
+        """As :attr:`Label.short_name`."""
+        return _short(self)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -86,14 +91,15 @@ class Prediction:
     one class; that depth is absent from ``levels``), confidence(c) the minimum of p over c and its ancestors.
     ``softmax``: p = confidence of a node is the sum over the classes in its subtree; a class that the tree lacks counts
     for its nearest ancestor that the tree has, and what has none is ``unmapped``. ``sigmoid``: p = confidence of a node
-    is the maximum over its subtree.
+    is the maximum over its subtree. Where the classes are no synsets (:class:`wn21k_zoo.ClassNames`) each is a root,
+    all of one level, and p = confidence is its output.
 
     Attributes:
         source: Path, URL or name of the image; None for data in memory.
         model: The model that predicted.
         label_space: Name of the classes of its head.
         head: Kind of its head.
-        tree: Name of the tree that the labels belong to.
+        tree: Name of the tree that the labels belong to; that of the label space where the classes are no synsets.
         threshold: Confidence that :attr:`label` must reach.
         levels: For each depth that has more than one class, its best labels.
         path: From the root of highest confidence, each time to the child of highest p, to a leaf or to where all
@@ -188,6 +194,10 @@ class Prediction:
         )
 
 
+def _short(named: Label | Output) -> str:
+    return named.name.split(", ")[0] if named.wnid else named.name
+
+
 def check_threshold(threshold: float) -> float:
     """The threshold, when it is one.
 
@@ -209,7 +219,8 @@ def json_schema() -> dict[str, Any]:
     number = {"type": "number", "minimum": 0, "maximum": 1}
     text, index = {"type": "string"}, {"type": "integer", "minimum": 0}
     source = {"type": ["string", "null"], "description": "path, URL or name of the image; null for data in memory"}
-    synset = {"index": index, "wnid": {"type": "string", "pattern": "^n[0-9]{8}$"}, "name": text, "definition": text}
+    wnid = {"type": "string", "pattern": "^(n[0-9]{8})?$", "description": "empty where the class is no synset"}
+    synset = {"index": index, "wnid": wnid, "name": text, "definition": text}
     label = {"$ref": "#/$defs/label"}
     level = {"depth": index, "labels": {"type": "array", "items": label}}
     prediction = {

@@ -5,20 +5,15 @@ The module is called ``predictor`` because ``wn21k_zoo.predict`` is the function
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import operator
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast, overload
-
-import numpy as np
-from numpy.typing import NDArray
 
 from wn21k_zoo import models
 from wn21k_zoo.building import looks_like_path
@@ -32,11 +27,12 @@ from wn21k_zoo.errors import (
     first_line,
     is_out_of_memory,
 )
-from wn21k_zoo.hierarchy import Decoder, NodeScores
 from wn21k_zoo.images import MAX_PIXELS, describe_source, load_image
-from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace
+from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, ClassNames
 from wn21k_zoo.models import LabelSpaceLike, LoadedModel
-from wn21k_zoo.prediction import Label, Level, Output, Prediction, check_threshold
+from wn21k_zoo.modes import evaluating
+from wn21k_zoo.prediction import Prediction, check_threshold
+from wn21k_zoo.reading import NamesReader, TreeReader, default_tree
 from wn21k_zoo.tree import SemanticTree
 
 if TYPE_CHECKING:
@@ -55,10 +51,6 @@ __all__ = ["Predictor", "predict"]
 Errors = Literal["raise", "return"]
 Result = Prediction | Wn21kError
 
-# Of each part of a module that is being run: by how many threads, and whether it was in training mode before the first.
-_RUNNING: dict[Any, list[Any]] = {}
-_CHANGING_MODES = threading.Lock()
-
 
 class Predictor:
     """A model that is ready for any number of images.
@@ -73,7 +65,8 @@ class Predictor:
         batch_size: Images per forward pass; by default 8 on a CPU, whose caches like it small, and 32 elsewhere.
         tree: Whose labels are given: a shipped tree's name, a file of wnids or a :class:`SemanticTree`. By default
             fall11, or winter21 for a head over its classes; for a semantic softmax always the tree over its classes.
-        label_space: Classes of the outputs of a module or a folder.
+            Not for classes that are no synsets.
+        label_space: Classes of the outputs of a module or a folder; :class:`ClassNames` where they are no synsets.
         head: How outputs of a module or a folder are to be read that does not say: ``semantic_softmax``, ``softmax``
             or ``sigmoid``; see :func:`wn21k_zoo.models.load_model`.
         transform: From an RGB PIL image to a float tensor [3, H, W], in place of the model's own preprocessing.
@@ -117,7 +110,6 @@ class Predictor:
         self.name = model.name
         self.label_space = model.label_space
         self.head = model.head
-        self.tree = chosen_tree or _default_tree(model.label_space, model.head)
         self.device = chosen_device or (models.select_device() if model.owned else _device_of(model.module))
         self.batch_size = chosen_batch_size or (8 if self.device.type == "cpu" else 32)
         self.module = model.module.to(self.device) if model.owned or chosen_device else model.module
@@ -127,7 +119,17 @@ class Predictor:
             self.module.to(memory_format=self._memory_format)
         self.transform = transform or _own_transform(model)
         self._short_side = None if transform else _short_side(model.data_config or {})
-        self._decoder = Decoder(self.tree, self.label_space, self.head, self.device)
+        self.tree: SemanticTree | None = None
+        self._reader: TreeReader | NamesReader
+        if isinstance(model.label_space, ClassNames):
+            if chosen_tree is not None:
+                raise InvalidArgumentError(
+                    f"The classes of {self.name} are no synsets and are in no tree; leave out tree."
+                )
+            self._reader = NamesReader(model.label_space, self.head)
+        else:
+            self.tree = chosen_tree or default_tree(model.label_space, model.head)
+            self._reader = TreeReader(self.tree, model.label_space, self.head, self.device)
 
     @overload
     def __call__(self, images: OneImage, *, errors: Literal["raise"] = "raise") -> Prediction: ...
@@ -199,8 +201,12 @@ class Predictor:
 
     def __repr__(self) -> str:
         return (
-            f"Predictor({self.name!r}, label_space={self.label_space.name!r}, tree={self.tree.name!r}, {self.device})"
+            f"Predictor({self.name!r}, label_space={self.label_space.name!r}, tree={self._tree_name!r}, {self.device})"
         )
+
+    @property
+    def _tree_name(self) -> str:
+        return self.tree.name if self.tree is not None else self.label_space.name
 
     def _submit(self, workers: ThreadPoolExecutor, image: ImageLike) -> Future[torch.Tensor]:
         if hasattr(image, "getbands") or hasattr(image, "read"):
@@ -241,17 +247,18 @@ class Predictor:
             except Wn21kError as error:
                 outcomes.append(error)
         usable = [outcome for outcome in outcomes if not isinstance(outcome, Wn21kError)]
-        predictions = iter(self._run(usable) if usable else [])
+        found = iter(self._run(usable) if usable else [])
         for (source, _), outcome in zip(batch, outcomes, strict=True):
-            yield outcome if isinstance(outcome, Wn21kError) else next(predictions)(source)
+            yield outcome if isinstance(outcome, Wn21kError) else self._prediction(next(found), source)
 
-    def _run(self, tensors: list[torch.Tensor]) -> list[Callable[[str | None], Result]]:
+    def _run(self, tensors: list[torch.Tensor]) -> list[dict[str, Any] | None]:
+        """What is found in each image, None where the outputs are not finite."""
         import torch
 
         try:
             with torch.inference_mode():
                 pixels = torch.stack(tensors).to(self.device, _dtype_of(self.module))
-                with _evaluating(self.module):
+                with evaluating(self.module):
                     logits = self.module(
                         pixels.contiguous(memory_format=self._memory_format or torch.contiguous_format)
                     )
@@ -260,77 +267,28 @@ class Predictor:
                         f"{self.name} gives outputs of shape {tuple(logits.shape)} for {len(tensors)} images; "
                         f"{self.label_space.name} needs [{len(tensors)}, {len(self.label_space)}]."
                     )
-                finite = logits.isfinite().all(dim=-1).cpu()
-                scores = self._decoder(logits)
+                finite = logits.isfinite().all(dim=-1)
+                found = iter(self._reader(logits[finite], self.top_k))
+                return [next(found) if usable else None for usable in finite.tolist()]
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, Wn21kError):
                 raise
             hint = " Try a smaller batch size." if is_out_of_memory(error) else ""
             raise ModelError(f"{self.name} cannot be run on these images: {first_line(error)}{hint}") from error
-        rows = NodeScores(
-            outputs=scores.outputs.cpu(),
-            probability=scores.probability.cpu(),
-            confidence=scores.confidence.cpu(),
-            unmapped=scores.unmapped.cpu(),
-        )
-        return [
-            functools.partial(self._prediction, rows, row) if finite[row] else self._not_finite
-            for row in range(len(tensors))
-        ]
 
-    def _not_finite(self, source: str | None) -> ModelError:
-        return ModelError(
-            f"{self.name} gives NaN or infinite outputs for {source or 'this image'}; are its weights right?"
-        )
-
-    def _prediction(self, scores: NodeScores, row: int, source: str | None) -> Prediction:
-        probability, confidence = scores.probability[row].numpy(), scores.confidence[row].numpy()
-        outputs = scores.outputs[row].numpy()
-        hierarchy, space = self._decoder.hierarchy, self.label_space
-
-        def label(position: int) -> Label:
-            node = self.tree[int(hierarchy.order[position])]
-            return Label(
-                index=node.index,
-                wnid=node.wnid,
-                name=node.name,
-                definition=node.definition,
-                depth=node.depth,
-                probability=float(probability[position]),
-                confidence=float(confidence[position]),
+    def _prediction(self, found: dict[str, Any] | None, source: str | None) -> Result:
+        if found is None:
+            return ModelError(
+                f"{self.name} gives NaN or infinite outputs for {source or 'this image'}; are its weights right?"
             )
-
-        levels = [
-            Level(
-                depth=depth,
-                labels=tuple(
-                    label(nodes.start + int(best)) for best in _largest(probability[nodes], self.top_k, above=0.0)
-                ),
-            )
-            for depth, nodes in enumerate(hierarchy.depth_slices)
-            if nodes.stop - nodes.start > 1
-        ]
-        best_outputs = [int(best) for best in _largest(outputs, self.top_k)]
         return Prediction(
             source=source,
             model=self.name,
-            label_space=space.name,
+            label_space=self.label_space.name,
             head=self.head,
-            tree=self.tree.name,
+            tree=self._tree_name,
             threshold=self.threshold,
-            levels=tuple(levels),
-            path=tuple(label(position) for position in hierarchy.best_path(probability, confidence)),
-            top_k=tuple(
-                Output(
-                    index=(index := int(self._decoder.output_order[best])),
-                    wnid=space.wnids[index],
-                    name=space.names[index],
-                    definition=space.definitions[index],
-                    probability=float(outputs[best]),
-                )
-                for best in best_outputs
-            ),
-            unmapped=min(1.0, float(scores.unmapped[row])),
+            **found,
         )
 
 
@@ -419,15 +377,6 @@ class _Workers(ThreadPoolExecutor):
         self.shutdown(wait=True, cancel_futures=True)
 
 
-def _largest(values: NDArray[np.float32], count: int, above: float = -np.inf) -> NDArray[np.int64]:
-    """Indices of the ``count`` largest above a bound, the largest first, among equals the lower index first."""
-    candidates = np.flatnonzero(values > above)
-    if count < len(candidates):
-        bound = np.partition(values[candidates], -count)[-count]
-        candidates = candidates[values[candidates] >= bound]
-    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
-
-
 def _positive(name: str, value: int) -> int:
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)  # NumPy's integers too
@@ -458,44 +407,12 @@ def _as_tree(tree: str | os.PathLike[str] | SemanticTree | None) -> SemanticTree
     return SemanticTree.from_file(name)
 
 
-def _default_tree(label_space: LabelSpace, head: Head) -> SemanticTree:
-    winter21 = SemanticTree.load("winter21")
-    if len(label_space) == len(winter21) and set(label_space.wnids) == set(winter21.wnids):
-        return winter21
-    fall11 = SemanticTree.load("fall11")
-    if head == "semantic_softmax" and set(label_space.wnids) != set(fall11.wnids):
-        return SemanticTree.from_label_space(label_space)
-    return fall11
-
-
 def _loaded(image: ImageLike, *, allow_url: bool = False) -> Any:
     """The image; a warning that the caller wants to be an error is an error of this one alone."""
     try:
         return load_image(image, allow_url=allow_url)
     except Warning as warning:
         raise ImageError(str(warning)) from warning
-
-
-@contextlib.contextmanager
-def _evaluating(module: Any) -> Iterator[None]:
-    """A module in evaluation mode, and then again as it was: some parts may be frozen, some not.
-
-    Threads may share one, and parts of it: as it was is what each part is again when the last one is done.
-    """
-    parts = list(module.modules())
-    with _CHANGING_MODES:
-        for part in parts:
-            _RUNNING.setdefault(part, [0, part.training])[0] += 1
-    try:
-        with _CHANGING_MODES, contextlib.suppress(NotImplementedError):  # torch.export's have the mode of their export
-            module.eval()
-        yield
-    finally:
-        with _CHANGING_MODES:
-            for part in parts:
-                _RUNNING[part][0] -= 1
-                if not _RUNNING[part][0]:
-                    part.training = _RUNNING.pop(part)[1]
 
 
 def _device_of(module: Any) -> torch.device:

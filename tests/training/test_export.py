@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 import re
@@ -20,7 +21,6 @@ from wn21k_zoo.errors import (
     ModelError,
     RecipeError,
     RunError,
-    UnresolvedLabelSpaceError,
 )
 from wn21k_zoo.models import load_model
 from wn21k_zoo.training import presets
@@ -172,10 +172,14 @@ def test_classes_of_ones_own_by_a_network_of_ours(tmp_path, capsys):
     train(recipe, data, tmp_path / "run", ALONE, workers=0)
     assert CliRunner().invoke(app, ["train", "export", str(tmp_path / "run"), str(tmp_path / "model")]).exit_code == 0
     card = (tmp_path / "model" / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     found = {}
-    exec(code.replace("timm.create", "model = timm.create").replace("FOLDER", str(tmp_path / "model")), found)  # noqa: S102
-    assert found["model"].num_classes == 2
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        code = re.sub(r"^(\w+\.(\w+)\()", r"\2 = \1", code, flags=re.MULTILINE).replace(
+            "FOLDER", str(tmp_path / "model")
+        )
+        exec(code.replace("photo.jpg", "sample:cat"), found)  # noqa: S102
+    assert found["create_model"].num_classes == 2
+    assert {output.name for output in found["predict"].top_k} == {"cats", "dogs"}
     assert create_model(tmp_path / "model", num_classes=3).num_classes == 3
 
 
@@ -346,20 +350,31 @@ def test_all_images_of_a_divided_folder(run, data, tmp_path):
     assert evaluate(run, tmp_path / "divided", workers=0)["images"] == 60
 
 
-def test_classes_of_ones_own_are_evaluated_and_loaded_by_timm_but_not_predicted(tmp_path):
+def test_classes_of_ones_own_are_evaluated_and_predicted(tmp_path):
     images = make_folder(tmp_path / "images", names=("gold fish", "käse", "b:c"))
     recipe = small_recipe(loss={"kind": "single_label"})
     train(recipe, images, tmp_path / "run", ALONE, workers=0)
     folder = export_run(tmp_path / "run", tmp_path / "model")
     ours, theirs = (
-        evaluate(each, images, split="validation", workers=0, batch_size=3) for each in (tmp_path / "run", folder)
+        evaluate(each, images, split="validation", workers=0, batch_size=3, predictions=tmp_path / f"{each.name}.csv")
+        for each in (tmp_path / "run", folder)
     )
     assert ours["images"] == 3
     assert all(ours[name] == pytest.approx(theirs[name], abs=0.5) for name in ("images", "top1", "calibration_error"))
-    with pytest.raises(
-        UnresolvedLabelSpaceError, match=r"classes of its own, such as 'b:c', .* timm.create_model\('local-dir:"
-    ):
-        wn21k_zoo.predict(images / "käse" / "1.jpg", model=folder)
+    rows = list(csv.DictReader((tmp_path / "model.csv").read_text(encoding="utf-8").splitlines()))
+    predictor = wn21k_zoo.Predictor(folder)
+    for row, found in zip(rows, predictor([images / row["image"] for row in rows]), strict=True):
+        assert found.label_space == found.tree == "own"
+        assert {output.name for output in found.top_k} == {"gold fish", "käse", "b:c"}
+        assert (found.top_k[0].name, found.top_k[0].wnid) == (row["prediction"], "")
+        assert found.top_k[0].probability == pytest.approx(float(row["confidence"]), abs=0.01)  # PIL's resize, not ours
+    result = CliRunner().invoke(app, ["predict", str(images / rows[0]["image"]), "-m", str(folder), "-f", "table"])
+    assert result.exit_code == 0
+    assert f"outputs {predictor(images / rows[0]['image']).top_k[0].name} 0." in result.stdout
+    assert "label space own\n" in result.stdout
+    result = CliRunner().invoke(app, ["predict", "sample:cat", "-m", str(folder), "-f", "csv", "--level", "0"])
+    assert result.exit_code == 2
+    assert "are no synsets and have no levels" in result.stderr
     with pytest.raises(ModelError, match="is the folder of a run; `wn21k train export"):
         wn21k_zoo.predict(images / "käse" / "1.jpg", model=tmp_path / "run")
 

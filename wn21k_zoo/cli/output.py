@@ -20,7 +20,7 @@ from wn21k_zoo.errors import Wn21kError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from wn21k_zoo.prediction import Prediction
+    from wn21k_zoo.prediction import Label, Prediction
     from wn21k_zoo.training.options import Progress
 
 __all__ = [
@@ -45,8 +45,8 @@ CSV_COLUMNS: Mapping[str, str] = {
     "depth": "depth in the tree; empty for output and error",
     "rank": "1 is the best of its level or of the outputs",
     "index": "index in the tree; for output in the label space",
-    "wnid": "WordNet 3.0 noun id",
-    "name": "lemmas; for error its message",
+    "wnid": "WordNet 3.0 noun id; empty where the class is no synset",
+    "name": "lemmas, or the class's own name; for error its message",
     "probability": "0 to 1",
     "confidence": "0 to 1; empty for output and error",
     "model": "model that predicted; empty for error",
@@ -265,6 +265,13 @@ def _csv_rows(source: str | None, result: Prediction | Wn21kError) -> Iterator[d
         }
 
 
+def _scored(label: Label) -> str:
+    from rich.markup import escape
+
+    wnid = f" [dim]{label.wnid}[/]" if label.wnid else ""
+    return f"{escape(label.name)}{wnid} {label.confidence:.2f}"
+
+
 def _print_prediction(target: Console, prediction: Prediction) -> None:
     from rich import box
     from rich.markup import escape
@@ -272,14 +279,17 @@ def _print_prediction(target: Console, prediction: Prediction) -> None:
     from rich.tree import Tree
 
     best = prediction.label
-    title = (
-        f"{escape(best.name)} [dim]{best.wnid}[/] {best.confidence:.2f}" if best else "no label reaches the threshold"
-    )
+    title = _scored(best) if best else "no label reaches the threshold"
     target.print(f"[bold]{escape(prediction.source or 'image')}[/]  [bold green]{title}[/]")
+    top = " · ".join(f"{output.short_name} {output.probability:.2f}" for output in prediction.top_k)
+    if not prediction.top_k[0].wnid:  # then the outputs are all that there is
+        target.print(f"[dim]outputs[/] {escape(top)}")
+        target.print(f"[dim]model {escape(prediction.model)}, label space {prediction.label_space}[/]\n")
+        return
     branch = tree = Tree("path", hide_root=True)
     for label in prediction.path:
         style = "bold green" if label == best else "" if label.confidence >= prediction.threshold else "dim"
-        branch = branch.add(f"{escape(label.name)} [dim]{label.wnid}[/] {label.confidence:.2f}", style=style)
+        branch = branch.add(_scored(label), style=style)
     target.print(tree)
     table = Table("level", "label", "wnid", "p", "next", box=box.SIMPLE_HEAD)
     for level in prediction.levels:
@@ -291,7 +301,6 @@ def _print_prediction(target: Console, prediction: Prediction) -> None:
         )
         table.add_row(str(level.depth), escape(first.name), first.wnid, f"{first.probability:.2f}", escape(following))
     target.print(table)
-    top = " · ".join(f"{output.name.split(', ')[0]} {output.probability:.2f}" for output in prediction.top_k)
     target.print(f"[dim]outputs[/] {escape(top)}")
     unmapped = f", {prediction.unmapped:.2f} unmapped" if prediction.unmapped >= 0.005 else ""
     target.print(

@@ -111,7 +111,9 @@ def predict(
             head=head,
             allow_url=allow_url,
         )
-        if level is not None and level not in predictor.tree.levels:
+        if level is not None and predictor.tree is None:
+            raise InvalidArgumentError(f"The classes of {predictor.name} are no synsets and have no levels.")
+        if level is not None and predictor.tree is not None and level not in predictor.tree.levels:
             known = ", ".join(map(str, predictor.tree.levels)) or "none"
             raise InvalidArgumentError(f"The tree {predictor.tree.name} has no level {level}; its levels are {known}.")
         total = None if from_stdin else len(list(sources))

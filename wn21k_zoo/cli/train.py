@@ -226,10 +226,7 @@ def export(
     """A run as a folder that timm and wn21k_zoo load, with the draft of a record."""
     from wn21k_zoo.training.export import export_run
 
-    written = export_run(run, folder, which=which, name=name, dtype=dtype, force=force)
-    typer.echo(str(written))
-    if not (written / "wn21k_labels.json").is_file():
-        say(f"its classes are no synsets: {written / 'README.md'} says how to load it")
+    typer.echo(str(export_run(run, folder, which=which, name=name, dtype=dtype, force=force)))
 
 
 def register(target: typer.Typer) -> None:

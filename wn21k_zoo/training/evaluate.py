@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wn21k_zoo import building
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError, UnresolvedLabelSpaceError
+from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError
 from wn21k_zoo.files import atomic_file, check_writable
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model, select_device
@@ -217,36 +217,19 @@ def _subject(
         )
     if which != "best":
         raise InvalidArgumentError(f"{model} is no run, and has no {which} checkpoint.")
-    try:
-        loaded = load_model(model, label_space=label_space, head=head)
-    except UnresolvedLabelSpaceError:
-        if (own := _of_own_classes(model, head)) is None:
-            raise
-        return own
+    loaded = load_model(model, label_space=label_space, head=head)
     config = dict(cast(Mapping[str, Any], loaded.data_config))  # of what has a name it is known
-    module = Normalized(loaded.module, config["mean"], config["std"])
-    space, folder = loaded.label_space, building.configured_folder(os.fspath(model))
-    seen = building.read_config(folder).get(TRAINED_ON, "") if folder is not None else ""
-    return _Subject(loaded.name, module, space, space.wnids, loaded.head, _own_resize(config), trained_on=seen)
-
-
-def _of_own_classes(model: str | os.PathLike[str], head: Head | None) -> _Subject | None:
-    """An exported folder whose classes are no synsets, None for anything else."""
-    folder = building.as_folder(model)
-    described = building.read_config(folder) if folder is not None else {}
-    names = described.get("label_names")
-    if folder is None or not names:
-        return None
-    from timm.data import resolve_model_data_config
-
-    module = building.create_model(folder)
-    config = resolve_model_data_config(module)
-    normalized = Normalized(module, config["mean"], config["std"])
-    seen = described.get(TRAINED_ON, "")
-    kind = head or "softmax"
-    if kind == "semantic_softmax":
-        raise InvalidArgumentError(f"The classes of {folder} are no synsets and have no levels; head can be no {kind}.")
-    return _Subject(folder.name, normalized, None, tuple(names), kind, _own_resize(config), trained_on=seen)
+    classes, folder = loaded.label_space, building.configured_folder(os.fspath(model))
+    space = classes if isinstance(classes, LabelSpace) else None
+    return _Subject(
+        name=loaded.name,
+        module=Normalized(loaded.module, config["mean"], config["std"]),
+        space=space,
+        class_names=space.wnids if space is not None else classes.names,
+        head=loaded.head,
+        resize=_own_resize(config),
+        trained_on=building.read_config(folder).get(TRAINED_ON, "") if folder is not None else "",
+    )
 
 
 @dataclass(frozen=True)

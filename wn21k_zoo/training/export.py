@@ -240,15 +240,9 @@ def _card(checkpoint: Checkpoint, trained: Trained) -> str:
     figures = [
         f"| {metric.name} | {metric.value} | {metric.dataset} | {metric.protocol} |" for metric in checkpoint.metrics
     ]
-    use = [
-        "```python",
-        "import wn21k_zoo",
-        "",
-        'wn21k_zoo.predict("photo.jpg", model="FOLDER")',
-        "```",
-    ]
+    ours = ["```python", "import wn21k_zoo", "", 'wn21k_zoo.predict("photo.jpg", model="FOLDER")', "```"]
     own = ["import wn21k_zoo.timm_models"] if checkpoint.architecture in ARCHITECTURES else []
-    plain = ["```python", "import timm", *own, "", 'timm.create_model("local-dir:FOLDER", pretrained=True)', "```"]
+    timms = ["```python", "import timm", *own, "", 'timm.create_model("local-dir:FOLDER", pretrained=True)', "```"]
     table = (
         ["| figure | percent | images | protocol |", "|---|---|---|---|", *figures] if figures else ["Not evaluated."]
     )
@@ -267,7 +261,9 @@ def _card(checkpoint: Checkpoint, trained: Trained) -> str:
         "",
         *table,
         "",
-        *(use if trained.space is not None else plain),
+        *ours,
+        "",
+        *timms,
         "",
         "## Recipe",
         "",

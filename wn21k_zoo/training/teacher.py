@@ -137,6 +137,8 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
             raise not_of_synsets(name) from None
         except InvalidArgumentError as error:
             raise RecipeError(f"loss.teacher_head: {error}") from None
+        if not isinstance(loaded.label_space, LabelSpace):
+            raise not_of_synsets(name)
         module, theirs, their_head = loaded.module, loaded.label_space, loaded.head
         config = cast(Mapping[str, Any], loaded.data_config)  # of what has a name it is known
         mean, std = config["mean"], config["std"]
