@@ -55,9 +55,9 @@ def assert_same_weights(one, other):
             assert torch.equal(value, other[part][key]), key
 
 
-def assert_close_weights(one, other, atol=2e-6):
+def assert_close_weights(one, other, atol=2e-6, recipe=None):
     """The same to rounding, after they have gone far from where they began."""
-    begin = build_network(small_recipe(), "abcdef", None).state_dict()
+    begin = build_network(recipe or small_recipe(), "abcdef", None).state_dict()
     moved = max(float((begin[key] - value).abs().max()) for key, value in one["model"].items())
     assert moved > 1e-2
     for key, value in one["model"].items():

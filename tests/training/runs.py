@@ -62,10 +62,18 @@ def run_until_killed(recipe_json, data, output):
 
 
 def joined(store, rank, world_size):
-    """This process among so many."""
+    """This process among so many, in one thread."""
+    torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     return World(rank, world_size, torch.device("cpu"))
+
+
+def run_rank(store, rank, world_size, recipe_json, data, output):
+    """A rank of a run."""
+    train(Recipe.from_json(recipe_json), data, Path(output), joined(store, rank, world_size), workers=0)
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 def in_ninth_step(action):
@@ -155,7 +163,6 @@ def run_that_is_stuck(store, rank, world_size, recipe_json, data, output):
         torch.linalg.svd(torch.rand(9000, 9000))
         return logits
 
-    torch.set_num_threads(1)
     world = joined(store, rank, world_size)
     in_ninth_step(stuck)
     signals = Signals(patience=1)

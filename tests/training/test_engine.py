@@ -22,7 +22,7 @@ from wn21k_zoo.training.network import Normalized, build_network
 from wn21k_zoo.training.optimization import Criterion
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
 
-from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, needs_compiler, run, run_told
+from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, run, run_told
 from .runs import (
     BATCH,
     make_folder,
@@ -224,14 +224,6 @@ def test_mixed_precision(data, tmp_path, at_loss, precision):
     assert seen == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
     weights = [value for value in final(tmp_path)["model"].values() if value.is_floating_point()]
     assert {value.dtype for value in weights} == {torch.float32}
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_compiled_it_computes_the_same_to_rounding(data, tmp_path):
-    for compiled in (False, True):
-        run(small_recipe(model={"compile": compiled}, optimizer=FAST), data, tmp_path / str(compiled))
-    assert_close_weights(final(tmp_path / "False"), final(tmp_path / "True"), 1e-5)
 
 
 def test_a_second_ctrl_c_ends_it_at_once_and_is_marked(data, tmp_path, at_loss):
