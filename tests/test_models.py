@@ -65,6 +65,12 @@ def test_a_folder_with_names_of_its_own_is_not_guessed(folder, tmp_path):
     assert isinstance(own.label_space, ClassNames)
     assert (own.label_space.names[7], own.head) == ("my class 7", "softmax")
     assert models.load_model(changed, head="sigmoid").head == "sigmoid"
+    config = json.loads((changed / "config.json").read_text())
+    former = {**config["pretrained_cfg"], "architecture": config["architecture"], "labels": config["label_names"]}
+    del former["label_names"]
+    for form in ({**config, "label_names": None}, former):  # within the pretrained configuration; as timm once wrote it
+        (changed / "config.json").write_text(json.dumps(form))
+        assert models.load_model(changed).label_space == own.label_space
     with pytest.raises(InvalidArgumentError, match="no levels; head can be no semantic_softmax"):
         models.load_model(changed, head="semantic_softmax")
     assert predict(CAT, model=changed).top_k[0].name.startswith("my class ")

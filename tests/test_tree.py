@@ -153,6 +153,19 @@ def test_any_list_gives_a_forest(wnids):
 
 
 @settings(max_examples=40, deadline=None)
+@given(wnid_lists)
+def test_with_ancestors_any_list_is_a_part_of_one_tree(wnids):
+    tree = SemanticTree.from_wnids(wnids)
+    whole = tree.with_ancestors()
+    assert whole.wnids[: len(tree)] == tree.wnids
+    assert not {*load_nouns().parents[whole.label_space.positions][[root.index for root in whole.roots]]} - {-1}
+    for index, chain in enumerate(tree.class_tree_list):
+        assert [each for each in whole.class_tree_list[index] if each < len(tree)] == chain
+    assert {node.index for index in range(len(tree)) for node in whole.path(index)} == set(range(len(whole)))
+    assert whole.with_ancestors().wnids == whole.wnids
+
+
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_order_of_the_list_changes_indices_only(data):
     wnids = data.draw(wnid_lists)

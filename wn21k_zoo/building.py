@@ -236,7 +236,7 @@ def build_from_folder(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a folder, as timm writes it.
+    """The configuration of a folder, as timm writes it; names of classes are its ``label_names``, wherever it has them.
 
     Raises:
         ModelError: It has none, or a damaged one.
@@ -256,9 +256,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     settings = config.get("pretrained_cfg", {})
     if not isinstance(settings, dict):
         raise ModelError(f"{folder / CONFIG_FILE}: pretrained_cfg is not an object.")
-    for names in (config.get("label_names"), settings.get("label_names")):
+    for names in (config.get("label_names"), settings.get("label_names"), config.get("labels")):  # timm's former name
         if names is not None and not isinstance(names, list):
             raise ModelError(f"{folder / CONFIG_FILE}: label_names is not a list.")
+        if names:
+            return {**config, "label_names": names}
     return config
 
 

@@ -328,7 +328,7 @@ def _read_labels(path: Path) -> tuple[LabelSpace, Head]:
 
 
 def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, folder: Path) -> Classes:
-    names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
+    names = config.get("label_names")
     if names:
         known_space = LabelSpace.load(known.label_space) if known else None
         if known_space is not None and tuple(names) in (known_space.wnids, known_space.unique_names):

@@ -293,6 +293,18 @@ class SemanticTree:
         index = int(nouns.nearest_members(nouns.positions([wnid]), self.label_space.positions)[0])
         return self[index] if index >= 0 else None
 
+    def with_ancestors(self) -> SemanticTree:
+        """The tree over the classes and, after them, all synsets above them in WordNet; classes keep their indices."""
+        parents = load_nouns().parents
+        above = {int(position) for position in self.label_space.positions}
+        added: list[int] = []
+        for position in self.label_space.positions:
+            while (position := int(parents[position])) >= 0 and position not in above:
+                above.add(position)
+                added.append(position)
+        wnids = [f"n{offset:08d}" for offset in load_nouns().offsets[sorted(added)]]
+        return SemanticTree.from_wnids([*self.wnids, *wnids], name=f"{self.name}_with_ancestors")
+
     @property
     def roots(self) -> tuple[Node, ...]:
         """The classes without a parent, in the order of their indices."""

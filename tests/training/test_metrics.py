@@ -183,13 +183,31 @@ def test_of_classes_below_one_that_is_less_certain_the_likeliest_is_chosen(targe
     assert evaluation.compute()["top1"] == 100
 
 
-def test_classes_without_a_hierarchy_have_no_figures_of_one():
-    flat = SemanticTree.from_wnids(["n02123045", "n02084071", "n00017222"])
+def test_mistakes_among_classes_without_levels_are_as_far_as_wordnet_says():
+    flat = SemanticTree.from_wnids(["n02123045", "n02084071", "n00017222"])  # tabby, dog, plant
     evaluation = Evaluation(flat, "softmax", range(3), "level")
-    evaluation.update(torch.eye(3)[:, evaluation._levels.columns], torch.arange(3))
+    logits = torch.eye(3)[[0, 1, 1, 2]]  # the third is a tabby, taken for a dog
+    evaluation.update(logits[:, evaluation._levels.columns], torch.tensor([0, 1, 0, 2]))
     figures = evaluation.compute()
-    assert figures["top1"] == figures["raw_top1"] == 100
-    assert not {"semantic_top1", "mean_lca_error"} & set(figures)
+    assert figures["top1"] == figures["raw_top1"] == 75
+    assert "semantic_top1" not in figures
+    whole = flat.with_ancestors()
+    assert evaluation.hierarchy == whole.name == "custom_with_ancestors"
+    domestic_animal = whole.lowest_common_ancestor(0, 1)
+    assert domestic_animal.wnid == "n01317541"
+    error = whole[0].depth - domestic_animal.depth
+    assert (figures["mean_lca_error"], figures["mean_lca_error_of_mistakes"]) == (error / 4, error)
+    lengths = [whole[index].depth + 1 for index in (0, 1, 0, 2)]
+    common = sum(lengths) - error
+    assert figures["hierarchical_recall"] == pytest.approx(100 * common / sum(lengths))
+    assert 0 < figures["hierarchical_precision"] < 100
+
+
+def test_classes_that_are_no_synsets_have_no_distances():
+    evaluation = Evaluation(None, "softmax", range(3))
+    evaluation.update(torch.eye(3), torch.arange(3))
+    assert evaluation.hierarchy is None
+    assert not {"semantic_top1", "mean_lca_error"} & set(evaluation.compute())
 
 
 def test_outputs_that_are_not_finite_give_no_figures():
@@ -302,7 +320,8 @@ def test_two_classes_of_which_one_is_above_the_other_have_no_levels():
     tree = SemanticTree.from_wnids(["n02121808", "n02123045"])
     evaluation = Evaluation(tree, "softmax", range(2))
     evaluation.update(torch.eye(2), torch.arange(2))
-    assert not {"semantic_top1", "mean_lca_error"} & set(evaluation.compute())
+    assert "semantic_top1" not in evaluation.compute()
+    assert evaluation.compute()["mean_lca_error"] == 0
 
 
 def test_logits_in_half_precision_are_read_in_float32():

@@ -87,9 +87,10 @@ def evaluate(
     Returns:
         What :meth:`wn21k_zoo.training.evaluation.Evaluation.compute` gives, with ``per_class`` (of each leaf ``class``,
         ``images`` and ``top1``, the lowest first), ``images_per_second``, ``model``,
-        ``label_space``, ``classes``, ``head``, ``split``, ``bad_samples``, ``left_out`` (images of classes that the
-        model does not know) and ``device``. Semantic and hierarchical figures are over the tree of the model's own
-        classes; where that has one level (ImageNet-1K) there are none.
+        ``label_space``, ``classes``, ``head``, ``hierarchy``, ``split``, ``bad_samples``, ``left_out`` (images of
+        classes that the model does not know) and ``device``. Semantic figures are over the tree of the model's own
+        classes; where that has one level (ImageNet-1K) there are none, and the hierarchical ones are within
+        ``hierarchy``, the tree with all synsets above the classes. Classes that are no synsets have neither.
 
     Raises:
         ModelError, UnknownModelError, RunError: The model cannot be loaded.
@@ -141,6 +142,7 @@ def evaluate(
         "label_space": subject.space.name if subject.space else None,
         "classes": len(subject.class_names),
         "head": subject.head,
+        "hierarchy": evaluation.hierarchy,
         "split": split,
         **figures,
         "per_class": _per_class(evaluation, subject.class_names),

@@ -41,6 +41,12 @@ class Evaluation(nn.Module):
     ancestors, only among them does the highest confidence choose. Where no class with images is above another, all are.
     Of several that are as certain as a common ancestor the one with the highest probability within its level is chosen.
 
+    Hierarchical distances are within the tree of the classes, or, where none of them is above another, within that of
+    the classes and all synsets above them in WordNet.
+
+    Attributes:
+        hierarchy: Name of the tree of the distances, None for classes that are no synsets.
+
     Args:
         tree: The classes and their hierarchy; None: a plain softmax over classes of one's own.
         head: Its kind.
@@ -59,14 +65,19 @@ class Evaluation(nn.Module):
     ) -> None:
         super().__init__()
         self._levels = Levels(tree, order) if tree is not None and order == "level" else None
-        if tree is not None and not (tree.depths.max() and tree.levels):
-            tree = None  # nothing is above anything, or nothing beside it: no more to say than which class it is
+        self.distances: HierarchicalDistances | None = None
+        self.hierarchy: str | None = None
+        if tree is not None:
+            has_levels = bool(tree.depths.max() and tree.levels)
+            spread = tree if has_levels else tree.with_ancestors()
+            self.distances, self.hierarchy = HierarchicalDistances(spread), spread.name
+            if not has_levels:  # nothing is above anything, or nothing beside it
+                tree = None
         self.leaf, self.raw = LeafAccuracy(_leaves(tree, classes)), LeafAccuracy(classes)
         self.classes, self.calibration = ClassAccuracy(max(classes) + 1), Calibration()
         self.broken = BrokenRows()
         self.semantic = SemanticAccuracy(tree, "level") if tree is not None else None
         self.raw_semantic = SemanticAccuracy(tree) if tree is not None and head != "semantic_softmax" else None
-        self.distances = HierarchicalDistances(tree) if tree is not None else None
         self._decoder = Decoder(tree, tree.label_space, head, device) if tree is not None else None
         self._head = head
         self.to(device)
@@ -85,7 +96,7 @@ class Evaluation(nn.Module):
         if self._levels is not None:
             logits_bn = logits_bn.index_select(1, self._levels.positions)
         self.raw.update(logits_bn, targets_b)
-        if self._decoder is None or self.semantic is None or self.distances is None:
+        if self._decoder is None or self.semantic is None:
             confidence = logits_bn.sigmoid() if self._head == "sigmoid" else logits_bn.softmax(1)
             predictions = self.leaf.update(confidence, targets_b)
         else:
@@ -99,8 +110,9 @@ class Evaluation(nn.Module):
                 probability = scores.probability.index_select(1, self.semantic.levels.positions)
                 order = _precise(confidence) * (1 + 1e-9 * _precise(probability))  # below what float32 can tell apart
             predictions = self.leaf.update(order, targets_b)
-            self.distances.update(predictions, targets_b, self.leaf.has(targets_b))
         sure, counted = confidence.gather(1, predictions[:, None])[:, 0], self.leaf.has(targets_b)
+        if self.distances is not None:
+            self.distances.update(predictions, targets_b, counted)
         self.classes.update(predictions, targets_b, counted)
         self.calibration.update(sure, predictions == targets_b, counted)
         return predictions, sure
@@ -119,7 +131,7 @@ class Evaluation(nn.Module):
         """
         self.broken.check()
         figures: dict[str, Any] = {}
-        if self.semantic is not None and self.distances is not None:
+        if self.semantic is not None:
             figures |= self.semantic.compute()
             figures["raw_semantic_top1"] = (self.raw_semantic or self.semantic).compute()["semantic_top1"]
         leaf, raw = self.leaf.compute(), self.raw.compute()
