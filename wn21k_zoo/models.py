@@ -50,6 +50,7 @@ __all__ = [
     "ModelLike",
     "choose_default",
     "create_transform",
+    "device_of",
     "load_model",
     "select_device",
 ]
@@ -230,6 +231,13 @@ def select_device(device: str | torch.device = "auto") -> torch.device:
             f"built ({', '.join(torch.cuda.get_arch_list())}); install a torch for it, or use cpu."
         )
     return chosen
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are, the CPU if it has none."""
+    import torch
+
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def _is_too_old(device: torch.device) -> bool:

@@ -110,7 +110,7 @@ class Predictor:
         self.name = model.name
         self.label_space = model.label_space
         self.head = model.head
-        self.device = chosen_device or (models.select_device() if model.owned else _device_of(model.module))
+        self.device = chosen_device or (models.select_device() if model.owned else models.device_of(model.module))
         self.batch_size = chosen_batch_size or (8 if self.device.type == "cpu" else 32)
         self.module = model.module.to(self.device) if model.owned or chosen_device else model.module
         # The layout in which convolutions are fastest (benchmarks/predict.py); a caller's module is left as it is.
@@ -413,12 +413,6 @@ def _loaded(image: ImageLike, *, allow_url: bool = False) -> Any:
         return load_image(image, allow_url=allow_url)
     except Warning as warning:
         raise ImageError(str(warning)) from warning
-
-
-def _device_of(module: Any) -> torch.device:
-    import torch
-
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def _dtype_of(module: Any) -> torch.dtype | None:

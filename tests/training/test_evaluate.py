@@ -9,8 +9,15 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from wn21k_zoo.errors import BadImagesError, DataOutputError, InvalidArgumentError, NonFiniteError
+from wn21k_zoo.errors import (
+    BadImagesError,
+    DataOutputError,
+    InvalidArgumentError,
+    NonFiniteError,
+    UnresolvedLabelSpaceError,
+)
 from wn21k_zoo.training.evaluate import evaluate
+from wn21k_zoo.training.export import export_run
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
 
@@ -85,6 +92,28 @@ def test_how_outputs_are_read_is_what_is_asked_for(run, data, tmp_path):
         evaluate(place, own, head="semantic_softmax", workers=0)
     with pytest.raises(InvalidArgumentError, match="is a run and says"):
         evaluate(run, data, head="softmax", workers=0)
+
+
+def test_a_network_of_ones_own_is_evaluated_and_left_as_it_was(run, data, tmp_path):
+    exported = export_run(run, tmp_path / "model")
+    module = timm.create_model(f"local-dir:{exported}", pretrained=True).train()
+    module.stages[0].eval()  # frozen, say
+    modes = [part.training for part in module.modules()]
+    layouts = [weight.stride() for weight in module.parameters()]
+    found = evaluate(module, data, label_space=sorted(WNIDS), head="semantic_softmax", workers=0)
+    assert found["model"] == type(module).__name__
+    same = evaluate(exported, data, workers=0, split="all")
+    assert {**found, "model": 0, "label_space": 0, "images_per_second": 0} == {
+        **same, "model": 0, "label_space": 0, "images_per_second": 0
+    }  # fmt: skip
+    assert [part.training for part in module.modules()] == modes
+    assert [weight.stride() for weight in module.parameters()] == layouts
+    with pytest.raises(UnresolvedLabelSpaceError, match="give label_space"):
+        evaluate(module, data, workers=0)
+    with pytest.raises(InvalidArgumentError, match="How images are prepared for Linear is not known"):
+        evaluate(torch.nn.Linear(3, 6), data, label_space=sorted(WNIDS), head="softmax", workers=0)
+    with pytest.raises(InvalidArgumentError, match="no last checkpoint"):
+        evaluate(module, data, which="last", label_space=sorted(WNIDS))
 
 
 def test_the_checkpoint_that_is_asked_for_is_evaluated(run, data, tmp_path):

@@ -7,7 +7,7 @@ import csv
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, cast
@@ -22,7 +22,8 @@ from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError
 from wn21k_zoo.files import atomic_file, check_writable
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.models import load_model, select_device
+from wn21k_zoo.models import LabelSpaceLike, ModelLike, device_of, load_model, select_device
+from wn21k_zoo.modes import evaluating
 from wn21k_zoo.training.augment import Image
 from wn21k_zoo.training.data import (
     Augmentation,
@@ -47,13 +48,14 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: str | os.PathLike[str],
+    model: ModelLike,
     data: str | os.PathLike[str],
     *,
     split: str | None = None,
     which: str = "best",
-    label_space: str | None = None,
+    label_space: LabelSpaceLike | None = None,
     head: Head | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     batch_size: int = 64,
     workers: int | None = None,
     device: str = "auto",
@@ -65,18 +67,20 @@ def evaluate(
     """Figures of a model on a split of a data set.
 
     Args:
-        model: A run's folder, a record's or timm's name, an exported folder, or ``hf-hub:ORG/NAME``.
+        model: A run's folder, a record's or timm's name, an exported folder, ``hf-hub:ORG/NAME``, or a network of
+            timm's, with ``label_space``; it is afterwards in the mode that it was in.
         data: Shards or a URL of them, mapped to the model's classes by synset; or a folder of class folders named by
             wnids (for a run on classes of one's own, by its classes).
         split: ``train``, ``validation``, or for class folders ``all``. Default: ``validation``; but all images of a
             folder that is not divided, unless the model is a run, or exported from one, that was trained on it, and so
             has seen nine in ten of them.
         which: Checkpoint of a run, ``best`` or ``last``.
-        label_space: Classes of a folder's model, when it does not say.
+        label_space: Classes of a network, or of a folder's model that does not say.
         head: How its outputs are to be read, when it does not say; as :func:`wn21k_zoo.models.load_model`.
+        cache_dir: Folder of the cache.
         batch_size: Images at a time.
         workers: Processes that load images; default: the cores of this machine, at most 16.
-        device: auto, cpu, cuda or mps.
+        device: auto (a network stays where it is), cpu, cuda or mps.
         precision: fp32, bf16 or fp16.
         max_bad: Share of damaged images that is endured.
         predictions: CSV file for a row per image: ``image``, ``class`` and ``prediction`` (wnids, or the model's own
@@ -96,7 +100,7 @@ def evaluate(
         ModelError, UnknownModelError, RunError: The model cannot be loaded.
         DataError: The data cannot be read, or has none of the model's classes.
         DataOutputError: ``predictions`` cannot be written.
-        InvalidArgumentError: A number is out of range.
+        InvalidArgumentError: A number is out of range; how images are prepared for a network is not known.
         NonFiniteError: The model's outputs are not finite.
     """
     if batch_size < 1 or (workers is not None and workers < 0):
@@ -106,17 +110,19 @@ def evaluate(
         raise InvalidArgumentError(f"precision is {precision!r}; it can be {', '.join(dtypes)}.")
     if predictions is not None:
         check_writable(expanded(predictions))
-    chosen = select_device(device)
+    chosen = device_of(model) if isinstance(model, nn.Module) and device == "auto" else select_device(device)
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)  # for the thread that pins memory, too
-    subject = _subject(model, which, label_space, head)
+    subject = _subject(model, which, label_space, head, cache_dir)
     if split is None:
         has_parts = not is_class_folder(data) or is_divided(data) or _has_seen(subject, data)
         split = "validation" if has_parts else "all"
     dataset = _dataset(data, split, subject)
     tree = SemanticTree.from_label_space(subject.space) if subject.space else None
     layout = memory_format(chosen)
-    module = subject.module.eval().to(chosen).to(memory_format=layout)
+    module = subject.module.to(chosen)
+    if not isinstance(model, nn.Module):  # one of the caller's stays as it is
+        module.to(memory_format=layout)
     evaluation = Evaluation(tree, subject.head, classes_with_images(dataset), device=chosen)
     loader = Loader(
         dataset,
@@ -129,7 +135,7 @@ def evaluate(
         names=predictions is not None,
     )
     total, begin, dtype = len(loader), time.perf_counter(), dtypes[precision]
-    with torch.inference_mode(), _rows(predictions, subject.class_names) as write:
+    with torch.inference_mode(), evaluating(module), _rows(predictions, subject.class_names) as write:
         for number, batch in enumerate(loader, start=1):
             if len(batch):  # else all its images are damaged
                 with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
@@ -199,9 +205,13 @@ class _Subject:
 
 
 def _subject(
-    model: str | os.PathLike[str], which: str, label_space: str | None = None, head: Head | None = None
+    model: ModelLike,
+    which: str,
+    label_space: LabelSpaceLike | None,
+    head: Head | None,
+    cache_dir: str | os.PathLike[str] | None,
 ) -> _Subject:
-    if (expanded(model) / "recipe.json").is_file():
+    if isinstance(model, (str, os.PathLike)) and (expanded(model) / "recipe.json").is_file():
         if label_space is not None or head is not None:
             raise InvalidArgumentError(
                 f"{model} is a run and says what its classes and head are; leave out label_space and head."
@@ -218,10 +228,15 @@ def _subject(
             trained_on=trained.trained_on,
         )
     if which != "best":
-        raise InvalidArgumentError(f"{model} is no run, and has no {which} checkpoint.")
-    loaded = load_model(model, label_space=label_space, head=head)
-    config = dict(cast(Mapping[str, Any], loaded.data_config))  # of what has a name it is known
-    classes, folder = loaded.label_space, building.configured_folder(os.fspath(model))
+        raise InvalidArgumentError(f"What is evaluated is no run, and has no {which} checkpoint.")
+    loaded = load_model(model, label_space=label_space, head=head, cache_dir=cache_dir)
+    if loaded.data_config is None:
+        raise InvalidArgumentError(
+            f"How images are prepared for {loaded.name} is not known; give a network of timm's, which says so in its "
+            "pretrained_cfg."
+        )
+    config, classes = dict(loaded.data_config), loaded.label_space
+    folder = building.configured_folder(model, cache_dir) if isinstance(model, (str, os.PathLike)) else None
     space = classes if isinstance(classes, LabelSpace) else None
     return _Subject(
         name=loaded.name,
