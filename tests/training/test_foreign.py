@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -176,6 +177,20 @@ def test_samples_of_a_tar_by_key_and_kind(files, expected):
     whole = tar_bytes(files)
     index = index_tar(io.BytesIO(whole), "x.tar", CLASSES).tolist()
     assert [(whole[offset : offset + size], target) for offset, size, target in index] == expected
+
+
+def test_links_in_a_tar_are_no_images():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        real = tarfile.TarInfo("n02123045_1.jpg")
+        real.size = 1
+        archive.addfile(real, io.BytesIO(b"a"))
+        for kind, name in ((tarfile.LNKTYPE, "n02084071_1.jpg"), (tarfile.SYMTYPE, "n02084071_2.jpg")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, real.name
+            archive.addfile(link)
+    file.seek(0)
+    assert [target for _, _, target in index_tar(file, "x.tar", CLASSES).tolist()] == [4]
 
 
 def test_nine_digits_are_no_synset():

@@ -7,6 +7,7 @@ from wn21k_zoo.errors import RecipeError, UnknownModelError
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.plan import plan
 from wn21k_zoo.training.recipe_files import override
+from wn21k_zoo.training.state import RunFolder
 
 from .runs import small_recipe
 
@@ -16,6 +17,10 @@ def test_a_plan_counts_the_teacher_wherever_it_is(tmp_path):
     with_record = plan(recipe, images_per_second=100)
     save_for_hf(timm.create_model("tresnet_v2_l", num_classes=3), tmp_path / "teacher")
     recipe.loss.teacher = str(tmp_path / "teacher")
+    assert plan(recipe, images_per_second=100).memory_gb == with_record.memory_gb
+    of_run = RunFolder(tmp_path / "run")
+    of_run.begin(small_recipe("tresnet_v2_l"), {})
+    recipe.loss.teacher = str(of_run.checkpoints / "step-00000006.pt")
     assert plan(recipe, images_per_second=100).memory_gb == with_record.memory_gb
     recipe.loss.teacher = "nowhere/teacher"
     without = plan(recipe, images_per_second=100)

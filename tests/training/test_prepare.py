@@ -1,9 +1,11 @@
 import csv
 import dataclasses
+import errno
 import gzip
 import hashlib
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -26,6 +28,7 @@ from wn21k_zoo.training import dry_run
 from wn21k_zoo.training.classes import _keys_of, decide
 from wn21k_zoo.training.dry_run import count
 from wn21k_zoo.training.gather import _shard_of_each
+from wn21k_zoo.training.options import disk_full_as_error
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import MANIFEST_FILE, encode_record, index_path, read_index, read_info
 from wn21k_zoo.training.sources import ClassSource
@@ -576,3 +579,11 @@ def test_the_published_options():
     for wrong in ({"quality": 101}, {"size": 0}, {"size": 8193}, {"val_per_class": -1}, {"min_images": -1}):
         with pytest.raises(InvalidArgumentError, match="it must be from"):
             PrepareOptions(**wrong)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_and_a_full_quota_are_typed_errors(tmp_path, number):
+    with pytest.raises(DiskSpaceError, match="make room"), disk_full_as_error(tmp_path):
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(PermissionError), disk_full_as_error(tmp_path):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
