@@ -87,8 +87,13 @@ def test_names_of_classes_that_are_no_synsets():
     assert (classes.names, classes.name, len(classes)) == (("käse", "a, b", "käse"), "own", 3)
     assert repr(ClassNames(["x"], name="pets")) == "ClassNames('pets', 1 classes)"
     assert ClassNames(["x"]) == ClassNames(("x",))
-    for wrong in ("cat", 5, ["cat", 5], ["cat", None]):
+    assert ([*classes], classes[1], "a, b" in classes) == (["käse", "a, b", "käse"], "a, b", True)
+    for wrong in ("cat", 5, ["cat", 5], ["cat", None], {"cat", "dog"}, {"cat": 1, "dog": 0}):
         with pytest.raises(InvalidArgumentError, match="name"):
             ClassNames(wrong)
+    with pytest.raises(InvalidArgumentError, match="give a list of names of classes, and then"):
+        ClassNames("pets", ["cat", "dog"])
+    with pytest.raises(InvalidArgumentError, match="give texts"):
+        ClassNames(["cat"], None)
     with pytest.raises(EmptyLabelSpaceError):
         ClassNames([])

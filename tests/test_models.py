@@ -22,6 +22,7 @@ from wn21k_zoo.errors import (
     MissingExtraError,
     ModelError,
     UnknownModelError,
+    UnknownSynsetError,
     UnresolvedLabelSpaceError,
     WeightsNotFoundError,
 )
@@ -61,19 +62,19 @@ def test_a_folder_predicts_as_the_model_it_holds(folder, embedded):
 
 def test_a_folder_with_names_of_its_own_is_not_guessed(folder, tmp_path):
     changed = copy_of(folder, tmp_path, label_names=[f"my class {i}" for i in range(1000)])
-    own = models.load_model(changed)
+    # They may be other names of the classes of ImageNet-1K, whose weights it says it has.
+    with pytest.raises(UnresolvedLabelSpaceError, match=r"but 'my class 0' is .* Give label_space"):
+        models.load_model(changed)
+    own = models.load_model(changed, label_space="own")
     assert isinstance(own.label_space, ClassNames)
-    assert (own.label_space.names[7], own.head) == ("my class 7", "softmax")
-    assert models.load_model(changed, head="sigmoid").head == "sigmoid"
+    assert (own.label_space[7], own.head) == ("my class 7", "softmax")
     config = json.loads((changed / "config.json").read_text())
     former = {**config["pretrained_cfg"], "architecture": config["architecture"], "labels": config["label_names"]}
     del former["label_names"]
     for form in ({**config, "label_names": None}, former):  # within the pretrained configuration; as timm once wrote it
         (changed / "config.json").write_text(json.dumps(form))
-        assert models.load_model(changed).label_space == own.label_space
-    with pytest.raises(InvalidArgumentError, match="no levels; head can be no semantic_softmax"):
-        models.load_model(changed, head="semantic_softmax")
-    assert predict(CAT, model=changed).top_k[0].name.startswith("my class ")
+        assert models.load_model(changed, label_space="own").label_space == own.label_space
+    assert predict(CAT, model=changed, label_space="own").top_k[0].name.startswith("my class ")
     named = ClassNames([f"class {i}" for i in range(1000)], name="mine")
     assert predict(CAT, model=changed, label_space=named).label_space == "mine"
     with pytest.raises(LabelSpaceError, match=r"1,000 outputs, but own has 2 classes"):
@@ -84,6 +85,54 @@ def test_a_folder_with_names_of_its_own_is_not_guessed(folder, tmp_path):
     assert loaded.label_space.name == "imagenet1k"
     with pytest.raises(LabelSpaceError, match=r"1,000 outputs.*11,221"):
         models.load_model(changed, label_space="fall11")
+
+
+def test_names_of_classes_that_are_no_synsets(tmp_path):
+    module = timm.create_model("test_vit", num_classes=3)
+
+    def folder(**fields):
+        save_for_hf(module, tmp_path / "model", model_config={})
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **fields}))
+        return tmp_path / "model"
+
+    own = models.load_model(folder(label_names=["cat", "dog", "cat"]))
+    assert ([*own.label_space], own.head, own.data_config["input_size"]) == (
+        ["cat", "dog", "cat"],
+        "softmax",
+        (3, 160, 160),
+    )
+    assert models.load_model(folder(label_names=["cat", "dog", "bird"]), head="sigmoid").head == "sigmoid"
+    with pytest.raises(InvalidArgumentError, match="no levels; head can be no semantic_softmax"):
+        models.load_model(tmp_path / "model", head="semantic_softmax")
+    by_index = models.load_model(folder(label_names={"1": "b", "0": "a", "2": "c"}))
+    assert [*by_index.label_space] == ["a", "b", "c"]
+    for slip in (["n02123045", "n02084071", "n00000001"], ["n02123045", "n02084071", "background"]):
+        with pytest.raises(UnresolvedLabelSpaceError, match=r"Give label_space .* own, for its names as they are"):
+            models.load_model(folder(label_names=slip))
+        assert [*models.load_model(tmp_path / "model", label_space="own").label_space] == slip
+    for wrong in ([0, 1, 2], ["cat", None, "dog"]):
+        with pytest.raises(UnresolvedLabelSpaceError, match=r"does not name its classes; give label_space"):
+            models.load_model(folder(label_names=wrong))
+    with pytest.raises(ModelError, match="nor has a name for each index"):
+        models.load_model(folder(label_names={"0": "a", "2": "c"}))
+    loaded = models.load_model(folder(labels={"task": "pets"}), label_space=ClassNames(["a", "b", "c"]))
+    assert [*loaded.label_space] == ["a", "b", "c"]
+    with pytest.raises(UnresolvedLabelSpaceError, match="or ClassNames for classes that are no synsets"):
+        models.load_model(tmp_path / "model")
+    with pytest.raises(UnknownSynsetError, match="ClassNames takes the names"):
+        models.load_model(module, label_space=["cat", "dog", "bird"])
+    with pytest.raises(UnresolvedLabelSpaceError, match="are not known by itself"):
+        models.load_model(module, label_space="own")
+
+
+def test_a_network_may_have_another_classifier_than_it_began_with():
+    module = timm.create_model("test_resnet", num_classes=1000)
+    module.fc = torch.nn.Linear(module.fc.in_features, 2)
+    found = predict(CAT, model=module, label_space=ClassNames(["cat", "dog"]))
+    assert {output.name for output in found.top_k} == {"cat", "dog"}
+    with pytest.raises(LabelSpaceError, match="ResNet has 2 outputs, but own has 3 classes"):
+        models.load_model(module, label_space=ClassNames(["cat", "dog", "bird"]))
 
 
 def test_a_folder_keeps_its_own_preprocessing(folder, tmp_path, monkeypatch):

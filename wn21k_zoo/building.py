@@ -256,9 +256,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     settings = config.get("pretrained_cfg", {})
     if not isinstance(settings, dict):
         raise ModelError(f"{folder / CONFIG_FILE}: pretrained_cfg is not an object.")
-    for names in (config.get("label_names"), settings.get("label_names"), config.get("labels")):  # timm's former name
+    former = config.get("labels")  # timm's name for them until 2022
+    for names in (config.get("label_names"), settings.get("label_names"), former if isinstance(former, list) else None):
+        if isinstance(names, dict) and set(names) == {str(index) for index in range(len(names))}:
+            names = [names[str(index)] for index in range(len(names))]
         if names is not None and not isinstance(names, list):
-            raise ModelError(f"{folder / CONFIG_FILE}: label_names is not a list.")
+            raise ModelError(f"{folder / CONFIG_FILE}: label_names is not a list, nor has a name for each index.")
         if names:
             return {**config, "label_names": names}
     return config

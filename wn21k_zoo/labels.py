@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib import resources
 from types import MappingProxyType
@@ -141,7 +141,8 @@ class LabelSpace:
 class ClassNames:
     """Classes that are no WordNet synsets, one for each output of a head; a network fine-tuned on folders has such.
 
-    Nothing is known of them but their names: no class is above another one.
+    Nothing is known of them but their names: no class is above another one. Outputs are read as one softmax unless
+    ``head`` says ``sigmoid``.
 
     Args:
         names: In the order of the outputs; any sequence is kept as a tuple.
@@ -149,28 +150,36 @@ class ClassNames:
 
     Raises:
         EmptyLabelSpaceError: There is no class.
-        InvalidArgumentError: A name is no text.
+        InvalidArgumentError: A name is no text, or the names have no order.
 
     Example:
         >>> ClassNames(["healthy", "rust", "scab"])
         ClassNames('own', 3 classes)
     """
 
-    names: tuple[str, ...]
+    names: Sequence[str]
     name: str = "own"
 
     def __post_init__(self) -> None:
-        if isinstance(self.names, str) or not isinstance(self.names, Iterable):
-            raise InvalidArgumentError(f"names is a {type(self.names).__name__}; give a list of names of classes.")
+        if isinstance(self.names, (str, Set, Mapping)) or not isinstance(self.names, Iterable):
+            raise InvalidArgumentError(
+                f"names is a {type(self.names).__name__}; give a list of names of classes, and then what to call them."
+            )
         object.__setattr__(self, "names", tuple(self.names))
         if not self.names:
             raise EmptyLabelSpaceError("The list of classes is empty; give at least one name.")
-        for name in self.names:
+        for name in (self.name, *self.names):
             if not isinstance(name, str):
                 raise InvalidArgumentError(f"{name!r} is no name of a class; give texts.")
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __getitem__(self, index: int) -> str:
+        return self.names[index]
 
     def __repr__(self) -> str:
         return f"ClassNames({self.name!r}, {len(self):,} classes)"

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from wn21k_zoo import download, registry
 from wn21k_zoo.building import (
@@ -26,6 +26,7 @@ from wn21k_zoo.building import (
 )
 from wn21k_zoo.checkpoints import DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT, Checkpoint, Head
 from wn21k_zoo.errors import (
+    EmptyLabelSpaceError,
     InvalidArgumentError,
     LabelSpaceError,
     MissingExtraError,
@@ -37,6 +38,7 @@ from wn21k_zoo.errors import (
     first_line,
 )
 from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace
+from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.tree import SemanticTree
 
 if TYPE_CHECKING:
@@ -48,9 +50,11 @@ __all__ = [
     "LabelSpaceLike",
     "LoadedModel",
     "ModelLike",
+    "check_logits",
     "choose_default",
     "create_transform",
     "device_of",
+    "dtype_of",
     "load_model",
     "select_device",
 ]
@@ -58,6 +62,7 @@ __all__ = [
 ModelLike = Union[str, os.PathLike[str], "nn.Module"]
 Classes = LabelSpace | ClassNames
 LabelSpaceLike = str | Classes | Sequence[str]
+Given = Classes | Literal["own"] | None
 
 HEADS: tuple[Head, ...] = ("semantic_softmax", "softmax", "sigmoid")
 
@@ -100,10 +105,10 @@ def load_model(
         model: A record's name, a timm name with a known label space, a folder with ``config.json`` and weights,
             ``hf-hub:ORG/NAME[@REVISION]``, a module (taken as it is), or None for :func:`choose_default`.
         label_space: Classes of the outputs of a module or a folder: a shipped name, wnids or a :class:`LabelSpace`;
-            :class:`ClassNames` for classes that are no synsets.
+            :class:`ClassNames` for classes that are no synsets, or ``own`` for the names that a folder gives them.
         head: How to read the outputs of a module or a folder that does not say: ``semantic_softmax`` (a softmax per
-            level, as :class:`wn21k_zoo.training.losses.SemanticSoftmaxLoss` trains), ``softmax`` or ``sigmoid``. Not
-            needed where all classes are of one level.
+            level, as :class:`wn21k_zoo.training.losses.SemanticSoftmaxLoss` trains), ``softmax`` or ``sigmoid``. Where
+            all classes are of one level, or no synsets, it is a softmax unless it is given.
         cache_dir: Folder of the cache.
 
     Raises:
@@ -233,11 +238,30 @@ def select_device(device: str | torch.device = "auto") -> torch.device:
     return chosen
 
 
+def check_logits(logits: Any, images: int, classes: Classes, name: str) -> None:
+    """See that outputs are one number for each image and class.
+
+    Raises:
+        ModelError: They are something else.
+    """
+    shape = tuple(getattr(logits, "shape", ())) or type(logits).__name__
+    if shape != (images, len(classes)):
+        raise ModelError(
+            f"{name} gives outputs of shape {shape} for {images} images; {classes.name} needs "
+            f"[{images}, {len(classes)}]."
+        )
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module's parameters are, the CPU if it has none."""
     import torch
 
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """In what numbers a module's parameters are, None if it has none that are floating-point."""
+    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
 
 
 def _is_too_old(device: torch.device) -> bool:
@@ -269,15 +293,13 @@ def _embedded_instead(why: str) -> str:
     return EMBEDDED_CHECKPOINT
 
 
-def _from_hub(
-    name: str, space: Classes | None, head: Head | None, cache_dir: str | os.PathLike[str] | None
-) -> LoadedModel:
+def _from_hub(name: str, space: Given, head: Head | None, cache_dir: str | os.PathLike[str] | None) -> LoadedModel:
     config, weights, labels = fetch_from_hub(name, cache_dir)
     return _load_folder(name, config.path.parent, weights.path, labels.path if labels else None, space, head)
 
 
 def _load_folder(
-    name: str, folder: Path, weights: Path | None, labels: Path | None, space: Classes | None, head: Head | None
+    name: str, folder: Path, weights: Path | None, labels: Path | None, space: Given, head: Head | None
 ) -> LoadedModel:
     import timm
 
@@ -287,7 +309,9 @@ def _load_folder(
     if labels is not None:
         stated_space, stated_head = _read_labels(labels)
         space, head = space or stated_space, head or stated_head
-    if space is None:
+    if space == "own":
+        space = _own_names(config, folder)
+    elif space is None:
         space = _label_space_of_config(config, known, folder)
     module = build_from_folder(folder, weights).eval()
     _check_outputs(module, space, name)
@@ -339,29 +363,43 @@ def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, 
     names = config.get("label_names")
     if names:
         known_space = LabelSpace.load(known.label_space) if known else None
-        if known_space is not None and tuple(names) in (known_space.wnids, known_space.unique_names):
-            return known_space
+        if known_space is not None:
+            if tuple(names) in (known_space.wnids, known_space.unique_names, known_space.names):
+                return known_space
+        elif not any(isinstance(name, str) and WNID_PATTERN.fullmatch(name) for name in names):
+            return _own_names(config, folder)
         try:
             return LabelSpace(folder.name, tuple(names))
-        except UnknownSynsetError:  # names of its own, not the classes of the checkpoint that it was made from
-            return ClassNames(tuple(names))
+        except UnknownSynsetError as error:  # a slip among wnids, or not the classes of the checkpoint it was made from
+            raise UnresolvedLabelSpaceError(
+                f"{folder} seems to have synsets as its classes, but {str(error).partition(';')[0].rstrip('.')}. Give "
+                "label_space (--label-space): a name or wnids, or own, for its names as they are."
+            ) from None
     if known is None:
         raise UnresolvedLabelSpaceError(
-            f"{folder} does not say which WordNet synsets its outputs are; give label_space (a name or wnids)."
+            f"{folder} does not say which WordNet synsets its outputs are; give label_space: a name such as "
+            "imagenet1k, wnids, or ClassNames for classes that are no synsets."
         )
     return LabelSpace.load(known.label_space)
 
 
-def _from_module(module: Any, space: Classes | None, head: Head | None) -> LoadedModel:
+def _own_names(config: Mapping[str, Any], folder: Path) -> ClassNames:
+    try:
+        return ClassNames(config.get("label_names") or ())
+    except (EmptyLabelSpaceError, InvalidArgumentError) as error:
+        raise UnresolvedLabelSpaceError(f"{folder} does not name its classes; give label_space. ({error})") from None
+
+
+def _from_module(module: Any, space: Given, head: Head | None) -> LoadedModel:
     from timm.data import resolve_data_config
     from torch import nn
 
     if not isinstance(module, nn.Module):
         raise InvalidArgumentError(f"model is a {type(module).__name__}; give a name, a folder or a torch module.")
-    if space is None:
+    if space is None or space == "own":
         raise UnresolvedLabelSpaceError(
-            "The classes of a module are not known by itself; give label_space (a name such as imagenet1k, wnids, or "
-            "ClassNames)."
+            "The classes of a module are not known by itself; give label_space: a name such as imagenet1k, wnids, or "
+            "ClassNames for classes that are no synsets."
         )
     _check_outputs(module, space, type(module).__name__)
     settings = getattr(module, "pretrained_cfg", None)
@@ -403,12 +441,21 @@ def _head_of(known: Checkpoint | None, space: Classes, name: str, head: Head | N
 
 
 def _check_outputs(module: nn.Module, space: Classes, name: str) -> None:
-    outputs = getattr(module, "num_classes", None)
+    # Not its num_classes: somebody may have put another classifier there.
+    classifier: Any = getattr(module, "get_classifier", lambda: None)()
+    outputs = getattr(classifier, "out_features", None)
     if isinstance(outputs, int) and outputs != len(space):
         raise LabelSpaceError(f"{name} has {outputs:,} outputs, but {space.name} has {len(space):,} classes.")
 
 
-def _as_label_space(label_space: LabelSpaceLike | None) -> Classes | None:
+def _as_label_space(label_space: LabelSpaceLike | None) -> Given:
     if label_space is None or isinstance(label_space, (LabelSpace, ClassNames)):
         return label_space
-    return LabelSpace.load(label_space) if isinstance(label_space, str) else LabelSpace("custom", tuple(label_space))
+    if label_space == "own":
+        return "own"
+    if isinstance(label_space, str):
+        return LabelSpace.load(label_space)
+    try:
+        return LabelSpace("custom", tuple(label_space))
+    except UnknownSynsetError as error:
+        raise UnknownSynsetError(f"{error} ClassNames takes the names of classes that are no synsets.") from None

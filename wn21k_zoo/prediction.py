@@ -187,7 +187,8 @@ class Prediction:
             for label in level.labels[:1]
         )
         title = html.escape(self.label.name if self.label else "no label reaches the threshold")
-        about = html.escape(" · ".join(filter(None, [self.source, self.model, self.label_space, self.tree])))
+        tree = self.tree if self.tree != self.label_space else None
+        about = html.escape(" · ".join(filter(None, [self.source, self.model, self.label_space, tree])))
         return (
             f"<table><caption><b>{title}</b><br>{about}</caption><thead><tr><th>level</th><th>label</th><th>wnid</th>"
             f"<th>probability</th><th>confidence</th><th>definition</th></tr></thead><tbody>{rows}</tbody></table>"

@@ -65,8 +65,9 @@ class Predictor:
         batch_size: Images per forward pass; by default 8 on a CPU, whose caches like it small, and 32 elsewhere.
         tree: Whose labels are given: a shipped tree's name, a file of wnids or a :class:`SemanticTree`. By default
             fall11, or winter21 for a head over its classes; for a semantic softmax always the tree over its classes.
-            Not for classes that are no synsets.
-        label_space: Classes of the outputs of a module or a folder; :class:`ClassNames` where they are no synsets.
+            Not for classes that are no synsets: then the attribute ``tree`` is None.
+        label_space: Classes of the outputs of a module or a folder; :class:`ClassNames` where they are no synsets, or
+            ``own`` for the names that a folder gives them.
         head: How outputs of a module or a folder are to be read that does not say: ``semantic_softmax``, ``softmax``
             or ``sigmoid``; see :func:`wn21k_zoo.models.load_model`.
         transform: From an RGB PIL image to a float tensor [3, H, W], in place of the model's own preprocessing.
@@ -257,16 +258,12 @@ class Predictor:
 
         try:
             with torch.inference_mode():
-                pixels = torch.stack(tensors).to(self.device, _dtype_of(self.module))
+                pixels = torch.stack(tensors).to(self.device, models.dtype_of(self.module))
                 with evaluating(self.module):
                     logits = self.module(
                         pixels.contiguous(memory_format=self._memory_format or torch.contiguous_format)
                     )
-                if tuple(logits.shape) != (len(tensors), len(self.label_space)):
-                    raise ModelError(
-                        f"{self.name} gives outputs of shape {tuple(logits.shape)} for {len(tensors)} images; "
-                        f"{self.label_space.name} needs [{len(tensors)}, {len(self.label_space)}]."
-                    )
+                models.check_logits(logits, len(tensors), self.label_space, self.name)
                 finite = logits.isfinite().all(dim=-1)
                 found = iter(self._reader(logits[finite], self.top_k))
                 return [next(found) if usable else None for usable in finite.tolist()]
@@ -413,10 +410,6 @@ def _loaded(image: ImageLike, *, allow_url: bool = False) -> Any:
         return load_image(image, allow_url=allow_url)
     except Warning as warning:
         raise ImageError(str(warning)) from warning
-
-
-def _dtype_of(module: Any) -> torch.dtype | None:
-    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
 
 
 def _short_side(data_config: Mapping[str, Any]) -> float | None:

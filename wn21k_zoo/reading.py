@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["NamesReader", "TreeReader", "default_tree"]
+__all__ = ["NamesReader", "TreeReader", "default_tree", "largest"]
 
 
 class TreeReader:

@@ -294,7 +294,10 @@ class SemanticTree:
         return self[index] if index >= 0 else None
 
     def with_ancestors(self) -> SemanticTree:
-        """The tree over the classes and, after them, all synsets above them in WordNet; classes keep their indices."""
+        """The tree over the classes and, after them, all synsets above them in WordNet; classes keep their indices.
+
+        Parents are WordNet's primary ones, whatever the tree's own are.
+        """
         parents = load_nouns().parents
         above = {int(position) for position in self.label_space.positions}
         added: list[int] = []
@@ -302,6 +305,8 @@ class SemanticTree:
             while (position := int(parents[position])) >= 0 and position not in above:
                 above.add(position)
                 added.append(position)
+        if not added:
+            return self
         wnids = [f"n{offset:08d}" for offset in load_nouns().offsets[sorted(added)]]
         return SemanticTree.from_wnids([*self.wnids, *wnids], name=f"{self.name}_with_ancestors")
 

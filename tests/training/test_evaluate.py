@@ -1,5 +1,6 @@
 """What is told of each image and each class; the figures themselves are in test_export.py and test_metrics.py."""
 
+import copy
 import csv
 import shutil
 
@@ -13,9 +14,11 @@ from wn21k_zoo.errors import (
     BadImagesError,
     DataOutputError,
     InvalidArgumentError,
+    ModelError,
     NonFiniteError,
     UnresolvedLabelSpaceError,
 )
+from wn21k_zoo.labels import ClassNames
 from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.export import export_run
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
@@ -112,6 +115,17 @@ def test_a_network_of_ones_own_is_evaluated_and_left_as_it_was(run, data, tmp_pa
         evaluate(module, data, workers=0)
     with pytest.raises(InvalidArgumentError, match="How images are prepared for Linear is not known"):
         evaluate(torch.nn.Linear(3, 6), data, label_space=sorted(WNIDS), head="softmax", workers=0)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = evaluate(copy.deepcopy(module).to(dtype), data, label_space=sorted(WNIDS), head="softmax", workers=0)
+        assert half["images"] == 60
+    with pytest.raises(ModelError, match=r"ResNet gives outputs of shape \(60, \d+\) .* custom needs \[60, 6\]"):
+        evaluate(
+            timm.create_model("test_resnet", num_classes=0), data, label_space=sorted(WNIDS), head="softmax", workers=0
+        )
+    with pytest.raises(
+        InvalidArgumentError, match="has several classes 'a', and images of a class are found by its name"
+    ):
+        evaluate(module, data, label_space=ClassNames(list("aabcde")), workers=0)
     with pytest.raises(InvalidArgumentError, match="no last checkpoint"):
         evaluate(module, data, which="last", label_space=sorted(WNIDS))
 

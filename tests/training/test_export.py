@@ -193,7 +193,7 @@ def test_classes_of_ones_own(tmp_path):
     assert model.num_classes == 2
     shown = json.loads(CliRunner().invoke(app, ["info", str(folder)]).stdout)
     assert (shown["architecture"], shown["first_classes"], shown["crop_pct"]) == ("test_convnext", "cats; dogs", 0.875)
-    assert shown["label_space"] is None
+    assert shown["label_space"] == "own"
     figures = evaluate(tmp_path / "run", data, workers=0)
     assert figures["images"] == 4
     assert "semantic_top1" not in figures
@@ -372,9 +372,10 @@ def test_classes_of_ones_own_are_evaluated_and_predicted(tmp_path):
     assert result.exit_code == 0
     assert f"outputs {predictor(images / rows[0]['image']).top_k[0].name} 0." in result.stdout
     assert "label space own\n" in result.stdout
-    result = CliRunner().invoke(app, ["predict", "sample:cat", "-m", str(folder), "-f", "csv", "--level", "0"])
+    assert CliRunner().invoke(app, ["predict", "sample:cat", "-m", str(folder), "--level", "0"]).exit_code == 0
+    result = CliRunner().invoke(app, ["predict", "sample:cat", "-m", str(folder), "--level", "1"])
     assert result.exit_code == 2
-    assert "are no synsets and have no levels" in result.stderr
+    assert f"{folder} has no level 1; its levels are 0." in result.stderr.replace("\n", "")
     with pytest.raises(ModelError, match="is the folder of a run; `wn21k train export"):
         wn21k_zoo.predict(images / "käse" / "1.jpg", model=tmp_path / "run")
 

@@ -1,5 +1,6 @@
 """Runs in processes of their own: killed, told to stop, and several together."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -113,12 +114,30 @@ def run_on_ranks(count, recipe, data, output):
         FORKS.Process(target=run_rank, args=(str(store), rank, count, recipe.to_json(), str(data), str(output)))
         for rank in range(count)
     ]
+    with started(processes):
+        assert joined(processes, 100) == [0] * count
+    store.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def started(processes):
+    """Within, they run; none is left over, or pytest would wait for it at its end."""
     for process in processes:
         process.start()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def joined(processes, seconds):
+    """How they end within so many seconds in all."""
+    deadline = time.monotonic() + seconds
     for process in processes:
-        process.join(100)
-    assert [process.exitcode for process in processes] == [0] * count
-    store.unlink(missing_ok=True)
+        process.join(max(0, deadline - time.monotonic()))
+    return [process.exitcode for process in processes]
 
 
 def wait_for_step(output, step, process):
@@ -148,6 +167,9 @@ def test_two_ranks_equal_one_to_rounding(data, tmp_path, images, model):
     recipe = small_recipe(optimizer=FAST, model=model, data={"batch_per_device": images})
     run_on_ranks(2, recipe, data, tmp_path / "two")
     assert_close_weights(final(tmp_path / "one"), final(tmp_path / "two"), recipe=recipe)
+    if recipe.model.compile:
+        run_on_ranks(1, recipe, data, tmp_path / "compiled")
+        assert_close_weights(final(tmp_path / "one"), final(tmp_path / "compiled"), recipe=recipe)
     evaluations = [lines(tmp_path / name, "evaluation") for name in ("one", "two")]
     assert [[line["images"] for line in each] for each in evaluations] == [[6, 6], [6, 6]]
 
@@ -177,6 +199,9 @@ def test_without_a_compiler_torch_compile_says_so_in_one_line(data, tmp_path):
     assert "--set model.compile=false" in last
     assert "Traceback" not in done.stderr
     assert RunFolder(output).status()["state"] == "failed"
+    recipe.model.compile = False  # then the same goes on
+    run(recipe, data, output)
+    assert RunFolder(output).status()["state"] == "finished"
 
 
 @pytest.mark.slow
@@ -200,12 +225,9 @@ def in_processes(target, tmp_path, count, *arguments):
         FORKS.Process(target=target, args=(str(tmp_path / f"store{count}"), rank, count, *arguments, results))
         for rank in range(count)
     ]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=100) for _ in processes]
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    with started(processes):
+        found = [results.get(timeout=60) for _ in processes]
+        assert joined(processes, 30) == [0] * count
     return found
 
 
@@ -282,7 +304,13 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(data, tmp_path, start, ranks
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "number", "code", "everybody"),
-    [(1, "SIGTERM", 143, False), (1, "SIGINT", 130, True), (2, "SIGTERM", 1, False), (2, "SIGTERM", 1, True)],
+    [
+        (1, "SIGTERM", 143, False),
+        (1, "SIGTERM", 143, True),  # as Slurm and containers tell all of them
+        (1, "SIGINT", 130, True),
+        (2, "SIGTERM", 1, False),
+        (2, "SIGTERM", 1, True),
+    ],
 )
 def test_told_to_stop_it_writes_a_checkpoint(data, tmp_path, start, ranks, number, code, everybody):
     recipe = small_recipe(schedule={"epochs": 500})
@@ -317,16 +345,11 @@ def test_told_to_stop_inside_a_step_that_does_not_end_it_loses_that_step_alone(d
     processes = [
         FORKS.Process(target=run_that_is_stuck, args=(str(store), rank, ranks, *arguments)) for rank in range(ranks)
     ]
-    for process in processes:
-        process.start()
-    wait_for(lambda: all((tmp_path / f"store.stuck{rank}").exists() for rank in range(ranks)))
-    begin = time.monotonic()
-    for process in processes:
-        os.kill(process.pid, signal.SIGTERM)
-    for process in processes:
-        process.join(60)
-    assert time.monotonic() - begin < 26
-    assert [process.exitcode for process in processes] == [143] * ranks
+    with started(processes):
+        wait_for(lambda: all((tmp_path / f"store.stuck{rank}").exists() for rank in range(ranks)))
+        for process in processes:
+            os.kill(process.pid, signal.SIGTERM)
+        assert joined(processes, 26) == [143] * ranks
     assert RunFolder(output).status() == {"state": "preempted", "step": 8, "total": 12}
     assert final(output)["step"] == 8
     for name in ("whole", "parts"):

@@ -273,22 +273,30 @@ def _scored(label: Label) -> str:
 
 
 def _print_prediction(target: Console, prediction: Prediction) -> None:
+    from rich.markup import escape
+
+    best = prediction.label
+    title = _scored(best) if best else "no label reaches the threshold"
+    target.print(f"[bold]{escape(prediction.source or 'image')}[/]  [bold green]{title}[/]")
+    if prediction.top_k[0].wnid:  # else the outputs are all that there is
+        _print_tree(target, prediction)
+    top = " · ".join(f"{output.short_name} {output.probability:.2f}" for output in prediction.top_k)
+    target.print(f"[dim]outputs[/] {escape(top)}")
+    tree = f", tree {prediction.tree}" if prediction.top_k[0].wnid else ""
+    unmapped = f", {prediction.unmapped:.2f} unmapped" if prediction.unmapped >= 0.005 else ""
+    about = f"model {prediction.model}, label space {prediction.label_space}{tree}{unmapped}"
+    target.print(f"[dim]{escape(about)}[/]\n")
+
+
+def _print_tree(target: Console, prediction: Prediction) -> None:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
     from rich.tree import Tree
 
-    best = prediction.label
-    title = _scored(best) if best else "no label reaches the threshold"
-    target.print(f"[bold]{escape(prediction.source or 'image')}[/]  [bold green]{title}[/]")
-    top = " · ".join(f"{output.short_name} {output.probability:.2f}" for output in prediction.top_k)
-    if not prediction.top_k[0].wnid:  # then the outputs are all that there is
-        target.print(f"[dim]outputs[/] {escape(top)}")
-        target.print(f"[dim]model {escape(prediction.model)}, label space {prediction.label_space}[/]\n")
-        return
     branch = tree = Tree("path", hide_root=True)
     for label in prediction.path:
-        style = "bold green" if label == best else "" if label.confidence >= prediction.threshold else "dim"
+        style = "bold green" if label == prediction.label else "" if label.confidence >= prediction.threshold else "dim"
         branch = branch.add(_scored(label), style=style)
     target.print(tree)
     table = Table("level", "label", "wnid", "p", "next", box=box.SIMPLE_HEAD)
@@ -301,9 +309,3 @@ def _print_prediction(target: Console, prediction: Prediction) -> None:
         )
         table.add_row(str(level.depth), escape(first.name), first.wnid, f"{first.probability:.2f}", escape(following))
     target.print(table)
-    target.print(f"[dim]outputs[/] {escape(top)}")
-    unmapped = f", {prediction.unmapped:.2f} unmapped" if prediction.unmapped >= 0.005 else ""
-    target.print(
-        f"[dim]model {escape(prediction.model)}, label space {prediction.label_space}, tree {escape(prediction.tree)}"
-        f"{unmapped}[/]\n"
-    )

@@ -66,7 +66,10 @@ def predict(
     ] = 0.5,
     tree: Annotated[str | None, typer.Option("--tree", help="fall11, winter21, or a file of wnids.")] = None,
     label_space: Annotated[
-        str | None, typer.Option("--label-space", help="Classes of a folder's model, when it does not say.")
+        str | None,
+        typer.Option(
+            "--label-space", help="Classes of a folder's model, when it does not say; own: their names alone."
+        ),
     ] = None,
     head: HeadOption = None,
     format: FormatOption = None,  # noqa: A002
@@ -111,11 +114,13 @@ def predict(
             head=head,
             allow_url=allow_url,
         )
-        if level is not None and predictor.tree is None:
-            raise InvalidArgumentError(f"The classes of {predictor.name} are no synsets and have no levels.")
-        if level is not None and predictor.tree is not None and level not in predictor.tree.levels:
-            known = ", ".join(map(str, predictor.tree.levels)) or "none"
-            raise InvalidArgumentError(f"The tree {predictor.tree.name} has no level {level}; its levels are {known}.")
+        levels = (
+            [*predictor.tree.levels] if predictor.tree is not None else [0]
+        )  # classes that are no synsets are roots
+        if level is not None and level not in levels:
+            known = ", ".join(map(str, levels)) or "none"
+            name = predictor.tree.name if predictor.tree is not None else predictor.name
+            raise InvalidArgumentError(f"The tree {name} has no level {level}; its levels are {known}.")
         total = None if from_stdin else len(list(sources))
         raise typer.Exit(
             _write(_results(predictor, sources, read_ahead=not from_stdin), chosen, level, total, quiet=quiet)

@@ -184,6 +184,7 @@ def _last_evaluation(run: Path) -> dict[str, Any]:
         "epoch": last.get("epoch"),
         "classes": data.get("label_space") or "own",
         "images": last.get("images"),
+        "hierarchy": last.get("hierarchy"),
         **{name: round(last[name], 2) if isinstance(last.get(name), (int, float)) else None for name in _COMPARED},
     }
 

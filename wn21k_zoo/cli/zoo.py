@@ -19,6 +19,7 @@ from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, Checkpoint
 from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, print_json, print_table, printed_as_json
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.synsets import WNID_PATTERN
 
 __all__ = ["register"]
 
@@ -123,15 +124,16 @@ def _of_folder(folder: Path) -> dict[str, Any]:
         labels = json.loads((folder / building.LABELS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         labels = {}
-    names = config.get("label_names") or []
+    names = [str(each) for each in config.get("label_names") or []]
+    own = "own" if names and not any(map(WNID_PATTERN.fullmatch, names)) else None
     local = next((folder / each for each in building.WEIGHT_FILES if (folder / each).is_file()), None)
     return {
         "name": folder.name,
         "architecture": config["architecture"],
-        "label_space": labels.get("label_space"),
+        "label_space": labels.get("label_space") or own,
         "head": labels.get("head"),
         "num_classes": config.get("num_classes"),
-        "first_classes": "; ".join(str(each) for each in names[:3]) or None,
+        "first_classes": "; ".join(names[:3]) or None,
         **{key: value for key, value in config.get("pretrained_cfg", {}).items() if key != "label_names"},
         "model_args": config.get("model_args"),
         "local_file": str(local) if local else None,

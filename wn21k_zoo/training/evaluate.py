@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -21,8 +22,16 @@ from wn21k_zoo import building
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError
 from wn21k_zoo.files import atomic_file, check_writable
-from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.models import LabelSpaceLike, ModelLike, device_of, load_model, select_device
+from wn21k_zoo.labels import ClassNames, LabelSpace
+from wn21k_zoo.models import (
+    LabelSpaceLike,
+    ModelLike,
+    check_logits,
+    device_of,
+    dtype_of,
+    load_model,
+    select_device,
+)
 from wn21k_zoo.modes import evaluating
 from wn21k_zoo.training.augment import Image
 from wn21k_zoo.training.data import (
@@ -68,9 +77,9 @@ def evaluate(
 
     Args:
         model: A run's folder, a record's or timm's name, an exported folder, ``hf-hub:ORG/NAME``, or a network of
-            timm's, with ``label_space``; it is afterwards in the mode that it was in.
+            timm's, with ``label_space``; its layers are afterwards in the modes that they were in.
         data: Shards or a URL of them, mapped to the model's classes by synset; or a folder of class folders named by
-            wnids (for a run on classes of one's own, by its classes).
+            wnids (for classes that are no synsets, by their names).
         split: ``train``, ``validation``, or for class folders ``all``. Default: ``validation``; but all images of a
             folder that is not divided, unless the model is a run, or exported from one, that was trained on it, and so
             has seen nine in ten of them.
@@ -80,7 +89,7 @@ def evaluate(
         cache_dir: Folder of the cache.
         batch_size: Images at a time.
         workers: Processes that load images; default: the cores of this machine, at most 16.
-        device: auto (a network stays where it is), cpu, cuda or mps.
+        device: auto (a network stays where it is), cpu, cuda or mps (where it stays afterwards).
         precision: fp32, bf16 or fp16.
         max_bad: Share of damaged images that is endured.
         predictions: CSV file for a row per image: ``image``, ``class`` and ``prediction`` (wnids, or the model's own
@@ -97,10 +106,12 @@ def evaluate(
         ``hierarchy``, the tree with all synsets above the classes. Classes that are no synsets have neither.
 
     Raises:
-        ModelError, UnknownModelError, RunError: The model cannot be loaded.
+        ModelError, UnknownModelError, UnresolvedLabelSpaceError, RunError: The model cannot be loaded, or gives other
+            outputs than its classes need.
         DataError: The data cannot be read, or has none of the model's classes.
         DataOutputError: ``predictions`` cannot be written.
-        InvalidArgumentError: A number is out of range; how images are prepared for a network is not known.
+        InvalidArgumentError: A number is out of range; how images are prepared for a network, or how its outputs are
+            read, is not known; two of its classes have the same name.
         NonFiniteError: The model's outputs are not finite.
     """
     if batch_size < 1 or (workers is not None and workers < 0):
@@ -111,8 +122,6 @@ def evaluate(
     if predictions is not None:
         check_writable(expanded(predictions))
     chosen = device_of(model) if isinstance(model, nn.Module) and device == "auto" else select_device(device)
-    if chosen.type == "cuda" and chosen.index is not None:
-        torch.cuda.set_device(chosen)  # for the thread that pins memory, too
     subject = _subject(model, which, label_space, head, cache_dir)
     if split is None:
         has_parts = not is_class_folder(data) or is_divided(data) or _has_seen(subject, data)
@@ -134,12 +143,17 @@ def evaluate(
         max_bad=max_bad,
         names=predictions is not None,
     )
-    total, begin, dtype = len(loader), time.perf_counter(), dtypes[precision]
-    with torch.inference_mode(), evaluating(module), _rows(predictions, subject.class_names) as write:
+    own = dtype_of(module)  # of a network of the caller's
+    dtype = dtypes[precision] or (own if own in (torch.bfloat16, torch.float16) else None)
+    total, begin = len(loader), time.perf_counter()
+    # The thread that pins memory takes the current GPU.
+    there = torch.cuda.device(chosen) if chosen.type == "cuda" else contextlib.nullcontext()
+    with there, torch.inference_mode(), evaluating(module), _rows(predictions, subject.class_names) as write:
         for number, batch in enumerate(loader, start=1):
             if len(batch):  # else all its images are damaged
                 with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
                     logits = module(batch.images.contiguous(memory_format=layout))
+                check_logits(logits, len(batch), subject.classes, subject.name)
                 write(batch, *evaluation.update(logits, batch.targets))
             progress(number, total)
         figures = evaluation.compute()
@@ -148,7 +162,6 @@ def evaluate(
         "label_space": subject.space.name if subject.space else None,
         "classes": len(subject.class_names),
         "head": subject.head,
-        "hierarchy": evaluation.hierarchy,
         "split": split,
         **figures,
         "per_class": _per_class(evaluation, subject.class_names),
@@ -197,11 +210,18 @@ def _rows(
 class _Subject:
     name: str
     module: nn.Module
-    space: LabelSpace | None
-    class_names: tuple[str, ...]
+    classes: LabelSpace | ClassNames
     head: Head
     resize: Augmentation
-    trained_on: str = ""
+    trained_on: str
+
+    @property
+    def space(self) -> LabelSpace | None:
+        return self.classes if isinstance(self.classes, LabelSpace) else None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.classes)
 
 
 def _subject(
@@ -221,28 +241,31 @@ def _subject(
         return _Subject(
             name=recipe.name,
             module=Normalized(trained.module, recipe.model.mean, recipe.model.std),
-            space=trained.space,
-            class_names=trained.class_names,
+            classes=trained.space or ClassNames(trained.class_names),
             head=recipe.loss.head,
             resize=evaluation_resize(recipe),
             trained_on=trained.trained_on,
         )
     if which != "best":
-        raise InvalidArgumentError(f"What is evaluated is no run, and has no {which} checkpoint.")
+        shown = model if isinstance(model, (str, os.PathLike)) else f"A {type(model).__name__}"
+        raise InvalidArgumentError(f"{shown} is no run, and has no {which} checkpoint; leave out which (--checkpoint).")
     loaded = load_model(model, label_space=label_space, head=head, cache_dir=cache_dir)
     if loaded.data_config is None:
         raise InvalidArgumentError(
-            f"How images are prepared for {loaded.name} is not known; give a network of timm's, which says so in its "
-            "pretrained_cfg."
+            f"How images are prepared for {loaded.name} is not known; give a network of timm's, or the one that this "
+            "wraps (module.module): its pretrained_cfg says so."
         )
     config, classes = dict(loaded.data_config), loaded.label_space
     folder = building.configured_folder(model, cache_dir) if isinstance(model, (str, os.PathLike)) else None
-    space = classes if isinstance(classes, LabelSpace) else None
+    if len(set(classes)) < len(classes):
+        again = next(name for name, count in Counter(classes).items() if count > 1)
+        raise InvalidArgumentError(
+            f"{loaded.name} has several classes {again!r}, and images of a class are found by its name; name them anew."
+        )
     return _Subject(
         name=loaded.name,
         module=Normalized(loaded.module, config["mean"], config["std"]),
-        space=space,
-        class_names=space.wnids if space is not None else classes.names,
+        classes=classes,
         head=loaded.head,
         resize=_own_resize(config),
         trained_on=building.read_config(folder).get(TRAINED_ON, "") if folder is not None else "",

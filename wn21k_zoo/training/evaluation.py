@@ -41,8 +41,8 @@ class Evaluation(nn.Module):
     ancestors, only among them does the highest confidence choose. Where no class with images is above another, all are.
     Of several that are as certain as a common ancestor the one with the highest probability within its level is chosen.
 
-    Hierarchical distances are within the tree of the classes, or, where none of them is above another, within that of
-    the classes and all synsets above them in WordNet.
+    Hierarchical distances are within the tree of the classes, or, where that has but one level or one class on each,
+    within that of the classes and all synsets above them in WordNet.
 
     Attributes:
         hierarchy: Name of the tree of the distances, None for classes that are no synsets.
@@ -124,13 +124,13 @@ class Evaluation(nn.Module):
         confidence, as are calibration, the hierarchical ones, and ``balanced_top1``, the mean of all classes' own.
         ``raw_top1`` is of the highest logit of all classes with images, and ``raw_semantic_top1`` of the highest logit
         of each level, the published protocol. A confidence is what the model gives among all its classes, also where
-        few of them have images.
+        few of them have images. ``hierarchy`` is as the attribute.
 
         Raises:
             NonFiniteError: Logits were not finite.
         """
         self.broken.check()
-        figures: dict[str, Any] = {}
+        figures: dict[str, Any] = {"hierarchy": self.hierarchy}
         if self.semantic is not None:
             figures |= self.semantic.compute()
             figures["raw_semantic_top1"] = (self.raw_semantic or self.semantic).compute()["semantic_top1"]

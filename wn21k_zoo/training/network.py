@@ -228,8 +228,8 @@ def _classes_of(start: str) -> tuple[str, ...] | None:
     try:
         if (labels := _beside(start, building.LABELS_FILE)) is not None:
             return tuple(labels["wnids"])
-        if (config := _beside(start, building.CONFIG_FILE)) is not None:
-            return tuple(config["label_names"])
+        if (folder := building.configured_folder(start)) is not None:
+            return tuple(building.read_config(folder)["label_names"])
         return LabelSpace.load(registry.resolve_checkpoint(start).label_space).wnids
     except (Wn21kError, KeyError, TypeError):
         return None
