@@ -13,7 +13,7 @@ from hub_server import COMMIT, hub_server
 from PIL import Image
 from timm.models import save_for_hf
 
-from wn21k_zoo import ClassNames, FallbackModelWarning, Predictor, models, predict, registry
+from wn21k_zoo import ClassNames, FallbackModelWarning, Predictor, models, predict, registry, running
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT
 from wn21k_zoo.errors import (
     DownloadError,
@@ -267,21 +267,21 @@ def test_a_gpu_that_is_too_old_for_this_torch_is_none(monkeypatch):
     for capability, is_too_old in (((7, 0), True), ((7, 5), False), ((12, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, known=capability: known)
         if is_too_old:
-            assert models.select_device().type == "cpu"
+            assert running.select_device().type == "cpu"
             with pytest.raises(InvalidArgumentError, match=r"Tesla V100 is older than .*; install a torch"):
-                models.select_device("cuda")
+                running.select_device("cuda")
         else:
-            assert models.select_device().type == models.select_device("cuda").type == "cuda"
+            assert running.select_device().type == running.select_device("cuda").type == "cuda"
     built[:] = ["gfx90a"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert models.select_device().type == "cuda"
+    assert running.select_device().type == "cuda"
 
 
 def test_devices():
-    assert models.select_device("cpu").type == "cpu"
+    assert running.select_device("cpu").type == "cpu"
     for name in ("gpu", "cuda:99", "meta:x"):
         with pytest.raises(InvalidArgumentError, match="cannot be used here"):
-            models.select_device(name)
+            running.select_device(name)
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)

@@ -26,9 +26,9 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.labels import ClassNames, LabelSpace
 from wn21k_zoo.models import LoadedModel
-from wn21k_zoo.modes import RUNNING
 from wn21k_zoo.prediction import error_to_dict, json_schema
 from wn21k_zoo.reading import largest
+from wn21k_zoo.running import _RUNNING
 
 CAT = "sample:cat"
 SCHEMA = jsonschema.Draft202012Validator(json_schema())
@@ -296,7 +296,7 @@ def test_models_of_ones_own_may_share_parts():
     assert first.training
     assert predictor.module.training
     assert first.trained == 0
-    assert not RUNNING
+    assert not _RUNNING
 
 
 @pytest.mark.slow

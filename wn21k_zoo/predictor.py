@@ -30,9 +30,9 @@ from wn21k_zoo.errors import (
 from wn21k_zoo.images import MAX_PIXELS, describe_source, load_image
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, ClassNames
 from wn21k_zoo.models import LabelSpaceLike, LoadedModel
-from wn21k_zoo.modes import evaluating
 from wn21k_zoo.prediction import Prediction, check_threshold
 from wn21k_zoo.reading import NamesReader, TreeReader, default_tree
+from wn21k_zoo.running import check_logits, device_of, dtype_of, evaluating, select_device
 from wn21k_zoo.tree import SemanticTree
 
 if TYPE_CHECKING:
@@ -105,13 +105,13 @@ class Predictor:
         self.threshold = check_threshold(threshold)
         self.allow_url = allow_url
         chosen_tree = _as_tree(tree)  # before the model: a wrong name should not cost a download
-        chosen_device = models.select_device(device) if device != "auto" else None
+        chosen_device = select_device(device) if device != "auto" else None
         if not isinstance(model, LoadedModel):
             model = models.load_model(model, label_space=label_space, head=head, cache_dir=cache_dir)
         self.name = model.name
         self.label_space = model.label_space
         self.head = model.head
-        self.device = chosen_device or (models.select_device() if model.owned else models.device_of(model.module))
+        self.device = chosen_device or (select_device() if model.owned else device_of(model.module))
         self.batch_size = chosen_batch_size or (8 if self.device.type == "cpu" else 32)
         self.module = model.module.to(self.device) if model.owned or chosen_device else model.module
         # The layout in which convolutions are fastest (benchmarks/predict.py); a caller's module is left as it is.
@@ -258,12 +258,12 @@ class Predictor:
 
         try:
             with torch.inference_mode():
-                pixels = torch.stack(tensors).to(self.device, models.dtype_of(self.module))
+                pixels = torch.stack(tensors).to(self.device, dtype_of(self.module))
                 with evaluating(self.module):
                     logits = self.module(
                         pixels.contiguous(memory_format=self._memory_format or torch.contiguous_format)
                     )
-                models.check_logits(logits, len(tensors), self.label_space, self.name)
+                check_logits(logits, len(tensors), self.label_space, self.name)
                 finite = logits.isfinite().all(dim=-1)
                 found = iter(self._reader(logits[finite], self.top_k))
                 return [next(found) if usable else None for usable in finite.tolist()]
@@ -355,7 +355,7 @@ def predict(
         )
     stays_the_same = isinstance(chosen, str) and not looks_like_path(chosen) and not Path(chosen).is_dir()
     if stays_the_same and not options.keys() & {"label_space", "head", "cache_dir"}:
-        chosen = _load_once(chosen, str(models.select_device(device)))
+        chosen = _load_once(chosen, str(select_device(device)))
     return Predictor(chosen, top_k=top_k, threshold=threshold, device=device, **options)(images, errors=errors)
 
 

@@ -175,14 +175,14 @@ def doctor(
 def _diagnosis() -> list[tuple[str, str]]:
     from huggingface_hub import constants
 
-    from wn21k_zoo import cache, hub, models
+    from wn21k_zoo import cache, hub, running
 
     found = [("python", f"{platform.python_version()} on {platform.platform()}"), ("executable", sys.executable)]
     found += [(package, _version(package)) for package in PACKAGES]
     for extra, module in EXTRAS.items():
         installed = importlib.util.find_spec(module) is not None
         found.append((f"extra {extra}", "installed" if installed else f"missing: pip install 'wn21k-zoo[{extra}]'"))
-    found.append(("device", str(models.select_device())))
+    found.append(("device", str(running.select_device())))
     found.append(("cache", str(cache.cache_dir())))
     found.append(("WN21K_MIRROR", os.environ.get("WN21K_MIRROR") or "not set"))
     found.append(("hub cache", constants.HF_HUB_CACHE))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from wn21k_zoo.errors import RunError, TrainingError, Wn21kError, first_line
-from wn21k_zoo.models import select_device
+from wn21k_zoo.running import select_device
 
 __all__ = ["World", "join"]
 

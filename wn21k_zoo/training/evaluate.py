@@ -23,16 +23,8 @@ from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError
 from wn21k_zoo.files import atomic_file, check_writable
 from wn21k_zoo.labels import ClassNames, LabelSpace
-from wn21k_zoo.models import (
-    LabelSpaceLike,
-    ModelLike,
-    check_logits,
-    device_of,
-    dtype_of,
-    load_model,
-    select_device,
-)
-from wn21k_zoo.modes import evaluating
+from wn21k_zoo.models import LabelSpaceLike, ModelLike, load_model
+from wn21k_zoo.running import check_logits, device_of, dtype_of, evaluating, select_device
 from wn21k_zoo.training.augment import Image
 from wn21k_zoo.training.data import (
     Augmentation,

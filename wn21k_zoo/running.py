@@ -1,0 +1,111 @@
+"""What it takes to run a module: a device, evaluation mode for a while, outputs of the right shape."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from wn21k_zoo.errors import InvalidArgumentError, ModelError, first_line
+from wn21k_zoo.labels import ClassNames, LabelSpace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["check_logits", "device_of", "dtype_of", "evaluating", "select_device"]
+
+# Of each part of a module that is being run: by how many threads, and whether it was in training mode before.
+_RUNNING: dict[Any, list[Any]] = {}
+
+_CHANGING = threading.Lock()
+
+
+def select_device(device: str | torch.device = "auto") -> torch.device:
+    """A device by its name; 'auto' is CUDA, else Apple's MPS, else the CPU.
+
+    A GPU that is older than all for which torch was built is none.
+
+    Raises:
+        InvalidArgumentError: torch does not know the device or this machine does not have it.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available() and not _is_too_old(torch.device("cuda")):
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except Exception as error:
+        # torch lists all devices that there can be, or all that it was compiled for.
+        known = str(device).partition(":")[0] in ("cpu", "cuda", "mps")
+        why = f" ({first_line(error).partition('. ')[0][:160]})" if known else ""
+        raise InvalidArgumentError(
+            f"The device {str(device)!r} cannot be used here; use auto, cpu, cuda, cuda:N or mps{why}"
+        ) from error
+    if chosen.type == "cuda" and _is_too_old(chosen):
+        raise InvalidArgumentError(
+            f"{torch.cuda.get_device_name(chosen)} is older than the GPUs for which torch {torch.__version__} was "
+            f"built ({', '.join(torch.cuda.get_arch_list())}); install a torch for it, or use cpu."
+        )
+    return chosen
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are, the CPU if it has none."""
+    import torch
+
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """In what numbers a module's parameters are, None if it has none that are floating-point."""
+    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
+
+
+def check_logits(logits: Any, images: int, classes: LabelSpace | ClassNames, name: str) -> None:
+    """See that outputs are one number for each image and class.
+
+    Raises:
+        ModelError: They are something else.
+    """
+    shape = tuple(getattr(logits, "shape", ())) or type(logits).__name__
+    if shape != (images, len(classes)):
+        raise ModelError(
+            f"{name} gives outputs of shape {shape} for {images} images; {classes.name} needs "
+            f"[{images}, {len(classes)}]."
+        )
+
+
+@contextlib.contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """A module in evaluation mode, and then again as it was: some parts may be frozen, some not.
+
+    Threads may share one, and parts of it: as it was is what each part is again when the last one is done.
+    """
+    parts = list(module.modules())
+    with _CHANGING:
+        for part in parts:
+            _RUNNING.setdefault(part, [0, part.training])[0] += 1
+    try:
+        with _CHANGING, contextlib.suppress(NotImplementedError):  # torch.export's have the mode of their export
+            module.eval()
+        yield
+    finally:
+        with _CHANGING:
+            for part in parts:
+                _RUNNING[part][0] -= 1
+                if not _RUNNING[part][0]:
+                    part.training = _RUNNING.pop(part)[1]
+
+
+def _is_too_old(device: torch.device) -> bool:
+    import torch
+
+    built = [int(digits) for name in torch.cuda.get_arch_list() for digits in re.findall(r"^sm_(\d+)", name)]
+    major, minor = torch.cuda.get_device_capability(device)
+    return bool(built) and 10 * major + minor < min(built)  # none where it was built for AMD
