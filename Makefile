@@ -1,8 +1,9 @@
 # Each line is a command that a person could type. .venv is made once and reused until pyproject.toml changes.
-PYTHON ?= python3
 ifeq ($(OS),Windows_NT)
+PYTHON ?= python
 BIN := .venv/Scripts
 else
+PYTHON ?= python3
 BIN := .venv/bin
 endif
 

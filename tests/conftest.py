@@ -1,6 +1,7 @@
 """Fixtures. The tests never touch a person's caches, and no test of the default run reaches the internet."""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -31,6 +32,18 @@ from wn21k_zoo import Predictor, SemanticTree  # noqa: E402
 
 settings.register_profile("same_examples", derandomize=True)
 settings.load_profile("same_examples")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _on_the_cpu():
+    """What is not told a device is on the CPU, also on a Mac, whose GPU gives other bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        asked = torch.backends.mps.is_available
+        patch.setattr(
+            torch.backends.mps, "is_available", functools.wraps(asked)(lambda: False)
+        )  # torch.compile unwraps
+        yield
+
 
 EMBEDDED = "efficientnet_lite0.embedded_in1k"
 

@@ -14,7 +14,7 @@ from wn21k_zoo.files import atomic_file
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be synchronised there")
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_it_is_done(tmp_path, monkeypatch):
     target, done = tmp_path / "file", []
-    fsync, replace = os.fsync, files._replace
+    fsync, replace = os.fsync, files.replace
 
     def synced(descriptor):
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
@@ -28,7 +28,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_it_is_
         replace(source, to)
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(files, "_replace", renamed)
+    monkeypatch.setattr(files, "replace", renamed)
     with atomic_file(target) as file:
         file.write(b"content")
     assert done == ["file", "name", "folder"]

@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -47,7 +48,7 @@ def copy_of(folder, tmp_path, **changes):
         config[key] = value
         config["pretrained_cfg"][key] = value
     (target / "config.json").write_text(json.dumps(config))
-    (target / "model.safetensors").symlink_to(folder / "model.safetensors")
+    shutil.copy(folder / "model.safetensors", target)
     return target
 
 

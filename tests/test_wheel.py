@@ -27,7 +27,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert all(name.startswith(("wn21k_zoo/", "wn21k_zoo-")) or ".dist-info/" in name for name in names)
     shipped = {
-        str(path.relative_to(ROOT))
+        path.relative_to(ROOT).as_posix()
         for path in (ROOT / "wn21k_zoo").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }

@@ -20,6 +20,7 @@ from urllib.parse import quote, urlsplit
 
 from wn21k_zoo.checkpoints import HubSource, URLSource
 from wn21k_zoo.errors import CacheError, first_line
+from wn21k_zoo.files import replace
 
 __all__ = [
     "Entry",
@@ -156,7 +157,7 @@ def write_receipt(path: Path, receipt: Receipt) -> None:
     temporary = receipt_path(path).with_name(f"{receipt_path(path).name}{PART_SUFFIX}")
     try:
         temporary.write_text(receipt.to_json(), encoding="utf-8")
-        temporary.replace(receipt_path(path))
+        replace(temporary, receipt_path(path))
     except OSError as error:
         raise CacheError(f"{receipt_path(path)} cannot be written ({error.strerror}); set WN21K_CACHE.") from error
 

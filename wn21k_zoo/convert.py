@@ -19,6 +19,7 @@ from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.architectures.ofa import STAGE_DEPTHS
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.errors import ConversionError, UnknownModelError, did_you_mean, first_line
+from wn21k_zoo.files import replace
 from wn21k_zoo.registry import TIMM_PREFIX
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def save_safetensors(converted: Converted, path: str | os.PathLike[str]) -> None
     metadata = {"format": "pt", "architecture": converted.architecture, "num_classes": str(converted.num_classes)}
     try:
         safetensors.torch.save_file(converted.state_dict, temporary, metadata=metadata)
-        temporary.replace(path)
+        replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise ConversionError(f"{path} cannot be written ({first_line(error)}); choose another place.") from error
     finally:

@@ -257,7 +257,7 @@ class MissingExtraError(Wn21kError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs an extra: pip install 'wn21k-zoo[{extra}]'")
+        super().__init__(f'{what} needs an extra: pip install "wn21k-zoo[{extra}]"')
         self.what, self.extra = what, extra
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:

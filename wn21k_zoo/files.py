@@ -12,7 +12,7 @@ from typing import IO
 
 from wn21k_zoo.errors import DataOutputError
 
-__all__ = ["atomic_file", "check_writable"]
+__all__ = ["atomic_file", "check_writable", "replace", "visible"]
 
 
 @contextlib.contextmanager
@@ -32,14 +32,14 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _replace(temporary, path)
+        replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
 
-def _replace(source: Path, target: Path) -> None:
+def replace(source: Path, target: Path) -> None:
     """Give a file its name; on Windows it may have to wait for who has the former one open, such as a virus scanner."""
     for seconds in (0.05, 0.2, 1.0) if os.name == "nt" else ():
         try:
@@ -49,6 +49,11 @@ def _replace(source: Path, target: Path) -> None:
         else:
             return
     source.replace(target)
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """What of a folder matches, sorted, without the ._NAME that macOS lays beside NAME on many file systems."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def _sync_folder(folder: Path) -> None:

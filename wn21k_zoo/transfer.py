@@ -27,6 +27,7 @@ from wn21k_zoo.errors import (
     DownloadError,
     RemoteNotFoundError,
 )
+from wn21k_zoo.files import replace
 
 if TYPE_CHECKING:
     import requests
@@ -156,7 +157,7 @@ def transfer(
         if wrong is not None:
             part.unlink()
             raise ChecksumError(f"{url} is not the published file, so it was deleted: {wrong}.")
-        part.replace(target)
+        replace(part, target)
     return sha256
 
 

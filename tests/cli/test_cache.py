@@ -181,6 +181,7 @@ def test_a_progress_bar_on_a_terminal_only(tmp_path):
     assert json.loads(done.stdout)["sha256"] == SHA256
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is no signal there")
 def test_interrupted_it_says_so_and_goes_on_later(tmp_path):
     environment = {**os.environ, "WN21K_CACHE": str(tmp_path)}
     with hub_server(FILES, bytes_per_second=1_000_000) as (endpoint, seen):

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -74,10 +75,10 @@ def test_mistakes_are_one_line(arguments, message):
 
 def test_list_and_show():
     listed = [json.loads(line) for line in wn21k("train", "list", RECIPES).stdout.splitlines()]
-    assert f"{RECIPES}/resnet50.py:in21k" in {row["recipe"] for row in listed}
+    assert f"{RECIPES / 'resnet50.py'}:in21k" in {row["recipe"] for row in listed}
     assert all(row["about"] for row in listed)
     ours = [json.loads(line)["recipe"] for line in wn21k("train", "list").stdout.splitlines()]
-    assert ours == [row["recipe"].removeprefix(f"{RECIPES}/").replace(".py", "") for row in listed]
+    assert ours == [row["recipe"].removeprefix(f"{RECIPES}{os.sep}").replace(".py", "") for row in listed]
     shown = json.loads(wn21k("train", "show", f"{RECIPES}/resnet50.py", "--set", "optimizer.lr=0.1").stdout)
     assert shown["optimizer"]["lr"] == 0.1
 

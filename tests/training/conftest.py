@@ -1,5 +1,4 @@
 import itertools
-import os
 import shutil
 import signal
 import tarfile
@@ -42,7 +41,7 @@ def stop_at(monkeypatch):
 
         def stopping(self, answer):
             if self.step == step:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
                 time.sleep(0)  # the handler runs before the next line
                 answer = answer._replace(stop=self.agreement.stops())
             react(self, answer)

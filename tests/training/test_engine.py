@@ -1,6 +1,5 @@
 import io
 import math
-import os
 import re
 import signal
 import sys
@@ -120,7 +119,7 @@ def test_told_to_stop_before_its_first_step_it_stops(data, tmp_path, monkeypatch
     build = Learner._build
 
     def told(self, *arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         build(self, *arguments)
 
     monkeypatch.setattr(Learner, "_build", told)
@@ -230,7 +229,7 @@ def test_a_second_ctrl_c_ends_it_at_once_and_is_marked(data, tmp_path, at_loss):
     def interrupted(logits, number):
         if number == 9:  # of 12
             for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
                 sum(range(1000))  # the handler runs between two steps of Python
         return logits
 
@@ -253,7 +252,7 @@ def ctrl_c():
 def test_ctrl_c_in_a_notebook_costs_no_step(data, tmp_path, at_loss, ctrl_c, capsys):
     def interrupted(logits, number):
         if number == 21:  # after the 12 of the whole run
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return logits
 
     at_loss(interrupted)
@@ -269,7 +268,7 @@ def test_ctrl_c_in_a_notebook_costs_no_step(data, tmp_path, at_loss, ctrl_c, cap
 def test_a_handler_of_the_programs_own_stays(data, tmp_path, at_loss, ctrl_c):
     heard = []
     signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
-    at_loss(lambda logits, number: os.kill(os.getpid(), signal.SIGINT) or logits)
+    at_loss(lambda logits, number: signal.raise_signal(signal.SIGINT) or logits)
     run(small_recipe(schedule={"max_steps": 2}), data, tmp_path)
     assert heard == [signal.SIGINT] * 2
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -71,7 +72,8 @@ def test_it_speaks_the_published_order_again(run, exported, data):
         torch.testing.assert_close(model(pixels), trained.module(pixels))
     config = json.loads((exported / "config.json").read_text())
     assert config["num_classes"] == len(WNIDS)
-    assert (exported / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    if os.name != "nt":
+        assert (exported / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_what_was_measured_in_training_is_measured_again(run, exported, data):
@@ -351,7 +353,7 @@ def test_all_images_of_a_divided_folder(run, data, tmp_path):
 
 
 def test_classes_of_ones_own_are_evaluated_and_predicted(tmp_path):
-    images = make_folder(tmp_path / "images", names=("gold fish", "käse", "b:c"))
+    images = make_folder(tmp_path / "images", names=("gold fish", "käse", "b,c"))
     recipe = small_recipe(loss={"kind": "single_label"})
     train(recipe, images, tmp_path / "run", ALONE, workers=0)
     folder = export_run(tmp_path / "run", tmp_path / "model")
@@ -365,7 +367,7 @@ def test_classes_of_ones_own_are_evaluated_and_predicted(tmp_path):
     predictor = wn21k_zoo.Predictor(folder)
     for row, found in zip(rows, predictor([images / row["image"] for row in rows]), strict=True):
         assert found.label_space == found.tree == "own"
-        assert {output.name for output in found.top_k} == {"gold fish", "käse", "b:c"}
+        assert {output.name for output in found.top_k} == {"gold fish", "käse", "b,c"}
         assert (found.top_k[0].name, found.top_k[0].wnid) == (row["prediction"], "")
         assert found.top_k[0].probability == pytest.approx(float(row["confidence"]), abs=0.01)  # PIL's resize, not ours
     result = CliRunner().invoke(app, ["predict", str(images / rows[0]["image"]), "-m", str(folder), "-f", "table"])
@@ -389,7 +391,7 @@ def test_images_of_other_classes_are_counted(run, data, tmp_path):
 
 def test_runs_of_the_same_name_are_told_apart():
     assert names_of([Path("a/one"), Path("b/two")]) == ["one", "two"]
-    assert names_of([Path("a/run"), Path("b/run")]) == ["a/run", "b/run"]
+    assert names_of([Path("a/run"), Path("b/run")]) == [str(Path("a/run")), str(Path("b/run"))]
     assert names_of([Path("a/run"), Path("a/run")]) == ["run", "run"]
 
 

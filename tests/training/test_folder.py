@@ -1,4 +1,5 @@
 import os
+import unicodedata
 
 import pytest
 
@@ -8,6 +9,7 @@ from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.crops import CenterCrop
 from wn21k_zoo.training.data import Loader, is_class_folder, open_dataset, open_folder, open_folders
+from wn21k_zoo.training.folder import is_divided
 
 from .archives import OUTSIDE, jpeg
 from .runs import WNIDS, make_folder
@@ -81,6 +83,43 @@ def test_a_class_may_have_no_image_for_validation(tmp_path):
         open_folder(tmp_path / "y", "validation")
 
 
+def test_a_class_may_have_no_folder_for_validation(tmp_path):
+    make_folder(tmp_path / "train", names=("a", "b", "c"))
+    make_folder(tmp_path / "val", names=("a", "c"))
+    training, validation, whole = open_folders(tmp_path, ("train", "validation", "all"))
+    assert training.class_names == validation.class_names == ("a", "b", "c")
+    assert (len(training), len(validation), len(whole)) == (30, 20, 50)
+    assert set(validation.targets.tolist()) == {0, 2}
+
+
+def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):
+    one, two = (unicodedata.normalize(form, "käse") for form in ("NFC", "NFD"))
+    assert one != two
+    parts = [[open_folders(make_folder(tmp_path / form, names=(name, "b")))] for form, name in (("1", one), ("2", two))]
+    for composed, decomposed in zip(*(datasets for (datasets,) in parts), strict=True):
+        assert composed.class_names == decomposed.class_names == ("b", one)
+        names = [[each.name(index) for index in range(len(each))] for each in (composed, decomposed)]
+        assert names[0] == [unicodedata.normalize("NFC", name) for name in names[1]]
+        assert all((tmp_path / "2" / name).is_file() for name in names[1])
+    make_folder(tmp_path / "3" / "train", names=(one, "b"))
+    make_folder(tmp_path / "3" / "val", names=(two, "b"))
+    assert [len(each) for each in open_folders(tmp_path / "3")] == [20, 20]
+
+
+def test_what_macos_adds_to_archives_is_no_class(tmp_path):
+    make_folder(tmp_path, names=("a", "b"))
+    (tmp_path / "__MACOSX" / "a").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "a" / "._0.jpg").write_bytes(b"x")
+    assert is_class_folder(tmp_path)
+    assert open_folder(tmp_path, "train").class_names == ("a", "b")
+
+
+def test_a_class_called_train_with_another_capital_divides_nothing(tmp_path):
+    make_folder(tmp_path, names=("Train", "bus"))
+    assert not is_divided(tmp_path)
+    assert not is_divided(tmp_path / "nowhere")
+
+
 def test_hidden_files_are_no_images(tmp_path):
     make_folder(tmp_path, images=2, names=("a", "b"))
     (tmp_path / "a" / "._0.jpg").write_bytes(b"of macOS")
@@ -93,6 +132,7 @@ def test_images_are_those_that_a_prediction_takes_from_a_folder(tmp_path):
     for each in ("a", "b"):
         (tmp_path / each).mkdir()
         (tmp_path / each / "notes.txt").touch()
+        (tmp_path / each / "._0.jpg").touch()  # of macOS
         for number, suffix in enumerate(IMAGE_SUFFIXES):
             (tmp_path / each / f"{number}{suffix.upper()}").touch()
     folder = open_folder(tmp_path, "all")

@@ -193,6 +193,12 @@ def test_links_in_a_tar_are_no_images():
     assert [target for _, _, target in index_tar(file, "x.tar", CLASSES).tolist()] == [4]
 
 
+def test_what_macos_lays_beside_tars_is_no_shard(tmp_path):
+    (tmp_path / "imagenet-train-0000.tar").write_bytes(tar_bytes({f"{WNIDS[0]}_1.jpg": jpeg(0, 40, 40)}))
+    (tmp_path / "._imagenet-train-0000.tar").write_bytes(b"x")
+    assert len(open_dataset(tmp_path, label_space="fall11")) == 1
+
+
 def test_nine_digits_are_no_synset():
     with pytest.raises(DataError, match="neither the key"):
         index_tar(io.BytesIO(tar_bytes({"n021230451.jpg": b"a"})), "x.tar", CLASSES)

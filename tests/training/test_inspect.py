@@ -78,6 +78,13 @@ def test_a_contact_sheet_shows_the_images_of_a_class(prepared, tmp_path):
     assert "cannot be written" in run("show", prepared, "-o", tmp_path / "no" / "sheet.png").stderr
 
 
+def test_what_macos_lays_beside_files_is_no_damage(copy):
+    for path in [*copy.rglob("*")]:
+        if path.is_file():
+            path.with_name(f"._{path.name}").write_bytes(b"x")
+    assert verify_shards(copy) == []
+
+
 def test_verify_finds_nothing_where_nothing_is_wrong(prepared):
     steps = []
     assert verify_shards(prepared, lambda *step: steps.append(step)) == []

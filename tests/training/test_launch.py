@@ -55,14 +55,14 @@ def test_yaml(path):
     else:
         (task,) = documents
         assert {"resources", "setup", "run"} <= set(task)
-        assert shell_accepts(task["run"])
+        assert shutil.which("bash") is None or shell_accepts(task["run"])
 
 
 def shell_accepts(text):
     return subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).returncode == 0
 
 
-needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+needs_bash = pytest.mark.skipif(os.name == "nt" or shutil.which("bash") is None, reason="no bash of this system's own")
 
 
 def with_programs(tmp_path, **scripts):

@@ -581,6 +581,27 @@ def test_the_published_options():
             PrepareOptions(**wrong)
 
 
+def test_on_a_disk_where_macos_lays_files_beside_it_goes_on(tmp_path):
+    files = {f"{wnid}/{name}": data for wnid, of_class in make_classes().items() for name, data in of_class.items()}
+    write_folder(tmp_path / "source", files)
+    options = PrepareOptions(min_images=0, val_per_class=1, size=32)
+    (tmp_path / "out").mkdir()
+    for name in (".fseventsd", ".Trashes", "desktop.ini", "._x"):
+        (tmp_path / "out" / name).touch()
+
+    def stop(progress):
+        if progress.stage == "shards":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "source", tmp_path / "out", options, workers=1, progress=stop)
+    for path in [*(tmp_path / "out").rglob("*")]:
+        if path.is_file():
+            path.with_name(f"._{path.name}").write_bytes(b"x")
+    info = prepare(tmp_path / "source", tmp_path / "out", options, workers=1)
+    assert info.splits["train"]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_and_a_full_quota_are_typed_errors(tmp_path, number):
     with pytest.raises(DiskSpaceError, match="make room"), disk_full_as_error(tmp_path):

@@ -40,8 +40,9 @@ from .runs import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Processes that begin with all of it imported, also what torch imports when an optimizer is made (5 seconds in 2.12).
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["wn21k_zoo.training.engine", "tests.training.runs", "torch._dynamo"])
+FORKS = multiprocessing.get_context("forkserver" if os.name != "nt" else "spawn")
+if os.name != "nt":
+    FORKS.set_forkserver_preload(["wn21k_zoo.training.engine", "tests.training.runs", "torch._dynamo"])
 
 
 @pytest.mark.slow

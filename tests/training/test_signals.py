@@ -32,11 +32,11 @@ def test_signals_are_wishes_within_and_what_they_were_before_after(deaf):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with signals.listening(), signals.patient(lambda until: None):
         assert not signals.number
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert (signals.number, signals.code) == (signal.SIGINT, 130)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
         assert (signals.number, signals.code) == (signal.SIGTERM, 143)
     assert {number: signal.getsignal(number) for number in before} == before
     wakeup = signal.set_wakeup_fd(-1)

@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,24 @@ from .archives import (
 def classes_of(path, tmp_path):
     (tmp_path / "spool").mkdir(exist_ok=True)
     return list(open_source(path).classes(tmp_path / "spool", lambda _: True))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_tar_that_was_made_on_a_mac(tmp_path, nested):
+    classes = make_classes(2)
+    files = {f"{wnid}.tar": tar_bytes(files) for wnid, files in classes.items()}
+    if not nested:
+        files = {f"{wnid}/{name}": data for wnid, files in classes.items() for name, data in files.items()}
+    beside = [f"{Path(name).parent.as_posix()}/._{Path(name).name}" for name in files]
+    members = {"./._n02123045": b"x"}
+    for (name, data), hidden in zip(files.items(), beside, strict=True):
+        members |= {hidden: b"x", name: data}
+    (tmp_path / "mac.tar").write_bytes(tar_bytes(members))
+    of_classes = classes_of(tmp_path / "mac.tar", tmp_path)
+    found = {each.wnid: {member.name for member in read_members(each)} for each in of_classes}
+    assert {wnid: names & set(classes[wnid]) for wnid, names in found.items()} == {
+        wnid: set(files) for wnid, files in classes.items()
+    }
 
 
 @pytest.mark.parametrize("packed", [False, True])

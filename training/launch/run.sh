@@ -13,8 +13,12 @@ failed="$1/.failed"
 mkdir -p "$1"
 shift
 
+mark() {
+    sed -E "s/\"state\": \"($1)\"/\"state\": \"$2\"/" "$status" >"$status.new" && mv "$status.new" "$status"
+}
+
 # The marks of another time say nothing about this one.
-[ -f "$status" ] && sed -i 's/"state": "\(preempted\|failed\)"/"state": "waiting"/' "$status"
+[ -f "$status" ] && mark 'preempted|failed' waiting
 rm -f "$asked" "$failed"
 
 set -m # a process group of its own: a signal to the group of this shell reaches torchrun once, from here
@@ -33,7 +37,7 @@ done
 [ "$code" -eq 143 ] && code=1 # torchrun ended by the signal itself; whether that is a preemption is decided here
 if [ "$told" = no ] && [ ! -e "$asked" ]; then
     : >"$failed" # before any other machine is told to stop because this one failed
-    [ -f "$status" ] && sed -i 's/"state": "\(running\|preempted\)"/"state": "failed"/' "$status"
+    [ -f "$status" ] && mark 'running|preempted' failed
     exit "$code"
 fi
 [ -e "$failed" ] && exit "$code"

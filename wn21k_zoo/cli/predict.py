@@ -184,7 +184,7 @@ def _progress(total: int | None, hidden: bool) -> Iterator[Callable[[], None]]:
 def _lines_of_stdin() -> Iterator[str]:
     for line in sys.stdin:
         if line.strip():
-            yield line.rstrip("\r\n")
+            yield line.removeprefix("\ufeff").rstrip("\r\n")  # PowerShell's mark
 
 
 def _expand(paths: list[str]) -> Iterator[str]:
@@ -198,7 +198,7 @@ def _expand(paths: list[str]) -> Iterator[str]:
                 os.path.join(folder, name)  # noqa: PTH118 - keeps the path as the user wrote it
                 for folder, _, names in os.walk(path)
                 for name in names
-                if name.lower().endswith(IMAGE_SUFFIXES)
+                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("._")  # of macOS, beside each file
             ]
             yield from sorted(found) or [path]  # an empty folder, as a pattern without a match, is an item that fails
         elif glob.has_magic(path):

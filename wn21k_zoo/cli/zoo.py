@@ -181,7 +181,7 @@ def _diagnosis() -> list[tuple[str, str]]:
     found += [(package, _version(package)) for package in PACKAGES]
     for extra, module in EXTRAS.items():
         installed = importlib.util.find_spec(module) is not None
-        found.append((f"extra {extra}", "installed" if installed else f"missing: pip install 'wn21k-zoo[{extra}]'"))
+        found.append((f"extra {extra}", "installed" if installed else f'missing: pip install "wn21k-zoo[{extra}]"'))
     found.append(("device", str(running.select_device())))
     found.append(("cache", str(cache.cache_dir())))
     found.append(("WN21K_MIRROR", os.environ.get("WN21K_MIRROR") or "not set"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import DataSourceError
-from wn21k_zoo.files import atomic_file
+from wn21k_zoo.files import atomic_file, visible
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.extra import cv2, pa, pq
 from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult
@@ -42,7 +42,7 @@ def prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is
 
 def finished_classes(folder: Path) -> list[ClassResult]:
     """Results of all classes that are finished in ``folder``."""
-    parts = sorted(folder.glob("*.parquet"))
+    parts = visible(folder, "*.parquet")
     return [ClassResult(**json.loads(pq.read_schema(part).metadata[_RESULT_KEY])) for part in parts]
 
 

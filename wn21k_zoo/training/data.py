@@ -295,6 +295,8 @@ def _begin_worker(worker: int) -> None:
     del worker
     if _SHIELD:
         threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)  # the workers are the parallelism; and OpenCV's threads do not survive a fork
     torch.set_num_threads(1)
 

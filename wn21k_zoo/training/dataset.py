@@ -12,7 +12,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
 import numpy as np
@@ -210,7 +210,8 @@ def open_dataset(
         raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from error
     if info is not None:
         return _open_ours(storage, info, split, label_space, stage)
-    names = [name for name in names if name.endswith((".tar", ".parquet"))]
+    hidden = [name for name in names if PurePosixPath(name).name.startswith(".")]  # ._NAME of macOS
+    names = [name for name in names if name.endswith((".tar", ".parquet")) and name not in hidden]
     mine = [name for name in names if split_of(name) == split]
     if not mine:
         there = sorted({found for name in names if (found := split_of(name))})

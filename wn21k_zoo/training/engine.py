@@ -125,7 +125,8 @@ def train(
 def _torch_as_it_was(device: torch.device) -> Iterator[None]:
     """Within, a run may set what is torch's for the whole process."""
     before, benchmark = _deterministic(), torch.backends.cudnn.benchmark
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+    with torch.random.fork_rng(devices, device_type=kind):
         try:
             yield
         finally:
@@ -450,7 +451,7 @@ class _Run:
             if not len(batch):  # all its images are damaged
                 continue
             with self.learner.autocast():
-                logits = module(batch.images)
+                logits = module(self.learner.laid_out(batch.images))
             evaluation.update(logits, batch.targets)
         if self.agreement.stops():
             self._stop()

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -203,7 +204,7 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
     folder = expanded(place)
     if not folder.is_dir() or (folder / "_info.json").exists():
         return False
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    entries = [entry for entry in folder.iterdir() if not _is_hidden(entry.name)]
     below = sorted(entry for entry in entries if entry.is_dir())
     if any(entry.name.endswith(_SHARDS) for entry in entries):
         return False
@@ -249,7 +250,7 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
             raise DataError(f"{root} has the splits {', '.join(_SPLITS)}, not {split!r}.{near}")
     if not root.is_dir():
         raise DataError(f"{root} {'is a file' if root.exists() else 'does not exist'}; name a folder of class folders.")
-    below = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    below = {entry.name for entry in root.iterdir() if entry.is_dir() and not _is_hidden(entry.name)}
     if "train" not in below:
         classes = _classes(root)
         listing = _listing(root, [[each] for each in classes])
@@ -257,14 +258,17 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
     validation = next((name for name in _VALIDATION if name in below), None)
     if validation is None:
         raise DataError(f"{root} has a folder train, but none for validation: {', '.join(_VALIDATION)}.")
-    classes = _classes(root / "train")
-    tops = {"train": ["train"], "validation": [validation], "all": ["train", validation]}
+    parts = ["train", validation]
+    real = {top: {_composed(name): name for name in _classes(root / top, 1 + (top == "train"))} for top in parts}
+    classes = list(real["train"])
+    tops = {"train": parts[:1], "validation": parts[1:], "all": parts}
     datasets = []
     for split in splits:
         for top in tops[split]:
-            if unknown := set(_classes(root / top, at_least=1)) - set(classes):
+            if unknown := real[top].keys() - real["train"].keys():
                 raise DataError(f"{root / top} has the class {min(unknown)}, which {root / 'train'} lacks.")
-        listing = _listing(root, [[f"{top}/{each}" for top in tops[split]] for each in classes])
+        folders = [[f"{top}/{real[top][each]}" for top in tops[split] if each in real[top]] for each in classes]
+        listing = _listing(root, folders)
         datasets.append(_dataset(root, split, classes, listing, np.arange(len(listing.targets))))
     return datasets
 
@@ -307,7 +311,7 @@ def _dataset(
     return FolderDataset(
         root=root,
         split=split,
-        class_names=tuple(classes),
+        class_names=tuple(map(_composed, classes)),
         targets=listing.targets[numbers],
         _names=listing.names,
         _numbers=numbers,
@@ -317,15 +321,25 @@ def _dataset(
 
 def is_divided(place: str | os.PathLike[str]) -> bool:
     """Whether a folder of class folders is divided into training and validation."""
-    return (expanded(place) / "train").is_dir()
+    folder = expanded(place)  # on many a Mac and on Windows "train" is there where Train is
+    return folder.is_dir() and any(entry.name == "train" and entry.is_dir() for entry in folder.iterdir())
 
 
 def _classes(folder: Path, at_least: int = 2) -> list[str]:
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name)]
     if len(names) < at_least:
         count = "two" if at_least == 2 else "one"
         raise DataError(f"{folder} has {len(names)} folders; a folder per class is needed, at least {count}.")
-    return sorted(names, key=os.fsencode)
+    return sorted(names, key=lambda name: os.fsencode(_composed(name)))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # which is in zip files of macOS
+
+
+def _composed(name: str) -> str:
+    """With one character for ä, where some file systems and zip files of macOS have two."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _images(root: Path, below: str) -> list[str]:
@@ -341,4 +355,6 @@ def _images(root: Path, below: str) -> list[str]:
 
 
 def _hash(name: bytes) -> bytes:
+    if not name.isascii():
+        name = os.fsencode(_composed(os.fsdecode(name)))
     return hashlib.blake2b(name, digest_size=16).digest()[:8]

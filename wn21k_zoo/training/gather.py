@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.files import atomic_file
+from wn21k_zoo.files import atomic_file, visible
 from wn21k_zoo.training.classes import index_of
 from wn21k_zoo.training.extra import pa, pc, pq
 from wn21k_zoo.training.manifest import MANIFEST_SCHEMA, ClassResult
@@ -62,8 +62,8 @@ def write_shards(
             (split, number, int(end - length), int(length))
             for number, (end, length) in enumerate(zip(ends, lengths, strict=True))
         ]
-    finished = {path.stem for path in (work / "shards").glob("*.json")}
-    for path in output.glob("*.tar"):  # of an unfinished run that came to other shards
+    finished = {path.stem for path in visible(work / "shards", "*.json")}
+    for path in visible(output, "*.tar"):  # of an unfinished run that came to other shards
         if path.stem not in finished:
             path.unlink()
             index_path(path).unlink(missing_ok=True)
@@ -106,18 +106,21 @@ def _sort(
     _save(work / f"{split}.bounds.npy", bounds)
     order = np.lib.format.open_memmap(work / f"{split}.order.npy", "w+", _ORDER_DTYPE, (len(hashes),))
     labels = index_of(options.label_space)
-    for part, table in _samples(work, results, split, columns, tell):
-        shard = np.searchsorted(bounds, table["order"].to_numpy(), side="right") - 1
-        grouped = np.argsort(shard, kind="stable")
-        counts = np.bincount(shard, minlength=len(bounds))
-        within = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)
-        places = free[shard[grouped]] + within
-        free += counts
-        for column in columns:
-            order[column][places] = table[column].to_numpy()[grouped]
-        order["part"][places] = part
-        order["target"][places] = labels[results[part].wnid]
-    order.flush()
+    try:
+        for part, table in _samples(work, results, split, columns, tell):
+            shard = np.searchsorted(bounds, table["order"].to_numpy(), side="right") - 1
+            grouped = np.argsort(shard, kind="stable")
+            counts = np.bincount(shard, minlength=len(bounds))
+            within = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)
+            places = free[shard[grouped]] + within
+            free += counts
+            for column in columns:
+                order[column][places] = table[column].to_numpy()[grouped]
+            order["part"][places] = part
+            order["target"][places] = labels[results[part].wnid]
+        order.flush()
+    finally:
+        del order  # a traceback would keep the file open, which Windows then neither writes anew nor removes
     return lengths
 
 

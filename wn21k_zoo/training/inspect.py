@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from wn21k_zoo.errors import DataError, UnknownSynsetError, did_you_mean
+from wn21k_zoo.files import visible
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.extra import pc, pq
 from wn21k_zoo.training.shards import MANIFEST_FILE, DatasetInfo, Shard, index_path, read_index, read_info
@@ -190,7 +191,7 @@ def verify_shards(folder: Path, progress: Callable[[int, int], None] = lambda do
     known = {shard.name for _, shard in shards}
     found += [
         Damage(path.name, None, "is in no split of _info.json")
-        for path in sorted(folder.glob("*.tar"))
+        for path in visible(folder, "*.tar")
         if path.name not in known
     ]
     _compare_counts(info, manifest, found)

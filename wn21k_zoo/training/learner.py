@@ -174,6 +174,10 @@ class Learner:
         dtype = _DTYPES.get(self._recipe.run.precision)
         return torch.autocast(self._device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
+    def laid_out(self, images: Tensor) -> Tensor:
+        """Images [B, 3, height, width] in the layout of the network's weights."""
+        return images.contiguous(memory_format=self._format)
+
     def loss(self, batch: Batch) -> Tensor:
         """Mean over a batch, a scalar; NaN where it cannot be computed, 0 of a batch without images.
 
@@ -186,7 +190,7 @@ class Learner:
             self._train()
         data = self._recipe.data
         images, share = mix(batch.images, data.mixup, data.cutmix)
-        images = images.contiguous(memory_format=self._format)
+        images = self.laid_out(images)
         with self.autocast():
             with torch.no_grad():
                 teacher = self._teacher(images) if self._teacher is not None else None

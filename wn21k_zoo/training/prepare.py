@@ -44,7 +44,10 @@ from wn21k_zoo.training.sources import ClassSource, Source, open_source
 __all__ = ["PrepareOptions", "Progress", "prepare"]
 
 _WORK_DONE = ".work.done"
-_THE_SYSTEMS = (".DS_Store", "._*", ".Trash-*", ".nfs*", "lost+found")  # nobody puts these into a folder
+_THE_SYSTEMS = (  # nobody puts these into a folder
+    ".DS_Store", "._*", ".fseventsd", ".Spotlight-V100", ".TemporaryItems", ".Trash*", ".nfs*", "lost+found",
+    "System Volume Information", "$RECYCLE.BIN", "desktop.ini", "Thumbs.db",
+)  # fmt: skip
 
 
 def prepare(

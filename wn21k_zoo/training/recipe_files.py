@@ -87,7 +87,7 @@ def _divided(where: str) -> tuple[Path, str | None, str | None]:
     if match := re.fullmatch(r"(.+?\.py)(?::(\w*))?(?::(.+))?", where, re.DOTALL):
         return Path(match[1]).expanduser(), match[2], match[3]
     path = Path(where).expanduser()
-    match = re.fullmatch(r"(\w+)(?::(\w*))?(?::(.+))?", where, re.DOTALL)
+    match = re.fullmatch(r"(\w{2,})(?::(\w*))?(?::(.+))?", where, re.DOTALL)  # one letter is a drive of Windows
     if match is None or path.is_file() or (path / "recipe.json").is_file():
         return path, None, None
     return shipped_recipes().get(match[1], Path(match[1])), match[2], match[3]

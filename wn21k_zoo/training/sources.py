@@ -102,7 +102,9 @@ def open_source(path: Path) -> Source:
     try:
         with _stream(path) as (archive, raw):
             compressed = archive.fileobj is not raw
-            first = next((member for member in archive if member.isfile()), None)
+            # A tar that was made on a Mac may have a ._NAME before each NAME.
+            seen = (member for member in archive if not PurePosixPath(member.name).name.startswith("."))
+            first = next((member for member in seen if member.isfile()), None)
     except (DataSourceError, OSError) as error:
         raise DataSourceError(f"{path} is no tar archive that can be read ({error}); name {_LAYOUTS}.") from None
     if first is None:

@@ -28,7 +28,7 @@ import torch
 
 from wn21k_zoo.errors import RecipeError, RunError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import atomic_file
+from wn21k_zoo.files import atomic_file, replace
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status, write_text
 
@@ -346,7 +346,8 @@ class CheckpointWriter:
                 os.fsync(file.fileno())
                 self._write_best(Path(file.name))
         for old in self._folder.steps()[self._keep :]:
-            old.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # on Windows, where another program reads it: then the next time
+                old.unlink(missing_ok=True)
 
     def _write_best(self, source: Path) -> None:
         temporary = self._folder.best.with_suffix(".tmp")
@@ -357,7 +358,7 @@ class CheckpointWriter:
             link(source, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
-        temporary.replace(self._folder.best)
+        replace(temporary, self._folder.best)
 
 
 def _bytes_of(value: Any) -> int:

@@ -21,6 +21,7 @@ import platformdirs
 
 from wn21k_zoo.errors import DataError, DiskSpaceError, InvalidArgumentError, Wn21kError, first_line
 from wn21k_zoo.exclusive import exclusive
+from wn21k_zoo.files import replace
 
 __all__ = ["Stage", "Storage", "data_cache_dir", "default_stage", "expanded", "make_cache_folder", "open_storage"]
 
@@ -177,7 +178,7 @@ class Stage:
                     got = hashlib.file_digest(file, "sha256").hexdigest()
                 if got != sha256:
                     raise DataError(f"{path.name} has sha256 {got}, expected {sha256}: it is damaged where it lies.")
-            temporary.replace(path)
+            replace(temporary, path)
         except Wn21kError:
             raise
         except Exception as error:  # each storage has its own
