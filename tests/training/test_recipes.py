@@ -544,3 +544,9 @@ def test_what_was_chosen_is_in_the_recipes():
     assert (own.optimizer.head_lr_factor, own.optimizer.clip_norm, own.data.crop_pct) == (10, 1, None)
     assert (own.model.mean, own.model.std) == ((0, 0, 0), (1, 1, 1))
     assert presets.finetune("efficientnet_lite0.embedded_in1k").data.crop_pct == 0.875
+
+
+@pytest.mark.parametrize("where", [r"D:\runs\mine", "D:/runs/mine"])
+def test_a_drive_of_windows_is_no_name_of_a_recipe(where):
+    with pytest.raises(RecipeError, match=re.escape(f"{where} is no file")):
+        load_recipe(where)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,21 @@ def test_the_best_has_its_name_before_the_state_that_says_so(data, tmp_path, mon
         writer.save({"format": FORMAT, "step": 6, "best": 1.0}, best=True, wait=True)
     assert read_checkpoint(folder.best)["step"] == 6
     assert not folder.steps()
+
+
+def test_a_checkpoint_that_another_program_reads_goes_the_next_time(data, tmp_path, monkeypatch):
+    unlink, refused = Path.unlink, []
+
+    def held(self, missing_ok=False):  # as on Windows
+        if self.name == "step-00000006.pt" and not refused:
+            refused.append(self)
+            raise PermissionError(13, "in use", str(self))
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", held)
+    run(small_recipe(schedule={"epochs": 4}, run={"keep": 1}), data, tmp_path)
+    assert refused
+    assert [path.name for path in RunFolder(tmp_path).steps()] == ["step-00000024.pt"]
 
 
 def test_damaged_checkpoints_do_not_push_out_good_ones(data, tmp_path):
