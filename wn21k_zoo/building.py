@@ -256,7 +256,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     settings = config.get("pretrained_cfg", {})
     if not isinstance(settings, dict):
         raise ModelError(f"{folder / CONFIG_FILE}: pretrained_cfg is not an object.")
-    former = config.get("labels")  # timm's name for them until 2022
+    former = config.get("labels")  # timm's former name for them
     for names in (config.get("label_names"), settings.get("label_names"), former if isinstance(former, list) else None):
         if isinstance(names, dict) and set(names) == {str(index) for index in range(len(names))}:
             names = [names[str(index)] for index in range(len(names))]

@@ -13,8 +13,9 @@ failed="$1/.failed"
 mkdir -p "$1"
 shift
 
-mark() {
-    sed -E "s/\"state\": \"($1)\"/\"state\": \"$2\"/" "$status" >"$status.new" && mv "$status.new" "$status"
+mark() { # $1: states, with | between them; $2: the one in their place
+    new="$status.$HOSTNAME.$$" # other machines may do the same
+    sed -E "s/\"state\": \"($1)\"/\"state\": \"$2\"/" "$status" >"$new" && mv "$new" "$status"
 }
 
 # The marks of another time say nothing about this one.

@@ -20,6 +20,11 @@ The first recipe begins with MobileNetV3-L, and with any other record, timm mode
     --recipe training/recipes/finetune.py:finetune:convnext_tiny.in12k
     --recipe training/recipes/finetune.py:finetune:./my_resnet50
 
+What was trained is a model of its own then, whether its classes are synsets or have names of yours:
+
+    wn21k train export RUN ./mine
+    wn21k predict photo.jpg --model ./mine
+
 To change more than --set can, write a file of your own:
 
     from wn21k_zoo.training import presets

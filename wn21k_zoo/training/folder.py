@@ -259,9 +259,10 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
     if validation is None:
         raise DataError(f"{root} has a folder train, but none for validation: {', '.join(_VALIDATION)}.")
     parts = ["train", validation]
-    real = {top: {_composed(name): name for name in _classes(root / top, 1 + (top == "train"))} for top in parts}
-    classes = list(real["train"])
     tops = {"train": parts[:1], "validation": parts[1:], "all": parts}
+    looked_at = [top for top in parts if top == "train" or any(top in tops[split] for split in splits)]
+    real = {top: {_composed(name): name for name in _classes(root / top, 1 + (top == "train"))} for top in looked_at}
+    classes = list(real["train"])
     datasets = []
     for split in splits:
         for top in tops[split]:
