@@ -108,13 +108,15 @@ def test_names_of_classes_that_are_no_synsets(tmp_path):
         models.load_model(tmp_path / "model", head="semantic_softmax")
     by_index = models.load_model(folder(label_names={"1": "b", "0": "a", "2": "c"}))
     assert [*by_index.label_space] == ["a", "b", "c"]
-    for slip in (["n02123045", "n02084071", "n00000001"], ["n02123045", "n02084071", "background"]):
+    slips = [["n02123045", "n02084071", other] for other in ("n00000001", "background", "n02123045")]
+    for slip in slips:
         with pytest.raises(UnresolvedLabelSpaceError, match=r"Give label_space .* own, for its names as they are"):
             models.load_model(folder(label_names=slip))
         assert [*models.load_model(tmp_path / "model", label_space="own").label_space] == slip
     for wrong in ([0, 1, 2], ["cat", None, "dog"]):
         with pytest.raises(UnresolvedLabelSpaceError, match=r"does not name its classes; give label_space"):
             models.load_model(folder(label_names=wrong))
+    assert [*models.load_model(folder(labels={"0": "a", "1": "b", "2": "c"})).label_space] == ["a", "b", "c"]
     with pytest.raises(ModelError, match="nor has a name for each index"):
         models.load_model(folder(label_names={"0": "a", "2": "c"}))
     loaded = models.load_model(folder(labels={"task": "pets"}), label_space=ClassNames(["a", "b", "c"]))
@@ -134,6 +136,39 @@ def test_a_network_may_have_another_classifier_than_it_began_with():
     assert {output.name for output in found.top_k} == {"cat", "dog"}
     with pytest.raises(LabelSpaceError, match="ResNet has 2 outputs, but own has 3 classes"):
         models.load_model(module, label_space=ClassNames(["cat", "dog", "bird"]))
+    for name in ("resnetv2_18", "deit_tiny_distilled_patch16_224"):  # classifiers: a convolution, two layers
+        module = timm.create_model(name, num_classes=5)
+        with pytest.raises(LabelSpaceError, match="has 5 outputs, but own has 2 classes"):
+            models.load_model(module, label_space=ClassNames(["cat", "dog"]))
+
+    class Own(torch.nn.Linear):
+        def get_classifier(self, which):
+            """Not as timm's."""
+
+    assert models.load_model(Own(3, 5), label_space=ClassNames(["cat", "dog"])).head == "softmax"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        (lambda logits: (logits, logits), "gives tuple for 1 images"),
+        (lambda logits: logits.detach().numpy(), "gives ndarray for"),
+        (lambda logits: logits.sum(), r"gives outputs of shape \(\) for"),
+        (lambda logits: logits[:, :1], r"gives outputs of shape \(1, 1\) for 1 images; own needs a tensor \[1, 2\]"),
+    ],
+)
+def test_what_is_no_number_per_class_is_told(outputs, said):
+    class Network(torch.nn.Linear):
+        def forward(self, images):
+            return outputs(super().forward(images.flatten(1)))
+
+    with pytest.raises(ModelError, match=said):
+        predict(
+            CAT,
+            model=Network(12, 2),
+            label_space=ClassNames(["a", "b"]),
+            transform=lambda image: torch.zeros(3, 2, 2),
+        )
 
 
 def test_a_folder_keeps_its_own_preprocessing(folder, tmp_path, monkeypatch):

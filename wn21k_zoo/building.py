@@ -256,14 +256,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     settings = config.get("pretrained_cfg", {})
     if not isinstance(settings, dict):
         raise ModelError(f"{folder / CONFIG_FILE}: pretrained_cfg is not an object.")
-    former = config.get("labels")  # timm's former name for them
-    for names in (config.get("label_names"), settings.get("label_names"), former if isinstance(former, list) else None):
-        if isinstance(names, dict) and set(names) == {str(index) for index in range(len(names))}:
-            names = [names[str(index)] for index in range(len(names))]
-        if names is not None and not isinstance(names, list):
-            raise ModelError(f"{folder / CONFIG_FILE}: label_names is not a list, nor has a name for each index.")
-        if names:
+    for key, place in (("label_names", config), ("label_names", settings), ("labels", config)):  # timm's former name
+        given = names = place.get(key)
+        if isinstance(given, dict) and set(given) == {str(index) for index in range(len(given))}:
+            names = [given[str(index)] for index in range(len(given))]
+        if isinstance(names, list) and names:
             return {**config, "label_names": names}
+        if names and key == "label_names":
+            raise ModelError(f"{folder / CONFIG_FILE}: label_names is not a list, nor has a name for each index.")
     return config
 
 

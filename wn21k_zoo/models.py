@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -25,6 +26,7 @@ from wn21k_zoo.building import (
 )
 from wn21k_zoo.checkpoints import DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT, Checkpoint, Head
 from wn21k_zoo.errors import (
+    DuplicateSynsetError,
     EmptyLabelSpaceError,
     InvalidArgumentError,
     LabelSpaceError,
@@ -234,7 +236,7 @@ def _load_folder(
     config = read_config(folder)
     weights = weights or weights_in(folder)
     known = _checkpoint_of_config(config)
-    if labels is not None:
+    if labels is not None and space != "own":
         stated_space, stated_head = _read_labels(labels)
         space, head = space or stated_space, head or stated_head
     if space == "own":
@@ -298,7 +300,7 @@ def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, 
             return _own_names(config, folder)
         try:
             return LabelSpace(folder.name, tuple(names))
-        except UnknownSynsetError as error:  # a slip among wnids, or not the classes of the checkpoint it was made from
+        except (UnknownSynsetError, DuplicateSynsetError) as error:  # a slip, or other classes than the checkpoint's
             raise UnresolvedLabelSpaceError(
                 f"{folder} seems to have synsets as its classes, but {str(error).partition(';')[0].rstrip('.')}. Give "
                 "label_space (--label-space): a name or wnids, or own, for its names as they are."
@@ -369,9 +371,12 @@ def _head_of(known: Checkpoint | None, space: Classes, name: str, head: Head | N
 
 
 def _check_outputs(module: nn.Module, space: Classes, name: str) -> None:
-    # Not its num_classes: somebody may have put another classifier there.
-    classifier: Any = getattr(module, "get_classifier", lambda: None)()
-    outputs = getattr(classifier, "out_features", None)
+    outputs: Any = None
+    with contextlib.suppress(AttributeError, TypeError):  # of a network that is not timm's
+        classifier: Any = module.get_classifier()  # type: ignore[operator]
+        classifier = classifier[-1] if isinstance(classifier, tuple) else classifier
+        # The layer itself, since somebody may have put another one there.
+        outputs = getattr(classifier, "out_features", getattr(classifier, "out_channels", None))
     if isinstance(outputs, int) and outputs != len(space):
         raise LabelSpaceError(f"{name} has {outputs:,} outputs, but {space.name} has {len(space):,} classes.")
 

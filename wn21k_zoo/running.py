@@ -73,11 +73,12 @@ def check_logits(logits: Any, images: int, classes: LabelSpace | ClassNames, nam
     Raises:
         ModelError: They are something else.
     """
-    shape = tuple(getattr(logits, "shape", ())) or type(logits).__name__
-    if shape != (images, len(classes)):
+    import torch
+
+    found = f"outputs of shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (images, len(classes)):
         raise ModelError(
-            f"{name} gives outputs of shape {shape} for {images} images; {classes.name} needs "
-            f"[{images}, {len(classes)}]."
+            f"{name} gives {found} for {images} images; {classes.name} needs a tensor [{images}, {len(classes)}]."
         )
 
 

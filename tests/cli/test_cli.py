@@ -91,7 +91,7 @@ def test_level_threshold_and_top_k():
 
 
 def test_stdin_and_globs(folder):
-    done = run("predict", "-", *MODEL, stdin=f"{folder / 'b.png'}\n\nsample:coffee\n")
+    done = run("predict", "-", *MODEL, stdin=f"\ufeff{folder / 'b.png'}\n\nsample:coffee\n")  # PowerShell's mark
     assert [json.loads(line)["source"] for line in done.stdout.splitlines()] == [str(folder / "b.png"), "sample:coffee"]
     assert run("predict", "-", *MODEL, stdin="").exit_code == 1
     assert run("predict", "-", "sample:cat", *MODEL).exit_code == 2

@@ -115,10 +115,12 @@ def test_a_network_of_ones_own_is_evaluated_and_left_as_it_was(run, data, tmp_pa
         evaluate(module, data, workers=0)
     with pytest.raises(InvalidArgumentError, match="How images are prepared for Linear is not known"):
         evaluate(torch.nn.Linear(3, 6), data, label_space=sorted(WNIDS), head="softmax", workers=0)
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
         half = evaluate(copy.deepcopy(module).to(dtype), data, label_space=sorted(WNIDS), head="softmax", workers=0)
         assert half["images"] == 60
-    with pytest.raises(ModelError, match=r"ResNet gives outputs of shape \(60, \d+\) .* custom needs \[60, 6\]"):
+    with pytest.raises(
+        ModelError, match=r"ResNet gives outputs of shape \(60, \d+\) .* custom needs a tensor \[60, 6\]"
+    ):
         evaluate(
             timm.create_model("test_resnet", num_classes=0), data, label_space=sorted(WNIDS), head="softmax", workers=0
         )

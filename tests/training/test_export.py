@@ -63,6 +63,12 @@ def test_an_exported_run_predicts_at_once(exported, data):
     assert prediction.levels[0].labels[0].wnid in WNIDS
 
 
+def test_the_names_of_synsets_may_be_taken_as_they_are(exported, data):
+    found = wn21k_zoo.predict(data / WNIDS[5] / "3.jpg", model=exported, label_space="own")
+    assert (found.label_space, found.head) == ("own", "softmax")  # whatever it was trained for
+    assert found.top_k[0].name in LabelSpace("x", sorted(WNIDS)).unique_names
+
+
 def test_it_speaks_the_published_order_again(run, exported, data):
     trained = load_run(run)
     assert trained.class_names == tuple(sorted(WNIDS))

@@ -104,6 +104,12 @@ def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):
     make_folder(tmp_path / "3" / "train", names=(one, "b"))
     make_folder(tmp_path / "3" / "val", names=(two, "b"))
     assert [len(each) for each in open_folders(tmp_path / "3")] == [20, 20]
+    trained, again = (open_folder(tmp_path / each, "train") for each in "12")
+    assert trained.digest == again.digest  # so that a run goes on
+    assert again.mapped((two, "b"), "class").targets.tolist() == again.mapped((one, "b"), "class").targets.tolist()
+    make_folder(tmp_path / "1", names=(two,))
+    with pytest.raises(DataError, match="whose names look alike"):
+        open_folder(tmp_path / "1", "train")
 
 
 def test_what_macos_adds_to_archives_is_no_class(tmp_path):
@@ -118,6 +124,10 @@ def test_a_class_called_train_with_another_capital_divides_nothing(tmp_path):
     make_folder(tmp_path, names=("Train", "bus"))
     assert not is_divided(tmp_path)
     assert not is_divided(tmp_path / "nowhere")
+    assert open_folder(tmp_path, "train").class_names == ("Train", "bus")
+    (tmp_path / "Val").mkdir()
+    with pytest.raises(DataError, match="call them train and val, in small letters"):
+        open_folder(tmp_path, "train")
 
 
 def test_hidden_files_are_no_images(tmp_path):

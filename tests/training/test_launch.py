@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from wn21k_zoo.training import train
+from wn21k_zoo.training.status import mark_preempted
 
 from .runs import make_folder, small_recipe
 
@@ -73,6 +74,15 @@ def with_programs(tmp_path, **scripts):
         (programs / name).write_text(f"#!/bin/bash\n{script}\n")
         (programs / name).chmod(0o755)
     return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+
+
+@needs_bash
+def test_what_cannot_be_written_is_not_left_in_the_folder_of_a_run(tmp_path):
+    environment = with_programs(tmp_path, torchrun="exit 0", mv="exit 1")
+    mark_preempted(tmp_path / "run")
+    done = subprocess.run(["bash", LAUNCH / "run.sh", tmp_path / "run", "x"], env=environment, check=False)
+    assert done.returncode == 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
 
 
 @needs_bash

@@ -123,14 +123,15 @@ def run_on_ranks(count, recipe, data, output):
 @contextlib.contextmanager
 def started(processes):
     """Within, they run; none is left over, or pytest would wait for it at its end."""
-    for process in processes:
-        process.start()
     try:
+        for process in processes:
+            process.start()
         yield
     finally:
         for process in processes:
-            process.kill()
-            process.join()
+            if process.pid is not None:
+                process.kill()
+                process.join()
 
 
 def joined(processes, seconds):

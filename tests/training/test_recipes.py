@@ -9,9 +9,11 @@ import pytest
 import timm
 import torch
 from timm.models import save_for_hf
+from typer.testing import CliRunner
 
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS
+from wn21k_zoo.cli.app import app
 from wn21k_zoo.errors import ModelError, RecipeError, UnknownModelError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import presets
@@ -544,6 +546,15 @@ def test_what_was_chosen_is_in_the_recipes():
     assert (own.optimizer.head_lr_factor, own.optimizer.clip_norm, own.data.crop_pct) == (10, 1, None)
     assert (own.model.mean, own.model.std) == ((0, 0, 0), (1, 1, 1))
     assert presets.finetune("efficientnet_lite0.embedded_in1k").data.crop_pct == 0.875
+
+
+def test_what_macos_lays_beside_recipes_is_none(tmp_path):
+    lines = ("from wn21k_zoo.training import presets", "def mine():", "    return presets.finetune()")
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    (tmp_path / "._mine.py").write_bytes(b"\0")
+    result = CliRunner().invoke(app, ["train", "list", str(tmp_path), "-f", "jsonl"])
+    assert result.exit_code == 0
+    assert [json.loads(line)["recipe"] for line in result.stdout.splitlines()] == [f"{tmp_path / 'mine.py'}:mine"]
 
 
 @pytest.mark.parametrize("where", [r"D:\runs\mine", "D:/runs/mine"])

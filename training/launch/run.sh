@@ -14,8 +14,10 @@ mkdir -p "$1"
 shift
 
 mark() { # $1: states, with | between them; $2: the one in their place
-    new="$status.$HOSTNAME.$$" # other machines may do the same
-    sed -E "s/\"state\": \"($1)\"/\"state\": \"$2\"/" "$status" >"$new" && mv "$new" "$status"
+    new="${status%/*}/.status.json.$HOSTNAME.$$" # other machines may do the same
+    sed -E "s/\"state\": \"($1)\"/\"state\": \"$2\"/" "$status" >"$new" &&
+        grep -Eq "\"state\": \"($1)\"" "$status" && mv -f "$new" "$status"
+    rm -f "$new"
 }
 
 # The marks of another time say nothing about this one.

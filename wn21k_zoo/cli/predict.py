@@ -114,13 +114,12 @@ def predict(
             head=head,
             allow_url=allow_url,
         )
-        levels = (
-            [*predictor.tree.levels] if predictor.tree is not None else [0]
-        )  # classes that are no synsets are roots
+        # Classes that are no synsets are roots, all of them.
+        levels = [*predictor.tree.levels] if predictor.tree is not None else [0]
         if level is not None and level not in levels:
             known = ", ".join(map(str, levels)) or "none"
-            name = predictor.tree.name if predictor.tree is not None else predictor.name
-            raise InvalidArgumentError(f"The tree {name} has no level {level}; its levels are {known}.")
+            name = f"The tree {predictor.tree.name}" if predictor.tree is not None else predictor.name
+            raise InvalidArgumentError(f"{name} has no level {level}; its levels are {known}.")
         total = None if from_stdin else len(list(sources))
         raise typer.Exit(
             _write(_results(predictor, sources, read_ahead=not from_stdin), chosen, level, total, quiet=quiet)
@@ -182,9 +181,10 @@ def _progress(total: int | None, hidden: bool) -> Iterator[Callable[[], None]]:
 
 
 def _lines_of_stdin() -> Iterator[str]:
-    for line in sys.stdin:
-        if line.strip():
-            yield line.removeprefix("\ufeff").rstrip("\r\n")  # PowerShell's mark
+    for number, line in enumerate(sys.stdin):
+        path = line.removeprefix("\ufeff" if not number else "").rstrip("\r\n")  # PowerShell begins with that mark
+        if path.strip():
+            yield path
 
 
 def _expand(paths: list[str]) -> Iterator[str]:

@@ -48,12 +48,13 @@ def list_recipes(
 ) -> None:
     """The recipes that there are, or those of a file or folder."""
     from wn21k_zoo.errors import RecipeError
+    from wn21k_zoo.files import visible
     from wn21k_zoo.training.recipe_files import recipes_in, shipped_recipes
 
     if file is None:
         files = shipped_recipes()
     else:
-        files = {str(path): path for path in (sorted(file.glob("*.py")) if file.is_dir() else [file])}
+        files = {str(path): path for path in (visible(file, "*.py") if file.is_dir() else [file])}
     if not all(path.is_file() and path.suffix == ".py" for path in files.values()) or not files:
         raise RecipeError(f"{file} is no recipe file, and no folder with one.")
     rows, failed = [], False

@@ -159,7 +159,6 @@ class _Run:
         self.recipe, self.splits, self.folder, self.world = recipe, splits, folder, world
         self.agreement, self.rescue = agreement, rescue
         self.device = world.device
-        self.is_trial = recipe.name.endswith("_debug")
         if recipe.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         _set_deterministic(recipe.run.deterministic)
@@ -247,7 +246,8 @@ class _Run:
                 self.writer.close()
         if leads:
             self.folder.set_status("finished", self.step, total=self.total)
-            export = "" if self.is_trial else f"; wn21k train export {self.folder.path} DIR makes a model of it"
+            is_trial = self.recipe.name.endswith("_debug")
+            export = "" if is_trial else f"; wn21k train export {self.folder.path} DIR makes a model of it"
             sys.stderr.write(f"wn21k: finished{export}\n")
         return self.figures
 
@@ -303,7 +303,8 @@ class _Run:
         self.window.share(self.world)
         is_last = self.step >= self.total
         evaluates = is_last or epoch % self.recipe.run.evaluate_every == 0
-        if evaluates and not self.is_trial and (self.saved is None or self.saved[0] != self.step):
+        has_begun = self.total > 2  # in a trial there is nothing to lose
+        if evaluates and has_begun and (self.saved is None or self.saved[0] != self.step):
             self._save()  # an evaluation that fails, over damaged images, say, costs no training
         figures = self._evaluate() if evaluates else {}
         is_best = False

@@ -82,7 +82,7 @@ def evaluate(
         batch_size: Images at a time.
         workers: Processes that load images; default: the cores of this machine, at most 16.
         device: auto (a network stays where it is), cpu, cuda or mps (where it stays afterwards).
-        precision: fp32, bf16 or fp16.
+        precision: fp32, bf16 or fp16; a network in bf16 or fp16 runs in these in place of fp32.
         max_bad: Share of damaged images that is endured.
         predictions: CSV file for a row per image: ``image``, ``class`` and ``prediction`` (wnids, or the model's own
             names) and ``confidence``; there when all of it is done. Predictions are leaves, see
@@ -143,8 +143,9 @@ def evaluate(
     with there, torch.inference_mode(), evaluating(module), _rows(predictions, subject.class_names) as write:
         for number, batch in enumerate(loader, start=1):
             if len(batch):  # else all its images are damaged
+                images = batch.images.contiguous(memory_format=layout)
                 with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
-                    logits = module(batch.images.contiguous(memory_format=layout))
+                    logits = module(images.double() if own == torch.float64 else images)
                 check_logits(logits, len(batch), subject.classes, subject.name)
                 write(batch, *evaluation.update(logits, batch.targets))
             progress(number, total)

@@ -1,7 +1,8 @@
 """A folder of class folders with loose image files: the commonest data set of one's own.
 
-``DIR/train/CLASS/...`` and ``DIR/val/CLASS/...`` (or ``validation``, ``valid``, ``test``); or ``DIR/CLASS/...``, of
-which one image in ten, chosen by a hash of its name, is for validation.
+``DIR/train/CLASS/...`` and ``DIR/val/CLASS/...`` (or ``validation``, ``valid``, ``test``), which may lack some of the
+classes; or ``DIR/CLASS/...``, of which one image in ten, chosen by a hash of its name, is for validation. Names are
+compared in one form of Unicode (NFC): some file systems and archives of macOS have another.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.sources import files_below
 from wn21k_zoo.training.storage import expanded
 
-__all__ = ["FolderDataset", "is_class_folder", "is_divided", "open_folder", "open_folders"]
+__all__ = ["FolderDataset", "composed", "is_class_folder", "is_divided", "open_folder", "open_folders"]
 
 _VALIDATION = ("validation", "val", "valid", "test")
 _SPLITS = ("train", "validation", "all")
@@ -72,7 +73,7 @@ class FolderDataset:
     Attributes:
         root: The folder.
         split: ``train``, ``validation`` or ``all``.
-        class_names: Names of the class folders in byte order; a target is an index of it.
+        class_names: Names of the class folders (NFC) in byte order; a target is an index of it.
         targets: Of each image, [n] int32.
         left_out: Images whose classes a label space lacks.
     """
@@ -130,10 +131,10 @@ class FolderDataset:
         Raises:
             DataError: A folder's name is none of them, nor one that may be left out; ``what`` says of what.
         """
-        unknown = set(self.class_names) - set(class_names)
+        index = {composed(name): number for number, name in enumerate(class_names)}
+        unknown = set(self.class_names) - set(index)
         if wrong := [name for name in unknown if may_lack is None or not may_lack.fullmatch(name)]:
             raise DataError(f"{self.root} has a folder {min(wrong)}, which is no {what}.")
-        index = {name: number for number, name in enumerate(class_names)}
         targets = np.array([index.get(name, -1) for name in self.class_names], np.int32)[self.targets]
         there = targets >= 0
         return dataclasses.replace(
@@ -148,8 +149,11 @@ class FolderDataset:
     @functools.cached_property
     def digest(self) -> str:
         """Of the files' names below the folder; not of what is in them, nor of where it lies."""
-        arrays = (self._names.text, self._names.ends, self._numbers)
-        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+        text, ends = self._names.text.tobytes(), self._names.ends
+        if not text.isascii():
+            names = [_composed_bytes(text[begin:end]) for begin, end in itertools.pairwise(ends.tolist())]
+            text, ends = b"".join(names), np.cumsum([0, *map(len, names)], dtype=np.int64)
+        return hashlib.sha256(text + ends.tobytes() + self._numbers.tobytes()).hexdigest()
 
     @property
     def sketch(self) -> str:
@@ -235,7 +239,7 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
         split: ``train``, ``validation``, or ``all``.
 
     Raises:
-        DataError: It holds no classes or images, or the splits' classes differ.
+        DataError: It holds no classes or images, or classes for validation that it has none to train on.
         MissingExtraError: It has HEIF photographs.
     """
     return open_folders(place, (split,))[0]
@@ -252,6 +256,10 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
         raise DataError(f"{root} {'is a file' if root.exists() else 'does not exist'}; name a folder of class folders.")
     below = {entry.name for entry in root.iterdir() if entry.is_dir() and not _is_hidden(entry.name)}
     if "train" not in below:
+        if {name.casefold() for name in below} & {*_VALIDATION} and "train" in map(str.casefold, below):
+            raise DataError(
+                f"{root} has folders for training and validation; call them train and val, in small letters."
+            )
         classes = _classes(root)
         listing = _listing(root, [[each] for each in classes])
         return [_dataset(root, split, classes, listing, _share(listing, split)) for split in splits]
@@ -261,7 +269,7 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
     parts = ["train", validation]
     tops = {"train": parts[:1], "validation": parts[1:], "all": parts}
     looked_at = [top for top in parts if top == "train" or any(top in tops[split] for split in splits)]
-    real = {top: {_composed(name): name for name in _classes(root / top, 1 + (top == "train"))} for top in looked_at}
+    real = {top: {composed(name): name for name in _classes(root / top, 1 + (top == "train"))} for top in looked_at}
     classes = list(real["train"])
     datasets = []
     for split in splits:
@@ -312,7 +320,7 @@ def _dataset(
     return FolderDataset(
         root=root,
         split=split,
-        class_names=tuple(map(_composed, classes)),
+        class_names=tuple(map(composed, classes)),
         targets=listing.targets[numbers],
         _names=listing.names,
         _numbers=numbers,
@@ -331,31 +339,36 @@ def _classes(folder: Path, at_least: int = 2) -> list[str]:
     if len(names) < at_least:
         count = "two" if at_least == 2 else "one"
         raise DataError(f"{folder} has {len(names)} folders; a folder per class is needed, at least {count}.")
-    return sorted(names, key=lambda name: os.fsencode(_composed(name)))
+    if len({composed(name) for name in names}) < len(names):
+        raise DataError(f"{folder} has two folders whose names look alike (two forms of Unicode); make one of them.")
+    return sorted(names, key=lambda name: os.fsencode(composed(name)))
 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"  # which is in zip files of macOS
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
     """With one character for ä, where some file systems and zip files of macOS have two."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
+def _composed_bytes(name: bytes) -> bytes:
+    return name if name.isascii() else os.fsencode(composed(os.fsdecode(name)))
+
+
 def _images(root: Path, below: str) -> list[str]:
     """Without hidden ones, such as the ._photo.jpg beside each photo.jpg that macOS copies to other file systems."""
-    names = sorted(
+    found = (
         f"{below}/{name}"
         for name, _ in files_below(root / below)
         if _is_image(name) and not any(part.startswith(".") for part in name.split("/"))
     )
+    names = sorted(found, key=composed)
     if any(name.lower().endswith((".heic", ".heif")) for name in names) and find_spec("pillow_heif") is None:
         raise MissingExtraError(f"{root / below} has HEIF photographs, which", "heif")
     return names
 
 
 def _hash(name: bytes) -> bytes:
-    if not name.isascii():
-        name = os.fsencode(_composed(os.fsdecode(name)))
-    return hashlib.blake2b(name, digest_size=16).digest()[:8]
+    return hashlib.blake2b(_composed_bytes(name), digest_size=16).digest()[:8]

@@ -27,6 +27,7 @@ from wn21k_zoo.errors import (
     is_out_of_memory,
 )
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.folder import composed
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.recipe import RANDOM, RESERVED, Recipe, check_architecture
 
@@ -229,7 +230,7 @@ def _classes_of(start: str) -> tuple[str, ...] | None:
         if (labels := _beside(start, building.LABELS_FILE)) is not None:
             return tuple(labels["wnids"])
         if (folder := building.configured_folder(start)) is not None:
-            return tuple(building.read_config(folder)["label_names"])
+            return tuple(map(composed, building.read_config(folder)["label_names"]))
         return LabelSpace.load(registry.resolve_checkpoint(start).label_space).wnids
     except (Wn21kError, KeyError, TypeError):
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
+from wn21k_zoo.files import visible
 from wn21k_zoo.training.recipe import Model, Recipe, Section
 
 __all__ = ["load_recipe", "override", "recipes_in", "shipped_recipes"]
@@ -23,7 +24,7 @@ def shipped_recipes() -> dict[str, Path]:
     folder = package / "_recipes"
     if not folder.is_dir():
         folder = package.parent / "training" / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+    return {path.stem: path for path in visible(folder, "*.py")}
 
 
 def load_recipe(where: str) -> Recipe:
@@ -40,7 +41,7 @@ def load_recipe(where: str) -> Recipe:
         path /= "recipe.json"
     if not path.is_file() or path.suffix not in (".py", ".json"):
         what = "is a folder; name a file in it" if path.is_dir() else "is no file"
-        beside = [each.name for each in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        beside = [each.name for each in visible(path.parent, "*.py")] if path.parent.is_dir() else []
         near = did_you_mean(path.name, [*beside, *shipped_recipes()])
         raise RecipeError(
             f"{path} {what}; a recipe is FILE.py:function, recipe.json, or what `wn21k train list` shows.{near}"
