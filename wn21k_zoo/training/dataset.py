@@ -210,8 +210,8 @@ def open_dataset(
         raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from error
     if info is not None:
         return _open_ours(storage, info, split, label_space, stage)
-    hidden = [name for name in names if PurePosixPath(name).name.startswith(".")]  # ._NAME of macOS
-    names = [name for name in names if name.endswith((".tar", ".parquet")) and name not in hidden]
+    names = [name for name in names if name.endswith((".tar", ".parquet"))]
+    names = [name for name in names if not PurePosixPath(name).name.startswith(".")]  # ._NAME of macOS
     mine = [name for name in names if split_of(name) == split]
     if not mine:
         there = sorted({found for name in names if (found := split_of(name))})

@@ -303,8 +303,8 @@ class _Run:
         self.window.share(self.world)
         is_last = self.step >= self.total
         evaluates = is_last or epoch % self.recipe.run.evaluate_every == 0
-        has_begun = self.total > 2  # in a trial there is nothing to lose
-        if evaluates and has_begun and (self.saved is None or self.saved[0] != self.step):
+        is_saved = self.saved is not None and self.saved[0] == self.step
+        if evaluates and not is_saved and self.total > 2:  # in a trial there is nothing to lose
             self._save()  # an evaluation that fails, over damaged images, say, costs no training
         figures = self._evaluate() if evaluates else {}
         is_best = False

@@ -149,11 +149,15 @@ class FolderDataset:
     @functools.cached_property
     def digest(self) -> str:
         """Of the files' names below the folder; not of what is in them, nor of where it lies."""
-        text, ends = self._names.text.tobytes(), self._names.ends
-        if not text.isascii():
-            names = [_composed_bytes(text[begin:end]) for begin, end in itertools.pairwise(ends.tolist())]
-            text, ends = b"".join(names), np.cumsum([0, *map(len, names)], dtype=np.int64)
-        return hashlib.sha256(text + ends.tobytes() + self._numbers.tobytes()).hexdigest()
+        text, ends = self._names.text, self._names.ends
+        if text.max(initial=0) > 127:
+            names = [_composed_bytes(text[begin:end].tobytes()) for begin, end in itertools.pairwise(ends.tolist())]
+            text = np.frombuffer(b"".join(names), np.uint8)
+            ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
+        digest = hashlib.sha256()
+        for array in (text, ends, self._numbers):  # as they lie: of millions of names a copy would be large
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     @property
     def sketch(self) -> str:
