@@ -262,7 +262,17 @@ def test_dry_run_lists_what_would_go_and_opens_no_socket(folder, tmp_path, monke
 
 
 def test_what_cannot_be_published(folder, tmp_path, monkeypatch):
-    for repo in ("name", "org/a b", "org/a/b", "-org/name", "org/a--b", "org/a..b"):
+    for repo in (
+        "name",
+        "org/a b",
+        "org/a/b",
+        "-org/name",
+        "org/a--b",
+        "org/a..b",
+        "org/a.git",
+        "org/a.",
+        "org/a@main",
+    ):
         with pytest.raises(InvalidArgumentError, match="ORG/NAME"):
             publish.publish_folder(folder, repo)
     with pytest.raises(InvalidArgumentError, match="no folder"):

@@ -504,6 +504,13 @@ def test_what_is_being_fetched_is_not_removed(root, serve):
     assert list(root.iterdir()) == []
 
 
+def test_redirects_without_end_are_a_typed_error(root, serve):
+    endpoint, seen = serve(files_of("plain"), faults=[{"status": 302, "headers": {"location": "/x"}, "always": True}])
+    with pytest.raises(DownloadError, match="redirects more than 5 times"):
+        download.fetch(checkpoint_of("plain", endpoint))
+    assert len(seen) == 6
+
+
 @pytest.mark.parametrize("what", ["sha256_of", "difference"])
 def test_a_part_that_somebody_removes_is_a_typed_error(what, root, serve, monkeypatch):
     def vanish(*_):

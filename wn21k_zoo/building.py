@@ -21,6 +21,7 @@ from wn21k_zoo.errors import (
     Wn21kError,
     first_line,
 )
+from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "create_model",
     "fetch_from_hub",
     "hub_source",
+    "is_repo_id",
     "load_pretrained",
     "looks_like_path",
     "pretrained_config",
@@ -174,7 +176,7 @@ def as_folder(name: str | os.PathLike[str]) -> Path | None:
     if text.startswith(HUB_PREFIX):
         return None
     if text.startswith(FOLDER_PREFIX) or isinstance(name, os.PathLike) or looks_like_path(text):
-        folder = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
+        folder = expanded(text.removeprefix(FOLDER_PREFIX), UnknownModelError)
     elif Path(text).is_dir() and not registry.is_known(text):  # in the working directory, named without a slash
         folder = Path(text)
     else:
@@ -321,17 +323,22 @@ def hub_source(name: str) -> HubSource:
     Raises:
         UnknownModelError: That is no name of a repository.
     """
+    repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+    if not is_repo_id(repo_id):
+        raise UnknownModelError(f"{name!r} is no Hub repository; write hf-hub:ORG/NAME.")
+    return HubSource(repo_id=repo_id, filenames=(CONFIG_FILE, *WEIGHT_FILES, LABELS_FILE), revision=revision or None)
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether a text can be ORG/NAME on the Hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
     try:
-        if "/" not in repo_id:
-            raise HFValidationError("No organisation.")
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UnknownModelError(f"{name!r} is no Hub repository; write hf-hub:ORG/NAME.") from error
-    return HubSource(repo_id=repo_id, filenames=(CONFIG_FILE, *WEIGHT_FILES, LABELS_FILE), revision=revision or None)
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return "/" in text
 
 
 def looks_like_path(name: str) -> bool:

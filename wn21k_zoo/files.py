@@ -10,9 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from wn21k_zoo.errors import DataOutputError
+from wn21k_zoo.errors import DataOutputError, Wn21kError
 
-__all__ = ["atomic_file", "check_writable", "replace", "visible"]
+__all__ = ["atomic_file", "check_writable", "expanded", "replace", "visible"]
+
+
+def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
+    """A path, of which ~ is a home folder.
+
+    Raises:
+        Wn21kError: Of that kind: there is no such user.
+    """
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:
+        raise kind(f"{os.fspath(place)}: whose home folder that is, is not known; write the whole path.") from None
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args
 
 from wn21k_zoo import download, registry
 from wn21k_zoo.building import (
@@ -60,7 +60,7 @@ Classes = LabelSpace | ClassNames
 LabelSpaceLike = str | Classes | Sequence[str]
 Given = Classes | Literal["own"] | None
 
-HEADS: tuple[Head, ...] = ("semantic_softmax", "softmax", "sigmoid")
+HEADS: tuple[Head, ...] = get_args(Head)
 
 
 class FallbackModelWarning(UserWarning):

@@ -6,10 +6,11 @@ import html
 import json
 from dataclasses import asdict, dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 
 __all__ = ["Label", "Level", "Output", "Prediction", "error_to_dict", "json_schema"]
@@ -228,7 +229,7 @@ def json_schema() -> dict[str, Any]:
         "source": source,
         "model": text,
         "label_space": text,
-        "head": {"enum": ["semantic_softmax", "softmax", "sigmoid"]},
+        "head": {"enum": [*get_args(Head)]},
         "tree": text,
         "threshold": number,
         "label": {"anyOf": [label, {"type": "null"}], "description": "deepest label that reaches the threshold"},

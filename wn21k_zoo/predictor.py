@@ -6,6 +6,7 @@ The module is called ``predictor`` because ``wn21k_zoo.predict`` is the function
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import operator
 import os
@@ -348,8 +349,7 @@ def predict(
         Wn21kError: As :class:`Predictor`.
     """
     chosen: Any = models.choose_default(options.get("cache_dir")) if model is None else model
-    unknown = set(options) - {"batch_size", "tree", "label_space", "head", "transform", "allow_url", "cache_dir"}
-    if unknown:
+    if unknown := options.keys() - inspect.signature(Predictor).parameters:
         raise InvalidArgumentError(
             f"predict has no option {', '.join(sorted(unknown))}; help(wn21k_zoo.Predictor) lists them."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from wn21k_zoo.building import (
     WEIGHT_FILES,
     build_checkpoint,
     build_from_folder,
+    is_repo_id,
     pretrained_config,
     read_config,
 )
@@ -34,6 +34,7 @@ from wn21k_zoo.errors import (
     WeightsNotFoundError,
     first_line,
 )
+from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.registry import TIMM_PREFIX
 from wn21k_zoo.tree import SemanticTree
@@ -103,7 +104,7 @@ def check_target(folder: str | os.PathLike[str], dtype: str | None, force: bool)
     Raises:
         InvalidArgumentError: The folder exists or holds what no export writes; the dtype is another.
     """
-    target = Path(folder).expanduser().resolve()
+    target = expanded(folder, InvalidArgumentError).resolve()
     if dtype is not None and dtype not in DTYPES:
         raise InvalidArgumentError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}.")
     if target.exists() and not target.is_dir():
@@ -155,7 +156,7 @@ def plan_upload(folder: str | os.PathLike[str]) -> dict[Path, int]:
         InvalidArgumentError: There is no such folder.
         ModelError: It lacks a file, or its weights do not fit its configuration.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder, InvalidArgumentError)
     if not folder.is_dir():
         raise InvalidArgumentError(f"{folder} is no folder; wn21k export writes one.")
     read_config(folder)
@@ -212,7 +213,7 @@ def publish_folder(
             client.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = client.upload_folder(
             repo_id=repo_id,
-            folder_path=Path(folder).expanduser(),
+            folder_path=expanded(folder, InvalidArgumentError),
             allow_patterns=[path.name for path in planned],
             revision=revision,
             commit_message=commit_message or "Upload with wn21k_zoo",
@@ -228,12 +229,12 @@ def check_repo_id(repo_id: str) -> None:
     Raises:
         InvalidArgumentError: It is none.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w-][\w.-]*", repo_id) or ".." in repo_id or "--" in repo_id:
+    if not is_repo_id(repo_id):
         raise InvalidArgumentError(f"{repo_id!r} is no name of a repository; write ORG/NAME.")
 
 
 def _load(model: str, record: str | None) -> tuple[Checkpoint, nn.Module]:
-    path = Path(model).expanduser()
+    path = expanded(model, UnknownModelError)
     if path.is_file():
         converted = convert.convert_file(path, registry.get_checkpoint(record).architecture if record else None)
         checkpoint = _record_of(converted, record)

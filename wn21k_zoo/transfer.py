@@ -1,7 +1,7 @@
 """One URL to one file: resumed, retried, verified, and in place only when it is whole.
 
-Retries and redirects are urllib3's. What is added is that a body that ends early goes on where it stopped, that a body
-that stands still is given up, and that nothing gets its final name before its hash was compared.
+Retries are urllib3's, redirects those of requests. What is added is that a body that ends early goes on where it
+stopped, that a body that stands still is given up, and that nothing gets its final name before its hash was compared.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ CONNECT_SECONDS = 5.0
 STALL_SECONDS = 8.0
 STALL_BYTES = 16 * 1024  # fewer than these in STALL_SECONDS count as standing still
 RETRY_AFTER_MAX_SECONDS = 60.0
+MAX_REDIRECTS = 5
 RETRIED = (408, 429, 500, 502, 503, 504)
 BACKOFF_SECONDS = 0.25
 ATTEMPTS_WITHOUT_PROGRESS = 5
@@ -357,6 +358,8 @@ def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
         urllib3.exceptions.LocationParseError,
     ) as e:
         raise DownloadError(f"{url} is no URL; check HF_ENDPOINT and WN21K_MIRROR.") from e
+    except requests.TooManyRedirects as error:
+        raise DownloadError(f"{url} redirects more than {MAX_REDIRECTS} times.") from error
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         if fault := _certificate_fault(error):
             why = f"its certificate cannot be verified ({fault})"
@@ -446,13 +449,13 @@ def new_session() -> requests.Session:
         connect=0,
         read=0,
         other=0,
-        redirect=5,
         status=4,
         backoff_factor=BACKOFF_SECONDS,
         status_forcelist=RETRIED,
         raise_on_status=False,
     )
     session = Session()
+    session.max_redirects = MAX_REDIRECTS
     session.auth = auth_of_address
     for scheme in ("https://", "http://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry))

@@ -301,3 +301,33 @@ def test_a_reader_that_stops_early_is_no_error():
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)  # noqa: S602
     assert done.stdout == '{"sou'
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="any name has a home there")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "info NOBODY",
+        "predict sample:cat --model NOBODY",
+        "evaluate NOBODY shards",
+        "evaluate NAME NOBODY",
+        "export NOBODY out",
+        "export NAME NOBODY",
+        "publish NOBODY --repo org/name --dry-run",
+        "train plan NOBODY.py",
+        "train plan finetune:finetune:NOBODY",
+        "train plot NOBODY",
+        "train export NOBODY out",
+        "data info NOBODY",
+        "cache list --cache-dir NOBODY",
+    ],
+)
+def test_the_home_folder_of_nobody_is_one_line(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = command.replace("NOBODY", "~nobody-of-that-name/x").replace("NAME", EMBEDDED).split()
+    done = run(*arguments)
+    assert done.exit_code in (1, 2)
+    assert "~nobody-of-that-name/x" in done.stderr
+    assert "unexpected" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

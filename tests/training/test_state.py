@@ -157,7 +157,7 @@ def test_damaged_checkpoints_do_not_push_out_good_ones(data, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="any name has a home there")
 def test_an_output_that_cannot_be_written_or_named(data, tmp_path, monkeypatch):
-    with pytest.raises(RunError, match="home directory"):
+    with pytest.raises(RunError, match="home folder"):
         run(small_recipe(), data, "~nobody-of-that-name/run")
 
     def denied(self):

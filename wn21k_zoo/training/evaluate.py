@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from wn21k_zoo import building
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError
-from wn21k_zoo.files import atomic_file, check_writable
+from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError, UnknownModelError
+from wn21k_zoo.files import atomic_file, check_writable, expanded
 from wn21k_zoo.labels import ClassNames, LabelSpace
 from wn21k_zoo.models import LabelSpaceLike, ModelLike, load_model
 from wn21k_zoo.running import check_logits, device_of, dtype_of, evaluating, select_device
@@ -42,7 +42,7 @@ from wn21k_zoo.training.export import TRAINED_ON, load_run
 from wn21k_zoo.training.folder import is_divided
 from wn21k_zoo.training.network import Normalized, memory_format
 from wn21k_zoo.training.splits import evaluation_resize
-from wn21k_zoo.training.storage import expanded, open_storage
+from wn21k_zoo.training.storage import open_storage
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["evaluate"]
@@ -112,7 +112,7 @@ def evaluate(
     if precision not in dtypes:
         raise InvalidArgumentError(f"precision is {precision!r}; it can be {', '.join(dtypes)}.")
     if predictions is not None:
-        check_writable(expanded(predictions))
+        check_writable(expanded(predictions, DataOutputError))
     chosen = device_of(model) if isinstance(model, nn.Module) and device == "auto" else select_device(device)
     subject = _subject(model, which, label_space, head, cache_dir)
     if split is None:
@@ -181,7 +181,7 @@ def _rows(
     if place is None:
         yield lambda batch, predictions, confidences: None
         return
-    path = expanded(place)
+    path = expanded(place, DataOutputError)
     try:
         with atomic_file(path) as file:
             text = io.TextIOWrapper(cast(io.BufferedWriter, file), "utf-8", newline="", errors="surrogateescape")
@@ -224,7 +224,7 @@ def _subject(
     head: Head | None,
     cache_dir: str | os.PathLike[str] | None,
 ) -> _Subject:
-    if isinstance(model, (str, os.PathLike)) and (expanded(model) / "recipe.json").is_file():
+    if isinstance(model, (str, os.PathLike)) and (expanded(model, UnknownModelError) / "recipe.json").is_file():
         if label_space is not None or head is not None:
             raise InvalidArgumentError(
                 f"{model} is a run and says what its classes and head are; leave out label_space and head."

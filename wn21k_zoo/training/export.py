@@ -18,6 +18,7 @@ from wn21k_zoo import convert, publish, registry
 from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.checkpoints import Checkpoint, Metric
 from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
+from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.network import reorder_head
@@ -154,7 +155,7 @@ def load_checkpoint(file: str | os.PathLike[str]) -> Trained:
     Raises:
         RunError: There is no such file, it is damaged, or it does not lie in a run.
     """
-    path = Path(file).expanduser().absolute()
+    path = expanded(file, RunError).absolute()
     if not path.is_file():
         raise RunError(f"There is no checkpoint {path}.")
     folder = RunFolder(path.parent.parent)

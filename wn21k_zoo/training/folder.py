@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, LabelSpaceError, MissingExtraError, UnknownSynsetError, did_you_mean
+from wn21k_zoo.files import expanded
 from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.sources import files_below
-from wn21k_zoo.training.storage import expanded
 
 __all__ = ["FolderDataset", "composed", "is_class_folder", "is_divided", "open_folder", "open_folders"]
 
@@ -209,7 +209,7 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
     Raises:
         DataError: The path begins with ~ and the name of no user.
     """
-    folder = expanded(place)
+    folder = expanded(place, DataError)
     if not folder.is_dir() or (folder / "_info.json").exists():
         return False
     entries = [entry for entry in folder.iterdir() if not _is_hidden(entry.name)]
@@ -251,7 +251,7 @@ def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDa
 
 def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[:2]) -> list[FolderDataset]:
     """The images of several splits, from one look at the folder; as :func:`open_folder`."""
-    root = expanded(place).absolute()
+    root = expanded(place, DataError).absolute()
     for split in splits:
         if split not in _SPLITS:
             near = " Did you mean validation?" if split in _VALIDATION else did_you_mean(split, _SPLITS)
@@ -334,7 +334,7 @@ def _dataset(
 
 def is_divided(place: str | os.PathLike[str]) -> bool:
     """Whether a folder of class folders is divided into training and validation."""
-    folder = expanded(place)  # on many a Mac and on Windows "train" is there where Train is
+    folder = expanded(place, DataError)  # on many a Mac and on Windows "train" is there where Train is
     return folder.is_dir() and any(entry.name == "train" and entry.is_dir() for entry in folder.iterdir())
 
 

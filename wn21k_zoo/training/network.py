@@ -26,6 +26,7 @@ from wn21k_zoo.errors import (
     first_line,
     is_out_of_memory,
 )
+from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.folder import composed
 from wn21k_zoo.training.levels import Levels
@@ -380,7 +381,7 @@ def refuse_run(field: str, name: str) -> None:
     Raises:
         RecipeError: It is.
     """
-    if (Path(name).expanduser() / "recipe.json").is_file():
+    if (expanded(name, RecipeError) / "recipe.json").is_file():
         raise RecipeError(
             f"{field} {name} is the folder of a run; `wn21k train export {name} DIR` makes a model of it, name that."
         )

@@ -26,12 +26,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from wn21k_zoo import building, registry
-from wn21k_zoo.errors import ModelError, RecipeError, did_you_mean
+from wn21k_zoo.errors import ModelError, RecipeError, UnknownModelError, did_you_mean
+from wn21k_zoo.files import expanded
 from wn21k_zoo.training.recipe import Model, Recipe
 
 __all__ = [
@@ -233,7 +233,7 @@ def finetune(start: str | os.PathLike[str] = "mobilenetv3_large_100.miil_in21k")
         ModelError: The folder or repository does not say what they are.
     """
     if isinstance(start, os.PathLike):
-        start = str(Path(start).expanduser().absolute())  # a folder, also without a slash
+        start = str(expanded(start, UnknownModelError).absolute())  # a folder, also without a slash
     name, architecture, size, mean, std, crop_pct = _described(start)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("._-") or architecture
     recipe = Recipe(name=f"{name}_finetuned", model=Model(architecture=architecture, start=start))

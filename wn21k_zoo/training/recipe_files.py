@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
-from wn21k_zoo.files import visible
+from wn21k_zoo.files import expanded, visible
 from wn21k_zoo.training.recipe import Model, Recipe, Section
 
 __all__ = ["load_recipe", "override", "recipes_in", "shipped_recipes"]
@@ -86,8 +86,8 @@ def load_recipe(where: str) -> Recipe:
 def _divided(where: str) -> tuple[Path, str | None, str | None]:
     """File, function and text."""
     if match := re.fullmatch(r"(.+?\.py)(?::(\w*))?(?::(.+))?", where, re.DOTALL):
-        return Path(match[1]).expanduser(), match[2], match[3]
-    path = Path(where).expanduser()
+        return expanded(match[1], RecipeError), match[2], match[3]
+    path = expanded(where, RecipeError)
     match = re.fullmatch(r"(\w{2,})(?::(\w*))?(?::(.+))?", where, re.DOTALL)  # one letter is a drive of Windows
     if match is None or path.is_file() or (path / "recipe.json").is_file():
         return path, None, None

@@ -28,7 +28,7 @@ import torch
 
 from wn21k_zoo.errors import RecipeError, RunError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import atomic_file, replace
+from wn21k_zoo.files import atomic_file, expanded, replace
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status, write_text
 
@@ -64,10 +64,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            self.path = path.expanduser().absolute()
-        except RuntimeError as error:  # ~ of a user that there is not
-            raise RunError(f"{path}: {first_line(error)}") from None
+        self.path = expanded(path, RunError).absolute()
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.best = self.checkpoints / "best.pt"
@@ -219,7 +216,7 @@ class RunFolder:
 
 def names_of(runs: Sequence[Path]) -> list[str]:
     """What tells the folders of runs apart: the last part of each path, or more of it."""
-    paths = [run.expanduser().absolute() for run in runs]
+    paths = [expanded(run, RunError).absolute() for run in runs]
     if len({path.name for path in paths}) == len(set(paths)):
         return [path.name for path in paths]
     if len({path.anchor for path in paths}) > 1:  # drives of Windows

@@ -21,9 +21,9 @@ import platformdirs
 
 from wn21k_zoo.errors import DataError, DiskSpaceError, InvalidArgumentError, Wn21kError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import replace
+from wn21k_zoo.files import expanded, replace
 
-__all__ = ["Stage", "Storage", "data_cache_dir", "default_stage", "expanded", "make_cache_folder", "open_storage"]
+__all__ = ["Stage", "Storage", "data_cache_dir", "default_stage", "make_cache_folder", "open_storage"]
 
 _GB = 10**9
 
@@ -31,19 +31,7 @@ _GB = 10**9
 def data_cache_dir() -> Path:
     """Folder for staged shards and indexes: ``WN21K_DATA_CACHE``, else the user's cache folder."""
     named = os.environ.get("WN21K_DATA_CACHE")
-    return expanded(named).absolute() if named else platformdirs.user_cache_path("wn21k_zoo") / "data"
-
-
-def expanded(place: str | os.PathLike[str]) -> Path:
-    """A path, of which ~ is a home folder.
-
-    Raises:
-        DataError: There is no such user.
-    """
-    try:
-        return Path(place).expanduser()
-    except RuntimeError as error:
-        raise DataError(f"{os.fspath(place)}: {first_line(error)}") from None
+    return expanded(named, DataError).absolute() if named else platformdirs.user_cache_path("wn21k_zoo") / "data"
 
 
 def make_cache_folder(folder: Path) -> None:
@@ -120,7 +108,7 @@ def open_storage(place: str | os.PathLike[str]) -> Storage:
     """
     text = os.fspath(place)
     if not re.match(r"[a-z0-9+.-]{2,}://|[a-z0-9+.-]{2,}::", text):
-        local = expanded(text).absolute()
+        local = expanded(text, DataError).absolute()
         if not local.is_dir():
             what = "is a file" if local.exists() else "does not exist"
             raise DataError(

@@ -12,10 +12,10 @@ import multiprocessing
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import NoReturn
 
-from wn21k_zoo.errors import InvalidArgumentError, RecipeError, Wn21kError
+from wn21k_zoo.errors import InvalidArgumentError, RecipeError, RunError, Wn21kError
+from wn21k_zoo.files import expanded
 from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.status import mark_preempted
 
@@ -81,7 +81,7 @@ def _run(chosen: argparse.Namespace, signals: Signals) -> int:
 def _leave(output: str) -> None:
     """What a process leaves that is told to stop before its run begins."""
     if os.environ.get("RANK", "0") == "0":
-        mark_preempted(Path(output).expanduser())
+        mark_preempted(expanded(output, RunError))
         sys.stderr.write("wn21k: told to stop before the run began; the same command begins it\n")
 
 
