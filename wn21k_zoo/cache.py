@@ -98,16 +98,11 @@ def cache_dir(folder: str | os.PathLike[str] | None = None) -> Path:
         raise CacheError(f"The cache folder {chosen} has no home folder; set WN21K_CACHE to another one.") from error
 
 
-def relative_path(source: HubSource | URLSource, filename: str, named_revision: str | None = None) -> PurePosixPath:
-    """Place of a file in the cache and on a mirror.
-
-    Args:
-        source: The source.
-        filename: The file's name there.
-        named_revision: Revision that a person asked for; a locked commit is no part of the place.
-    """
+def relative_path(source: HubSource | URLSource, filename: str) -> PurePosixPath:
+    """Place of a file in the cache and on a mirror; a locked commit is no part of it, a revision that was named is."""
     if isinstance(source, HubSource):
-        folder = source.repo_id.replace("/", "--") + (f"@{quote(named_revision, safe='')}" if named_revision else "")
+        named = source.revision if not source.sha256 else None
+        folder = source.repo_id.replace("/", "--") + (f"@{quote(named, safe='')}" if named else "")
         return PurePosixPath("hub", folder, filename)
     address = urlsplit(source.url)
     parts = [quote(part, safe="._-") for part in PurePosixPath(address.path).parts if part not in ("/", "..")]

@@ -34,6 +34,7 @@ from wn21k_zoo.errors import (
     WeightsNotFoundError,
 )
 from wn21k_zoo.exclusive import exclusive
+from wn21k_zoo.files import sha256_of
 from wn21k_zoo.transfer import (
     Expected,
     Patience,
@@ -41,7 +42,6 @@ from wn21k_zoo.transfer import (
     difference,
     head,
     read_text,
-    sha256_of,
     transfer,
 )
 
@@ -170,7 +170,7 @@ def cached_files(sources: Iterable[Source], cache_dir: str | os.PathLike[str] | 
     """Files of some sources that are in our cache, or of which at least a receipt is."""
     root = cache.cache_dir(cache_dir)
     places = [
-        root / cache.relative_path(source, filename, _named_revision(source))
+        root / cache.relative_path(source, filename)
         for source in sources
         if not isinstance(source, PackageSource)
         for filename in _filenames(source)
@@ -220,7 +220,7 @@ def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None 
         if isinstance(source, PackageSource):
             return _package_path(source)
         for filename in _filenames(source):
-            place = root / cache.relative_path(source, filename, _named_revision(source))
+            place = root / cache.relative_path(source, filename)
             if place.is_file():
                 return place
             if not isinstance(source, HubSource) or (path := hub.find_in_cache(source, filename)) is None:
@@ -246,7 +246,7 @@ def _fetch_one(
     *,
     mirror: str | None,
 ) -> Fetched:
-    relative = cache.relative_path(source, filename, _named_revision(source))
+    relative = cache.relative_path(source, filename)
     place = root / relative
     copy = None if mirror is None else f"{mirror.rstrip('/')}/{quote(relative.as_posix())}"
     url, expected, revision, headers = _resolve(source, filename, place, copy, patience)
@@ -387,7 +387,7 @@ def _mirror() -> str | None:
 
 def _find_verified(source: Remote, filename: str, root: Path, damages: list[str]) -> Fetched | None:
     """A file that is here and has the right hash; what is here and has not is told of in ``damages``."""
-    place = root / cache.relative_path(source, filename, _named_revision(source))
+    place = root / cache.relative_path(source, filename)
     receipt = cache.read_receipt(place)
     pinned = source.sha256 if filename == _filenames(source)[0] else None
     candidates = [(place, Expected(sha256=pinned or (receipt.sha256 if receipt else None)))]
@@ -451,13 +451,8 @@ def _filenames(source: Remote) -> tuple[str, ...]:
     return source.filenames if isinstance(source, HubSource) else (source.filename,)
 
 
-def _named_revision(source: Remote) -> str | None:
-    """A revision that a person named; a locked one comes with a hash."""
-    return source.revision if isinstance(source, HubSource) and not source.sha256 else None
-
-
 def _offline(source: Remote, filename: str, root: Path, command: str, damages: Sequence[str]) -> OfflineError:
-    place = root / cache.relative_path(source, filename, _named_revision(source))
+    place = root / cache.relative_path(source, filename)
     damaged = f" ({'; '.join(damages)})" if damages else ""
     return OfflineError(
         f"{filename} of {source} is not at {place}{damaged}, and the network is switched off (HF_HUB_OFFLINE or "

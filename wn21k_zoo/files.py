@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import IO
 
 from wn21k_zoo.errors import DataOutputError, Wn21kError
 
-__all__ = ["atomic_file", "check_writable", "expanded", "replace", "visible"]
+__all__ = ["atomic_file", "check_writable", "expanded", "replace", "sha256_of", "visible"]
 
 
 def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
@@ -61,6 +62,12 @@ def replace(source: Path, target: Path) -> None:
         else:
             return
     source.replace(target)
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:

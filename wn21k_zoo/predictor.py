@@ -33,7 +33,7 @@ from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, ClassNames
 from wn21k_zoo.models import LabelSpaceLike, LoadedModel
 from wn21k_zoo.prediction import Prediction, check_threshold
 from wn21k_zoo.reading import NamesReader, TreeReader, default_tree
-from wn21k_zoo.running import check_logits, device_of, dtype_of, evaluating, select_device
+from wn21k_zoo.running import check_logits, device_of, dtype_of, evaluating, memory_format, select_device
 from wn21k_zoo.tree import SemanticTree
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ class Predictor:
         self.batch_size = chosen_batch_size or (8 if self.device.type == "cpu" else 32)
         self.module = model.module.to(self.device) if model.owned or chosen_device else model.module
         # The layout in which convolutions are fastest (benchmarks/predict.py); a caller's module is left as it is.
-        self._memory_format = _memory_format(self.device) if model.owned else None
-        if self._memory_format is not None:
+        self._memory_format = memory_format(self.device, channels_last=model.owned)
+        if model.owned:
             self.module.to(memory_format=self._memory_format)
         self.transform = transform or _own_transform(model)
         self._short_side = None if transform else _short_side(model.data_config or {})
@@ -261,9 +261,7 @@ class Predictor:
             with torch.inference_mode():
                 pixels = torch.stack(tensors).to(self.device, dtype_of(self.module))
                 with evaluating(self.module):
-                    logits = self.module(
-                        pixels.contiguous(memory_format=self._memory_format or torch.contiguous_format)
-                    )
+                    logits = self.module(pixels.contiguous(memory_format=self._memory_format))
                 check_logits(logits, len(tensors), self.label_space, self.name)
                 finite = logits.isfinite().all(dim=-1)
                 found = iter(self._reader(logits[finite], self.top_k))
@@ -417,12 +415,6 @@ def _short_side(data_config: Mapping[str, Any]) -> float | None:
     if data_config.get("crop_mode", "center") != "center":
         return None
     return float(max(data_config["input_size"][1:]) / data_config["crop_pct"]) if data_config else None
-
-
-def _memory_format(device: torch.device) -> torch.memory_format | None:
-    import torch
-
-    return torch.channels_last if device.type in ("cpu", "cuda") else None
 
 
 def _own_transform(model: LoadedModel) -> Callable[[Any], torch.Tensor]:

@@ -60,15 +60,7 @@ class TreeReader:
 
         def label(position: int) -> Label:
             node = self._tree[int(hierarchy.order[position])]
-            return Label(
-                index=node.index,
-                wnid=node.wnid,
-                name=node.name,
-                definition=node.definition,
-                depth=node.depth,
-                probability=float(probability[position]),
-                confidence=float(confidence[position]),
-            )
+            return Label(**vars(node), probability=float(probability[position]), confidence=float(confidence[position]))
 
         levels = [
             Level(

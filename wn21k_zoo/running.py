@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["check_logits", "device_of", "dtype_of", "evaluating", "select_device"]
+__all__ = ["check_logits", "device_of", "dtype_of", "evaluating", "memory_format", "select_device"]
 
 # Of each part of a module that is being run: by how many threads, and whether it was in training mode before.
 _RUNNING: dict[Any, list[Any]] = {}
@@ -65,6 +65,16 @@ def device_of(module: nn.Module) -> torch.device:
 def dtype_of(module: nn.Module) -> torch.dtype | None:
     """In what numbers a module's parameters are, None if it has none that are floating-point."""
     return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
+
+
+def memory_format(device: torch.device, channels_last: bool = True) -> torch.memory_format:
+    """Of weights and images; on MPS as it was, for torch had wrong gradients of batch normalisation there otherwise.
+
+    https://github.com/pytorch/pytorch/issues/175189
+    """
+    import torch
+
+    return torch.channels_last if channels_last and device.type != "mps" else torch.contiguous_format
 
 
 def check_logits(logits: Any, images: int, classes: LabelSpace | ClassNames, name: str) -> None:

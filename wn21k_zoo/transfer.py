@@ -27,7 +27,7 @@ from wn21k_zoo.errors import (
     DownloadError,
     RemoteNotFoundError,
 )
-from wn21k_zoo.files import replace
+from wn21k_zoo.files import replace, sha256_of
 
 if TYPE_CHECKING:
     import requests
@@ -42,7 +42,6 @@ __all__ = [
     "new_session",
     "read_text",
     "require_success",
-    "sha256_of",
     "transfer",
 ]
 
@@ -160,12 +159,6 @@ def transfer(
             raise ChecksumError(f"{url} is not the published file, so it was deleted: {wrong}.")
         replace(part, target)
     return sha256
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def difference(path: Path, sha256: str, expected: Expected) -> str | None:

@@ -9,12 +9,11 @@ import torch
 from wn21k_zoo.errors import BadImagesError
 from wn21k_zoo.training import engine
 from wn21k_zoo.training.agreement import Agreement
-from wn21k_zoo.training.crops import CenterCrop, RandomCrop
-from wn21k_zoo.training.data import Batch, PublishedAugmentation, Squash
+from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.signals import Signals
-from wn21k_zoo.training.splits import evaluation_resize, open_loaders, open_splits, training_augmentation
+from wn21k_zoo.training.splits import open_splits
 
 from .checks import ALONE
 from .runs import small_recipe
@@ -83,28 +82,3 @@ def test_nothing_is_rescued_of_a_step_half_done():
     # No attribute of the run but these is looked at.
     engine._Run._rescued(SimpleNamespace(writer=object(), learner=SimpleNamespace(whole=False)))
     engine._Run._rescued(SimpleNamespace(writer=None, learner=SimpleNamespace(whole=True)))
-
-
-def test_augmentations_are_those_that_are_named():
-    recipe = small_recipe()
-    for name, expected in (
-        ("published", PublishedAugmentation(32)),
-        ("modern", RandomCrop(32, scale=0.08, operations=2, erase=0.25)),
-        ("finetune", RandomCrop(32, scale=0.25)),
-        ("none", Squash(32)),
-    ):
-        recipe.data.augmentation = name
-        assert training_augmentation(recipe) == expected
-    assert evaluation_resize(recipe) == Squash(32)
-    recipe.data.crop_pct = 0.8
-    assert evaluation_resize(recipe) == CenterCrop(32, 0.8)
-
-
-def test_loaders_are_those_of_the_recipe(data):
-    recipe = small_recipe(data={"max_bad": 0.25, "window": 3, "augmentation": "modern"}, run={"seed": 5})
-    recipe.data.batch_per_device = 4
-    training, validation = open_loaders(recipe, open_splits(recipe, data), ALONE, 0)
-    assert (training.batch_size, training.max_bad, training._plan._group) == (4, 0.25, 2)
-    assert (training._order.seed, training._order.window, training.training) == (5, 3, True)
-    assert (validation.max_bad, validation._order.window, validation.training) == (0.25, 0, False)
-    assert validation._batches.dataset.augmentation == Squash(32)

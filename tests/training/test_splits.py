@@ -54,9 +54,12 @@ def test_images_of_training_are_augmented_and_those_of_an_evaluation_are_not(tmp
 
 
 def test_the_loader_of_a_run_has_what_its_recipe_says(shards, tmp_path):
-    recipe = small_recipe(data={"label_space": "fall11", "window": 2, "batch_per_device": 2}, run={"seed": 3})
+    recipe = small_recipe(
+        data={"label_space": "fall11", "window": 2, "batch_per_device": 2, "max_bad": 0.25}, run={"seed": 3}
+    )
     splits = open_splits(recipe, shards)
-    training, _ = open_loaders(recipe, splits, ALONE, workers=0)
+    training, validation = open_loaders(recipe, splits, ALONE, workers=0)
+    assert validation.max_bad == recipe.data.max_bad
     assert len(training) == 67 // 8 * 4  # four parts of 2 make a step; what is less than a step is left out
     orders = {
         window: [batch.samples.tolist() for batch in Loader(

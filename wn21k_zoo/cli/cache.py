@@ -84,7 +84,7 @@ def verify(
     """Hash what is on this machine and compare; nothing is fetched. Exit code 1 when a file is damaged or missing."""
     from wn21k_zoo import cache
     from wn21k_zoo.download import find_verified
-    from wn21k_zoo.transfer import sha256_of
+    from wn21k_zoo.files import sha256_of
 
     rows: list[dict[str, Any]] = []
     if names:

@@ -202,7 +202,7 @@ class ResultWriter:
         self.format = chosen
         self._count = 0
         if chosen is Format.csv:
-            self._csv = csv.DictWriter(sys.stdout, list(CSV_COLUMNS), lineterminator="\n")
+            self._csv = csv.DictWriter(sys.stdout, [*CSV_COLUMNS], extrasaction="ignore", lineterminator="\n")
             self._csv.writeheader()
         if chosen is Format.json:
             sys.stdout.write("[")
@@ -241,28 +241,9 @@ def _csv_rows(source: str | None, result: Prediction | Wn21kError) -> Iterator[d
     about = {"source": source, "model": result.model, "label_space": result.label_space, "tree": result.tree}
     labels = [("label", 1, result.label)] if result.label else []
     labels += [("level", rank, label) for level in result.levels for rank, label in enumerate(level.labels, 1)]
-    for kind, rank, label in labels:
-        yield {
-            **about,
-            "kind": kind,
-            "depth": label.depth,
-            "rank": rank,
-            "index": label.index,
-            "wnid": label.wnid,
-            "name": label.name,
-            "probability": label.probability,
-            "confidence": label.confidence,
-        }
-    for rank, output in enumerate(result.top_k, 1):
-        yield {
-            **about,
-            "kind": "output",
-            "rank": rank,
-            "index": output.index,
-            "wnid": output.wnid,
-            "name": output.name,
-            "probability": output.probability,
-        }
+    outputs = [("output", rank, output) for rank, output in enumerate(result.top_k, 1)]
+    for kind, rank, item in (*labels, *outputs):
+        yield {**about, "kind": kind, "rank": rank, **vars(item)}
 
 
 def _scored(label: Label) -> str:

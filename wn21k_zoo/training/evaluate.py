@@ -24,7 +24,7 @@ from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError, U
 from wn21k_zoo.files import atomic_file, check_writable, expanded
 from wn21k_zoo.labels import ClassNames, LabelSpace
 from wn21k_zoo.models import LabelSpaceLike, ModelLike, load_model
-from wn21k_zoo.running import check_logits, device_of, dtype_of, evaluating, select_device
+from wn21k_zoo.running import check_logits, device_of, dtype_of, evaluating, memory_format, select_device
 from wn21k_zoo.training.augment import Image
 from wn21k_zoo.training.data import (
     Augmentation,
@@ -40,7 +40,7 @@ from wn21k_zoo.training.engines import count_cores
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.export import TRAINED_ON, load_run
 from wn21k_zoo.training.folder import is_divided
-from wn21k_zoo.training.network import Normalized, memory_format
+from wn21k_zoo.training.network import Normalized
 from wn21k_zoo.training.splits import evaluation_resize
 from wn21k_zoo.training.storage import open_storage
 from wn21k_zoo.tree import SemanticTree

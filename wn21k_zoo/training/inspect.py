@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from wn21k_zoo.errors import DataError, UnknownSynsetError, did_you_mean
-from wn21k_zoo.files import visible
+from wn21k_zoo.files import sha256_of, visible
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.extra import pc, pq
 from wn21k_zoo.training.shards import MANIFEST_FILE, DatasetInfo, Shard, index_path, read_index, read_info
@@ -254,8 +254,7 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
     if outside:
         yield Damage(shard.name, None, f"{outside:,} class indices are outside the label space")
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
     except OSError as error:
         yield Damage(shard.name, None, f"cannot be read: {error.strerror}")
         return

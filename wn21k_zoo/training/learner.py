@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from wn21k_zoo.errors import BadImagesError, NonFiniteError, RecipeError, RunError, is_out_of_memory
+from wn21k_zoo.running import memory_format
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.levels import Levels
@@ -23,7 +24,6 @@ from wn21k_zoo.training.network import (
     Normalized,
     build_network,
     freeze_backbone,
-    memory_format,
     synchronised,
     train_head,
     try_size,

@@ -59,11 +59,6 @@ class Levels(nn.Module):
         self.register_buffer("columns", torch.from_numpy(hierarchy.order.copy()), persistent=False)
         self.register_buffer("positions", torch.from_numpy(hierarchy.position.copy()), persistent=False)
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Classes of each level, K numbers."""
-        return tuple(self._widths[depth] for depth in self.depths)
-
     def split(self, logits_bn: Tensor) -> list[Tensor]:
         """Logits of each level in float32, [B, N] -> K tensors [B, size of the level]."""
         self.check_width(logits_bn)

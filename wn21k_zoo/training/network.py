@@ -28,6 +28,7 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.running import evaluating
 from wn21k_zoo.training.folder import composed
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.recipe import RANDOM, RESERVED, Recipe, check_architecture
@@ -41,7 +42,6 @@ __all__ = [
     "freeze_backbone",
     "heads_of",
     "is_place",
-    "memory_format",
     "not_of_synsets",
     "refuse_run",
     "reorder_head",
@@ -144,14 +144,6 @@ def not_of_synsets(teacher: str) -> RecipeError:
         f"The classes of loss.teacher {teacher} are not known to be synsets, which those of a teacher must be; name "
         "another one."
     )
-
-
-def memory_format(device: torch.device, channels_last: bool = True) -> torch.memory_format:
-    """Of weights and images; on MPS as it was, for torch had wrong gradients of batch normalisation there otherwise.
-
-    https://github.com/pytorch/pytorch/issues/175189
-    """
-    return torch.channels_last if channels_last and device.type != "mps" else torch.contiguous_format
 
 
 def checkpoint_gradients(module: nn.Module, architecture: str) -> None:
@@ -303,15 +295,13 @@ def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_
     Raises:
         RecipeError: It does not.
     """
-    training = module.training
     try:
-        logits = module.eval()(torch.zeros(1, 3, size, size, device=device))
+        with evaluating(module):
+            logits = module(torch.zeros(1, 3, size, size, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
             raise
         raise wrong_size(what, size, error) from error
-    finally:
-        module.train(training)
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise RecipeError(f"{what} gives {got} for an image, not [1, {num_classes}]; see its model.arguments.")

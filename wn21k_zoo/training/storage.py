@@ -8,7 +8,6 @@ was not used for longest goes first.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ import platformdirs
 
 from wn21k_zoo.errors import DataError, DiskSpaceError, InvalidArgumentError, Wn21kError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import expanded, replace
+from wn21k_zoo.files import expanded, replace, sha256_of
 
 __all__ = ["Stage", "Storage", "data_cache_dir", "default_stage", "make_cache_folder", "open_storage"]
 
@@ -162,8 +161,7 @@ class Stage:
         try:
             make(temporary)
             if sha256 is not None:
-                with temporary.open("rb") as file:
-                    got = hashlib.file_digest(file, "sha256").hexdigest()
+                got = sha256_of(temporary)
                 if got != sha256:
                     raise DataError(f"{path.name} has sha256 {got}, expected {sha256}: it is damaged where it lies.")
             replace(temporary, path)
