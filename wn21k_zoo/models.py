@@ -147,12 +147,12 @@ def load_model(
 def choose_default(cache_dir: str | os.PathLike[str] | None = None) -> str:
     """The model that is used when none is named.
 
-    Args:
-        cache_dir: Folder of the cache.
-
     The environment variable ``WN21K_MODEL``; else the 21K default if its weights are on this machine, or if one
     request of at most half a second shows that they can be downloaded; else the embedded ImageNet-1K model, with a
     :class:`FallbackModelWarning`.
+
+    Args:
+        cache_dir: Folder of the cache.
 
     Raises:
         MissingExtraError: Neither the 21K default nor the embedded model is to be had.

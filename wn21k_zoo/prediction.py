@@ -88,12 +88,9 @@ class Output:
 class Prediction:
     """Everything that was predicted for one image.
 
-    Three kinds of head give the scores. ``semantic_softmax``: p(c) is the softmax within c's depth (1 where a depth has
-    one class; that depth is absent from ``levels``), confidence(c) the minimum of p over c and its ancestors.
-    ``softmax``: p = confidence of a node is the sum over the classes in its subtree; a class that the tree lacks counts
-    for its nearest ancestor that the tree has, and what has none is ``unmapped``. ``sigmoid``: p = confidence of a node
-    is the maximum over its subtree. Where the classes are no synsets (:class:`wn21k_zoo.ClassNames`) each is a root,
-    all of one level, and p = confidence is its output.
+    How p and the confidence of a label come from the outputs depends on the kind of head, see
+    :class:`wn21k_zoo.hierarchy.Decoder`. Where the classes are no synsets (:class:`wn21k_zoo.ClassNames`) each is a
+    root, all of one level, and p = confidence is its output.
 
     Attributes:
         source: Path, URL or name of the image; None for data in memory.

@@ -29,7 +29,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     """An image file as RGB pixels, upright and on white, shape [height, width, 3].
 
     A JPEG that its decoder grumbles about counts if it is complete. One without metadata may have any number of
-    pixels, other files at least as many as :func:`wn21k_zoo.images.load_image` takes.
+    pixels, other files as many as :func:`wn21k_zoo.images.load_image` takes, or more.
 
     Raises:
         UndecodableError: Truncated, damaged, too large or no image.

@@ -199,23 +199,7 @@ class _Run:
         self.world.maximum(False)  # no rank looks at the status before it is of this time
         self.rescue.save, self.rescue.begun = self._rescued, True
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
-        self.reporter.say(self._describe())
-        if self.device.type == "cpu" and self.recipe.run.precision == "fp16":
-            self.reporter.say("fp16 is slow on a CPU; --set run.precision=fp32 is not")
-        emulated = self.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-        if emulated and self.recipe.run.precision == "bf16":
-            self.reporter.say("this GPU has no bf16 of its own; --set run.precision=fp16 is faster")
-        if self.learner.about_teacher:
-            self.reporter.say(self.learner.about_teacher)
-        few = few_for_statistics(self.learner.module, self.recipe, self.world.size)
-        if few and self.device.type == "cuda" and not self.step:
-            self.reporter.say(few)
-        if self.layout != [self.world.size, self.micro]:
-            self.reporter.say(
-                f"it went in {self.layout[0]} processes with {self.layout[1]} images at a time, and goes on in "
-                f"{self.world.size} with {self.micro}: results are the same to rounding, but with batch normalisation, "
-                "dropout or mixed images they are others"
-            )
+        self._announce()
         try:
             if self.agreement.stops():  # told so while it was being built
                 self._stop()
@@ -250,6 +234,26 @@ class _Run:
             export = "" if is_trial else f"; wn21k train export {self.folder.path} DIR makes a model of it"
             sys.stderr.write(f"wn21k: finished{export}\n")
         return self.figures
+
+    def _announce(self) -> None:
+        """What the run is, and what of it may not be meant."""
+        self.reporter.say(self._describe())
+        if self.device.type == "cpu" and self.recipe.run.precision == "fp16":
+            self.reporter.say("fp16 is slow on a CPU; --set run.precision=fp32 is not")
+        emulated = self.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        if emulated and self.recipe.run.precision == "bf16":
+            self.reporter.say("this GPU has no bf16 of its own; --set run.precision=fp16 is faster")
+        if self.learner.about_teacher:
+            self.reporter.say(self.learner.about_teacher)
+        few = few_for_statistics(self.learner.module, self.recipe, self.world.size)
+        if few and self.device.type == "cuda" and not self.step:
+            self.reporter.say(few)
+        if self.layout != [self.world.size, self.micro]:
+            self.reporter.say(
+                f"it went in {self.layout[0]} processes with {self.layout[1]} images at a time, and goes on in "
+                f"{self.world.size} with {self.micro}: results are the same to rounding, but with batch normalisation, "
+                "dropout or mixed images they are others"
+            )
 
     def _describe(self) -> str:
         """What is about to happen, in one line."""

@@ -127,18 +127,7 @@ def plan(
         model.freeze_backbone,
     )
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    halved = recipe.run.precision != "fp32"
-    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    memory: float = parameters * (4 + 4 * bool(recipe.run.ema_decay) + 2 * halved)
-    memory += trained * _PER_TRAINED[recipe.optimizer.name]
-    if recipe.loss.teacher is not None:
-        teacher = _architecture_of(recipe.loss.teacher)
-        if teacher is None:
-            assumed += "; memory without the teacher, whose network is not known here"
-        else:
-            weights = _size(teacher, num_classes, recipe.data.size)[0].parameters()
-            memory += (4 + 2 * halved) * sum(parameter.numel() for parameter in weights)
-    memory += micro * (kept / (1 + halved) + 6 * 4 * num_classes)
+    memory, without = _memory(recipe, module, micro, kept, num_classes)
     return Plan(
         steps_per_epoch=per_epoch,
         steps=steps,
@@ -151,9 +140,26 @@ def plan(
         memory_gb=round(memory / 1e9, 1),
         hours=_rounded(seen / speed / gpus / 3600) if speed else None,
         images_per_second=round(speed, 1) if speed else None,
-        assumed=assumed,
+        assumed=assumed + without,
         remarks=few_for_statistics(module, recipe, gpus),
     )
+
+
+def _memory(recipe: Recipe, module: nn.Module, micro: int, kept: float, num_classes: int) -> tuple[float, str]:
+    """Bytes of weights, gradients, optimizer, teacher and what is kept for the way back; and what is not counted."""
+    halved = recipe.run.precision != "fp32"
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    memory: float = parameters * (4 + 4 * bool(recipe.run.ema_decay) + 2 * halved)
+    memory += trained * _PER_TRAINED[recipe.optimizer.name]
+    memory += micro * (kept / (1 + halved) + 6 * 4 * num_classes)
+    if recipe.loss.teacher is None:
+        return memory, ""
+    teacher = _architecture_of(recipe.loss.teacher)
+    if teacher is None:
+        return memory, "; memory without the teacher, whose network is not known here"
+    weights = _size(teacher, num_classes, recipe.data.size)[0].parameters()
+    return memory + (4 + 2 * halved) * sum(parameter.numel() for parameter in weights), ""
 
 
 def _rounded(hours: float) -> float:
