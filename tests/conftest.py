@@ -34,9 +34,16 @@ settings.register_profile("same_examples", derandomize=True)
 settings.load_profile("same_examples")
 
 
+def pytest_configure(config):
+    """What is not told a device is on the CPU, in processes that tests start as well; a GPU gives other bits."""
+    chosen = config.option.markexpr
+    if chosen and "gpu" not in chosen.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _on_the_cpu():
-    """What is not told a device is on the CPU, also on a Mac, whose GPU gives other bits."""
+    """The same on a Mac."""
     with pytest.MonkeyPatch.context() as patch:
         asked = torch.backends.mps.is_available
         patch.setattr(

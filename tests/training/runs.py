@@ -61,18 +61,25 @@ def run_until_killed(recipe_json, data, output):
     train(Recipe.from_json(recipe_json), data, Path(output), World(0, 1, torch.device("cpu")), workers=0)
 
 
-def joined(store, rank, world_size):
-    """This process among so many, in one thread."""
+def joined(store, rank, world_size, device="cpu"):
+    """This process among so many, in one thread; on ``cuda`` each has a GPU, which computes as a CPU does."""
     torch.set_num_threads(1)
+    if device == "cuda":
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+        there = torch.device("cuda", rank)
+        torch.cuda.set_device(there)
+        method = f"file://{store}"
+        dist.init_process_group("nccl", init_method=method, rank=rank, world_size=world_size, device_id=there)
+        return World(rank, world_size, there)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     return World(rank, world_size, torch.device("cpu"))
 
 
-def run_rank(store, rank, world_size, recipe_json, data, output):
+def run_rank(store, rank, world_size, recipe_json, data, output, device="cpu"):
     """A rank of a run."""
-    train(Recipe.from_json(recipe_json), data, Path(output), joined(store, rank, world_size), workers=0)
-    if world_size > 1:
+    train(Recipe.from_json(recipe_json), data, Path(output), joined(store, rank, world_size, device), workers=0)
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -88,14 +88,13 @@ def test_told_to_stop_it_goes_on_to_the_same_bits(world, data, tmp_path, stop_at
     [
         {"gradient_checkpointing": True},
         pytest.param({"compile": True}, marks=[needs_compiler, pytest.mark.gpu]),  # on a CPU: test_processes.py
-        pytest.param({"sync_batchnorm": True}, marks=pytest.mark.gpu),
     ],
     ids=lambda model: next(iter(model)),
 )
 @pytest.mark.parametrize("world", ["cpu", GPU], indirect=True)
 def test_what_a_network_may_do_in_a_step(world, data, tmp_path, model):
-    if "gradient_checkpointing" not in model and world.device.type != "cuda":
-        pytest.skip("batch statistics over ranks need GPUs; test_processes.py compiles on a CPU")
+    if "compile" in model and world.device.type != "cuda":
+        pytest.skip("test_processes.py compiles on a CPU")
     run(recipe_for_two(**model), data, tmp_path / "run", world)
     run(recipe_for_two(), data, tmp_path / "plain", world)
     assert len(lines(tmp_path / "run")) == 12
@@ -105,15 +104,12 @@ def test_what_a_network_may_do_in_a_step(world, data, tmp_path, model):
 
 
 @pytest.mark.gpu
-def test_a_gpu_trains_as_a_cpu_does(data, tmp_path):
+def test_a_gpu_trains_as_a_cpu_does(data, tmp_path, monkeypatch):
     recipe = small_recipe(optimizer={"name": "sgd", "lr": 0.05}, run={"deterministic": True})
     run(recipe, data, tmp_path / "cpu")
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        run(recipe, data, tmp_path / "gpu", World(0, 1, torch.device("cuda", 0)))
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    run(recipe, data, tmp_path / "gpu", World(0, 1, torch.device("cuda", 0)))
     assert_close_weights(final(tmp_path / "cpu"), final(tmp_path / "gpu"), atol=1e-4)
 
 
@@ -121,8 +117,11 @@ def test_a_gpu_trains_as_a_cpu_does(data, tmp_path):
 def test_what_a_checkpoint_holds_can_be_read_beside_a_step(data, device):
     recipe = small_recipe("test_efficientnet", run={"ema_decay": 0.9})
     learner = Learner(recipe, open_splits(recipe, data), World(0, 1, torch.device(device)), 10)
-    expected = copied(learner.state_dict())
     batch = Batch(torch.rand(4, 3, 32, 32, device=device), torch.arange(4, device=device), torch.arange(4))
+    learner.begin()
+    learner.backward(learner.loss(batch))  # whose kernels are then there: to load one may wait for the GPU
+    learner.update()
+    expected = copied(learner.state_dict())
     learner.begin()
     if device != "cpu":
         torch.cuda._sleep(10**10)  # cycles: some seconds, as if no other rank came

@@ -14,6 +14,7 @@ from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.splits import open_splits
+from wn21k_zoo.training.state import copied
 
 from .checks import ALONE
 from .runs import small_recipe
@@ -48,6 +49,36 @@ def test_a_batch_without_images_cannot_be_where_ranks_share_statistics(data):
     learner._world, learner._recipe.model.sync_batchnorm = World(0, 2, torch.device("cpu")), True
     with pytest.raises(BadImagesError, match=r"sync_batchnorm needs one"):
         learner.loss(NOTHING)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_gpu_goes_on_where_a_cpu_was(data, name, monkeypatch):
+    """There optimizers are fused, and with them goes another way through the scaler of fp16."""
+    sections = {"architecture": "test_convnext", "optimizer": {"name": name, "clip_norm": 1.0}}
+    plain = learner_of(data, **sections, run={"precision": "fp16", "ema_decay": 0.9})
+
+    def steps(learner):
+        torch.manual_seed(1)
+        for _ in range(2):
+            learner.begin()
+            learner.backward(learner.loss(some_batch()))
+            learner.update()
+        return copied(learner.state_dict())
+
+    begun = steps(plain)
+    kind = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}[name]
+    made = getattr(torch.optim, kind)
+    monkeypatch.setattr(torch.optim, kind, lambda *groups, fused, **options: made(*groups, fused=True, **options))
+    fused = learner_of(data, **sections, run={"precision": "fp16", "ema_decay": 0.9})
+    fused.load_state_dict(begun)
+    assert all(group["fused"] for group in fused.optimizer.param_groups)
+    one, other = steps(plain), steps(fused)
+    assert any((one["model"][key] - value).abs().max() > 1e-5 for key, value in begun["model"].items())
+    for key, value in one["model"].items():
+        torch.testing.assert_close(other["model"][key], value, rtol=0, atol=1e-6, msg=key)
+    plain.load_state_dict(other)  # and back
+    assert not any(group["fused"] for group in plain.optimizer.param_groups)
+    steps(plain)
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])

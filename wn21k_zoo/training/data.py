@@ -159,6 +159,7 @@ class Loader:
         self.device, self.dtype, self.max_bad = torch.device(device), dtype, max_bad
         self.bad_samples = self._bad_of_epoch = self._seen_of_epoch = 0
         self._told = False  # where to begin
+        self._stream: torch.cuda.Stream | None = None
         self._named: set[tuple[str, str]] = set()
         self._order = SampleOrder(dataset.lengths, window if training else 0, seed)
         self._plan = _Plan(len(dataset), batch_size, training, rank, world_size, group)
@@ -172,7 +173,7 @@ class Loader:
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=2 if workers else None,  # whole batches, in pinned memory
             worker_init_fn=_begin_worker,
             # What a fork server starts would inherit its signal mask, not ours.
             multiprocessing_context="spawn" if workers and _forks_from_a_server() else None,
@@ -211,7 +212,10 @@ class Loader:
 
     def _on_device(self, loaded: Iterator[dict[str, Any]]) -> Iterator[tuple[int, Batch]]:
         """Convert each batch, the next one while the one before is worked on where the device has streams."""
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        if self.device.type == "cuda" and self._stream is None:
+            # One for good: memory that was freed on a stream is for tensors of that stream alone.
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream = self._stream
         before: tuple[int, Batch] | None = None
         for raw in loaded:
             if "error" in raw:

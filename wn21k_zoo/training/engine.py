@@ -66,8 +66,8 @@ def train(
     """Run a recipe, or go on where a run in the same folder was.
 
     Ctrl-C, in a notebook as well, ends the step that is under way, leaves a checkpoint and is raised then; a second one
-    ends the run at once. The random numbers of torch on the CPU and on the GPU of the run, and whether torch is
-    deterministic, are afterwards as they were before.
+    ends the run at once. The random numbers of torch on the CPU and on the GPU of the run, whether torch is
+    deterministic, and in which precision it multiplies matrices, are afterwards as they were before.
 
     Args:
         recipe: What to run.
@@ -125,12 +125,14 @@ def train(
 def _torch_as_it_was(device: torch.device) -> Iterator[None]:
     """Within, a run may set what is torch's for the whole process."""
     before, benchmark = _deterministic(), torch.backends.cudnn.benchmark
+    products = torch.get_float32_matmul_precision()
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     with torch.random.fork_rng(devices, device_type=kind):
         try:
             yield
         finally:
             torch.backends.cudnn.benchmark = benchmark
+            torch.set_float32_matmul_precision(products)
             _set_deterministic(*before)
 
 
@@ -163,6 +165,8 @@ class _Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         _set_deterministic(recipe.run.deterministic)
         torch.backends.cudnn.benchmark = not recipe.run.deterministic  # all images have one size
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions are there
         self.micro, self.group = recipe.micro_batches(world.size)
         images = recipe.data.batch_size
         if len(splits.train) < images:

@@ -36,6 +36,7 @@ from wn21k_zoo.training.teacher import build_teacher, digest_of
 __all__ = ["Learner", "check_finite", "not_deterministic"]
 
 _SMALLEST_SCALE = 2.0**-20  # 36 steps after the first, which has 2 ** 16, if none of them was right
+_OF_DEVICE = ("foreach", "fused")  # how an optimizer computes, not what
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,6 +76,7 @@ class Learner:
         self.whole, self.about_teacher, self.teacher_digest = True, "", ""
         self._within = False  # a step, whose beginning kept the batch statistics
         self._there: torch.cuda.Event | None = None
+        self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         try:
             self._build(splits, steps)
         except RuntimeError as error:  # _settle goes backward
@@ -121,8 +123,15 @@ class Learner:
             ids = [self._device.index] if self._device.type == "cuda" else None
             # Gradients lie where they are added up over ranks, not there and a second time.
             wrapped = DistributedDataParallel(self.module, device_ids=ids, gradient_as_bucket_view=True)
+            # In training nothing reads batch statistics; those that are kept and evaluated are the first rank's.
+            wrapped.broadcast_buffers = False
             _settle(wrapped, recipe.data.size, self._device)
-        self.network = cast(nn.Module, torch.compile(wrapped)) if recipe.model.compile else wrapped
+        self.network = wrapped
+        if recipe.model.compile:
+            self.network = cast(nn.Module, torch.compile(wrapped))
+            for loss in (self.criterion.loss, self.criterion.distillation):
+                if loss is not None:
+                    loss.compile()
 
     @property
     def rate(self) -> float:
@@ -155,12 +164,11 @@ class Learner:
         That may wait for a rank that never comes. If that one went within a backward pass, the weights after it never
         are there, and who reads them waits, too.
         """
-        if self._there is None:
+        if self._there is None or self._stream is None:
             yield
             return
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_event(self._there)
-        with torch.cuda.stream(stream):
+        self._stream.wait_event(self._there)
+        with torch.cuda.stream(self._stream):
             yield
 
     def gathering(self, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -237,9 +245,9 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        with warnings.catch_warnings():
-            # It goes by steps, also where an overflow in fp16 made the scaler leave out the first ones' updates.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        # It goes by steps, also where an overflow in fp16 made the scaler leave out the first one's update.
+        first = self._schedule.last_epoch == 0
+        with warnings.catch_warnings(action="ignore", category=UserWarning) if first else contextlib.nullcontext():
             self._schedule.step()
         if self._average is not None:
             self._average.update(self.module, self._schedule.last_epoch)  # the first is a copy
@@ -269,7 +277,7 @@ class Learner:
         """The network that is evaluated, alike on all ranks: the moving average where there is one."""
         module = (self._average.module if self._average is not None else self.module).eval()
         if self._world.size > 1:
-            for buffer in module.buffers():  # each rank's batch statistics are its own until the next step
+            for buffer in module.buffers():  # each rank's batch statistics are its own
                 torch.distributed.broadcast(buffer, 0)
         return module
 
@@ -292,6 +300,8 @@ class Learner:
         self.module.module.load_state_dict(state["model"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
+        for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            saved.update({key: own[key] for key in _OF_DEVICE if key in own})
         self.optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])

@@ -83,7 +83,7 @@ class Model(Section):
         mean: Subtracted per channel from pixels in [0, 1].
         std: Divided by, per channel.
         channels_last: Memory format of the weights and images.
-        compile: Run the network through torch.compile.
+        compile: Run the network and its loss through torch.compile.
         gradient_checkpointing: Compute activations twice and keep fewer.
         sync_batchnorm: Batch statistics over all ranks; on GPUs only.
     """
@@ -209,7 +209,8 @@ class Run(Section):
 
     Attributes:
         seed: Of the order of images, their augmentation, new weights and dropout.
-        precision: Of the forward pass; ``fp16`` with a scaled loss.
+        precision: Of the forward pass; ``fp16`` with a scaled loss. Products of matrices and convolutions in ``fp32``
+            are TF32 on GPUs that have it.
         ema_decay: Of a moving average of the weights, which is then what is evaluated and exported; None: none.
         checkpoint_minutes: A checkpoint at least so often, and after each epoch. That is also what a run loses that is
             told to stop on a disk where its checkpoint cannot be written within 26 seconds.
