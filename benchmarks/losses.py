@@ -3,8 +3,9 @@
     python benchmarks/losses.py
 
 Interleaved rounds, medians, several runs: the first to see one's machine settle, the spread to see how noisy it is. On
-a GPU it also compiles the losses, and says how long reading the logits and writing their gradient once takes at the
-bandwidth of a large copy: no loss can be faster.
+a GPU it also compiles the losses, and a second pair of columns has the time of the GPU alone, with nothing of the
+logits in its cache and all operations in its queue before the first begins. At the end it says how long reading the
+logits and writing their gradient once takes at the bandwidth of a large copy.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
 from wn21k_zoo.training.losses import SemanticDistillationLoss, SemanticSoftmaxLoss
 from wn21k_zoo.tree import SemanticTree
+
+_COLUMNS = f"{'':41}until its end seen by the host     on the GPU alone"
+_QUEUEING = 50_000_000  # cycles: some 30 ms, in which the host queues hundreds of operations
 
 
 def main() -> None:
@@ -29,6 +34,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    on_gpu = arguments.device.startswith("cuda")
 
     # As the activations of a network do, it makes glibc keep blocks of this size. Else each call may take its memory
     # from the kernel anew, or not, as it happens, and cross_entropy takes 3 ms in one process and 11 in the next.
@@ -42,32 +48,52 @@ def main() -> None:
         semantic = SemanticSoftmaxLoss(tree, order=order).to(arguments.device)
         distillation = SemanticDistillationLoss(tree, order=order).to(arguments.device)
         cases[f"semantic softmax, {order} order"] = lambda loss=semantic: loss(logits, targets)
-        cases[f"  in plain operations, {order} order"] = lambda loss=semantic: loss._plain(logits, targets)
         cases[f"distillation, {order} order"] = lambda loss=distillation: loss(logits, teacher)
-        if arguments.device.startswith("cuda"):
+        if not on_gpu:  # where there are no others
+            cases[f"  in plain operations, {order} order"] = lambda loss=semantic: loss._plain(logits, targets)
+        else:
             for name, loss, other in (("semantic softmax", semantic, targets), ("distillation", distillation, teacher)):
                 compiled = torch.compile(loss)
                 cases[f"  {name} compiled, {order} order"] = lambda loss=compiled, other=other: loss(logits, other)
 
-    def step(case) -> float:
+    def step(case) -> tuple[float, float]:
+        """Seconds until the host sees the end, and of the GPU alone."""
         logits.grad = None
         _wait(arguments.device)
         begin = time.perf_counter()
         cases[case]().backward()
         _wait(arguments.device)
-        return time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        return seconds, _on_gpu_alone(lambda: cases[case]().backward(), arguments.device) if on_gpu else 0.0
 
     print(f"logits {list(logits.shape)} float32 on {arguments.device}, {arguments.threads} threads")
     for run in range(arguments.runs):
         rounds = [{case: step(case) for case in cases} for _ in range(arguments.rounds)][5:]
-        medians = {case: statistics.median(times[case] for times in rounds) for case in cases}
-        print(f"run {run + 1}")
+        medians = {
+            case: [statistics.median(each) for each in zip(*(times[case] for times in rounds))] for case in cases
+        }
+        print(f"run {run + 1}{_COLUMNS if on_gpu else ''}")
         for case, median in medians.items():
-            print(f"  {case:44} {median * 1e3:8.2f} ms {median / medians['cross_entropy']:6.2f} times")
-    if arguments.device.startswith("cuda"):
+            shown = zip(median, medians["cross_entropy"], strict=True)
+            columns = [f"{seconds * 1e3:8.2f} ms {seconds / plain:6.2f} times" for seconds, plain in shown if plain]
+            print(f"  {case:44} {'   '.join(columns)}")
+    if on_gpu:
         bandwidth = _bandwidth(arguments.device)
         print(f"bandwidth of a copy: {bandwidth / 1e9:,.0f} GB/s; reading the logits and writing their gradient once:")
         print(f"  {2 * logits.nbytes / bandwidth * 1e3:.3f} ms")
+
+
+def _on_gpu_alone(action: Callable[[], None], device: str) -> float:
+    """Seconds of its operations, which are all in the queue before the first begins."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.device(device):
+        torch.empty(2**28, dtype=torch.uint8, device=device).zero_()  # more than its cache holds
+        torch.cuda._sleep(_QUEUEING)
+        begin.record()
+        action()
+        end.record()
+        end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def _bandwidth(device: str) -> float:
