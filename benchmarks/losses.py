@@ -64,13 +64,15 @@ def main() -> None:
         cases[case]().backward()
         _wait(arguments.device)
         seconds = time.perf_counter() - begin
+        logits.grad = None
         return seconds, _on_gpu_alone(lambda: cases[case]().backward(), arguments.device) if on_gpu else 0.0
 
     print(f"logits {list(logits.shape)} float32 on {arguments.device}, {arguments.threads} threads")
     for run in range(arguments.runs):
         rounds = [{case: step(case) for case in cases} for _ in range(arguments.rounds)][5:]
         medians = {
-            case: [statistics.median(each) for each in zip(*(times[case] for times in rounds))] for case in cases
+            case: [statistics.median(each) for each in zip(*(times[case] for times in rounds), strict=True)]
+            for case in cases
         }
         print(f"run {run + 1}{_COLUMNS if on_gpu else ''}")
         for case, median in medians.items():
