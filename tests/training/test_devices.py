@@ -12,7 +12,7 @@ from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.evaluation import Evaluation
 from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
-from wn21k_zoo.training.optimization import average_of
+from wn21k_zoo.training.optimization import average_of, build_optimizer
 from wn21k_zoo.training.splits import open_splits
 from wn21k_zoo.training.teacher import Translated
 from wn21k_zoo.tree import SemanticTree
@@ -119,6 +119,25 @@ def test_a_step_waits_for_nothing(tmp_path, optimizer):
         learner.begin()
         learner.backward(learner.loss(Batch(images, targets, torch.arange(8))))
         learner.update()
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])  # torch can run a fused SGD on no tensor without values
+def test_in_fp16_fused_optimizers_wait_for_nothing(name, monkeypatch):
+    module = timm.create_model("test_resnet", num_classes=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        scaler = torch.amp.GradScaler("cuda")
+    with fake_gpu():
+        moved(module)
+        optimizer = build_optimizer(small_recipe(optimizer={"name": name}), module)
+        scaler.scale(torch.zeros((), device="cuda"))
+        for parameter in module.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        for clips in (True, False):
+            if clips:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
 
 
 def test_the_moving_average_waits_for_nothing():
