@@ -104,7 +104,7 @@ def check_target(folder: str | os.PathLike[str], dtype: str | None, force: bool)
     Raises:
         InvalidArgumentError: The folder exists or holds what no export writes; the dtype is another.
     """
-    target = expanded(folder, InvalidArgumentError).resolve()
+    target = Path(os.path.realpath(expanded(folder, InvalidArgumentError)))  # also of links in a circle
     if dtype is not None and dtype not in DTYPES:
         raise InvalidArgumentError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}.")
     if target.exists() and not target.is_dir():

@@ -331,3 +331,40 @@ def test_the_home_folder_of_nobody_is_one_line(command, tmp_path, monkeypatch):
     assert "unexpected" not in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="who may make links there is another matter")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "info LONG",
+        "predict LONG --model NAME",
+        "predict sample:cat --model LONG",
+        "predict sample:cat --model NAME --tree LONG",
+        "evaluate LONG shards",
+        "export LONG out",
+        "export NAME LONG",
+        "train show LONG",
+        "train plan LONG",
+        "train plot LONG",
+        "train export LONG out",
+        "data info LONG",
+        "data prepare LONG out",
+        "tree show --tree LONG",
+        "cache list --cache-dir LONG",
+        "cards build --output LONG",
+        "export NAME LOOP",
+        "data info LOOP",
+    ],
+)
+def test_what_no_file_system_takes_is_one_line(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    arguments = command.replace("LONG", "x" * 300).replace("LOOP", "loop").replace("NAME", EMBEDDED).split()
+    done = run(*arguments)
+    assert done.exit_code in (1, 2, 3)
+    messages = [line for line in done.stderr.splitlines() if line.startswith("wn21k: ")] or [done.stdout]
+    assert len(messages) == 1
+    assert "x" * 300 in messages[0] or "loop" in messages[0]
+    assert "unexpected" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]

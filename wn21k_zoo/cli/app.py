@@ -33,6 +33,8 @@ class _Group(TyperGroup):
                 raise
             if isinstance(error, Wn21kError):
                 say(str(error))
+            elif isinstance(error, OSError) and error.filename is not None:  # a name too long, a disk that fails
+                say(f"{error.filename}: {error.strerror}")
             else:
                 say(f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)")
             raise typer.Exit(2 if isinstance(error, (InvalidArgumentError, RecipeError)) else 1) from None

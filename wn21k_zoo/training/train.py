@@ -47,9 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     with signals.listening():
         try:
             return _run(chosen, signals)
-        except Wn21kError as error:
+        except (Wn21kError, OSError) as error:
+            if isinstance(error, OSError) and error.filename is None:
+                raise
+            what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
             rank = os.environ.get("RANK", "0")
-            sys.stderr.write(f"wn21k: {f'rank {rank}: ' if rank != '0' else ''}{error}\n")
+            sys.stderr.write(f"wn21k: {f'rank {rank}: ' if rank != '0' else ''}{what}\n")
             return 2 if isinstance(error, (InvalidArgumentError, RecipeError)) else 1
         except KeyboardInterrupt:
             sys.stderr.write("wn21k: interrupted\n")
