@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from wn21k_zoo.errors import (
     Wn21kError,
     first_line,
 )
-from wn21k_zoo.files import expanded
+from wn21k_zoo.files import expanded, parse_json
 from wn21k_zoo.labels import LabelSpace
 
 if TYPE_CHECKING:
@@ -244,7 +243,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ModelError: It has none, or a damaged one.
     """
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         if (folder / "recipe.json").is_file():
             raise ModelError(
@@ -253,7 +252,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} has no {CONFIG_FILE}; a folder as timm or the Hub writes it is needed.") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / CONFIG_FILE} cannot be read: {first_line(error)}") from error
-    if not isinstance(config, dict) or "architecture" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise ModelError(f"{folder / CONFIG_FILE} names no timm architecture.")
     settings = config.get("pretrained_cfg", {})
     if not isinstance(settings, dict):

@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 
 from wn21k_zoo.checkpoints import HubSource, URLSource
 from wn21k_zoo.errors import CacheError, first_line
-from wn21k_zoo.files import replace
+from wn21k_zoo.files import parse_json, replace
 
 __all__ = [
     "Entry",
@@ -123,10 +123,7 @@ def receipt_from_json(text: str) -> Receipt:
     Raises:
         ValueError: It holds none.
     """
-    try:
-        content = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("not a receipt") from error
+    content = parse_json(text)
     kinds = {
         "source": str,
         "filename": str,

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from wn21k_zoo.errors import DataOutputError, Wn21kError
 
-__all__ = ["atomic_file", "check_writable", "expanded", "replace", "sha256_of", "visible"]
+__all__ = ["atomic_file", "check_writable", "expanded", "parse_json", "replace", "sha256_of", "visible"]
 
 
 def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
@@ -50,6 +51,18 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says, whoever wrote it.
+
+    Raises:
+        ValueError: It is none, or has too many brackets in each other.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it has too many brackets in each other") from None
 
 
 def replace(source: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from wn21k_zoo import download, hub
 from wn21k_zoo.checkpoints import LOCK_FILE, Checkpoint, HubSource, PackageSource, URLSource, apply_lock
 from wn21k_zoo.errors import ModelError, RecordError, RemoteNotFoundError, first_line
-from wn21k_zoo.files import atomic_file
+from wn21k_zoo.files import atomic_file, parse_json
 
 __all__ = ["lock_sources", "read_lock", "write_lock"]
 
@@ -28,7 +28,7 @@ def read_lock(path: Path | None = None) -> Lock:
     """
     place = path or resources.files("wn21k_zoo") / "_data" / LOCK_FILE
     try:
-        content = json.loads(place.read_text(encoding="utf-8"))
+        content = parse_json(place.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecordError(f"The lock file {place} cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(fields, dict) for fields in content.values()):

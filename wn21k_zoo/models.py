@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -38,6 +37,7 @@ from wn21k_zoo.errors import (
     Wn21kError,
     first_line,
 )
+from wn21k_zoo.files import parse_json
 from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.tree import SemanticTree
@@ -279,7 +279,7 @@ def _checkpoint_of_config(config: Mapping[str, Any]) -> Checkpoint | None:
 def _read_labels(path: Path) -> tuple[LabelSpace, Head]:
     """What an exported folder says about its outputs."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         name, wnids, head = str(content["label_space"]), tuple(content["wnids"]), content["head"]
         if head not in HEADS:
             raise ValueError(f"there is no head {head!r}")

@@ -95,7 +95,7 @@ def prepare(
             resume=resume,
             progress=progress,
         )
-    typer.echo((output / "SUMMARY.md").read_text(encoding="utf-8"), nl=False)
+    typer.echo((output / "SUMMARY.md").read_text(encoding="utf-8", errors="replace"), nl=False)
     say(f"complete: {output}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -18,6 +17,7 @@ import typer
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, Checkpoint
 from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, print_json, print_table, printed_as_json
+from wn21k_zoo.files import parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
 
@@ -121,9 +121,10 @@ def _of_folder(folder: Path) -> dict[str, Any]:
 
     config = building.read_config(folder)
     try:
-        labels = json.loads((folder / building.LABELS_FILE).read_text(encoding="utf-8"))
+        labels = parse_json((folder / building.LABELS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        labels = {}
+        labels = None
+    labels = labels if isinstance(labels, dict) else {}
     names = [str(each) for each in config.get("label_names") or []]
     own = "own" if names and not any(map(WNID_PATTERN.fullmatch, names)) else None
     local = next((folder / each for each in building.WEIGHT_FILES if (folder / each).is_file()), None)

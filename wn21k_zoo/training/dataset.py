@@ -241,7 +241,7 @@ def _ours(text: str | None) -> DatasetInfo | None:
         return None
     try:
         return DatasetInfo.from_json(text)
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         return None  # timm's _info.json, say
 
 

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, first_line
+from wn21k_zoo.files import parse_json
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.extra import pa, pq
 from wn21k_zoo.training.shards import END_OF_TAR, INDEX_DTYPE, encode_record
@@ -76,7 +76,7 @@ def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray
                     image = (member.offset_data, member.size)
                 elif kind == "json" and not wnid:
                     extracted: Any = archive.extractfile(member)
-                    wnid = _synset_in(json.loads(extracted.read()))
+                    wnid = _synset_in(parse_json(extracted.read()))
             finish()
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise DataError(f"{name} is no WebDataset tar that can be read: {first_line(error)}") from None
@@ -125,7 +125,7 @@ def _label_column(schema: pa.Schema, name: str) -> tuple[str, list[str] | None]:
     """The column with the class, and the names of its values where these are numbers (Hugging Face's ClassLabel)."""
     features: dict[str, Any] = {}
     if schema.metadata and b"huggingface" in schema.metadata:
-        features = json.loads(schema.metadata[b"huggingface"]).get("info", {}).get("features", {})
+        features = parse_json(schema.metadata[b"huggingface"]).get("info", {}).get("features", {})
     for field in schema:
         names = features.get(field.name, {}).get("names") if isinstance(features.get(field.name), dict) else None
         if pa.types.is_integer(field.type) and names and all(_synset(one) for one in names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -113,10 +114,14 @@ def contact_sheet(
     draw.text((4, 4), title, "black", font=ImageFont.load_default(12))
     for place, (name, data, here) in enumerate(found):
         x, y = 4 + place % columns * (side + 4), 24 + place // columns * (side + line + 4)
-        with Image.open(io.BytesIO(data)) as image:
-            image.draft("RGB", (side, side))
-            sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
-        caption = name.removesuffix(".jpg") if target is not None else space.names[here]
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                image.draft("RGB", (side, side))
+                sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
+        except Exception:  # Pillow has many kinds of error
+            draw.text((x, y), "damaged", "red", font=font)
+        known = target is None and here < len(space)
+        caption = space.names[here] if known else name.removesuffix(".jpg")
         draw.text((x, y + side), _shortened(caption, font, side), "black", font=font)
     return sheet
 
@@ -273,7 +278,8 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
     hashes = dict(zip(names["sha256"].to_pylist(), names["key"].to_pylist(), strict=True))
     with path.open("rb") as file:
         for entry in index:
-            file.seek(int(entry["offset"]))
-            hashes.pop(hashlib.sha256(file.read(int(entry["size"]))).hexdigest(), None)
+            with contextlib.suppress(OSError):  # it may be the index that is damaged
+                file.seek(int(entry["offset"]))
+                hashes.pop(hashlib.sha256(file.read(int(entry["size"]))).hexdigest(), None)
     for key in sorted(hashes.values()):
         yield Damage(shard.name, key, "the image is damaged")

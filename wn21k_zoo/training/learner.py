@@ -191,6 +191,7 @@ class Learner:
 
         Raises:
             BadImagesError: There are none, and other ranks wait for batch statistics of theirs.
+            RecipeError: There is one, and batch statistics need two.
         """
         if not len(batch):
             return self._nothing()
@@ -202,10 +203,21 @@ class Learner:
         with self.autocast():
             with torch.no_grad():
                 teacher = self._teacher(images) if self._teacher is not None else None
-            logits = self.network(images)
+            logits = self._logits(images)
         loss: Tensor = self.criterion(logits, batch.targets, teacher, share)
         self._last = loss.detach(), logits.detach(), batch.targets
         return loss
+
+    def _logits(self, images: Tensor) -> Tensor:
+        try:
+            return cast(Tensor, self.network(images))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise RecipeError(
+                "One image alone cannot train batch normalisation: raise data.batch_per_device, and remove damaged "
+                "images, where some are named above."
+            ) from error
 
     def _nothing(self) -> Tensor:
         """A zero that goes backward through the network, for ranks wait for each other there; it changes nothing.

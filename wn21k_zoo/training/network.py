@@ -7,7 +7,6 @@ sake of the loss's speed; :func:`reorder_head` goes there and back.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -26,7 +25,7 @@ from wn21k_zoo.errors import (
     first_line,
     is_out_of_memory,
 )
-from wn21k_zoo.files import expanded
+from wn21k_zoo.files import expanded, parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.running import evaluating
 from wn21k_zoo.training.folder import composed
@@ -239,7 +238,7 @@ def _beside(start: str, file: str) -> Any:
             if folder is None:
                 return None
             path = folder / file
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (Wn21kError, OSError, ValueError):
         return None
 

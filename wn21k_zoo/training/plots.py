@@ -34,7 +34,11 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
     places = [axes.flat[number] for number in (0, 1, 2, 2, 3)]  # both accuracies in one
     for place, (kind, name, title, style) in zip(places, panels, strict=True):
         for number, lines in enumerate(metrics):
-            points = [(line["step"], line[name]) for line in lines if line["kind"] == kind and name in line]
+            points = [
+                (line["step"], line[name])
+                for line in lines
+                if line["kind"] == kind and isinstance(line.get(name), (int, float))
+            ]
             marker = ("o", "s", "^", "v")[number // 10 % 4] if kind == "evaluation" or number > 9 else ""
             if points:
                 place.plot(

@@ -29,7 +29,7 @@ from typing import Any
 
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import atomic_file
+from wn21k_zoo.files import atomic_file, parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.dry_run import check_space_before, check_space_during
@@ -150,7 +150,7 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
                     shutil.rmtree(folder, ignore_errors=True)
                 state.unlink(missing_ok=True)
             if state.is_file():
-                _check_same(json.loads(state.read_text(encoding="utf-8")), recorded, output)
+                _check_same(parse_json(state.read_text(encoding="utf-8")), recorded, output)
             for folder in folders:
                 folder.mkdir(exist_ok=True)
             with atomic_file(state) as file:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import MissingExtraError, RecipeError, UnknownLabelSpaceError, did_you_mean, first_line
+from wn21k_zoo.files import parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.registry import TIMM_PREFIX
 
@@ -386,7 +387,7 @@ class Recipe(Section):
             RecipeError: It is something else.
         """
         try:
-            return Recipe(**json.loads(text))
+            return Recipe(**parse_json(text))
         except (ValueError, TypeError) as error:
             raise error if isinstance(error, RecipeError) else RecipeError(f"No recipe: {first_line(error)}") from None
 

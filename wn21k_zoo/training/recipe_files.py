@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
-from wn21k_zoo.files import expanded, visible
+from wn21k_zoo.files import expanded, parse_json, visible
 from wn21k_zoo.training.recipe import Model, Recipe, Section
 
 __all__ = ["load_recipe", "override", "recipes_in", "shipped_recipes"]
@@ -184,7 +183,7 @@ def _set(target: Section, field: str, text: str) -> None:
             setattr(target, field, text)
         return
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         value = None if text.lower() == "null" else text
     setattr(target, field, value)

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import DataError
-from wn21k_zoo.files import atomic_file
+from wn21k_zoo.errors import DataError, first_line
+from wn21k_zoo.files import atomic_file, parse_json
 
 __all__ = [
     "END_OF_TAR",
@@ -53,6 +53,7 @@ INDEX_FOLDER = "__index__"  # Hugging Face datasets takes no folder of such a na
 BLOCK = tarfile.BLOCKSIZE
 END_OF_TAR = bytes(2 * BLOCK)
 
+_LARGEST = 2**50  # bytes of a shard; what a damaged index says may be more than a file can have
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("target", "<i4")])
 """One entry per sample: where the image's bytes begin in the tar, how many they are, and its class index."""
 
@@ -107,22 +108,31 @@ class DatasetInfo:
         """Read the text of an ``_info.json`` of ours.
 
         Raises:
-            ValueError, KeyError, TypeError: It is not one of ours.
+            ValueError: It is not one of ours.
         """
-        whole = json.loads(text)
-        splits = {}
-        for split, entry in whole["splits"].items():
-            columns = (entry["filenames"], entry["shard_lengths"], entry["num_bytes"], entry["sha256"])
-            splits[split] = tuple(
-                Shard(name=name, num_samples=length, num_bytes=size, sha256=sha256)
-                for name, length, size, sha256 in zip(*columns, strict=True)
+        whole = parse_json(text)
+        try:
+            if not isinstance(whole["label_space"], str):
+                raise TypeError("label_space is no name")
+            return DatasetInfo(
+                label_space=whole["label_space"],
+                label_digest=whole["label_digest"],
+                splits={split: _shards_of(entry) for split, entry in whole["splits"].items()},
+                preparation=whole["preparation"],
             )
-        return DatasetInfo(
-            label_space=whole["label_space"],
-            label_digest=whole["label_digest"],
-            splits=splits,
-            preparation=whole["preparation"],
-        )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(first_line(error)) from None
+
+
+def _shards_of(entry: dict[str, Any]) -> tuple[Shard, ...]:
+    columns = (entry["filenames"], entry["shard_lengths"], entry["num_bytes"], entry["sha256"])
+    for kind, column in zip((str, int, int, str), columns, strict=True):
+        if not all(isinstance(value, kind) for value in column):
+            raise TypeError(f"of the lists of shards one has something else than {kind.__name__}")
+    return tuple(
+        Shard(name=name, num_samples=length, num_bytes=size, sha256=sha256)
+        for name, length, size, sha256 in zip(*columns, strict=True)
+    )
 
 
 def read_info(folder: Path) -> DatasetInfo:
@@ -142,7 +152,7 @@ def read_info(folder: Path) -> DatasetInfo:
         ) from None
     except NotADirectoryError:
         raise DataError(f"{folder} is a file; name an output folder of `wn21k data prepare`.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not the one that `wn21k data prepare` writes ({error}); prepare anew.") from None
 
 
@@ -164,11 +174,12 @@ def read_index(path: Path, num_samples: int | None = None) -> NDArray[np.void]:
     """
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy reads the header of a file as Python, which can fail in many ways
         raise DataError(
             f"The index {path} cannot be read ({error}); `wn21k data verify` tells what is damaged."
         ) from None
-    if index.dtype != INDEX_DTYPE or index.ndim != 1 or num_samples not in (None, len(index)):
+    fits = index.dtype == INDEX_DTYPE and index.ndim == 1 and num_samples in (None, len(index))
+    if not fits or (index["target"] < 0).any() or (index["offset"] >= _LARGEST).any():
         raise DataError(f"The index {path} does not fit its shard; `wn21k data verify` tells what is damaged.")
     found: NDArray[np.void] = index
     return found

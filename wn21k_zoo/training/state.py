@@ -28,7 +28,7 @@ import torch
 
 from wn21k_zoo.errors import RecipeError, RunError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import atomic_file, expanded, replace
+from wn21k_zoo.files import atomic_file, expanded, parse_json, replace
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status, write_text
 
@@ -141,7 +141,7 @@ class RunFolder:
             RunError: There is no run.
         """
         try:
-            content = dict[str, Any](json.loads((self.path / "data.json").read_text(encoding="utf-8")))
+            content = dict[str, Any](parse_json((self.path / "data.json").read_text(encoding="utf-8")))
         except OSError:
             raise RunError(f"{self.path} holds no run (no data.json).") from None
         except (ValueError, TypeError) as error:
@@ -229,8 +229,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
-            value = json.loads(line)
-            if isinstance(value, dict) and {"kind", "step"} <= value.keys():
+            value = parse_json(line)
+            if isinstance(value, dict) and isinstance(value.get("kind"), str) and isinstance(value.get("step"), int):
                 lines.append(value)
     return lines
 

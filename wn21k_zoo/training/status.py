@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import RunError, first_line
-from wn21k_zoo.files import atomic_file
+from wn21k_zoo.files import atomic_file, parse_json
 
 __all__ = ["STATUS_FILE", "mark_preempted", "read_status", "write_status", "write_text"]
 
@@ -22,10 +22,10 @@ STATUS_FILE = "status.json"
 def read_status(folder: Path) -> dict[str, Any]:
     """How the run in a folder stands; empty when it never began."""
     try:
-        content: dict[str, Any] = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
+        content = parse_json((folder / STATUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def write_status(folder: Path, state: str, step: int, **more: Any) -> None:
