@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wn21k_zoo.errors import BadImagesError
+from wn21k_zoo.errors import BadImagesError, RecipeError
 from wn21k_zoo.training import engine
 from wn21k_zoo.training.agreement import Agreement
 from wn21k_zoo.training.data import Batch
@@ -49,6 +49,13 @@ def test_a_batch_without_images_cannot_be_where_ranks_share_statistics(data):
     learner._world, learner._recipe.model.sync_batchnorm = World(0, 2, torch.device("cpu")), True
     with pytest.raises(BadImagesError, match=r"sync_batchnorm needs one"):
         learner.loss(NOTHING)
+
+
+def test_one_image_alone_cannot_train_batch_normalisation(data):
+    learner = learner_of(data)
+    learner.begin()
+    with pytest.raises(RecipeError, match=r"raise data\.batch_per_device, and remove damaged"):
+        learner.loss(Batch(torch.rand(1, 3, 32, 32), torch.arange(1), torch.arange(1)))
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
