@@ -678,7 +678,7 @@ def test_a_receipt_of_the_wrong_types_is_none(change):
     }
     assert cache.receipt_from_json(json.dumps(right)).num_bytes == 7
     for text in (json.dumps({**right, **change}), "[" * 100_000):
-        with pytest.raises(ValueError, match="not a receipt|brackets"):
+        with pytest.raises(ValueError, match=r"not a receipt|brackets"):
             cache.receipt_from_json(text)
 
 
