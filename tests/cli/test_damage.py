@@ -108,7 +108,7 @@ def test_a_wrong_value_is_one_line(place, file):
 @pytest.mark.parametrize("file", FILES)
 def test_flipped_bytes_are_one_line(place, file):
     before, random = (place / file).read_bytes(), np.random.default_rng(0)
-    for _ in range(20):
+    for _ in range(8):
         damaged = bytearray(before)
         for position in random.integers(0, len(before), 5):
             damaged[position] = random.integers(256)
