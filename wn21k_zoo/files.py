@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what names and contents of files may be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from wn21k_zoo.errors import DataOutputError, Wn21kError
 
-__all__ = ["atomic_file", "check_writable", "expanded", "parse_json", "replace", "sha256_of", "visible"]
+__all__ = ["atomic_file", "check_writable", "expanded", "parse_json", "problem_of", "replace", "sha256_of", "visible"]
 
 
 def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
@@ -63,6 +63,11 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it has too many brackets in each other") from None
+
+
+def problem_of(error: OSError) -> str:
+    """What the system says, and of which file."""
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror)
 
 
 def replace(source: Path, target: Path) -> None:

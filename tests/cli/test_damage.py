@@ -63,6 +63,10 @@ def check(command):
     assert done.exit_code in (0, 1, 2, 3), command
     assert "wn21k: unexpected" not in done.stderr, command
     assert "Traceback" not in done.stderr, command
+    if done.exit_code:
+        assert done.stderr or done.stdout, command  # `data verify` tells on stdout
+        said = [line for line in done.stderr.splitlines() if "━" not in line]  # of a progress bar
+        assert all(line.startswith("wn21k: ") for line in said), done.stderr
     return done
 
 

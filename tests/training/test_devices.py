@@ -129,7 +129,7 @@ def test_in_fp16_fused_optimizers_wait_for_nothing(name, monkeypatch):
         scaler = torch.amp.GradScaler("cuda")
     with fake_gpu():
         moved(module)
-        optimizer = build_optimizer(small_recipe(optimizer={"name": name}), module)
+        optimizer = build_optimizer(small_recipe(optimizer={"name": name}, run={"precision": "fp16"}), module)
         scaler.scale(torch.zeros((), device="cuda"))
         for parameter in module.parameters():
             parameter.grad = torch.empty_like(parameter)
@@ -138,6 +138,18 @@ def test_in_fp16_fused_optimizers_wait_for_nothing(name, monkeypatch):
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_which_optimizers_are_fused(name, precision):
+    module = timm.create_model("test_resnet", num_classes=3)
+    recipe = small_recipe(optimizer={"name": name}, run={"precision": precision})
+    assert not any(group["fused"] for group in build_optimizer(recipe, module).param_groups)
+    with fake_gpu():
+        moved(module)
+        found = {group["fused"] for group in build_optimizer(recipe, module).param_groups}
+    assert found == {None if (name, precision) == ("sgd", "fp16") else True}
 
 
 def test_the_moving_average_waits_for_nothing():

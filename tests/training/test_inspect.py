@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from wn21k_zoo.cli.app import app
 from wn21k_zoo.errors import DataError, UnknownSynsetError
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.data import Loader, open_dataset
 from wn21k_zoo.training.inspect import contact_sheet, describe, verify_shards
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import MANIFEST_FILE, index_path, read_index, read_info, write_index
@@ -154,6 +155,22 @@ def test_verify_sees_labels_that_are_out_of_range_or_wrong(copy):
     index["target"][0] = original + 1
     write_index(path, index)
     assert any("its classes are not those" in one.problem for one in verify_shards(copy))
+
+
+@pytest.mark.parametrize("offset", [2**20, 2**45, 2**64 - 1])
+def test_an_index_that_points_beyond_its_shard(copy, offset):
+    path = index_path(copy / "train-00000.tar")
+    index = read_index(path).copy()
+    index["offset"][1] = offset
+    write_index(path, index)
+    (damage,) = verify_shards(copy)
+    assert damage.file == "__index__/train-00000.npy"
+    assert damage.problem == "places 1 images beyond the end of train-00000.tar"
+    done = run("show", copy, "-o", copy / "sheet.png")
+    assert done.exit_code == 0 or "run `wn21k data verify`" in done.stderr
+    loader = Loader(open_dataset(copy, "train"), batch_size=4, training=False, max_bad=0.5)
+    assert sum(len(batch) for batch in loader) == len(loader.dataset) - 1
+    assert loader.bad_samples == 1
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "show"])

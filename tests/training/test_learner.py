@@ -62,21 +62,26 @@ def test_one_image_alone_cannot_train_batch_normalisation(data):
 def test_a_gpu_goes_on_where_a_cpu_was(data, name, monkeypatch):
     """There optimizers are fused, and with them goes another way through the scaler of fp16."""
     sections = {"architecture": "test_convnext", "optimizer": {"name": name, "clip_norm": 1.0}}
-    plain = learner_of(data, **sections, run={"precision": "fp16", "ema_decay": 0.9})
+    sections["run"] = {"precision": "fp32" if name == "sgd" else "fp16", "ema_decay": 0.9}
+    plain = learner_of(data, **sections)
 
-    def steps(learner):
+    def steps(learner, first=1.0):
         torch.manual_seed(1)
-        for _ in range(2):
+        for factor in (first, 1.0):
             learner.begin()
-            learner.backward(learner.loss(some_batch()))
+            learner.backward(learner.loss(some_batch()) * factor)
             learner.update()
         return copied(learner.state_dict())
 
-    begun = steps(plain)
+    overflow = 1.0 if name == "sgd" else math.inf
+    begun = steps(plain, overflow)
     kind = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}[name]
     made = getattr(torch.optim, kind)
     monkeypatch.setattr(torch.optim, kind, lambda *groups, fused, **options: made(*groups, fused=True, **options))
-    fused = learner_of(data, **sections, run={"precision": "fp16", "ema_decay": 0.9})
+    fused = learner_of(data, **sections)
+    fused.module.load_state_dict(learner_of(data, **sections).module.state_dict())
+    for key, value in steps(fused, overflow)["model"].items():
+        torch.testing.assert_close(value, begun["model"][key], rtol=0, atol=1e-6, msg=key)
     fused.load_state_dict(begun)
     assert all(group["fused"] for group in fused.optimizer.param_groups)
     one, other = steps(plain), steps(fused)

@@ -608,3 +608,14 @@ def test_a_full_disk_and_a_full_quota_are_typed_errors(tmp_path, number):
         raise OSError(number, os.strerror(number))
     with pytest.raises(PermissionError), disk_full_as_error(tmp_path):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@pytest.mark.parametrize("text", ["", "[", "null", '"x"', "[" * 100_000])
+def test_options_that_are_damaged_are_one_error(tmp_path, text):
+    (tmp_path / "out" / ".work").mkdir(parents=True)
+    (tmp_path / "out" / ".work" / "options.json").write_text(text)
+    for name in WNIDS[:2]:
+        (tmp_path / "source" / name).mkdir(parents=True)
+        (tmp_path / "source" / name / f"{name}_1.JPEG").write_bytes(jpeg(1))
+    with pytest.raises(DataOutputError, match=r"options\.json is damaged; .* begin anew \(--no-resume\)"):
+        prepare(tmp_path / "source", tmp_path / "out", PrepareOptions(min_images=0, val_per_class=0), workers=1)

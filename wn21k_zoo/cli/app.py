@@ -13,6 +13,7 @@ from wn21k_zoo import __version__
 from wn21k_zoo.cli import cache, cards, convert, data, predict, publish, train, tree, zoo
 from wn21k_zoo.cli.output import log_as_messages, say
 from wn21k_zoo.errors import InvalidArgumentError, RecipeError, Wn21kError
+from wn21k_zoo.files import problem_of
 
 __all__ = ["app"]
 
@@ -33,8 +34,8 @@ class _Group(TyperGroup):
                 raise
             if isinstance(error, Wn21kError):
                 say(str(error))
-            elif isinstance(error, OSError) and error.filename is not None:  # a name too long, a disk that fails
-                say(f"{error.filename}: {error.strerror}")
+            elif isinstance(error, OSError) and error.errno is not None:  # a name too long, a disk that is full
+                say(problem_of(error))
             else:
                 say(f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)")
             raise typer.Exit(2 if isinstance(error, (InvalidArgumentError, RecipeError)) else 1) from None

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from wn21k_zoo import registry
-from wn21k_zoo.cli.output import say
+from wn21k_zoo.cli.output import at_home, say
 from wn21k_zoo.errors import InvalidArgumentError, RecordError
 from wn21k_zoo.files import atomic_file
 
@@ -39,6 +39,7 @@ def build(
         typer.Option(
             "--output",
             "-o",
+            callback=at_home,
             help="Write the cards there and leave the README alone. Default: model_cards of the checkout.",
         ),
     ] = None,

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from wn21k_zoo.cli.output import Format, FormatOption, choose_format, print_table, printed_as_json, progress_bar, say
+from wn21k_zoo.cli.output import (
+    Format,
+    FormatOption,
+    at_home,
+    choose_format,
+    print_table,
+    printed_as_json,
+    progress_bar,
+    say,
+)
 
 if TYPE_CHECKING:
     from wn21k_zoo.training.options import PrepareOptions
@@ -31,7 +40,8 @@ def prepare(
         ),
     ],
     output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder for the shards; on a cluster all nodes see it.")
+        Path,
+        typer.Argument(metavar="OUT", callback=at_home, help="Folder for the shards; on a cluster all nodes see it."),
     ],
     label_space: Annotated[str, typer.Option("--label-space", help="Classes, and their indices.")] = "fall11",
     min_images: Annotated[int, typer.Option("--min-images", help="A class needs more images than this.")] = 500,
@@ -125,7 +135,8 @@ def show(
     split: Annotated[str, typer.Option("--split", help="train or validation.")] = "train",
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="Images.")] = 48,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="PNG file. Default: SYNSET.png or SPLIT.png here.")
+        Path | None,
+        typer.Option("--output", "-o", callback=at_home, help="PNG file. Default: SYNSET.png or SPLIT.png here."),
     ] = None,
 ) -> None:
     """Write a contact sheet as PNG."""

@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import Wn21kError
+from wn21k_zoo.errors import DataOutputError, Wn21kError
+from wn21k_zoo.files import expanded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -193,6 +195,11 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
     finally:
         if tasks:
             bars.stop()
+
+
+def at_home(path: Path | None) -> Path | None:
+    """For parameters that name what is to be written: ~ is a home folder where a shell left it, as in --output=~/x."""
+    return None if path is None else expanded(path, DataOutputError)
 
 
 class ResultWriter:

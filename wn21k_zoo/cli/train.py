@@ -17,6 +17,7 @@ from wn21k_zoo.cli.output import (
     Format,
     FormatOption,
     HeadOption,
+    at_home,
     choose_format,
     print_table,
     printed_as_json,
@@ -130,7 +131,8 @@ def plot(
         list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs, drawn over each other.")
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="PNG file. Default: plot.png in the first run.")
+        Path | None,
+        typer.Option("--output", "-o", callback=at_home, help="PNG file. Default: plot.png in the first run."),
     ] = None,
 ) -> None:
     """Loss, learning rate, accuracies and speed as a PNG (extra plot)."""
@@ -270,9 +272,12 @@ def evaluate(
     ] = "fp32",
     max_bad: Annotated[float, typer.Option("--max-bad", min=0, max=1, help="Allowed share of damaged images.")] = 0.01,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="All figures as a JSON file, of each class too.")
+        Path | None,
+        typer.Option("--output", "-o", callback=at_home, help="All figures as a JSON file, of each class too."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="A reliability diagram as PNG (extra plot).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", callback=at_home, help="A reliability diagram as PNG (extra plot).")
+    ] = None,
     predictions: Annotated[
         Path | None, typer.Option("--predictions", help="CSV file with a row per image: class, prediction, confidence.")
     ] = None,

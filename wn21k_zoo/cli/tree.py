@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from wn21k_zoo.cli.output import FormatOption, console, print_json, print_table, say
+from wn21k_zoo.cli.output import FormatOption, at_home, console, print_json, print_table, say
 from wn21k_zoo.errors import InvalidArgumentError, TreeError, UnknownSynsetError, Wn21kError
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES
 from wn21k_zoo.tree import Node, SemanticTree
@@ -130,7 +130,10 @@ def build(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the files there. Default: wn21k_data, unless --check.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", callback=at_home, help="Write the files there. Default: wn21k_data, unless --check."
+        ),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the shipped files; exit code 1 on a difference.")

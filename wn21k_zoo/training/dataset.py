@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -165,7 +166,10 @@ class _TarImages:
         self._file = path.open("rb", buffering=0)
 
     def read(self, offset: int, size: int) -> bytes:
-        self._file.seek(offset)
+        try:
+            self._file.seek(offset)
+        except (ValueError, OverflowError):  # no file has so many bytes
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
         return self._file.read(size)
 
     def key(self, offset: int) -> str:

@@ -125,14 +125,19 @@ def train(
 def _torch_as_it_was(device: torch.device) -> Iterator[None]:
     """Within, a run may set what is torch's for the whole process."""
     before, benchmark = _deterministic(), torch.backends.cudnn.benchmark
-    products = torch.get_float32_matmul_precision()
+    products = None
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # where a program chose by torch's newer settings, that stays
+            products = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions are there
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     with torch.random.fork_rng(devices, device_type=kind):
         try:
             yield
         finally:
             torch.backends.cudnn.benchmark = benchmark
-            torch.set_float32_matmul_precision(products)
+            if products is not None:
+                torch.set_float32_matmul_precision(products)
             _set_deterministic(*before)
 
 
@@ -165,8 +170,6 @@ class _Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         _set_deterministic(recipe.run.deterministic)
         torch.backends.cudnn.benchmark = not recipe.run.deterministic  # all images have one size
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions are there
         self.micro, self.group = recipe.micro_batches(world.size)
         images = recipe.data.batch_size
         if len(splits.train) < images:

@@ -150,7 +150,12 @@ def _images(folder: Path, shards: tuple[Shard, ...], target: int | None) -> Iter
                     file.seek(int(entry["offset"]) - tarfile.BLOCKSIZE)
                     name = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
                     yield name, file.read(int(entry["size"])), int(entry["target"])
-        except (OSError, tarfile.TarError) as error:
+        except (
+            OSError,
+            ValueError,
+            OverflowError,
+            tarfile.TarError,
+        ) as error:  # of a damaged index
             raise DataError(f"{shard.name} cannot be read ({error}); run `wn21k data verify`.") from None
 
 
@@ -185,7 +190,7 @@ def verify_shards(folder: Path, progress: Callable[[int, int], None] = lambda do
         found.append(Damage("_info.json", None, f"its digest is not that of the classes of {space.name}"))
     try:
         manifest = _Manifest.read(folder / MANIFEST_FILE, space)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file pyarrow may give anything
         return [*found, Damage(MANIFEST_FILE, None, f"cannot be read: {error}")]
     shards = [(split, shard) for split, shards in info.splits.items() for shard in shards]
     total, done = sum(shard.num_bytes for _, shard in shards), 0
@@ -258,6 +263,10 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
     outside = int(((index["target"] < 0) | (index["target"] >= len(space))).sum())
     if outside:
         yield Damage(shard.name, None, f"{outside:,} class indices are outside the label space")
+    beyond = int((index["offset"] > shard.num_bytes - index["size"].astype(np.int64)).sum())
+    if beyond:
+        name = index_path(path).relative_to(folder).as_posix()
+        yield Damage(name, None, f"places {beyond:,} images beyond the end of {shard.name}")
     try:
         digest = sha256_of(path)
     except OSError as error:
@@ -278,7 +287,7 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
     hashes = dict(zip(names["sha256"].to_pylist(), names["key"].to_pylist(), strict=True))
     with path.open("rb") as file:
         for entry in index:
-            with contextlib.suppress(OSError):  # it may be the index that is damaged
+            with contextlib.suppress(OSError, ValueError, OverflowError):  # it may be the index that is damaged
                 file.seek(int(entry["offset"]))
                 hashes.pop(hashlib.sha256(file.read(int(entry["size"]))).hexdigest(), None)
     for key in sorted(hashes.values()):

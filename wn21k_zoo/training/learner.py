@@ -211,7 +211,7 @@ class Learner:
     def _logits(self, images: Tensor) -> Tensor:
         try:
             return cast(Tensor, self.network(images))
-        except ValueError as error:
+        except Exception as error:  # torch.compile has a kind of its own
             if "more than 1 value per channel" not in str(error):
                 raise
             raise RecipeError(

@@ -133,6 +133,16 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], output: Path) -> No
         )
 
 
+def _read(state: Path, output: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(state.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise DataOutputError(f"{state} is damaged; name another folder than {output}, or begin anew (--no-resume).")
+    return content
+
+
 @contextlib.contextmanager
 def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[None]:
     """The output folder, ours alone, with room to work in and without what killed tasks left."""
@@ -150,7 +160,7 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
                     shutil.rmtree(folder, ignore_errors=True)
                 state.unlink(missing_ok=True)
             if state.is_file():
-                _check_same(parse_json(state.read_text(encoding="utf-8")), recorded, output)
+                _check_same(_read(state, output), recorded, output)
             for folder in folders:
                 folder.mkdir(exist_ok=True)
             with atomic_file(state) as file:

@@ -84,7 +84,7 @@ class Model(Section):
         mean: Subtracted per channel from pixels in [0, 1].
         std: Divided by, per channel.
         channels_last: Memory format of the weights and images.
-        compile: Run the network and its loss through torch.compile.
+        compile: Run the network through torch.compile, and its loss where the classes are in a tree.
         gradient_checkpointing: Compute activations twice and keep fewer.
         sync_batchnorm: Batch statistics over all ranks; on GPUs only.
     """

@@ -15,7 +15,7 @@ import traceback
 from typing import NoReturn
 
 from wn21k_zoo.errors import InvalidArgumentError, RecipeError, RunError, Wn21kError
-from wn21k_zoo.files import expanded
+from wn21k_zoo.files import expanded, problem_of
 from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.status import mark_preempted
 
@@ -48,9 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             return _run(chosen, signals)
         except (Wn21kError, OSError) as error:
-            if isinstance(error, OSError) and error.filename is None:
+            if isinstance(error, OSError) and error.errno is None:
                 raise
-            what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            what = problem_of(error) if isinstance(error, OSError) else str(error)
             rank = os.environ.get("RANK", "0")
             sys.stderr.write(f"wn21k: {f'rank {rank}: ' if rank != '0' else ''}{what}\n")
             return 2 if isinstance(error, (InvalidArgumentError, RecipeError)) else 1
