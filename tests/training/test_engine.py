@@ -360,6 +360,15 @@ def test_an_evaluation_that_fails_costs_no_training(data, tmp_path, monkeypatch)
     assert_same_weights(final(tmp_path / "whole"), final(tmp_path))
 
 
+def test_on_a_cpu_the_precision_of_products_is_a_program_s_own(data, tmp_path, monkeypatch):
+    def asked(*_):
+        raise RuntimeError("as torch does where a program chose by its newer settings")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", asked)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked)
+    assert run(small_recipe(schedule={"epochs": 1}), data, tmp_path)["images"] == 6
+
+
 def test_from_python_a_process_alone_is_its_world(data, tmp_path):
     figures = engine.train(small_recipe(), data, tmp_path, workers=0)
     assert figures["images"] == 6
