@@ -120,7 +120,7 @@ def contact_sheet(
                 sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
         except Exception:  # Pillow has many kinds of error
             draw.text((x, y), "damaged", "red", font=font)
-        known = target is None and here < len(space)
+        known = target is None and 0 <= here < len(space)
         caption = space.names[here] if known else name.removesuffix(".jpg")
         draw.text((x, y + side), _shortened(caption, font, side), "black", font=font)
     return sheet
@@ -150,12 +150,7 @@ def _images(folder: Path, shards: tuple[Shard, ...], target: int | None) -> Iter
                     file.seek(int(entry["offset"]) - tarfile.BLOCKSIZE)
                     name = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
                     yield name, file.read(int(entry["size"])), int(entry["target"])
-        except (
-            OSError,
-            ValueError,
-            OverflowError,
-            tarfile.TarError,
-        ) as error:  # of a damaged index
+        except (OSError, ValueError, OverflowError, tarfile.TarError) as error:  # of a damaged index
             raise DataError(f"{shard.name} cannot be read ({error}); run `wn21k data verify`.") from None
 
 
