@@ -34,10 +34,9 @@ settings.register_profile("same_examples", derandomize=True)
 settings.load_profile("same_examples")
 
 
-def pytest_configure(config):
-    """What is not told a device is on the CPU, in processes that tests start as well; a GPU gives other bits."""
-    chosen = config.option.markexpr
-    if chosen and "gpu" not in chosen.replace("not gpu", ""):
+def pytest_collection_finish(session):
+    """Where no test that needs a GPU is among them, none sees one, nor processes that it starts: it gives other bits."""
+    if not any(item.get_closest_marker("gpu") for item in session.items):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

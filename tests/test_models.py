@@ -237,6 +237,12 @@ def test_bad_folders(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(WeightsNotFoundError):
         models.load_model(tmp_path)
+    for unknown in ({"pretrained_cfg": {"nonsense": 1}}, {"pretrained_cfg": {}, "model_args": {"nonsense": 1}}):
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "label_names": ["a"], **unknown}))
+        (tmp_path / "model.safetensors").touch()
+        with pytest.raises(ModelError, match=r"config\.json does not fit resnet18: .*nonsense"):
+            models.load_model(tmp_path, label_space="own")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match="cannot be built"):
         models.load_model(tmp_path)

@@ -233,7 +233,12 @@ def build_from_folder(
     settings = {key: value for key, value in settings.items() if key not in ("source", "file")}
     settings.update(_weights(weights) if weights is not None else {}, architecture=architecture)
     settings.update(overlay or {})
-    return _build(str(folder), architecture, pretrained, settings, **{**arguments, **kwargs})
+    try:
+        return _build(str(folder), architecture, pretrained, settings, **{**arguments, **kwargs})
+    except InvalidArgumentError as error:
+        if kwargs:
+            raise
+        raise ModelError(f"{folder / CONFIG_FILE} does not fit {architecture}: {first_line(error.__cause__)}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
