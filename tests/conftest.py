@@ -35,7 +35,7 @@ settings.load_profile("same_examples")
 
 
 def pytest_collection_finish(session):
-    """Where no test that needs a GPU is among them, none sees one, nor processes that it starts: it gives other bits."""
+    """Where no test that needs a GPU is among them none sees one, nor processes that it starts: it gives other bits."""
     if not any(item.get_closest_marker("gpu") for item in session.items):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
