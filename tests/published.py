@@ -51,13 +51,3 @@ def _value(key, shape):
     else:
         value = 0.1 * rng.standard_normal(shape)
     return torch.from_numpy(value.astype(np.float32))
-
-
-def loss_inputs(seed, num_classes, batch):
-    """Student's logits, targets and teacher's logits of ``data/published_losses.json``; every other sample is right."""
-    rng = np.random.Generator(np.random.PCG64(seed))
-    student = (3 * rng.standard_normal((batch, num_classes))).astype(np.float32)
-    targets = rng.integers(0, num_classes, batch)
-    teacher = (3 * rng.standard_normal((batch, num_classes))).astype(np.float32)
-    student[range(0, batch, 2), targets[::2]] += 15
-    return student, targets, teacher
