@@ -15,6 +15,7 @@ from wn21k_zoo.errors import (
     DuplicateSynsetError,
     EmptyLabelSpaceError,
     InvalidArgumentError,
+    LabelSpaceError,
     TreeError,
     UnknownSynsetError,
     UnknownTreeError,
@@ -216,7 +217,7 @@ def test_text_files(tmp_path):
     assert tree.name == "pets"
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
     for bad in (tmp_path / "none.txt", tmp_path, tmp_path / "binary.txt"):
-        with pytest.raises(TreeError):
+        with pytest.raises(LabelSpaceError, match="cannot be read as a list of wnids"):
             SemanticTree.from_file(bad)
 
 

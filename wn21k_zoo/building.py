@@ -238,9 +238,8 @@ def build_from_folder(
     except InvalidArgumentError as error:
         if kwargs:
             raise
-        raise ModelError(
-            f"{folder / CONFIG_FILE} does not fit {architecture}: {first_line(error.__cause__)}"
-        ) from error
+        reason = first_line(error.__cause__ or error)
+        raise ModelError(f"{folder / CONFIG_FILE} does not fit {architecture}: {reason}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

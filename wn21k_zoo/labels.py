@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -22,8 +24,10 @@ from wn21k_zoo.errors import (
     DuplicateSynsetError,
     EmptyLabelSpaceError,
     InvalidArgumentError,
+    LabelSpaceError,
     UnknownLabelSpaceError,
     did_you_mean,
+    first_line,
 )
 from wn21k_zoo.synsets import load_nouns
 
@@ -88,6 +92,36 @@ class LabelSpace:
             hint = did_you_mean(str(name), (*LABEL_SPACES, *LABEL_SPACE_ALIASES))
             raise UnknownLabelSpaceError(f"No label space is called {name!r}.{hint} Known: {', '.join(LABEL_SPACES)}.")
         return _load(full_name)
+
+    @staticmethod
+    def from_file(path: str | os.PathLike[str], *, name: str = "custom") -> LabelSpace:
+        """The classes in a text file of wnids: the first word of each line; '#' begins a comment.
+
+        Raises:
+            LabelSpaceError: The file cannot be read as text; subclasses: as the class.
+            UnknownSynsetError: A word is not a noun synset of WordNet 3.0.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise LabelSpaceError(f"{path} cannot be read as a list of wnids ({first_line(error)}).") from error
+        words = (line.split("#")[0].split() for line in lines)
+        return LabelSpace(name, tuple(line[0] for line in words if line))
+
+    @staticmethod
+    def find(name: str) -> LabelSpace:
+        """A shipped label space by its name or alias, or else that of a text file.
+
+        Raises:
+            UnknownLabelSpaceError: Neither has that name.
+            LabelSpaceError, UnknownSynsetError: As :meth:`from_file`.
+        """
+        if name not in LABEL_SPACES and name not in LABEL_SPACE_ALIASES and Path(name).is_file():
+            return LabelSpace.from_file(name)
+        try:
+            return LabelSpace.load(name)
+        except UnknownLabelSpaceError as error:
+            raise UnknownLabelSpaceError(f"{error} Or name a text file of wnids.") from None
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:

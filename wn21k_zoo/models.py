@@ -387,7 +387,7 @@ def _as_label_space(label_space: LabelSpaceLike | None) -> Given:
     if label_space == "own":
         return "own"
     if isinstance(label_space, str):
-        return LabelSpace.load(label_space)
+        return LabelSpace.find(label_space)
     try:
         return LabelSpace("custom", tuple(label_space))
     except UnknownSynsetError as error:

@@ -149,18 +149,13 @@ class SemanticTree:
         A file that ends in ``.pth`` is read by :meth:`from_published`.
 
         Raises:
-            TreeError: The file cannot be read as text.
-            UnknownSynsetError, DuplicateSynsetError, EmptyLabelSpaceError: As :meth:`from_wnids`.
+            TreeError: As :meth:`from_published`.
+            LabelSpaceError, UnknownSynsetError: As :meth:`LabelSpace.from_file`.
         """
         path = Path(path)
         if path.suffix in (".pth", ".pt"):
             return cls.from_published(path)
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise TreeError(f"{path} cannot be read as a list of wnids ({first_line(error)}).") from error
-        words = (line.split("#")[0].split() for line in lines)
-        return cls.from_wnids([line[0] for line in words if line], name=path.stem)
+        return cls.from_label_space(LabelSpace.from_file(path, name=path.stem))
 
     @classmethod
     def from_published(cls, path: str | Path) -> SemanticTree:

@@ -133,13 +133,13 @@ def test_a_broken_run_or_line_does_not_hide_the_others(run, tmp_path):
 
 def test_a_broken_recipe_file_does_not_hide_the_others(tmp_path):
     shutil.copy(RECIPES / "resnet50.py", tmp_path)
-    (tmp_path / "b.py").write_text("import nothing_here\n")
+    (tmp_path / "b.py").write_text("def broken(:\n")
     done = wn21k("train", "list", tmp_path)
     assert (done.exit_code, len(done.stdout.splitlines())) == (
         3,
         len(wn21k("train", "list", RECIPES / "resnet50.py").stdout.splitlines()),
     )
-    assert "nothing_here" in done.stderr
+    assert f"{tmp_path / 'b.py'}: SyntaxError" in done.stderr
 
 
 def test_patterns_that_a_shell_leaves_to_the_program(run):

@@ -514,6 +514,13 @@ def test_a_damaged_image_counts_the_same_however_a_step_is_divided(tmp_path, ima
     assert lines(tmp_path / str(images))[-1]["bad_samples"] == 2  # once in each epoch
 
 
+def test_a_damaged_image_ends_no_run_with_two_images_at_a_time(tmp_path):
+    data = make_folder(tmp_path / "images", images=4)
+    (data / open_folder(data, "train").name(7)).write_bytes(b"nothing")
+    run(small_recipe("test_efficientnet", data={"batch_size": 2}, schedule={"epochs": 1}), data, tmp_path / "run")
+    assert lines(tmp_path / "run")[-1]["bad_samples"] == 1
+
+
 def test_a_better_one_before_a_resume_stays_the_best(data, tmp_path, stop_at):
     stop_at(7)
     with pytest.raises(Preempted):
@@ -623,7 +630,8 @@ def test_a_network_that_gives_no_logits(data, tmp_path, arguments, message):
 
 def test_class_folders_named_by_wnids_take_the_classes_of_a_label_space(tmp_path, capsys):
     data = make_folder(tmp_path / "images", names=("n01443537", "n02123045", "n02099601"), images=12)
-    figures = run(small_recipe(data={"label_space": "imagenet1k"}), data, tmp_path / "run")
+    recipe = small_recipe(data={"label_space": "imagenet1k"}, loss={"kind": "single_label"})
+    figures = run(recipe, data, tmp_path / "run")
     assert figures["classes_with_images"] == 3
     assert "1,000 classes (997 without images for validation)" in capsys.readouterr().err
     assert final(tmp_path / "run")["model"]["head.fc.weight"].shape[0] == 1000

@@ -19,12 +19,13 @@ from wn21k_zoo.training.state import copied
 from .checks import ALONE
 from .runs import small_recipe
 
+ONE = Batch(torch.rand(1, 3, 32, 32), torch.arange(1), torch.arange(1))
 NOTHING = Batch(torch.empty(0, 3, 1, 1), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
 
-def learner_of(data, architecture="test_efficientnet", **sections):
+def learner_of(images, architecture="test_efficientnet", **sections):
     recipe = small_recipe(architecture, **sections)
-    return Learner(recipe, open_splits(recipe, data), ALONE, 12)
+    return Learner(recipe, open_splits(recipe, images), ALONE, 12)
 
 
 def some_batch():
@@ -51,11 +52,26 @@ def test_a_batch_without_images_cannot_be_where_ranks_share_statistics(data):
         learner.loss(NOTHING)
 
 
-def test_one_image_alone_cannot_train_batch_normalisation(data):
+@pytest.mark.parametrize(
+    ("sizes", "field"),
+    [({"batch_per_device": 1}, "batch_per_device"), ({"batch_size": 1, "batch_per_device": 4}, "batch_size")],
+)
+def test_one_image_alone_cannot_train_batch_normalisation(data, sizes, field):
+    learner = learner_of(data, data=sizes)
+    learner.begin()
+    with pytest.raises(RecipeError, match=rf"One image alone .* raise data\.{field}\."):
+        learner.loss(ONE)
+
+
+def test_one_image_that_is_left_of_more_is_left_out_where_it_must(data):
     learner = learner_of(data)
     learner.begin()
-    with pytest.raises(RecipeError, match=r"raise data\.batch_per_device, and remove damaged"):
-        learner.loss(Batch(torch.rand(1, 3, 32, 32), torch.arange(1), torch.arange(1)))
+    loss = learner.loss(ONE)
+    learner.backward(loss)
+    assert float(loss.detach()) == 0
+    learner = learner_of(data, "test_convnext")
+    learner.begin()
+    assert float(learner.loss(ONE).detach()) > 0
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])

@@ -22,7 +22,7 @@ from wn21k_zoo.training.engine import train
 from wn21k_zoo.training.plan import cost_table
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.recipe import RANDOM, Recipe
-from wn21k_zoo.training.recipe_files import load_recipe, override, recipes_in, shipped_recipes
+from wn21k_zoo.training.recipe_files import listed_in, load_recipe, override, recipes_in, shipped_recipes
 
 from .archives import WNIDS, jpeg
 from .runs import make_folder, small_recipe
@@ -555,6 +555,27 @@ def test_what_macos_lays_beside_recipes_is_none(tmp_path):
     result = CliRunner().invoke(app, ["train", "list", str(tmp_path), "-f", "jsonl"])
     assert result.exit_code == 0
     assert [json.loads(line)["recipe"] for line in result.stdout.splitlines()] == [f"{tmp_path / 'mine.py'}:mine"]
+
+
+def test_a_list_runs_no_file(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from wn21k_zoo.training import presets, recipe\n"
+        "open('ran', 'w')\n"
+        "def plain():\n    return presets.finetune()\n"
+        "def annotated(start: str = 'x', *, of: int = 1) -> recipe.Recipe:\n    'Of mine.\\n\\nMore.'\n    ...\n"
+        "def of(start) -> recipe.Recipe: ...\n"
+        "def with_name(*, start) -> recipe.Recipe: ...\n"
+        "def number() -> int:\n    return 1\n"
+        "def nothing():\n    print()\n"
+        "def _hidden():\n    return presets.finetune()\n"
+    )
+    assert listed_in(tmp_path / "mine.py") == {"plain": "", "annotated": "Of mine."}
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_a_list_has_what_there_is(path):
+    assert list(listed_in(path)) == list(recipes_in(path))
 
 
 @pytest.mark.parametrize("where", [r"D:\runs\mine", "D:/runs/mine"])

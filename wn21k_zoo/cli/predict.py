@@ -68,7 +68,8 @@ def predict(
     label_space: Annotated[
         str | None,
         typer.Option(
-            "--label-space", help="Classes of a folder's model, when it does not say; own: their names alone."
+            "--label-space",
+            help="Classes of a folder's model, when it does not say: a name, a file of wnids, or own (names alone).",
         ),
     ] = None,
     head: HeadOption = None,

@@ -50,7 +50,7 @@ def list_recipes(
     """The recipes that there are, or those of a file or folder."""
     from wn21k_zoo.errors import RecipeError
     from wn21k_zoo.files import visible
-    from wn21k_zoo.training.recipe_files import recipes_in, shipped_recipes
+    from wn21k_zoo.training.recipe_files import listed_in, shipped_recipes
 
     if file is None:
         files = shipped_recipes()
@@ -61,15 +61,12 @@ def list_recipes(
     rows, failed = [], False
     for shown, path in files.items():
         try:
-            found = recipes_in(path)
+            found = listed_in(path)
         except RecipeError as error:
             say(str(error))
             failed = True
         else:
-            rows += [
-                {"recipe": f"{shown}:{name}", "about": (make.__doc__ or "").strip().partition("\n")[0]}
-                for name, make in found.items()
-            ]
+            rows += [{"recipe": f"{shown}:{name}", "about": about} for name, about in found.items()]
     print_table(rows, ("recipe", "about"), format)
     if failed:
         raise typer.Exit(3 if rows else 2)
@@ -258,7 +255,8 @@ def evaluate(
     ] = None,
     which: Annotated[Literal["best", "last"], typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
     label_space: Annotated[
-        str | None, typer.Option("--label-space", help="Classes of a folder's model, when it does not say.")
+        str | None,
+        typer.Option("--label-space", help="Classes of a folder's model, when it does not say: a name, or a file."),
     ] = None,
     head: HeadOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")] = 64,

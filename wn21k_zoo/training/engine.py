@@ -30,9 +30,10 @@ from wn21k_zoo.errors import (
     is_out_of_memory,
 )
 from wn21k_zoo.training.agreement import Agreement, Answer
-from wn21k_zoo.training.data import Batch, Loader
+from wn21k_zoo.training.data import Batch, FolderDataset, Loader
 from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
+from wn21k_zoo.training.folder import is_divided
 from wn21k_zoo.training.learner import Learner, check_finite, not_deterministic
 from wn21k_zoo.training.network import few_for_statistics, resolved
 from wn21k_zoo.training.progress import Reporter, Window
@@ -100,6 +101,8 @@ def train(
     recipe.check()
     recipe = resolved(recipe)
     folder, splits = RunFolder(Path(output)), open_splits(recipe, data)
+    if isinstance(splits.train, FolderDataset) and splits.train.sees(folder.path):
+        raise RunError(f"{folder.path} would be among the images of {data}; name an output folder elsewhere.")
     world.lead(lambda: folder.check(recipe, splits.describe()))
     with contextlib.ExitStack() as stack:
         world.lead(lambda: stack.enter_context(folder.locked()))
@@ -179,7 +182,8 @@ class _Run:
         self.steps_per_epoch = len(splits.train) // images
         self.total = recipe.schedule.epochs * self.steps_per_epoch
         self.total = min(self.total, recipe.schedule.max_steps or self.total)
-        self.learner = Learner(recipe, splits, world, self.total)
+        begun = world.maximum(world.leads and bool(folder.steps()))[0]
+        self.learner = Learner(recipe, splits, world, self.total, begun)
         world.lead(lambda: folder.begin(recipe, splits.describe()))
         self.loaders = open_loaders(recipe, splits, world, workers)
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
@@ -273,9 +277,16 @@ class _Run:
             classes += f", {left:,} images of others left out"
         begin = f"going on at step {self.step:,} of {self.total:,}" if self.step else f"{self.total:,} steps"
         return (
-            f"{self.recipe.name}: {len(data.train):,} images for training, {len(data.validation):,} for validation, "
-            f"{classes}; {begin} of {self.recipe.data.batch_size} images on {ranks}"
+            f"{self.recipe.name}: {len(data.train):,} images for training, {len(data.validation):,} for validation"
+            f"{self._validated()}, {classes}; {begin} of {self.recipe.data.batch_size} images on {ranks}"
         )
+
+    def _validated(self) -> str:
+        """On which of a user's folders checkpoints are compared, which nobody may have meant to be seen before."""
+        data = self.splits.validation
+        if not isinstance(data, FolderDataset) or not is_divided(data.root):
+            return ""
+        return f" (in {data.name(0).partition('/')[0]})"
 
     def _named(self, problem: Exception) -> Exception:
         """What users can do something about as an error of ours; anything else as it is."""

@@ -159,6 +159,16 @@ class FolderDataset:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
+    def sees(self, path: Path) -> bool:
+        """Whether a folder at a path would be taken for one of its classes, or looked through for their images."""
+        try:
+            parts = path.resolve().relative_to(self.root.resolve()).parts
+        except ValueError:
+            return False
+        if any(map(_is_hidden, parts)):
+            return False
+        return not parts or not is_divided(self.root) or parts[0] in ("train", *_VALIDATION)
+
     @property
     def sketch(self) -> str:
         """The smallest hashes of the files' names; those of two sets agree as much as the sets (MinHash)."""
@@ -258,8 +268,8 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
             raise DataError(f"{root} has the splits {', '.join(_SPLITS)}, not {split!r}.{near}")
     if not root.is_dir():
         raise DataError(f"{root} {'is a file' if root.exists() else 'does not exist'}; name a folder of class folders.")
-    below = {entry.name for entry in root.iterdir() if entry.is_dir() and not _is_hidden(entry.name)}
-    if "train" not in below:
+    below = _folders(root)
+    if not _divides(root, below):
         if {name.casefold() for name in below} & {*_VALIDATION} and "train" in map(str.casefold, below):
             raise DataError(
                 f"{root} has folders for training and validation; call them train and val, in small letters."
@@ -334,15 +344,27 @@ def _dataset(
 
 def is_divided(place: str | os.PathLike[str]) -> bool:
     """Whether a folder of class folders is divided into training and validation."""
-    folder = expanded(place, DataError)  # on many a Mac and on Windows "train" is there where Train is
-    return folder.is_dir() and any(entry.name == "train" and entry.is_dir() for entry in folder.iterdir())
+    folder = expanded(place, DataError)
+    return folder.is_dir() and _divides(folder, _folders(folder))
+
+
+def _divides(folder: Path, below: set[str]) -> bool:
+    """Whether its folder train is a part; it is a class where it has images of its own and there is no other part."""
+    if "train" not in below or below & {*_VALIDATION}:
+        return "train" in below
+    return bool(_folders(folder / "train")) or not any(map(_is_image, _some_of(folder / "train")))
+
+
+def _folders(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name)}
 
 
 def _classes(folder: Path, at_least: int = 2) -> list[str]:
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name)]
+    names = _folders(folder)
     if len(names) < at_least:
         count = "two" if at_least == 2 else "one"
-        raise DataError(f"{folder} has {len(names)} folders; a folder per class is needed, at least {count}.")
+        named = "; a class cannot be called train beside one called val or test" if folder.name == "train" else ""
+        raise DataError(f"{folder} has {len(names)} folders; a folder per class is needed, at least {count}{named}.")
     if len({composed(name) for name in names}) < len(names):
         raise DataError(f"{folder} has two folders whose names look alike (two forms of Unicode); make one of them.")
     return sorted(names, key=lambda name: os.fsencode(composed(name)))

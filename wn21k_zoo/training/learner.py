@@ -51,6 +51,7 @@ class Learner:
         splits: The data, for its classes.
         world: The processes that train it together.
         steps: Of the whole run.
+        begun: Whether it goes on from a checkpoint, which makes the weights that it once began with needless.
 
     Attributes:
         module: The network, as it is saved.
@@ -65,20 +66,17 @@ class Learner:
         RunError: There is not enough memory for it.
     """
 
-    def __init__(self, recipe: Recipe, splits: Splits, world: World, steps: int) -> None:
+    def __init__(self, recipe: Recipe, splits: Splits, world: World, steps: int, begun: bool = False) -> None:
         self._recipe, self._world, self._device = recipe, world, world.device
         self.levels = Levels(splits.tree, "level").to(world.device) if splits.tree is not None else None
-        if self.levels is not None and not self.levels.depths and recipe.loss.kind == "semantic_softmax":
-            raise RecipeError(
-                "Each class is above or below the others, so no level has two to choose between; set loss.kind to "
-                "single_label."
-            )
+        if self.levels is not None and recipe.loss.kind == "semantic_softmax":
+            check_levels(self.levels)
         self.whole, self.about_teacher, self.teacher_digest = True, "", ""
         self._within = False  # a step, whose beginning kept the batch statistics
         self._there: torch.cuda.Event | None = None
         self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         try:
-            self._build(splits, steps)
+            self._build(splits, steps, begun)
         except RuntimeError as error:  # _settle goes backward
             if is_out_of_memory(error):
                 raise RunError(
@@ -89,9 +87,9 @@ class Learner:
                 raise known from error
             raise
 
-    def _build(self, splits: Splits, steps: int) -> None:
+    def _build(self, splits: Splits, steps: int, begun: bool) -> None:
         recipe, space = self._recipe, splits.space
-        network = build_network(recipe, splits.class_names, self.levels)
+        network = build_network(recipe, splits.class_names, self.levels, pretrained=not begun)
         if recipe.model.freeze_backbone:
             freeze_backbone(network)
         self.module = Normalized(network, recipe.model.mean, recipe.model.std).to(self._device)
@@ -187,11 +185,13 @@ class Learner:
         return images.contiguous(memory_format=self._format)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean over a batch, a scalar; NaN where it cannot be computed, 0 of a batch without images.
+        """Mean over a batch, a scalar; NaN where it cannot be computed.
+
+        0 of a batch without images, or with one that is left of more where batch statistics need two.
 
         Raises:
-            BadImagesError: There are none, and other ranks wait for batch statistics of theirs.
-            RecipeError: There is one, and batch statistics need two.
+            BadImagesError: It would be 0, and other ranks wait for batch statistics of these images.
+            RecipeError: Batches have one image each, and batch statistics need two.
         """
         if not len(batch):
             return self._nothing()
@@ -203,21 +203,23 @@ class Learner:
         with self.autocast():
             with torch.no_grad():
                 teacher = self._teacher(images) if self._teacher is not None else None
-            logits = self._logits(images)
+            try:
+                logits = self.network(images)
+            except Exception as error:  # torch.compile has a kind of its own
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                self._check_alone(error)
+                return self._nothing()
         loss: Tensor = self.criterion(logits, batch.targets, teacher, share)
         self._last = loss.detach(), logits.detach(), batch.targets
         return loss
 
-    def _logits(self, images: Tensor) -> Tensor:
-        try:
-            return cast(Tensor, self.network(images))
-        except Exception as error:  # torch.compile has a kind of its own
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise RecipeError(
-                "One image alone cannot train batch normalisation: raise data.batch_per_device, and remove damaged "
-                "images, where some are named above."
-            ) from error
+    def _check_alone(self, error: Exception) -> None:
+        data = self._recipe.data
+        if self._recipe.micro_batches(self._world.size)[0] > 1:
+            return  # the others of its batch are damaged
+        field = "batch_per_device" if data.batch_per_device == 1 else "batch_size"
+        raise RecipeError(f"One image alone cannot train batch normalisation: raise data.{field}.") from error
 
     def _nothing(self) -> Tensor:
         """A zero that goes backward through the network, for ranks wait for each other there; it changes nothing.
@@ -317,6 +319,24 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def check_levels(levels: Levels) -> None:
+    """See that a softmax per level is another loss than a softmax over all classes.
+
+    Raises:
+        RecipeError: It is not.
+    """
+    if not levels.depths:
+        raise RecipeError(
+            "Each class is above or below the others, so no level has two to choose between; set loss.kind to "
+            "single_label."
+        )
+    if not levels.tree.depths.any():
+        raise RecipeError(
+            "No class is above another one, so that semantic_softmax is one softmax over all of them: set loss.kind to "
+            "single_label, or data.label_space to classes that have ancestors among them."
+        )
 
 
 def check_finite(weights: Iterable[Tensor], step: int) -> None:

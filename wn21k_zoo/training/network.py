@@ -26,7 +26,7 @@ from wn21k_zoo.errors import (
     is_out_of_memory,
 )
 from wn21k_zoo.files import expanded, parse_json
-from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 from wn21k_zoo.running import evaluating
 from wn21k_zoo.training.folder import composed
 from wn21k_zoo.training.levels import Levels
@@ -83,13 +83,16 @@ class Normalized(nn.Module):
         return logits
 
 
-def build_network(recipe: Recipe, class_names: Sequence[str], levels: Levels | None) -> nn.Module:
+def build_network(
+    recipe: Recipe, class_names: Sequence[str], levels: Levels | None, *, pretrained: bool = True
+) -> nn.Module:
     """The network of a recipe, with the weights that it starts from, on the CPU.
 
     Args:
         recipe: Its architecture, start and arguments.
         class_names: Of the head's outputs, wnids where they are synsets.
         levels: In whose order the head is to be.
+        pretrained: Whether weights that it starts from are needed, which then may be out of reach.
 
     Raises:
         RecipeError: There is no such architecture, its classifier cannot have such an order, or the start is of another
@@ -103,7 +106,7 @@ def build_network(recipe: Recipe, class_names: Sequence[str], levels: Levels | N
         if start is not None and start.startswith(RANDOM) and not is_place(start.removeprefix(RANDOM)):
             with contextlib.suppress(UnresolvedLabelSpaceError):
                 registry.resolve_checkpoint(start.removeprefix(RANDOM))  # a trial finds a wrong name, too
-        if start is None or start.startswith(RANDOM):
+        if start is None or start.startswith(RANDOM) or not pretrained:
             module = convert.build(recipe.model.architecture, num_classes=len(class_names), **arguments)
         else:
             module = _started(recipe, start, class_names, levels, arguments)
@@ -244,7 +247,11 @@ def _beside(start: str, file: str) -> Any:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The same with the arguments of the network that it starts from, where those say any."""
+    """The same with whole paths, and with the arguments of the network that it starts from, where those say any."""
+    recipe = recipe.model_copy(deep=True)
+    recipe.model.start, recipe.loss.teacher = _whole(recipe.model.start), _whole(recipe.loss.teacher)
+    if (file := Path(recipe.data.label_space or "")).is_file() and LabelSpace.find(str(file)).name not in LABEL_SPACES:
+        recipe.data.label_space = str(file.resolve())
     start = recipe.model.start
     if start is None or start.startswith(RANDOM):
         return recipe
@@ -252,10 +259,16 @@ def resolved(recipe: Recipe) -> Recipe:
     arguments = config.get("model_args") if isinstance(config, dict) else None
     if not isinstance(arguments, dict):
         return recipe
-    recipe = recipe.model_copy(deep=True)
     of_start = {name: value for name, value in arguments.items() if name not in RESERVED}
     recipe.model.arguments = {**of_start, **recipe.model.arguments}
     return recipe
+
+
+def _whole(name: str | None) -> str | None:
+    """A name of weights; that of a folder or file of this machine as it is from any working directory."""
+    if name is None or name.startswith((RANDOM, building.HUB_PREFIX)) or not is_place(name):
+        return name
+    return str(expanded(name.removeprefix(building.FOLDER_PREFIX), RecipeError).resolve())
 
 
 def synchronised(module: nn.Module) -> nn.Module:

@@ -115,7 +115,7 @@ def plan(
     steps = min(steps, recipe.schedule.max_steps or steps)
     seen = steps * recipe.data.batch_size
     speed, assumed = (images_per_second, "as given") if images_per_second else _published_speed(recipe, micro)
-    num_classes = classes or (len(LabelSpace.load(space)) if space else 1000)
+    num_classes = classes or (len(LabelSpace.find(space)) if space else 1000)
     arguments = tuple(recipe.model.arguments.items())
     model = recipe.model
     module, kept = _size(

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import MissingExtraError, RecipeError, UnknownLabelSpaceError, did_you_mean, first_line
+from wn21k_zoo.errors import MissingExtraError, RecipeError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.files import parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.registry import TIMM_PREFIX
@@ -105,8 +105,9 @@ class Data(Section):
     """Images, their order and augmentation.
 
     Attributes:
-        label_space: Classes of the head; None: those of the data, which for prepared shards are all of the label space
-            that they were prepared for.
+        label_space: Classes of the head: the name of a label space, or a text file of wnids, such as those of a tree of
+            one's own with their ancestors; images of other classes are left out. None: those of the data, which for
+            prepared shards are all of the label space that they were prepared for.
         size: Height and width in pixels.
         batch_size: Of one optimizer step over all ranks; kept when the number of ranks changes.
         batch_per_device: At most so many images go through the network at a time; the rest is accumulated.
@@ -272,8 +273,8 @@ class Recipe(Section):
             )
         if self.data.label_space is not None:
             try:
-                LabelSpace.load(self.data.label_space)
-            except UnknownLabelSpaceError as error:
+                LabelSpace.find(self.data.label_space)
+            except Wn21kError as error:
                 raise RecipeError(f"data.label_space: {error}") from None
         problems = (
             (

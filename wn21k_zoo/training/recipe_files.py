@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -14,7 +15,7 @@ from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.files import expanded, parse_json, visible
 from wn21k_zoo.training.recipe import Model, Recipe, Section
 
-__all__ = ["load_recipe", "override", "recipes_in", "shipped_recipes"]
+__all__ = ["listed_in", "load_recipe", "override", "recipes_in", "shipped_recipes"]
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -107,6 +108,34 @@ def recipes_in(path: Path) -> dict[str, Callable[..., Recipe]]:
         RecipeError: The file cannot be run.
     """
     return {name: function for name, function in _functions_in(path).items() if not _required(function)}
+
+
+def listed_in(path: Path) -> dict[str, str]:
+    """What :func:`recipes_in` finds, and what each says of itself in a line; by reading the file, which is not run.
+
+    Left out are functions that say that they return something else than a recipe, or that return nothing.
+
+    Raises:
+        RecipeError: It is no Python.
+    """
+    try:
+        body = ast.parse(_text(path)).body
+    except (SyntaxError, ValueError) as error:
+        raise RecipeError(f"{path}: {first_line(error)}") from None
+    functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"}
+    return {
+        name: (ast.get_docstring(node) or "").partition("\n")[0]
+        for name, node in functions.items()
+        if _returns_recipe(node)
+        and len(node.args.posonlyargs) + len(node.args.args) == len(node.args.defaults)
+        and None not in node.args.kw_defaults
+    }
+
+
+def _returns_recipe(node: ast.FunctionDef) -> bool:
+    if node.returns is not None:
+        return ast.unparse(node.returns).strip("'\"").rpartition(".")[2] == "Recipe"
+    return any(isinstance(each, ast.Return) and each.value is not None for each in ast.walk(node))
 
 
 def _required(function: Callable[..., Any]) -> int:

@@ -43,6 +43,7 @@ _OURS = {"checkpoints", "data.json", "metrics.jsonl", "recipe.json", STATUS_FILE
 _FREE = {
     ("model", "compile"),
     ("model", "gradient_checkpointing"),
+    ("loss", "teacher"),  # where it lies; that it has the same weights is seen by their digest
     ("data", "batch_per_device"),
     ("data", "max_bad"),
     ("run", "checkpoint_minutes"),

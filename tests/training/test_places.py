@@ -1,0 +1,148 @@
+"""Where a run's images, weights, classes and output lie."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from wn21k_zoo import SemanticTree, predict
+from wn21k_zoo.errors import LabelSpaceError, RecipeError, RunError, UnknownModelError
+from wn21k_zoo.training.engine import Preempted
+from wn21k_zoo.training.evaluate import evaluate
+from wn21k_zoo.training.export import export_run
+from wn21k_zoo.training.folder import open_folder
+from wn21k_zoo.training.network import resolved
+from wn21k_zoo.training.state import RunFolder
+
+from .checks import assert_same_weights, final, run, run_told
+from .runs import WNIDS, make_folder, small_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHORT = {"epochs": 1}
+
+
+@pytest.mark.parametrize("place", [".", "out", "out/deep", f"{WNIDS[0]}/out"])
+def test_an_output_is_not_among_the_images(tmp_path, place):
+    data = make_folder(tmp_path / "images")
+    with pytest.raises(RunError, match="would be among the images of"):
+        run(small_recipe(), data, data / place)
+    assert not (data / "out").exists()
+    assert len(open_folder(data, "all")) == 60
+
+
+def test_an_output_may_lie_beside_what_images_are_divided_into(tmp_path):
+    data = tmp_path / "images"
+    for split in ("train", "val"):
+        make_folder(data / split)
+    for place in ("train/out", f"val/{WNIDS[0]}/out"):
+        with pytest.raises(RunError, match="would be among the images of"):
+            run(small_recipe(), data, data / place)
+    for place in ("runs/out", ".runs/out"):
+        run(small_recipe(schedule=SHORT), data, data / place)
+        assert len(open_folder(data, "all")) == 120
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "test"])
+def test_a_run_says_which_folder_it_is_validated_on(tmp_path, capsys, name):
+    for split in ("train", name):
+        make_folder(tmp_path / "images" / split)
+    run(small_recipe(schedule=SHORT), tmp_path / "images", tmp_path / "run")
+    assert f"60 for validation (in {name}), 6 classes" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(data, tmp_path, monkeypatch, stop_at):
+    run(small_recipe(schedule=SHORT, run={"seed": 5}), data, tmp_path / "first")
+    exported = export_run(tmp_path / "first", tmp_path / "exported")
+    monkeypatch.chdir(tmp_path)
+    recipe = small_recipe(model={"start": "exported"})
+    run(recipe, data, tmp_path / "whole")
+    assert RunFolder(tmp_path / "whole").recipe().model.start == str(exported.resolve())
+    stop_at(3)
+    with pytest.raises(Preempted):
+        run_told(recipe, data, tmp_path / "parts")
+    stop_at(-1)
+    exported.rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    run(RunFolder(tmp_path / "parts").recipe(), data, tmp_path / "parts")
+    assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
+    with pytest.raises(UnknownModelError):  # a new one needs them
+        run(RunFolder(tmp_path / "parts").recipe(), data, tmp_path / "new")
+
+
+def test_a_teacher_may_move_but_not_change(data, tmp_path, stop_at):
+    for seed in (5, 6):
+        run(small_recipe(schedule=SHORT, run={"seed": seed}), data, tmp_path / f"{seed}")
+        export_run(tmp_path / f"{seed}", tmp_path / f"model{seed}")
+    recipe = small_recipe(loss={"teacher": str(tmp_path / "model5"), "distillation_weight": 1.0})
+    run(recipe, data, tmp_path / "whole")
+    stop_at(3)
+    with pytest.raises(Preempted):
+        run_told(recipe, data, tmp_path / "parts")
+    stop_at(-1)
+    shutil.move(tmp_path / "model5", tmp_path / "moved")
+    recipe.loss.teacher = str(tmp_path / "model6")
+    with pytest.raises(RunError, match="has other weights than when"):
+        run(recipe, data, tmp_path / "parts")
+    recipe.loss.teacher = str(tmp_path / "moved")
+    run(recipe, data, tmp_path / "parts")
+    assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
+    assert RunFolder(tmp_path / "parts").recipe().loss.teacher == str((tmp_path / "moved").resolve())
+
+
+@pytest.mark.parametrize("name", ["resnet50.miil_in21k", "hf-hub:a/b", "random:resnet50.miil_in21k", None])
+def test_names_that_are_no_places_stay(name):
+    recipe = small_recipe(model={"start": name}, loss={"teacher": name}, data={"label_space": "fall11"})
+    assert resolved(recipe) == recipe
+
+
+def test_one_name_for_a_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("model", "below"):
+        (tmp_path / folder).mkdir()
+    whole = str((tmp_path / "model").resolve())
+    for name in ("model", "./model", "below/../model", "local-dir:model", whole, f"{whole}{os.sep}"):
+        assert resolved(small_recipe(model={"start": name})).model.start == whole
+
+
+def test_classes_of_ones_own_with_their_ancestors(data, tmp_path, monkeypatch):
+    tree = SemanticTree.from_wnids(WNIDS[3:]).with_ancestors()
+    (tmp_path / "mine.txt").write_text("# mine\n" + "".join(f"{wnid} # a class\n" for wnid in tree.wnids))
+    monkeypatch.chdir(tmp_path)
+    recipe = small_recipe(data={"label_space": "mine.txt"})
+    figures = run(recipe, data, tmp_path / "run")
+    assert figures["classes_with_images"] == 5  # two are ancestors of the three, and one is left out
+    assert set(figures["levels"]) == {12, 13}  # above, each level has one class
+    monkeypatch.chdir("/")
+    assert RunFolder(tmp_path / "run").recipe().data.label_space == str((tmp_path / "mine.txt").resolve())
+    exported = export_run(tmp_path / "run", tmp_path / "model")
+    prediction = predict(torch.rand(3, 32, 32), model=exported, tree=tree)
+    assert [level.depth for level in prediction.levels] == [12, 13]
+    kept = ("top1", "semantic_top1", "images", "left_out")
+    assert {name: evaluate(exported, data, workers=0, split="validation")[name] for name in kept} == {
+        name: evaluate(tmp_path / "run", data, workers=0)[name] for name in kept
+    }
+    assert evaluate(exported, data, workers=0, label_space=str(tmp_path / "mine.txt"))["images"] == 5
+    (tmp_path / "mine.txt").write_text("".join(f"{wnid}\n" for wnid in reversed(tree.wnids)))
+    with pytest.raises(RunError, match="holds a run on other data"):
+        run(RunFolder(tmp_path / "run").recipe(), data, tmp_path / "run")
+    (tmp_path / "mine.txt").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(RecipeError, match=r"data\.label_space: .*cannot be read as a list of wnids"):
+        run(recipe.model_copy(update={"data": RunFolder(tmp_path / "run").recipe().data}), data, tmp_path / "other")
+    with pytest.raises(LabelSpaceError):
+        predict(torch.rand(3, 32, 32), model=exported, label_space=str(tmp_path / "mine.txt"))
+
+
+def test_without_levels_a_softmax_per_level_is_refused(tmp_path):
+    data = make_folder(tmp_path / "images", names=("n02123045", "n02099601", "n01443537"), images=12)
+    with pytest.raises(RecipeError, match="No class is above another one, so that semantic_softmax is one softmax"):
+        run(small_recipe(), data, tmp_path / "run")
+    assert not (tmp_path / "run" / "recipe.json").exists()
+    run(small_recipe(loss={"kind": "single_label"}, schedule=SHORT), data, tmp_path / "run")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    make_folder(tmp_path, names=("bus", "train"))
+    assert open_folder(tmp_path).class_names == ("bus", "train")
+    assert len(open_folder(tmp_path, "all")) == 20
