@@ -239,7 +239,7 @@ def _load_folder(
     if labels is not None and space != "own":
         stated_space, stated_head = _read_labels(labels)
         space, head = space or stated_space, head or stated_head
-    if space == "own":
+    if space == "own" or (space is None and config.get("label_space") == "own"):
         space = _own_names(config, folder)
     elif space is None:
         space = _label_space_of_config(config, known, folder)

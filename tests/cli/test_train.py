@@ -151,6 +151,10 @@ def test_patterns_that_a_shell_leaves_to_the_program(run):
 def test_compare(run):
     (row,) = [json.loads(line) for line in wn21k("train", "compare", run).stdout.splitlines()]
     assert (row["run"], row["loss"], row["epoch"]) == ("run", "semantic_softmax", 2)
+    best = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
+    assert row["best_epoch"] == best["figures"]["epoch"]
+    of_folder = wn21k("train", "compare", run.parent)
+    assert json.loads(of_folder.stdout.splitlines()[0])["best_epoch"] == row["best_epoch"]
     assert 0 <= row["top1"] <= row["top5"] <= 100
 
 

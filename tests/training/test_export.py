@@ -202,6 +202,14 @@ def test_classes_of_ones_own(tmp_path):
     shown = json.loads(CliRunner().invoke(app, ["info", str(folder)]).stdout)
     assert (shown["architecture"], shown["first_classes"], shown["crop_pct"]) == ("test_convnext", "cats; dogs", 0.875)
     assert shown["label_space"] == "own"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "label_names": ["cats", "n00000001"]}))  # no synset
+    found = wn21k_zoo.predict(torch.rand(3, 32, 32), model=folder)
+    assert {each.name for each in found.top_k} == {"cats", "n00000001"}
+        "cats",
+        "n00000001",
+    )
+    assert json.loads(CliRunner().invoke(app, ["info", str(folder)]).stdout)["label_space"] == "own"
     figures = evaluate(tmp_path / "run", data, workers=0)
     assert figures["images"] == 4
     assert "semantic_top1" not in figures

@@ -220,6 +220,10 @@ def test_what_is_no_data_set(tmp_path):
         open_dataset(tmp_path)
     with pytest.raises(DataError, match="does not exist; name a folder of class folders"):
         open_folder(tmp_path / "nothing")
+    (tmp_path / "archives").mkdir()
+    (tmp_path / "archives" / f"{WNIDS[0]}.tar").touch()
+    with pytest.raises(DataError, match="`wn21k data prepare` makes shards of archives of classes"):
+        open_dataset(tmp_path / "archives")
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="is a file; name a folder of class folders"):
         open_folder(tmp_path / "file")

@@ -330,3 +330,23 @@ def test_logits_in_half_precision_are_read_in_float32():
     evaluation.update(logits, torch.tensor([0]))
     (row,) = evaluation.compute()["reliability"]
     assert row["confidence"] == pytest.approx(100 * float(logits.float().softmax(1)[0, 0]), abs=1e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_told(value):
+    metric = LeafAccuracy([0, 2])
+    metric.update(torch.tensor([[0.1, value, 0.2], [0.1, 0.3, -math.inf]]), torch.tensor([2, 0]))  # not of the choice
+    assert metric.compute() == {"top1": 100, "top5": 100, "images": 2}
+    metric.update(torch.tensor([[0.1, 0.2, value]]), torch.tensor([0]))
+    with pytest.raises(NonFiniteError, match="The logits of 1 images"):
+        metric.compute()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5, 7.0])
+def test_confidences_that_are_none_are_told(value):
+    metric, counted = Calibration(), torch.tensor([True, False])
+    metric.update(torch.tensor([1.0000001, value]), torch.tensor([True, True]), counted)
+    assert metric.compute()["reliability"] == [{"images": 1, "confidence": 100, "accuracy": 100}]
+    metric.update(torch.tensor([value, 0.5]), torch.tensor([True, True]), counted)
+    with pytest.raises(InvalidArgumentError, match="confidences of 1 images are not in"):
+        metric.compute()

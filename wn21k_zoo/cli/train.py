@@ -141,14 +141,14 @@ def plot(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs, or folders of them.")],
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """The last evaluation of each run, side by side."""
+    """The last evaluation of each run, side by side, and the epoch of its best, which is what export takes."""
     from wn21k_zoo.errors import RunError
     from wn21k_zoo.training.state import names_of
 
-    rows, runs = [], _expanded(runs)
+    rows, runs = [], [each for run in _expanded(runs) for each in _runs_in(run)]
     for run, name in zip(runs, names_of(runs), strict=True):
         try:
             rows.append({"run": name, **_last_evaluation(run)})
@@ -169,7 +169,7 @@ def compare(
 
 def _last_evaluation(run: Path) -> dict[str, Any]:
     from wn21k_zoo.errors import RunError
-    from wn21k_zoo.training.state import RunFolder, read_lines
+    from wn21k_zoo.training.state import RunFolder, read_lines, score
 
     folder = RunFolder(run)
     lines = read_lines(folder.metrics) if folder.metrics.is_file() else []
@@ -182,6 +182,7 @@ def _last_evaluation(run: Path) -> dict[str, Any]:
     return {
         "loss": recipe.loss.kind,
         "epoch": last.get("epoch"),
+        "best_epoch": max(evaluations, key=score).get("epoch"),
         "classes": data.get("label_space") or "own",
         "images": last.get("images"),
         "hierarchy": last.get("hierarchy"),
@@ -193,6 +194,13 @@ def _expanded(runs: list[Path]) -> list[Path]:
     """Patterns, which the shell of Windows leaves to the program; what matches nothing stays as it is."""
     found = {run: [] if run.exists() else sorted(map(Path, glob.glob(str(run)))) for run in runs}  # noqa: PTH207
     return [each for run in runs for each in found[run] or [run]]
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folder itself, or, where it is no run and has some, those."""
+    if (folder / "recipe.json").is_file() or not folder.is_dir():
+        return [folder]
+    return sorted(path.parent for path in folder.glob("*/recipe.json")) or [folder]
 
 
 _BESIDE = 6  # runs with a column each, on a terminal

@@ -131,7 +131,7 @@ def _of_folder(folder: Path) -> dict[str, Any]:
     return {
         "name": folder.name,
         "architecture": config["architecture"],
-        "label_space": labels.get("label_space") or own,
+        "label_space": labels.get("label_space") or config.get("label_space") or own,
         "head": labels.get("head"),
         "num_classes": config.get("num_classes"),
         "first_classes": "; ".join(names[:3]) or None,

@@ -257,10 +257,11 @@ class Loader:
                 f"{bad:,} of the first {self._seen_of_epoch:,} samples of an epoch of {share:,.0f} are damaged, and "
                 f"{self.max_bad:.1%} may be (the last: {shard}, {key}: {reason}). "
                 + (
-                    f"Remove such files ({len(self._named)} were named above), or raise max_bad."
+                    f"Remove such files ({len(self._named)} were named above)"
                     if isinstance(self.dataset, FolderDataset)
-                    else "`wn21k data verify` tells which shards are; or raise max_bad."
+                    else "`wn21k data verify` tells which shards are"
                 )
+                + "; or raise max_bad (of a recipe: data.max_bad)."
             )
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
 from wn21k_zoo.training.shards import INFO_FILE, DatasetInfo, Shard, index_path, read_index, write_index
 from wn21k_zoo.training.storage import Stage, Storage, data_cache_dir, default_stage, make_cache_folder, open_storage
@@ -228,6 +229,8 @@ def open_dataset(
         what = (
             f"its splits are {', '.join(there)}" if there else f"it holds no shards (SPLIT-*.tar or *.parquet){other}"
         )
+        if any(WNID_PATTERN.fullmatch(PurePosixPath(name).stem) for name in names):
+            what += "; `wn21k data prepare` makes shards of archives of classes"
         raise DataError(f"{storage.url} has no split {split!r}: {what}.{did_you_mean(split, there)}")
     space = _space(label_space or "fall11")
     classes = space.index

@@ -41,7 +41,7 @@ from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.rescue import Rescue
 from wn21k_zoo.training.signals import LIMIT_SECONDS, Signals
 from wn21k_zoo.training.splits import Splits, open_loaders, open_splits
-from wn21k_zoo.training.state import FORMAT, CheckpointWriter, RunFolder, copied, read_checkpoint
+from wn21k_zoo.training.state import FORMAT, CheckpointWriter, RunFolder, copied, read_checkpoint, score
 
 __all__ = ["Preempted", "train"]
 
@@ -334,8 +334,7 @@ class _Run:
             if evaluates:
                 self.figures = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **figures}
                 self.reporter.evaluation(self.figures)
-                score = figures.get("semantic_top1", figures["top1"])
-                is_best, self.best = score > self.best, max(score, self.best)
+                is_best, self.best = score(figures) > self.best, max(score(figures), self.best)
             self.evaluated = self.step
             self._save(best=is_best, wait=is_last)
 

@@ -208,6 +208,7 @@ def export_run(
         labels = publish.folder_labels(checkpoint, space)
     else:
         config = publish.folder_config(checkpoint, trained.module, trained.class_names)
+        config["label_space"] = "own"  # also where one looks like a wnid
     if arguments := trained.recipe.model.arguments:
         config["model_args"] = dict(arguments)
     if trained.trained_on:

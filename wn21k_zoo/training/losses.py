@@ -277,7 +277,8 @@ class MultiLabelLoss(nn.Module):
 
     Raises:
         InvalidArgumentError: As :class:`SemanticSoftmaxLoss`.
-        NonFiniteError: As :class:`SemanticSoftmaxLoss`.
+        NonFiniteError: As :class:`SemanticSoftmaxLoss`, where the loss is not finite; of a class that is false the clip
+            bounds it, and an infinite logit is as a large one.
     """
 
     starts: Tensor

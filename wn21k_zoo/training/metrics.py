@@ -22,6 +22,9 @@ from wn21k_zoo.tree import SemanticTree
 __all__ = ["BrokenRows", "Calibration", "ClassAccuracy", "HierarchicalDistances", "LeafAccuracy", "SemanticAccuracy"]
 
 
+_ROUNDING = 1e-3  # by so much sums of probabilities in half precision may miss 1
+
+
 class _Counts(nn.Module):
     """Whole numbers that are added up over batches and ranks."""
 
@@ -64,6 +67,11 @@ class BrokenRows(_Counts):
         broken, images = self._total()
         if broken:
             raise _not_finite(f"{broken:,} of {images:,}")
+
+
+def _is_broken(largest: Tensor) -> Tensor:
+    """Whether the largest of some numbers, which is NaN where one of them is, is NaN or inf."""
+    return largest.isnan() | (largest == math.inf)
 
 
 def _not_finite(images: str) -> NonFiniteError:
@@ -111,7 +119,7 @@ class SemanticAccuracy(_Counts):
         best = [scores.max(1) for scores in self.levels.split(logits_bn)]
         predicted = torch.stack([each.indices for each in best], 1)
         largest = torch.stack([each.values for each in best], 1)
-        broken = (largest.isnan() | (largest == math.inf)).any(1)  # -inf: all of a level are masked
+        broken = _is_broken(largest).any(1)  # -inf: all of a level are masked
         levels = torch.stack([(predicted == ancestors).sum(0), (ancestors >= 0).sum(0)], 1)
         self.counts += torch.cat([levels, torch.stack([broken.sum(), (~there).sum()])[None]])
 
@@ -139,13 +147,14 @@ class LeafAccuracy(_Counts):
 
     Raises:
         InvalidArgumentError: No classes, or a negative one; from ``update``: scores that lack one.
+        NonFiniteError: From ``compute``: a score was NaN or inf; -inf is smaller than all others.
     """
 
     classes: Tensor
     chosen: Tensor
 
     def __init__(self, classes: Iterable[int]) -> None:
-        super().__init__(3)
+        super().__init__(4)
         ordered = sorted({int(index) for index in classes})
         if not ordered or ordered[0] < 0:
             raise InvalidArgumentError("LeafAccuracy needs at least one class, and indices from 0.")
@@ -162,9 +171,10 @@ class LeafAccuracy(_Counts):
                 f"{len(self.chosen) - 1:,}."
             )
         chosen = scores_bn.index_select(1, self.classes)
-        best = self.classes[chosen.topk(min(5, len(self.classes)), 1).indices]
+        largest = chosen.topk(min(5, len(self.classes)), 1)
+        best, broken = self.classes[largest.indices], _is_broken(largest.values[:, 0])
         hits = best == targets_b[:, None]
-        self.counts += torch.stack([hits[:, :1].sum(), hits.sum(), self.has(targets_b).sum()])
+        self.counts += torch.stack([hits[:, :1].sum(), hits.sum(), self.has(targets_b).sum(), broken.sum()])
         return best[:, 0]
 
     def has(self, targets_b: Tensor) -> Tensor:
@@ -174,7 +184,9 @@ class LeafAccuracy(_Counts):
 
     def compute(self) -> dict[str, float]:
         """Percentages over all ranks: ``top1``, ``top5``; and ``images`` of the classes."""
-        first, any_of_five, count = self._total()
+        first, any_of_five, count, broken = self._total()
+        if broken:
+            raise _not_finite(f"{broken:,}")
         return {"top1": 100 * first / max(1, count), "top5": 100 * any_of_five / max(1, count), "images": count}
 
 
@@ -276,26 +288,30 @@ class Calibration(_Counts):
         bins: Equally wide parts of [0, 1].
 
     Raises:
-        InvalidArgumentError: There are none.
+        InvalidArgumentError: There are none; from ``compute``: a confidence was outside [0, 1].
     """
 
     def __init__(self, bins: int = 15) -> None:
         if bins < 1:
             raise InvalidArgumentError(f"bins is {bins}; it must be at least 1.")
-        super().__init__(bins, 3)
+        super().__init__(bins + 1, 3)  # the last: those that are none
         self.bins = bins
 
     @torch.no_grad()
     def update(self, confidence_b: Tensor, right_b: Tensor, counted_b: Tensor) -> None:
         """Count a batch: confidences in [0, 1], whether each prediction was right, and which images count, [B] each."""
-        at = (confidence_b * self.bins).long().clamp_(0, self.bins - 1)
-        millionths = (confidence_b.float() * 1e6).round().long()  # whole, so that sums are exact in any order
+        there = (confidence_b > -_ROUNDING) & (confidence_b < 1 + _ROUNDING)  # not NaN either
+        confidence_b = confidence_b.float().where(there, 0)
+        at = (confidence_b * self.bins).long().clamp_(0, self.bins - 1).where(there, self.bins)
+        millionths = (confidence_b * 1e6).round().long()  # whole, so that sums are exact in any order
         for column, values in enumerate((torch.ones_like(at), right_b.long(), millionths)):
             self.counts[:, column].scatter_add_(0, at, values * counted_b)
 
     def compute(self) -> dict[str, float | list[dict[str, float]]]:
         """``calibration_error``: the expected one in percent; ``reliability``: per bin that has images, its figures."""
-        total = self._total()
+        *total, impossible, _, _ = self._total()
+        if impossible:
+            raise InvalidArgumentError(f"The confidences of {impossible:,} images are not in [0, 1].")
         rows, images = [], max(1, sum(total[::3]))
         error = 0.0
         for number in range(self.bins):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import shutil
@@ -32,7 +33,7 @@ from wn21k_zoo.files import atomic_file, expanded, parse_json, replace
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status, write_text
 
-__all__ = ["FORMAT", "CheckpointWriter", "RunFolder", "copied", "names_of", "read_checkpoint", "read_lines"]
+__all__ = ["FORMAT", "CheckpointWriter", "RunFolder", "copied", "names_of", "read_checkpoint", "read_lines", "score"]
 
 FORMAT = 3  # groups of the optimizer by head, then by decay; averages that begin over few steps
 """Of a checkpoint's content; another number when something in it means something else."""
@@ -213,6 +214,12 @@ class RunFolder:
         for key in ("classes", "images", "files"):
             if known.get(key, data.get(key)) != data.get(key):
                 raise RunError(f"{self.path} holds a run on other data ({key} differ); name another output folder.")
+
+
+def score(figures: Mapping[str, Any]) -> float:
+    """By what the evaluations of a run are compared: semantic top-1, or top-1 where classes have no levels."""
+    value = figures.get("semantic_top1", figures.get("top1"))
+    return float(value) if isinstance(value, (int, float)) else -math.inf
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
