@@ -206,9 +206,6 @@ def test_classes_of_ones_own(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "label_names": ["cats", "n00000001"]}))  # no synset
     found = wn21k_zoo.predict(torch.rand(3, 32, 32), model=folder)
     assert {each.name for each in found.top_k} == {"cats", "n00000001"}
-        "cats",
-        "n00000001",
-    )
     assert json.loads(CliRunner().invoke(app, ["info", str(folder)]).stdout)["label_space"] == "own"
     figures = evaluate(tmp_path / "run", data, workers=0)
     assert figures["images"] == 4
