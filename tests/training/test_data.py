@@ -267,8 +267,10 @@ def test_a_data_set_can_be_pickled(shards):
     assert "67 samples in 7 shards" in repr(dataset)
 
 
-def test_classes_are_mapped_by_synset(shards):
+def test_classes_are_mapped_by_synset(shards, tmp_path):
     classes = LabelSpace("mine", (WNIDS[1], "n02121808"))
+    (tmp_path / "mine.txt").write_text("".join(f"{wnid}\n" for wnid in classes))
+    assert len(open_dataset(shards, label_space=str(tmp_path / "mine.txt"))) == 33
     dataset = open_dataset(shards, label_space=classes)
     assert len(dataset) == 33
     assert {

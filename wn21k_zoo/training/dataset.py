@@ -199,12 +199,13 @@ def open_dataset(
             as a download of ``timm/imagenet-22k-wds`` or ``timm/imagenet-w21-p``; or a URL of such a folder that fsspec
             understands (``s3://bucket/folder``, ``hf://datasets/timm/imagenet-w21-p``).
         split: ``train``, ``validation`` or another that is there.
-        label_space: Classes are mapped to it by synset, and samples of other classes left out. Default: that of the
-            data set if it is one of ours, else ``fall11``.
+        label_space: Classes are mapped to it by synset, and samples of other classes left out: a name, a text file of
+            wnids or a label space. Default: that of the data set if it is one of ours, else ``fall11``.
         stage: Where remote shards are copied to. Default: :func:`~wn21k_zoo.training.storage.default_stage`.
 
     Raises:
         DataError: Nothing is there, no such split, or its classes cannot be told.
+        UnknownLabelSpaceError, LabelSpaceError, UnknownSynsetError: As :meth:`LabelSpace.find`.
     """
     storage = open_storage(place)
     stage = stage or default_stage()
@@ -253,7 +254,7 @@ def _ours(text: str | None) -> DatasetInfo | None:
 
 
 def _space(label_space: str | LabelSpace) -> LabelSpace:
-    return label_space if isinstance(label_space, LabelSpace) else LabelSpace.load(label_space)
+    return label_space if isinstance(label_space, LabelSpace) else LabelSpace.find(label_space)
 
 
 def _open_ours(
