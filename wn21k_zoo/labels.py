@@ -29,6 +29,7 @@ from wn21k_zoo.errors import (
     did_you_mean,
     first_line,
 )
+from wn21k_zoo.files import expanded
 from wn21k_zoo.synsets import load_nouns
 
 __all__ = ["LABEL_SPACES", "LABEL_SPACE_ALIASES", "ClassNames", "LabelSpace"]
@@ -109,15 +110,18 @@ class LabelSpace:
         return LabelSpace(name, tuple(line[0] for line in words if line))
 
     @staticmethod
-    def find(name: str) -> LabelSpace:
+    def find(name: str | os.PathLike[str]) -> LabelSpace:
         """A shipped label space by its name or alias, or else that of a text file.
 
         Raises:
             UnknownLabelSpaceError: Neither has that name.
             LabelSpaceError, UnknownSynsetError: As :meth:`from_file`.
         """
-        if name not in LABEL_SPACES and name not in LABEL_SPACE_ALIASES and Path(name).is_file():
-            return LabelSpace.from_file(name)
+        name = os.fspath(name)
+        if name not in LABEL_SPACES and name not in LABEL_SPACE_ALIASES:
+            path = expanded(name, UnknownLabelSpaceError)
+            if path.is_file():
+                return LabelSpace.from_file(path)
         try:
             return LabelSpace.load(name)
         except UnknownLabelSpaceError as error:

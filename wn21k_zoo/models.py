@@ -57,7 +57,7 @@ __all__ = [
 
 ModelLike = Union[str, os.PathLike[str], "nn.Module"]
 Classes = LabelSpace | ClassNames
-LabelSpaceLike = str | Classes | Sequence[str]
+LabelSpaceLike = str | os.PathLike[str] | Classes | Sequence[str]
 Given = Classes | Literal["own"] | None
 
 HEADS: tuple[Head, ...] = get_args(Head)
@@ -100,8 +100,9 @@ def load_model(
     Args:
         model: A record's name, a timm name with a known label space, a folder with ``config.json`` and weights,
             ``hf-hub:ORG/NAME[@REVISION]``, a module (taken as it is), or None for :func:`choose_default`.
-        label_space: Classes of the outputs of a module or a folder: a shipped name, wnids or a :class:`LabelSpace`;
-            :class:`ClassNames` for classes that are no synsets, or ``own`` for the names that a folder gives them.
+        label_space: Classes of the outputs of a module or a folder: a shipped name, a text file of wnids, wnids or a
+            :class:`LabelSpace`; :class:`ClassNames` for classes that are no synsets, or ``own`` for the names that a
+            folder gives them.
         head: How to read the outputs of a module or a folder that does not say: ``semantic_softmax`` (a softmax per
             level, as :class:`wn21k_zoo.training.losses.SemanticSoftmaxLoss` trains), ``softmax`` or ``sigmoid``. Where
             all classes are of one level, or no synsets, it is a softmax unless it is given.
@@ -386,7 +387,7 @@ def _as_label_space(label_space: LabelSpaceLike | None) -> Given:
         return label_space
     if label_space == "own":
         return "own"
-    if isinstance(label_space, str):
+    if isinstance(label_space, (str, os.PathLike)):
         return LabelSpace.find(label_space)
     try:
         return LabelSpace("custom", tuple(label_space))

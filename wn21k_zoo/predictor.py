@@ -77,7 +77,7 @@ class Predictor:
 
     Raises:
         InvalidArgumentError: A value that is not allowed.
-        UnknownTreeError, TreeError: A tree that is not known, not readable, or does not fit the head.
+        UnknownTreeError, TreeError, LabelSpaceError: A tree that is not known, does not fit the head, or not readable.
         Wn21kError: As :func:`wn21k_zoo.models.load_model`.
 
     Example:

@@ -163,7 +163,7 @@ def test_another_teacher_in_the_same_place_is_noticed(run, exported, data, tmp_p
         train(recipe, data, tmp_path / "run", ALONE, workers=0)
     export_run(run, teacher, dtype="float16", force=True)
     with pytest.raises(
-        RunError, match=r"teacher has other weights than when the run .* began; put the former ones back"
+        RunError, match=r"teacher says something else than when the run .* began; put the former one back"
     ):
         train(recipe, data, tmp_path / "run", ALONE, workers=0)
 

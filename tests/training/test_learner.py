@@ -66,9 +66,11 @@ def test_one_image_alone_cannot_train_batch_normalisation(data, sizes, field):
 def test_one_image_that_is_left_of_more_is_left_out_where_it_must(data):
     learner = learner_of(data)
     learner.begin()
+    before = copied(dict(learner.module.named_buffers()))
     loss = learner.loss(ONE)
     learner.backward(loss)
     assert float(loss.detach()) == 0
+    assert all(torch.equal(buffer, before[name]) for name, buffer in learner.module.named_buffers())
     learner = learner_of(data, "test_convnext")
     learner.begin()
     assert float(learner.loss(ONE).detach()) > 0

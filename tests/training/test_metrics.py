@@ -345,8 +345,10 @@ def test_scores_that_are_no_numbers_are_told(value):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.5, 7.0])
 def test_confidences_that_are_none_are_told(value):
     metric, counted = Calibration(), torch.tensor([True, False])
-    metric.update(torch.tensor([1.0000001, value]), torch.tensor([True, True]), counted)
-    assert metric.compute()["reliability"] == [{"images": 1, "confidence": 100, "accuracy": 100}]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        metric.update(torch.tensor([0.9999999, value]).to(dtype), torch.tensor([True, True]), counted)
+    (row,) = metric.compute()["reliability"]
+    assert (row["images"], row["accuracy"], round(row["confidence"], 3)) == (3, 100, 100)
     metric.update(torch.tensor([value, 0.5]), torch.tensor([True, True]), counted)
     with pytest.raises(InvalidArgumentError, match="confidences of 1 images are not in"):
         metric.compute()

@@ -1,12 +1,13 @@
 """Where a run's images, weights, classes and output lie."""
 
+import json
 import os
 import shutil
 
 import pytest
 import torch
 
-from wn21k_zoo import SemanticTree, predict
+from wn21k_zoo import LabelSpace, SemanticTree, predict
 from wn21k_zoo.errors import LabelSpaceError, RecipeError, RunError, UnknownModelError
 from wn21k_zoo.training.engine import Preempted
 from wn21k_zoo.training.evaluate import evaluate
@@ -22,13 +23,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = {"epochs": 1}
 
 
-@pytest.mark.parametrize("place", [".", "out", "out/deep", f"{WNIDS[0]}/out"])
+@pytest.mark.parametrize("place", [".", "out", "out/deep", f"{WNIDS[0]}/out", f"{WNIDS[0]}/__MACOSX", "linked/out"])
 def test_an_output_is_not_among_the_images(tmp_path, place):
     data = make_folder(tmp_path / "images")
+    if place.startswith("linked"):
+        (data / "linked").symlink_to(make_folder(tmp_path / "others") / WNIDS[0], target_is_directory=True)
     with pytest.raises(RunError, match="would be among the images of"):
         run(small_recipe(), data, data / place)
     assert not (data / "out").exists()
-    assert len(open_folder(data, "all")) == 60
+    (data / "out").mkdir()
+    with pytest.raises(RunError, match="would be among the images of"):
+        run(small_recipe(), data, data / place)
 
 
 def test_an_output_may_lie_beside_what_images_are_divided_into(tmp_path):
@@ -82,13 +87,47 @@ def test_a_teacher_may_move_but_not_change(data, tmp_path, stop_at):
         run_told(recipe, data, tmp_path / "parts")
     stop_at(-1)
     shutil.move(tmp_path / "model5", tmp_path / "moved")
-    recipe.loss.teacher = str(tmp_path / "model6")
-    with pytest.raises(RunError, match="has other weights than when"):
-        run(recipe, data, tmp_path / "parts")
+    shutil.copytree(tmp_path / "moved", tmp_path / "changed")
+    config = json.loads((tmp_path / "changed" / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.5, 0.5, 0.5]
+    (tmp_path / "changed" / "config.json").write_text(json.dumps(config))
+    for other in ("model6", "changed"):  # other weights, the same of another normalisation
+        recipe.loss.teacher = str(tmp_path / other)
+        with pytest.raises(RunError, match="says something else than when"):
+            run(recipe, data, tmp_path / "parts")
+        assert RunFolder(tmp_path / "parts").recipe().loss.teacher == str((tmp_path / "model5").resolve())
     recipe.loss.teacher = str(tmp_path / "moved")
     run(recipe, data, tmp_path / "parts")
     assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
     assert RunFolder(tmp_path / "parts").recipe().loss.teacher == str((tmp_path / "moved").resolve())
+
+
+def test_a_start_says_of_what_size_its_network_is(data, tmp_path, stop_at):
+    run(small_recipe("test_vit", model={"arguments": {"img_size": 32}}, schedule=SHORT), data, tmp_path / "first")
+    exported = export_run(tmp_path / "first", tmp_path / "exported")
+    config = json.loads((exported / "config.json").read_text())
+    config["pretrained_cfg"] |= {"fixed_input_size": True, "input_size": [3, 32, 32]}  # as timm says it
+    del config["model_args"]
+    (exported / "config.json").write_text(json.dumps(config))
+    recipe = small_recipe("test_vit", model={"start": str(exported)}, schedule=SHORT)
+    stop_at(3)
+    with pytest.raises(Preempted):
+        run_told(recipe, data, tmp_path / "run")
+    stop_at(-1)
+    run(recipe, data, tmp_path / "run")
+    predict(torch.rand(3, 32, 32), model=export_run(tmp_path / "run", tmp_path / "model"))
+
+
+def test_a_random_teacher_is_the_same_after_a_resume(data, tmp_path, stop_at):
+    run(small_recipe(schedule=SHORT), make_folder(tmp_path / "others", names=WNIDS[:4]), tmp_path / "first")
+    exported = export_run(tmp_path / "first", tmp_path / "exported")  # whose classifier is replaced
+    recipe = small_recipe(model={"start": str(exported)}, schedule=SHORT)
+    recipe.loss.teacher, recipe.loss.distillation_weight = "random:resnet10t", 1.0
+    stop_at(3)
+    with pytest.raises(Preempted):
+        run_told(recipe, data, tmp_path / "run")
+    stop_at(-1)
+    run(recipe, data, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["resnet50.miil_in21k", "hf-hub:a/b", "random:resnet50.miil_in21k", None])
@@ -124,14 +163,24 @@ def test_classes_of_ones_own_with_their_ancestors(data, tmp_path, monkeypatch):
         name: evaluate(tmp_path / "run", data, workers=0)[name] for name in kept
     }
     assert evaluate(exported, data, workers=0, label_space=str(tmp_path / "mine.txt"))["images"] == 5
+    (tmp_path / "mine.txt").rename(tmp_path / "moved.txt")
+    again = RunFolder(tmp_path / "run").recipe()
+    again.data.label_space = str(tmp_path / "moved.txt")
+    assert run(again, data, tmp_path / "run") == figures
     (tmp_path / "mine.txt").write_text("".join(f"{wnid}\n" for wnid in reversed(tree.wnids)))
+    again.data.label_space = str(tmp_path / "mine.txt")
     with pytest.raises(RunError, match="holds a run on other data"):
-        run(RunFolder(tmp_path / "run").recipe(), data, tmp_path / "run")
+        run(again, data, tmp_path / "run")
     (tmp_path / "mine.txt").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(RecipeError, match=r"data\.label_space: .*cannot be read as a list of wnids"):
-        run(recipe.model_copy(update={"data": RunFolder(tmp_path / "run").recipe().data}), data, tmp_path / "other")
+        run(again, data, tmp_path / "other")
     with pytest.raises(LabelSpaceError):
-        predict(torch.rand(3, 32, 32), model=exported, label_space=str(tmp_path / "mine.txt"))
+        predict(torch.rand(3, 32, 32), model=exported, label_space=tmp_path / "mine.txt")
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert LabelSpace.find("~/moved.txt").wnids == tree.wnids
+    (tmp_path / "fall11").write_text("n02121620")  # a file that has the name of another one
+    assert resolved(small_recipe(data={"label_space": f"{tmp_path}/fall11"})).data.label_space == f"{tmp_path}/fall11"
 
 
 def test_without_levels_a_softmax_per_level_is_refused(tmp_path):

@@ -563,14 +563,21 @@ def test_a_list_runs_no_file(tmp_path):
         "open('ran', 'w')\n"
         "def plain():\n    return presets.finetune()\n"
         "def annotated(start: str = 'x', *, of: int = 1) -> recipe.Recipe:\n    'Of mine.\\n\\nMore.'\n    ...\n"
+        "def maybe() -> 'recipe.Recipe | None': ...\n"
         "def of(start) -> recipe.Recipe: ...\n"
+        "def any_of(*starts) -> recipe.Recipe: ...\n"
         "def with_name(*, start) -> recipe.Recipe: ...\n"
         "def number() -> int:\n    return 1\n"
         "def nothing():\n    print()\n"
         "def _hidden():\n    return presets.finetune()\n"
     )
-    assert listed_in(tmp_path / "mine.py") == {"plain": "", "annotated": "Of mine."}
+    assert listed_in(tmp_path / "mine.py") == {"plain": "", "annotated": "Of mine.", "maybe": ""}
     assert not Path("ran").exists()
+    text = "# \u00e9\ndef mine():\n    return 1\n"
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8-sig")
+    assert list(listed_in(tmp_path / "mine.py")) == ["mine"]
+    (tmp_path / "mine.py").write_text(f"# coding: latin-1\n{text}", encoding="latin-1")
+    assert list(listed_in(tmp_path / "mine.py")) == ["mine"]
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)

@@ -158,7 +158,7 @@ def test_a_teacher_that_says_nothing_of_a_level_counts_for_little():
 def test_the_embedded_default_teaches_either_release(space):
     recipe = small_recipe(loss={"teacher": "efficientnet_lite0.embedded_in1k", "distillation_weight": 1.0})
     tree = SemanticTree.load(space)
-    teacher, about = build_teacher(recipe, tree.label_space, Levels(tree, "level"))
+    teacher, about, _ = build_teacher(recipe, tree.label_space, Levels(tree, "level"))
     assert "is a softmax over imagenet1k; it tells" in about
     with torch.no_grad():
         theirs = teacher(torch.rand(2, 3, 64, 64))
@@ -191,7 +191,7 @@ def test_a_teacher_of_the_same_classes_has_its_own_normalisation_and_the_student
     images = torch.rand(2, 3, 32, 32)
     for name in (tmp_path / "model", tmp_path / "run" / "checkpoints" / "best.pt"):
         student.loss.teacher = str(name)
-        teacher, about = build_teacher(student, trained.space, levels)
+        teacher, about, _ = build_teacher(student, trained.space, levels)
         pixels = (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
         with torch.no_grad():
             torch.testing.assert_close(teacher(images), trained.module.eval()(pixels)[:, levels.columns])

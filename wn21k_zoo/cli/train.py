@@ -148,7 +148,7 @@ def compare(
     from wn21k_zoo.errors import RunError
     from wn21k_zoo.training.state import names_of
 
-    rows, runs = [], [each for run in _expanded(runs) for each in _runs_in(run)]
+    rows, runs = [], [*dict.fromkeys(each for run in _expanded(runs) for each in _runs_in(run))]
     for run, name in zip(runs, names_of(runs), strict=True):
         try:
             rows.append({"run": name, **_last_evaluation(run)})
@@ -178,11 +178,13 @@ def _last_evaluation(run: Path) -> dict[str, Any]:
         what = "holds no run that was evaluated yet" if folder.path.is_dir() else "is no folder"
         raise RunError(f"{folder.path} {what}.")
     last, recipe = evaluations[-1], folder.recipe()
+    # A run that goes on with another number of images forgets its best.
+    comparable = [each for each in evaluations if each.get("images") == last.get("images")]
     data = folder.data() if (folder.path / "data.json").is_file() else {"label_space": recipe.data.label_space}
     return {
         "loss": recipe.loss.kind,
         "epoch": last.get("epoch"),
-        "best_epoch": max(evaluations, key=score).get("epoch"),
+        "best_epoch": max(comparable, key=score).get("epoch"),
         "classes": data.get("label_space") or "own",
         "images": last.get("images"),
         "hierarchy": last.get("hierarchy"),

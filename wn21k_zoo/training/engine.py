@@ -33,7 +33,7 @@ from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.data import Batch, FolderDataset, Loader
 from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
-from wn21k_zoo.training.folder import is_divided
+from wn21k_zoo.training.folder import is_among, is_divided
 from wn21k_zoo.training.learner import Learner, check_finite, not_deterministic
 from wn21k_zoo.training.network import few_for_statistics, resolved
 from wn21k_zoo.training.progress import Reporter, Window
@@ -100,9 +100,10 @@ def train(
         raise InvalidArgumentError("The world says on which device a run is; leave out device.")
     recipe.check()
     recipe = resolved(recipe)
-    folder, splits = RunFolder(Path(output)), open_splits(recipe, data)
-    if isinstance(splits.train, FolderDataset) and splits.train.sees(folder.path):
+    folder = RunFolder(Path(output))
+    if is_among(folder.path, data):
         raise RunError(f"{folder.path} would be among the images of {data}; name an output folder elsewhere.")
+    splits = open_splits(recipe, data)
     world.lead(lambda: folder.check(recipe, splits.describe()))
     with contextlib.ExitStack() as stack:
         world.lead(lambda: stack.enter_context(folder.locked()))
@@ -184,7 +185,6 @@ class _Run:
         self.total = min(self.total, recipe.schedule.max_steps or self.total)
         begun = world.maximum(world.leads and bool(folder.steps()))[0]
         self.learner = Learner(recipe, splits, world, self.total, begun)
-        world.lead(lambda: folder.begin(recipe, splits.describe()))
         self.loaders = open_loaders(recipe, splits, world, workers)
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
         self.window = Window(self.device)
@@ -195,6 +195,7 @@ class _Run:
         evaluated = (recipe.run.evaluate_batches or sys.maxsize) * self.loaders[1].batch_size * world.size
         self.best_of = min(evaluated, len(splits.validation))
         self._resume()
+        world.lead(lambda: folder.begin(recipe, splits.describe()))
 
     def go(self) -> dict[str, Any]:
         leads = self.world.leads
@@ -446,8 +447,8 @@ class _Run:
         state = found or read_checkpoint(self.folder.checkpoints / f"step-{step:08d}.pt")
         if state.get("teacher", self.learner.teacher_digest) != self.learner.teacher_digest:
             raise RunError(
-                f"loss.teacher {self.recipe.loss.teacher} has other weights than when the run in {self.folder.path} "
-                "began; put the former ones back, or name another output folder."
+                f"loss.teacher {self.recipe.loss.teacher} says something else than when the run in {self.folder.path} "
+                "began; put the former one back, or name another output folder."
             )
         self.learner.load_state_dict(state)
         self.step, self.evaluated = state["step"], state["evaluated"]

@@ -30,7 +30,7 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.sources import files_below
 
-__all__ = ["FolderDataset", "composed", "is_class_folder", "is_divided", "open_folder", "open_folders"]
+__all__ = ["FolderDataset", "composed", "is_among", "is_class_folder", "is_divided", "open_folder", "open_folders"]
 
 _VALIDATION = ("validation", "val", "valid", "test")
 _SPLITS = ("train", "validation", "all")
@@ -158,16 +158,6 @@ class FolderDataset:
         for array in (text, ends, self._numbers):  # as they lie: of millions of names a copy would be large
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
-
-    def sees(self, path: Path) -> bool:
-        """Whether a folder at a path would be taken for one of its classes, or looked through for their images."""
-        try:
-            parts = path.resolve().relative_to(self.root.resolve()).parts
-        except ValueError:
-            return False
-        if any(map(_is_hidden, parts)):
-            return False
-        return not parts or not is_divided(self.root) or parts[0] in ("train", *_VALIDATION)
 
     @property
     def sketch(self) -> str:
@@ -346,6 +336,21 @@ def is_divided(place: str | os.PathLike[str]) -> bool:
     """Whether a folder of class folders is divided into training and validation."""
     folder = expanded(place, DataError)
     return folder.is_dir() and _divides(folder, _folders(folder))
+
+
+def is_among(path: Path, place: str | os.PathLike[str]) -> bool:
+    """Whether a folder would be one of the classes of a folder of classes, or be looked through for their images."""
+    if not is_class_folder(place):
+        return False
+    root = expanded(place, DataError).absolute()
+    for mine, theirs in ((path.absolute(), root), (path.resolve(), root.resolve())):  # also through links
+        if mine.is_relative_to(theirs):
+            parts = mine.relative_to(theirs).parts
+            if not parts:
+                return True
+            if not _is_hidden(parts[0]) and not any(part.startswith(".") for part in parts):
+                return not is_divided(root) or parts[0] in ("train", *_VALIDATION)
+    return False
 
 
 def _divides(folder: Path, below: set[str]) -> bool:

@@ -31,7 +31,7 @@ from wn21k_zoo.training.network import (
 from wn21k_zoo.training.optimization import Criterion, average_of, build_optimizer, build_schedule
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits
-from wn21k_zoo.training.teacher import build_teacher, digest_of
+from wn21k_zoo.training.teacher import build_teacher
 
 __all__ = ["Learner", "check_finite", "not_deterministic"]
 
@@ -58,7 +58,7 @@ class Learner:
         network: The same as it computes: compiled, and with its gradients added up over ranks.
         levels: Of the tree, in the order of the network's outputs; None without one.
         about_teacher: What is told about the network that is distilled; may be empty.
-        teacher_digest: Of its weights; empty without one.
+        teacher_digest: Of all that decides what it says; empty without one.
         whole: Whether weights and optimizer are those after a step; not when :meth:`update` failed on its way.
 
     Raises:
@@ -101,8 +101,7 @@ class Learner:
             self.module = cast(Normalized, synchronised(self.module))
         self._teacher: nn.Module | None = None
         if recipe.loss.teacher is not None and space is not None and self.levels is not None:
-            self._teacher, self.about_teacher = build_teacher(recipe, space, self.levels)
-            self.teacher_digest = digest_of(self._teacher)
+            self._teacher, self.about_teacher, self.teacher_digest = build_teacher(recipe, space, self.levels)
             self._teacher.to(memory_format=self._format)
         for field, each in (("The network", self.module), ("loss.teacher", self._teacher)):
             if each is not None:
@@ -200,6 +199,7 @@ class Learner:
         data = self._recipe.data
         images, share = mix(batch.images, data.mixup, data.cutmix)
         images = self.laid_out(images)
+        before = {name: each.clone() for name, each in self._buffers.items()} if len(batch) == 1 else {}
         with self.autocast():
             with torch.no_grad():
                 teacher = self._teacher(images) if self._teacher is not None else None
@@ -209,6 +209,7 @@ class Learner:
                 if "more than 1 value per channel" not in str(error):
                     raise
                 self._check_alone(error)
+                _copy(self._buffers, before)  # where layers before that one have counted the image
                 return self._nothing()
         loss: Tensor = self.criterion(logits, batch.targets, teacher, share)
         self._last = loss.detach(), logits.detach(), batch.targets

@@ -22,7 +22,7 @@ from wn21k_zoo.tree import SemanticTree
 __all__ = ["BrokenRows", "Calibration", "ClassAccuracy", "HierarchicalDistances", "LeafAccuracy", "SemanticAccuracy"]
 
 
-_ROUNDING = 1e-3  # by so much sums of probabilities in half precision may miss 1
+_ROUNDING = 0.01  # by so much sums of probabilities in half precision may miss 1
 
 
 class _Counts(nn.Module):
@@ -300,8 +300,9 @@ class Calibration(_Counts):
     @torch.no_grad()
     def update(self, confidence_b: Tensor, right_b: Tensor, counted_b: Tensor) -> None:
         """Count a batch: confidences in [0, 1], whether each prediction was right, and which images count, [B] each."""
+        confidence_b = confidence_b.float()
         there = (confidence_b > -_ROUNDING) & (confidence_b < 1 + _ROUNDING)  # not NaN either
-        confidence_b = confidence_b.float().where(there, 0)
+        confidence_b = confidence_b.where(there, 0)
         at = (confidence_b * self.bins).long().clamp_(0, self.bins - 1).where(there, self.bins)
         millionths = (confidence_b * 1e6).round().long()  # whole, so that sums are exact in any order
         for column, values in enumerate((torch.ones_like(at), right_b.long(), millionths)):

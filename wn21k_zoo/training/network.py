@@ -250,25 +250,38 @@ def resolved(recipe: Recipe) -> Recipe:
     """The same with whole paths, and with the arguments of the network that it starts from, where those say any."""
     recipe = recipe.model_copy(deep=True)
     recipe.model.start, recipe.loss.teacher = _whole(recipe.model.start), _whole(recipe.loss.teacher)
-    if (file := Path(recipe.data.label_space or "")).is_file() and LabelSpace.find(str(file)).name not in LABEL_SPACES:
-        recipe.data.label_space = str(file.resolve())
+    space = recipe.data.label_space
+    if space is not None and LabelSpace.find(space).name not in LABEL_SPACES:
+        recipe.data.label_space = str(expanded(space, RecipeError).absolute())
     start = recipe.model.start
     if start is None or start.startswith(RANDOM):
         return recipe
     config = _beside(start, building.CONFIG_FILE)
-    arguments = config.get("model_args") if isinstance(config, dict) else None
-    if not isinstance(arguments, dict):
-        return recipe
-    of_start = {name: value for name, value in arguments.items() if name not in RESERVED}
-    recipe.model.arguments = {**of_start, **recipe.model.arguments}
+    if isinstance(config, dict):
+        recipe.model.arguments = {**_arguments_in(config), **recipe.model.arguments}
     return recipe
+
+
+def _arguments_in(config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of how its network is built, besides the architecture; as timm takes it."""
+    settings, arguments = config.get("pretrained_cfg") or config, config.get("model_args")
+    found: dict[str, Any] = {}
+    if isinstance(settings, dict):
+        if settings.get("fixed_input_size") and isinstance(settings.get("input_size"), list):
+            found["img_size"] = settings["input_size"][-1]
+        if settings.get("global_pool"):
+            found["global_pool"] = settings["global_pool"]
+    if isinstance(arguments, dict):
+        found |= {name: value for name, value in arguments.items() if name not in RESERVED}
+    return found
 
 
 def _whole(name: str | None) -> str | None:
     """A name of weights; that of a folder or file of this machine as it is from any working directory."""
     if name is None or name.startswith((RANDOM, building.HUB_PREFIX)) or not is_place(name):
         return name
-    return str(expanded(name.removeprefix(building.FOLDER_PREFIX), RecipeError).resolve())
+    path = expanded(name.removeprefix(building.FOLDER_PREFIX), RecipeError).absolute()
+    return str(path.parent.resolve() / path.name)  # a link to a cache may have another name there
 
 
 def synchronised(module: nn.Module) -> nn.Module:

@@ -111,22 +111,23 @@ def recipes_in(path: Path) -> dict[str, Callable[..., Recipe]]:
 
 
 def listed_in(path: Path) -> dict[str, str]:
-    """What :func:`recipes_in` finds, and what each says of itself in a line; by reading the file, which is not run.
+    """The functions that a file defines as recipes, and what each says of itself in a line; the file is not run.
 
     Left out are functions that say that they return something else than a recipe, or that return nothing.
 
     Raises:
-        RecipeError: It is no Python.
+        RecipeError: It is no Python, or cannot be read.
     """
     try:
-        body = ast.parse(_text(path)).body
-    except (SyntaxError, ValueError) as error:
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError) as error:
         raise RecipeError(f"{path}: {first_line(error)}") from None
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"}
     return {
         name: (ast.get_docstring(node) or "").partition("\n")[0]
         for name, node in functions.items()
         if _returns_recipe(node)
+        and node.args.vararg is node.args.kwarg is None
         and len(node.args.posonlyargs) + len(node.args.args) == len(node.args.defaults)
         and None not in node.args.kw_defaults
     }
@@ -134,7 +135,7 @@ def listed_in(path: Path) -> dict[str, str]:
 
 def _returns_recipe(node: ast.FunctionDef) -> bool:
     if node.returns is not None:
-        return ast.unparse(node.returns).strip("'\"").rpartition(".")[2] == "Recipe"
+        return "Recipe" in ast.unparse(node.returns)
     return any(isinstance(each, ast.Return) and each.value is not None for each in ast.walk(node))
 
 

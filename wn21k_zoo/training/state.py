@@ -44,7 +44,8 @@ _OURS = {"checkpoints", "data.json", "metrics.jsonl", "recipe.json", STATUS_FILE
 _FREE = {
     ("model", "compile"),
     ("model", "gradient_checkpointing"),
-    ("loss", "teacher"),  # where it lies; that it has the same weights is seen by their digest
+    ("data", "label_space"),  # its name or file; that its classes are the same is seen by their digest
+    ("loss", "teacher"),  # where it lies; that it says the same is seen by its digest
     ("data", "batch_per_device"),
     ("data", "max_bad"),
     ("run", "checkpoint_minutes"),

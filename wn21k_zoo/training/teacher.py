@@ -106,11 +106,11 @@ class Translated(nn.Module):
         return probability.index_select(1, self._shared.clamp_min(0)).where(self._shared >= 0, 0)
 
 
-def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn.Module, str]:
-    """The frozen network whose predictions are distilled, with its own normalisation, and a word about it.
+def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn.Module, str, str]:
+    """The frozen network whose predictions are distilled, with its own normalisation, a word about it, and a digest.
 
     It takes pixels in [0, 1] and gives logits of the student's classes in level order. The word is empty where it
-    speaks the same classes with the same kind of head.
+    speaks the same classes with the same kind of head. The digest is of all that decides what it gives for an image.
 
     Raises:
         RecipeError: It says nothing about the student's classes, or is the folder of a run, or ``loss.teacher_head`` is
@@ -143,6 +143,7 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
         config = cast(Mapping[str, Any], loaded.data_config)  # of what has a name it is known
         mean, std = config["mean"], config["std"]
     about = ""
+    digest = digest_of(module, [*map(float, mean)], [*map(float, std)], their_head, theirs.digest)
     teacher: nn.Module
     if theirs.wnids == space.wnids and their_head == head:
         reorder_head(module, levels.columns)
@@ -153,12 +154,12 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
             f"the teacher {name} is a {their_head} over {theirs.name}; it tells {teacher.known:,} of the "
             f"{len(space):,} classes"
         )
-    return teacher.to(device).eval().requires_grad_(False), about
+    return teacher.to(device).eval().requires_grad_(False), about, digest
 
 
-def digest_of(module: nn.Module) -> str:
-    """The sha256 of all weights with their names."""
-    digest = hashlib.sha256()
+def digest_of(module: nn.Module, *facts: Any) -> str:
+    """The sha256 of all weights with their names, and of what else is known of a network."""
+    digest = hashlib.sha256(repr(facts).encode())
     for name, value in module.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -169,6 +170,7 @@ def _random_teacher(recipe: Recipe, name: str, num_classes: int) -> tuple[nn.Mod
     """A record's network with random weights; the student's where the name is that of a file, folder or repository."""
     architecture: str
     normalisation: tuple[Any, Any]
+    torch.manual_seed(recipe.run.seed)
     if is_place(name):
         architecture, normalisation = recipe.model.architecture, (recipe.model.mean, recipe.model.std)
     else:
