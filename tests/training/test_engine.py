@@ -12,6 +12,7 @@ import torch
 
 from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError, NonFiniteError, RecipeError, RunError
 from wn21k_zoo.training import engine
+from wn21k_zoo.training.algorithms import is_deterministic
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import Preempted
 from wn21k_zoo.training.evaluate import evaluate
@@ -282,12 +283,12 @@ def test_it_runs_in_other_threads(data, tmp_path):
 
 def test_deterministic_is_more_than_a_warning(data, tmp_path, at_loss):
     seen = []
-    at_loss(lambda logits, number: seen.append(engine._deterministic()) or logits)
+    at_loss(lambda logits, number: seen.append(is_deterministic()) or logits)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         run(small_recipe(run={"deterministic": True}, schedule={"max_steps": 1}), data, tmp_path)
         assert seen == [(True, False)]
-        assert engine._deterministic() == (True, True)
+        assert is_deterministic() == (True, True)
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -30,6 +30,7 @@ from wn21k_zoo.errors import (
     is_out_of_memory,
 )
 from wn21k_zoo.training.agreement import Agreement, Answer
+from wn21k_zoo.training.algorithms import choose_algorithms, torch_as_it_was
 from wn21k_zoo.training.data import Batch, FolderDataset, Loader
 from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
@@ -114,7 +115,7 @@ def train(
             and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         ):
             stack.enter_context(told.patient(rescue))
-        stack.enter_context(_torch_as_it_was(world.device))
+        stack.enter_context(torch_as_it_was(world.device))
         try:
             return _Run(recipe, splits, folder, world, Agreement(world, told), rescue, workers).go()
         except Preempted:
@@ -123,37 +124,6 @@ def train(
             if world.leads:
                 sys.stderr.write("wn21k: stopped with a checkpoint; begun again it goes on\n")
             raise KeyboardInterrupt from None
-
-
-@contextlib.contextmanager
-def _torch_as_it_was(device: torch.device) -> Iterator[None]:
-    """Within, a run may set what is torch's for the whole process."""
-    before, benchmark = _deterministic(), torch.backends.cudnn.benchmark
-    products = None
-    if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # where a program chose by torch's newer settings, that stays
-            products = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions are there
-    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
-    with torch.random.fork_rng(devices, device_type=kind):
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.benchmark = benchmark
-            if products is not None:
-                torch.set_float32_matmul_precision(products)
-            _set_deterministic(*before)
-
-
-def _deterministic() -> tuple[bool, bool]:
-    """Whether torch is, and whether it warns in place of an error."""
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    return torch.are_deterministic_algorithms_enabled(), warns
-
-
-def _set_deterministic(wanted: bool, warns: bool = False) -> None:
-    if (wanted, warns) != _deterministic():  # setting it takes seconds
-        torch.use_deterministic_algorithms(wanted, warn_only=warns)
 
 
 class _Run:
@@ -170,10 +140,7 @@ class _Run:
         self.recipe, self.splits, self.folder, self.world = recipe, splits, folder, world
         self.agreement, self.rescue = agreement, rescue
         self.device = world.device
-        if recipe.run.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-        _set_deterministic(recipe.run.deterministic)
-        torch.backends.cudnn.benchmark = not recipe.run.deterministic  # all images have one size
+        choose_algorithms(recipe.run.deterministic)
         self.micro, self.group = recipe.micro_batches(world.size)
         images = recipe.data.batch_size
         if len(splits.train) < images:

@@ -1,0 +1,50 @@
+"""What a run sets of torch for the whole process, and how it was before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["choose_algorithms", "is_deterministic", "torch_as_it_was"]
+
+
+@contextlib.contextmanager
+def torch_as_it_was(device: torch.device) -> Iterator[None]:
+    """Within, a run may set what is torch's for the whole process."""
+    before, benchmark = is_deterministic(), torch.backends.cudnn.benchmark
+    products = None
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # where a program chose by torch's newer settings, that stays
+            products = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions are there
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+    with torch.random.fork_rng(devices, device_type=kind):
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
+            if products is not None:
+                torch.set_float32_matmul_precision(products)
+            _set_deterministic(*before)
+
+
+def is_deterministic() -> tuple[bool, bool]:
+    """Whether torch is, and whether it warns in place of an error."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled(), warns
+
+
+def _set_deterministic(wanted: bool, warns: bool = False) -> None:
+    if (wanted, warns) != is_deterministic():  # setting it takes seconds
+        torch.use_deterministic_algorithms(wanted, warn_only=warns)
+
+
+def choose_algorithms(deterministic: bool) -> None:
+    """Let torch take deterministic algorithms alone, or the fastest."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+    _set_deterministic(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic  # all images have one size
