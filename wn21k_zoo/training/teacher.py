@@ -170,7 +170,7 @@ def _random_teacher(recipe: Recipe, name: str, num_classes: int) -> tuple[nn.Mod
     """A record's network with random weights; the student's where the name is that of a file, folder or repository."""
     architecture: str
     normalisation: tuple[Any, Any]
-    torch.manual_seed(recipe.run.seed)
+    torch.manual_seed(recipe.run.seed + 1)  # the same on a resume; another network than the student
     if is_place(name):
         architecture, normalisation = recipe.model.architecture, (recipe.model.mean, recipe.model.std)
     else:
