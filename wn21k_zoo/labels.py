@@ -11,11 +11,12 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,12 +152,19 @@ class LabelSpace:
         """sha256 of the wnids, one a line, in hexadecimal: equal digests mean the same outputs in the same order."""
         return hashlib.sha256("".join(f"{wnid}\n" for wnid in self.wnids).encode()).hexdigest()
 
+    @property
+    def is_shipped(self) -> bool:
+        """Whether :meth:`load` gives the same by this name."""
+        return self.name in LABEL_SPACES and self.wnids == _load(self.name).wnids
+
     @functools.cached_property
     def index(self) -> Mapping[str, int]:
         """Output index of each wnid."""
         return MappingProxyType({wnid: index for index, wnid in enumerate(self.wnids)})
 
-    def __reduce__(self) -> tuple[type[LabelSpace], tuple[str, tuple[str, ...]]]:
+    def __reduce__(self) -> tuple[Callable[..., LabelSpace], tuple[Any, ...]]:
+        if self.is_shipped:
+            return _load, (self.name,)
         return LabelSpace, (self.name, self.wnids)  # what is derived from these is derived anew
 
     def __len__(self) -> int:

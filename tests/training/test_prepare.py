@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -22,12 +23,21 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError, DiskSpaceError, InvalidArgumentError
+from wn21k_zoo.errors import (
+    BadImagesError,
+    DataError,
+    DataOutputError,
+    DataSourceError,
+    DiskSpaceError,
+    InvalidArgumentError,
+)
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import dry_run
 from wn21k_zoo.training.classes import _keys_of, decide
+from wn21k_zoo.training.dataset import open_dataset
 from wn21k_zoo.training.dry_run import count
 from wn21k_zoo.training.gather import _shard_of_each
+from wn21k_zoo.training.inspect import describe, verify_shards
 from wn21k_zoo.training.options import disk_full_as_error
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import MANIFEST_FILE, encode_record, index_path, read_index, read_info
@@ -409,6 +419,44 @@ def test_the_processed_release_is_taken_as_it_comes(tmp_path, packed):
         names = {row["name"] for row in rows if row["synset"] == wnid and row["split"] == "validation"}
         assert names == set(sorted(images)[:4])
     assert len(rows) == sum(map(len, classes.values()))
+
+
+def test_classes_of_a_list_of_ones_own(tmp_path):
+    (tmp_path / "mine.txt").write_text(f"{OUTSIDE}  # which fall11 lacks\n{WNIDS[1]}\n")
+    options = dataclasses.replace(OPTIONS, label_space=str(tmp_path / "mine.txt"))
+    out = prepared(tmp_path, make_classes(), options)
+    counts = {one.wnid: one.decision for one in count(tmp_path / "source.tar", options, workers=1)}
+    assert {wnid for wnid, decision in counts.items() if decision == "kept"} == {OUTSIDE, WNIDS[1]}
+    (tmp_path / "mine.txt").unlink()
+    assert {row["synset"] for row in manifest(out) if row["shard"]} == {OUTSIDE, WNIDS[1]}
+    assert read_info(out).space.wnids == (OUTSIDE, WNIDS[1])
+    assert "Label space custom, 2 classes." in (out / "SUMMARY.md").read_text()
+    data = open_dataset(out)
+    assert data.class_names == (OUTSIDE, WNIDS[1])
+    targets = np.concatenate([data.index(number)["target"] for number in range(len(data.shards))])
+    assert np.bincount(targets).tolist() == [9, 9]
+    assert len(open_dataset(out, label_space="fall11")) == 9
+    assert not verify_shards(out)
+    assert [level["images"] for level in describe(out)["levels"]] == [18]
+
+    with pytest.raises(DataOutputError, match=r"label_space 'custom \(.*then and 'custom \(.*now"):
+        prepare(tmp_path / "source.tar", out, dataclasses.replace(options, label_space=LabelSpace("custom", WNIDS[1:])))
+    whole = json.loads((out / "_info.json").read_text())
+    for wnids, message in ((["n1"], "n1"), ([WNIDS[1], OUTSIDE], "other classes")):
+        (out / "_info.json").write_text(json.dumps({**whole, "wnids": wnids}))
+        with pytest.raises(DataError, match=message):
+            open_dataset(out)
+    (out / "_info.json").write_text(json.dumps({**whole, "wnids": WNIDS[1]}))
+    with pytest.raises(DataError, match="no list"):
+        read_info(out)
+
+
+def test_a_label_space_goes_to_another_process_as_it_is():
+    for space in (LabelSpace.load("fall11"), LabelSpace("custom", WNIDS), LabelSpace("imagenet1k", WNIDS)):
+        there = pickle.loads(pickle.dumps(space))  # noqa: S301
+        assert there == space
+        assert there.is_shipped == (space.name == "imagenet21k_p_fall11")
+    assert len(pickle.dumps(PrepareOptions())) < 1000
 
 
 def test_what_the_system_puts_into_folders_is_in_nobodys_way(tmp_path, reference):

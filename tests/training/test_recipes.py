@@ -427,7 +427,12 @@ def test_a_trial_finds_names_that_nothing_has(images, tmp_path, field):
 
 @pytest.mark.parametrize(
     ("setting", "near"),
-    [("lr=1", "Did you mean optimizer.lr?"), ("optimiser.lr=1", "Did you mean optimizer.lr?"), ("seed=1", "run.seed")],
+    [
+        ("lr=1", "Did you mean optimizer.lr?"),
+        ("optimiser.lr=1", "Did you mean optimizer.lr?"),
+        ("seed=1", "run.seed"),
+        ("run.epochs=1", "Did you mean schedule.epochs?"),
+    ],
 )
 def test_a_field_in_the_wrong_place_is_found(setting, near):
     with pytest.raises(RecipeError, match=re.escape(near)):

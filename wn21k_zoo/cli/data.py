@@ -43,7 +43,9 @@ def prepare(
         Path,
         typer.Argument(metavar="OUT", callback=at_home, help="Folder for the shards; on a cluster all nodes see it."),
     ],
-    label_space: Annotated[str, typer.Option("--label-space", help="Classes, and their indices.")] = "fall11",
+    label_space: Annotated[
+        str, typer.Option("--label-space", help="Classes, and their indices: a name, or a text file of wnids.")
+    ] = "fall11",
     min_images: Annotated[int, typer.Option("--min-images", help="A class needs more images than this.")] = 500,
     val_per_class: Annotated[
         int, typer.Option("--val-per-class", help="So many first names of a class are for validation.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
@@ -14,7 +13,6 @@ from typing import Any
 
 from wn21k_zoo.errors import DataSourceError
 from wn21k_zoo.files import atomic_file, visible
-from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.extra import cv2, pa, pq
 from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult
 from wn21k_zoo.training.options import PrepareOptions, disk_full_as_error
@@ -22,7 +20,7 @@ from wn21k_zoo.training.shards import encode_record, sample_hash
 from wn21k_zoo.training.sources import ClassSource, Member, member_reader, read_members
 from wn21k_zoo.training.storing import BadImageError, store_image
 
-__all__ = ["decide", "finished_classes", "index_of", "prepare_class", "read_or_bad"]
+__all__ = ["decide", "finished_classes", "prepare_class", "read_or_bad"]
 
 _PLAIN_STEM = re.compile(r"[A-Za-z0-9_]{1,90}")  # a tar header has room for 100 characters
 _RESULT_KEY = b"wn21k_zoo.result"
@@ -48,7 +46,7 @@ def finished_classes(folder: Path) -> list[ClassResult]:
 
 def decide(source: ClassSource, images: int, options: PrepareOptions, is_split: bool) -> str:
     """Whether a class with so many image names is kept, or why not (:attr:`ClassResult.decision`)."""
-    if source.wnid not in index_of(options.label_space):
+    if source.wnid not in options.space:
         return "outside the label space"
     return "kept" if is_split or images > options.min_images else "too few images"
 
@@ -67,14 +65,7 @@ def _shown(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-@functools.cache
-def index_of(label_space: str) -> dict[str, int]:
-    """Class index of each wnid."""
-    return dict(LabelSpace.load(label_space).index)
-
-
 def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is_split: bool) -> ClassResult:
-    labels = index_of(options.label_space)
     rows: list[dict[str, Any]] = []
     last: dict[str, Member] = {}  # each name's last occurrence
     decision = "kept"
@@ -99,7 +90,7 @@ def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, i
         splits.update(dict.fromkeys(names[: options.val_per_class], "validation"))
     keys = _keys_of(source.wnid, names)
     resize = "none" if is_split else options.resize
-    target = labels[source.wnid]
+    target = options.space.index[source.wnid]
     with atomic_file(folder / f"{source.name}.tar") as file, member_reader() as read:
         for name, member in last.items():
             try:

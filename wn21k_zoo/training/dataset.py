@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import DataError, UnknownLabelSpaceError, Wn21kError, did_you_mean, first_line
+from wn21k_zoo.errors import DataError, LabelSpaceError, UnknownNameError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
@@ -279,8 +279,8 @@ def _open_ours(
             storage.url, size / 1e9, stage.limit / 1e9,
         )  # fmt: skip
     try:
-        own = LabelSpace.load(info.label_space)
-    except UnknownLabelSpaceError as error:
+        own = info.space
+    except (UnknownNameError, LabelSpaceError) as error:
         raise DataError(f"{storage.url}: {error}") from None
     if own.digest != info.label_digest:
         raise DataError(f"{storage.url} was prepared with other classes called {info.label_space}; prepare it anew.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wn21k_zoo.errors import DataSourceError, DiskSpaceError
-from wn21k_zoo.training.classes import decide, index_of, read_or_bad
+from wn21k_zoo.training.classes import decide, read_or_bad
 from wn21k_zoo.training.engines import Engine
 from wn21k_zoo.training.manifest import ClassResult
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks
@@ -113,7 +113,7 @@ def check_space_before(source: Source, options: PrepareOptions, output: Path) ->
     work = output / WORK_FOLDER
     classes: list[ClassSource] = []
     with contextlib.suppress(DataSourceError):  # an archive that ends too early is told of when its classes are done
-        for one in source.classes(work / "spool", lambda name: name[-9:] in index_of(options.label_space)):
+        for one in source.classes(work / "spool", lambda name: name[-9:] in options.space):
             classes.append(one)
     counts = [count_class(one, options, source.is_split) for one in classes[:: -(-len(classes) // 32) or 1]]
     read = sum(count.source_bytes for count in counts)

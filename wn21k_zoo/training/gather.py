@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wn21k_zoo.files import atomic_file, visible
-from wn21k_zoo.training.classes import index_of
 from wn21k_zoo.training.extra import pa, pc, pq
 from wn21k_zoo.training.manifest import MANIFEST_SCHEMA, ClassResult
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
@@ -105,7 +104,7 @@ def _sort(
     columns = ["order", "start", "length", "image_offset", "stored_bytes"]
     _save(work / f"{split}.bounds.npy", bounds)
     order = np.lib.format.open_memmap(work / f"{split}.order.npy", "w+", _ORDER_DTYPE, (len(hashes),))
-    labels = index_of(options.label_space)
+    labels = options.space.index
     try:
         for part, table in _samples(work, results, split, columns, tell):
             shard = np.searchsorted(bounds, table["order"].to_numpy(), side="right") - 1

@@ -38,7 +38,7 @@ def describe(folder: Path) -> dict[str, Any]:
         DataError: It is no prepared folder, or damaged.
     """
     info = read_info(folder)
-    space = LabelSpace.load(info.label_space)
+    space = info.space
     described: dict[str, Any] = {"label_space": info.label_space, "preparation": info.preparation, "splits": {}}
     counts = {split: _class_counts(folder, shards, len(space)) for split, shards in info.splits.items()}
     for split, shards in info.splits.items():
@@ -95,7 +95,7 @@ def contact_sheet(
         DataError: No such split, or no prepared folder.
     """
     info = read_info(folder)
-    space = LabelSpace.load(info.label_space)
+    space = info.space
     if split not in info.splits:
         raise DataError(f"{folder} has no split {split!r}; its splits are {', '.join(info.splits)}.")
     target = _target(space, synset)
@@ -180,7 +180,7 @@ def verify_shards(folder: Path, progress: Callable[[int, int], None] = lambda do
     """
     info = read_info(folder)
     found: list[Damage] = []
-    space = LabelSpace.load(info.label_space)
+    space = info.space
     if space.digest != info.label_digest:
         found.append(Damage("_info.json", None, f"its digest is not that of the classes of {space.name}"))
     try:

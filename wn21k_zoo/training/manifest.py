@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.extra import pa
 
 __all__ = ["MANIFEST_SCHEMA", "PART_SCHEMA", "PUBLISHED_TOTALS", "ClassResult", "classes_csv", "summary"]
@@ -107,15 +108,15 @@ def classes_csv(results: Iterable[ClassResult]) -> str:
     return text.getvalue()
 
 
-def summary(results: Sequence[ClassResult], label_space: str, num_labels: int, options: Mapping[str, Any]) -> str:
+def summary(results: Sequence[ClassResult], space: LabelSpace, options: Mapping[str, Any]) -> str:
     """The readable summary, in Markdown: options, totals beside the published ones, what was left out and why."""
     kept = [one for one in results if one.decision == "kept"]
     train, validation = sum(one.train for one in kept), sum(one.validation for one in kept)
     classes = len({one.wnid for one in kept})
-    lines = ["# Prepared data set", "", f"Label space {label_space}, {num_labels:,} classes.", ""]
+    lines = ["# Prepared data set", "", f"Label space {space.name}, {len(space):,} classes.", ""]
     lines += ["| option | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in options.items()), ""]
     ours = (("classes", classes), ("train images", train), ("validation images", validation))
-    published = PUBLISHED_TOTALS.get(label_space)
+    published = PUBLISHED_TOTALS.get(space.name) if space.is_shipped else None
     if published is None:
         lines += ["| | here |", "|---|---|", *(f"| {name} | {count:,} |" for name, count in ours), ""]
     else:
@@ -126,7 +127,7 @@ def summary(results: Sequence[ClassResult], label_space: str, num_labels: int, o
             for (name, count), other in zip(ours, theirs, strict=True)
         ]
         lines += ["", f"Published: {published.source}."]
-        if label_space == "imagenet21k_p_fall11":
+        if space.name == "imagenet21k_p_fall11":
             lines += ["Its validation count is two more than 50 for each of its classes; why is not known."]
         lines += [""]
     lines += ["## Left out", ""]
@@ -141,7 +142,7 @@ def summary(results: Sequence[ClassResult], label_space: str, num_labels: int, o
         if one.decision in ("kept", "damaged archive"):
             reasons.update(one.reasons)
     lines += [f"- {what}: {count:,} images" for what, count in sorted(reasons.items())]
-    missing = num_labels - classes
+    missing = len(space) - classes
     lines += [f"- of the label space's classes, {missing:,} have no images here"] if missing else []
     lines += ["nothing"] if lines[-1] == "" else []
     odd = Counter[str]()

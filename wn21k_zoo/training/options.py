@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ class PrepareOptions:
     """What the bytes of the output depend on.
 
     Args:
-        label_space: A shipped label space; the class indices are positions in it.
+        label_space: A label space, the name of a shipped one, or a text file of wnids; the class indices are positions
+            in it. It is kept as a label space.
         min_images: A class must have more image names than this (published: 500). Not asked of a source that is split.
         val_per_class: So many names per class, first in byte order, are the validation split (published: 50).
         size: In pixels (published: 224).
@@ -39,10 +41,10 @@ class PrepareOptions:
 
     Raises:
         InvalidArgumentError: A number is out of range.
-        UnknownLabelSpaceError: No such label space.
+        UnknownLabelSpaceError, LabelSpaceError, UnknownSynsetError: As :meth:`LabelSpace.find`.
     """
 
-    label_space: str = "fall11"
+    label_space: str | os.PathLike[str] | LabelSpace = "fall11"
     min_images: int = 500
     val_per_class: int = 50
     size: int = 224
@@ -51,7 +53,7 @@ class PrepareOptions:
     shard_size: int = 10_000
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "label_space", LabelSpace.load(self.label_space).name)
+        object.__setattr__(self, "label_space", self.space)
         for name, least, most in (
             ("min_images", 0, 10**9), ("val_per_class", 0, 10**9), ("size", 1, 8192), ("quality", 1, 100),
             ("shard_size", 1, 10**6),
@@ -61,6 +63,17 @@ class PrepareOptions:
                 raise InvalidArgumentError(f"{name} is {value}; it must be from {least} to {most}.")
         if self.resize not in ("squash", "short-edge"):
             raise InvalidArgumentError(f"resize is {self.resize!r}; it must be 'squash' or 'short-edge'.")
+
+    @property
+    def space(self) -> LabelSpace:
+        """The label space."""
+        return self.label_space if isinstance(self.label_space, LabelSpace) else LabelSpace.find(self.label_space)
+
+    def recorded(self) -> dict[str, Any]:
+        """As ``_info.json`` has them."""
+        space = self.space
+        name = space.name if space.is_shipped else f"{space.name} ({space.digest[:12]})"
+        return {**vars(self), "label_space": name}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,14 +23,12 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
 from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.files import atomic_file, parse_json
-from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.dry_run import check_space_before, check_space_during
 from wn21k_zoo.training.engines import Engine
@@ -114,7 +112,7 @@ def prepare(
 
 def _recorded(options: PrepareOptions, source: Source) -> dict[str, Any]:
     """The options as ``_info.json`` has them, without those that do not apply to a source that is split already."""
-    recorded = asdict(options)
+    recorded = options.recorded()
     if source.is_split:
         recorded = {name: value for name, value in recorded.items() if name in ("label_space", "quality", "shard_size")}
         recorded["resize"] = "none: split and resized by the source"
@@ -258,15 +256,15 @@ def _finish(
     recorded: dict[str, Any],
 ) -> DatasetInfo:
     """Manifest, summary, and at last ``_info.json``, which says that it is complete."""
-    space = LabelSpace.load(options.label_space)
+    space = options.space
     write_manifest(output, results)
     for name, text in (
         ("classes.csv", classes_csv(results)),
-        ("SUMMARY.md", summary(results, space.name, len(space), recorded)),
+        ("SUMMARY.md", summary(results, space, recorded)),
     ):
         with atomic_file(output / name) as file:
             file.write(text.encode())
-    info = DatasetInfo(label_space=space.name, label_digest=space.digest, splits=shards, preparation=recorded)
+    info = DatasetInfo.of(space, shards, recorded)
     with atomic_file(output / INFO_FILE) as file:
         file.write(info.to_json().encode())
     return info

@@ -191,8 +191,6 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 def _field(target: Any, name: str, path: str) -> Any:
     fields = type(target).model_fields if isinstance(target, Section) else {}
     if name not in fields:
-        if isinstance(target, Section) and not isinstance(target, Recipe):
-            raise RecipeError(f"A recipe has no field {path}.{did_you_mean(name, fields)}")
         leaf = path.rpartition(".")[2]
         known = [
             f"{section}.{each}" if isinstance(value, Section) else section
@@ -200,7 +198,9 @@ def _field(target: Any, name: str, path: str) -> Any:
             for each in (type(value).model_fields if isinstance(value, Section) else ("",))
         ]
         same = [each for each in known if leaf == each.rpartition(".")[2]]
-        near = f" Did you mean {' or '.join(same)}?" if same else did_you_mean(path, known)
+        in_section = isinstance(target, Section) and not isinstance(target, Recipe)
+        near = did_you_mean(name, fields) if in_section else did_you_mean(path, known)
+        near = f" Did you mean {' or '.join(same)}?" if same else near
         raise RecipeError(f"A recipe has no field {path or name}.{near}")
     return getattr(target, name)
 

@@ -15,6 +15,7 @@ timm's reader asks for (``splits``, ``filenames``, ``shard_lengths``, ``num_samp
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tarfile
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, first_line
 from wn21k_zoo.files import atomic_file, parse_json
+from wn21k_zoo.labels import LabelSpace
 
 __all__ = [
     "END_OF_TAR",
@@ -71,14 +73,36 @@ class Shard:
 class DatasetInfo:
     """What ``_info.json`` says.
 
-    ``label_space`` is the name of a shipped label space, ``label_digest`` its digest; the class indices are positions
-    in it. ``preparation`` holds the options that the bytes depend on.
+    ``label_space`` is the name of a label space, ``label_digest`` its digest, ``wnids`` its classes where it is none of
+    the shipped ones; the class indices are positions in it. ``preparation`` holds the options that the bytes depend on.
     """
 
     label_space: str
     label_digest: str
     splits: dict[str, tuple[Shard, ...]]
     preparation: dict[str, Any] = field(default_factory=dict)
+    wnids: tuple[str, ...] | None = None
+
+    @staticmethod
+    def of(space: LabelSpace, splits: dict[str, tuple[Shard, ...]], preparation: dict[str, Any]) -> DatasetInfo:
+        """Of shards whose class indices are positions in a label space."""
+        return DatasetInfo(
+            label_space=space.name,
+            label_digest=space.digest,
+            splits=splits,
+            preparation=preparation,
+            wnids=None if space.is_shipped else space.wnids,
+        )
+
+    @functools.cached_property
+    def space(self) -> LabelSpace:
+        """The label space.
+
+        Raises:
+            UnknownLabelSpaceError: No shipped one has the name.
+            LabelSpaceError, UnknownSynsetError: Its wnids are no list of synsets.
+        """
+        return LabelSpace.load(self.label_space) if self.wnids is None else LabelSpace(self.label_space, self.wnids)
 
     def to_json(self) -> str:
         """The text of ``_info.json``."""
@@ -97,6 +121,7 @@ class DatasetInfo:
             "format": "wn21k_zoo shards, version 1",
             "label_space": self.label_space,
             "label_digest": self.label_digest,
+            **({} if self.wnids is None else {"wnids": self.wnids}),
             "splits": splits,
             "preparation": self.preparation,
         }
@@ -118,9 +143,16 @@ class DatasetInfo:
                 label_digest=whole["label_digest"],
                 splits={split: _shards_of(entry) for split, entry in whole["splits"].items()},
                 preparation=whole["preparation"],
+                wnids=_wnids_of(whole.get("wnids")),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(first_line(error)) from None
+
+
+def _wnids_of(entry: Any) -> tuple[str, ...] | None:
+    if not (entry is None or (isinstance(entry, list) and all(isinstance(wnid, str) for wnid in entry))):
+        raise TypeError("wnids is no list of texts")
+    return None if entry is None else tuple(entry)
 
 
 def _shards_of(entry: dict[str, Any]) -> tuple[Shard, ...]:
