@@ -174,6 +174,8 @@ def as_folder(name: str | os.PathLike[str]) -> Path | None:
     text = os.fspath(name)
     if text.startswith(HUB_PREFIX):
         return None
+    if not text:
+        raise UnknownModelError("The name of the model is empty; `wn21k list` shows some.")
     if text.startswith(FOLDER_PREFIX) or isinstance(name, os.PathLike) or looks_like_path(text):
         folder = expanded(text.removeprefix(FOLDER_PREFIX), UnknownModelError)
     elif Path(text).is_dir() and not registry.is_known(text):  # in the working directory, named without a slash

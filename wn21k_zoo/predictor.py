@@ -29,7 +29,7 @@ from wn21k_zoo.errors import (
     is_out_of_memory,
 )
 from wn21k_zoo.images import MAX_PIXELS, describe_source, load_image
-from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, ClassNames
+from wn21k_zoo.labels import ClassNames
 from wn21k_zoo.models import LabelSpaceLike, LoadedModel
 from wn21k_zoo.prediction import Prediction, check_threshold
 from wn21k_zoo.reading import NamesReader, TreeReader, default_tree
@@ -396,10 +396,7 @@ def _as_tree(tree: str | os.PathLike[str] | SemanticTree | None) -> SemanticTree
         return tree
     if not isinstance(tree, (str, os.PathLike)):
         raise InvalidArgumentError(f"tree is a {type(tree).__name__}; give a name, a file of wnids or a SemanticTree.")
-    name = os.fspath(tree)
-    if name in LABEL_SPACES or name in LABEL_SPACE_ALIASES or not Path(name).is_file():
-        return SemanticTree.load(name)
-    return SemanticTree.from_file(name)
+    return SemanticTree.find(tree)
 
 
 def _loaded(image: ImageLike, *, allow_url: bool = False) -> Any:

@@ -253,6 +253,10 @@ def _load(model: str, record: str | None) -> tuple[Checkpoint, nn.Module]:
     except UnknownModelError as error:
         if not path.is_dir():
             raise
+        if (path / "recipe.json").is_file():
+            raise InvalidArgumentError(
+                f"{model} is the folder of a run; `wn21k train export {model} DIR` makes a model of it."
+            ) from None
         raise InvalidArgumentError(
             f"{model} is a folder; export takes a record's name, a timm model or a weight file."
         ) from error

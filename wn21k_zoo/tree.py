@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from wn21k_zoo.errors import (
     did_you_mean,
     first_line,
 )
+from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN, load_nouns
 
@@ -118,10 +120,25 @@ class SemanticTree:
         if full_name not in LABEL_SPACES:
             known = (*LABEL_SPACE_ALIASES, *LABEL_SPACES)
             raise UnknownTreeError(
-                f"No tree is called {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}; "
-                "for a list of your own use SemanticTree.from_wnids."
+                f"No tree is called {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}; for a list of "
+                "your own name a text file of wnids, or use SemanticTree.from_wnids."
             )
         return _load(full_name)
+
+    @classmethod
+    def find(cls, name: str | os.PathLike[str]) -> SemanticTree:
+        """A tree by its name, as :meth:`load`, or else that of a file, as :meth:`from_file`.
+
+        Raises:
+            UnknownTreeError: Neither has that name.
+            TreeError, LabelSpaceError, UnknownSynsetError: As :meth:`from_file`.
+        """
+        name = os.fspath(name)
+        if name not in LABEL_SPACES and name not in LABEL_SPACE_ALIASES:
+            path = expanded(name, UnknownTreeError)
+            if path.is_file():
+                return cls.from_file(path)
+        return cls.load(name)
 
     @classmethod
     def from_label_space(cls, label_space: LabelSpace) -> SemanticTree:

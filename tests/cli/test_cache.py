@@ -211,6 +211,9 @@ def test_lock_writes_what_the_sources_say_and_keeps_the_rest(run, tmp_path):
     content = json.loads(lock.read_text())
     assert content[f"hf-hub:timm/{NAME}"] == {"revision": COMMIT, "num_bytes": len(BODY), "sha256": SHA256}
     assert content["hf-hub:timm/other"] == {"num_bytes": 1}
+    before = lock.read_bytes()
+    assert "nothing to write" in run("lock", "efficientnet_lite0.embedded_in1k", "--output", lock).stderr
+    assert lock.read_bytes() == before
     lock.write_text("[]")
     assert "no lock file" in run("lock", NAME, "--output", lock).stderr
 

@@ -165,7 +165,11 @@ def test_file_names_that_are_no_text(tmp_path, photographs):
         (["tree", "path", "n04399382"], 1, "nearest ancestor"),
         (["tree", "path", "tabby"], 1, "names 2 classes"),
         (["tree", "search", "no such thing"], 1, "matches"),
-        (["tree", "show", "--tree", "none.txt"], 1, "No tree is called"),
+        (["tree", "show", "--tree", "none.txt"], 1, "name a text file of wnids"),
+        (["predict", "sample:cat", "--model", ""], 1, "The name of the model is empty"),
+        (["info", ""], 1, "The name of the model is empty"),
+        (["data", "prepare", "images", "out", "--format", "json"], 2, "is of --dry-run"),
+        (["data", "prepare", "images", "out", "--ray-address", "auto"], 2, "add --engine ray"),
         (["tree", "compare", "none.pth"], 1, "no tree file"),
         (["nonsense"], 2, "nonsense"),
     ],
@@ -227,7 +231,7 @@ def test_doctor():
     assert {name.removeprefix("extra ") for name in found if name.startswith("extra ")} == {*declared} - {"test", "dev"}
 
 
-def test_tree_commands(tmp_path):
+def test_tree_commands(tmp_path, monkeypatch):
     assert json.loads(run("tree", "search", "tabby cat").stdout.splitlines()[0])["wnid"] == "n02123045"
     assert [json.loads(line)["depth"] for line in run("tree", "path", "n02123045").stdout.splitlines()] == [0, 1, 2, 3]
     between = run("tree", "path", "n02123045", "n02084071")
@@ -243,6 +247,10 @@ def test_tree_commands(tmp_path):
     assert run("tree", "compare", tmp_path / "fall11.txt").exit_code == 0
     assert run("tree", "compare", tmp_path / "pets.txt").exit_code == 1
     assert run("tree", "build", "--output", tmp_path / "pets.txt").exit_code == 2
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert "tabby" in run("tree", "show", "--tree", "~/pets.txt", "-f", "tree").stdout
+    assert run("tree", "compare", "~/fall11.txt").exit_code == 0
     assert "data.noun" in run("tree", "build", "--check", "--wordnet", tmp_path / "none").stderr
 
 
@@ -320,6 +328,11 @@ def test_a_reader_that_stops_early_is_no_error():
         "train export NOBODY out",
         "data info NOBODY",
         "data prepare images NOBODY",
+        "data prepare NOBODY out",
+        "predict sample:cat --model NAME --tree NOBODY",
+        "tree show --tree NOBODY",
+        "tree compare NOBODY",
+        "tree build --check --wordnet NOBODY",
         "data show shards --output=NOBODY",
         "train plot run --output=NOBODY",
         "evaluate NAME images --plot=NOBODY",

@@ -107,6 +107,14 @@ def test_evaluate_as_csv(run, data):
     assert figures["classes"].isdigit()
 
 
+def test_a_plot_lies_in_its_run(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert wn21k("train", "plot", "~/run").stdout == f"{tmp_path / 'run' / 'plot.png'}\n"
+    assert (tmp_path / "run" / "plot.png").is_file()
+
+
 def test_compare_leaves_out_what_was_not_evaluated(run, tmp_path):
     done = wn21k("train", "compare", run, tmp_path)
     assert done.exit_code == 0

@@ -236,6 +236,9 @@ def test_what_cannot_be_is_refused(shards, tmp_path):
         Loader("shards", batch_size=1)
     with pytest.raises(InvalidArgumentError, match="no TensorDataset"):
         Loader(torch.utils.data.TensorDataset(torch.zeros(4)), batch_size=1)
+    for wrong in ({"device": "x"}, {"device": 1.5}, {"augmentation": "published"}):
+        with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
+            Loader(dataset, batch_size=1, **wrong)
     with pytest.raises(InvalidArgumentError, match="no state"):
         loader(shards).load_state_dict({"epoch": 0, "samples_seen": 10**6})
     for place, split, message in (

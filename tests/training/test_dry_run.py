@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from wn21k_zoo.errors import DiskSpaceError
+from wn21k_zoo.errors import DataSourceError, DiskSpaceError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import dry_run
 from wn21k_zoo.training.dry_run import count
@@ -68,6 +68,16 @@ def test_a_dry_run_counts_names_once_and_nothing_that_is_refused(tmp_path):
     write_folder(tmp_path / "in", {f"{WNIDS[0]}.tar": file.getvalue()})
     (one,) = count(tmp_path / "in", PrepareOptions(min_images=0, val_per_class=0), workers=1)
     assert (one.train, one.validation, one.decision) == (1, 0, "kept")
+
+
+@pytest.mark.parametrize("layout", ["nested.tar", "nested.tar.gz"])
+def test_a_dry_run_of_what_is_cut_off(tmp_path, layout):
+    source = write_layout(layout, tmp_path / layout, make_classes())
+    source.write_bytes(source.read_bytes()[: source.stat().st_size * 2 // 3])
+    with pytest.raises(DataSourceError, match="--allow-truncated"):
+        count(source, OPTIONS, workers=1)
+    counts = count(source, OPTIONS, workers=1, allow_truncated=True)
+    assert 0 < sum(one.decision == "kept" for one in counts) < 3
 
 
 def test_a_dry_run_of_what_is_split_keeps_its_split_and_its_bytes(tmp_path):

@@ -201,14 +201,14 @@ def test_classes_of_ones_own(tmp_path):
     assert model.num_classes == 2
     shown = json.loads(CliRunner().invoke(app, ["info", str(folder)]).stdout)
     assert (shown["architecture"], shown["first_classes"], shown["crop_pct"]) == ("test_convnext", "cats; dogs", 0.875)
-    assert shown["label_space"] == "own"
+    assert (shown["label_space"], shown["head"]) == ("own", "softmax")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "label_names": ["cats", "n00000001"]}))  # no synset
     found = wn21k_zoo.predict(torch.rand(3, 32, 32), model=folder)
     assert {each.name for each in found.top_k} == {"cats", "n00000001"}
     assert json.loads(CliRunner().invoke(app, ["info", str(folder)]).stdout)["label_space"] == "own"
     figures = evaluate(tmp_path / "run", data, workers=0)
-    assert figures["images"] == 4
+    assert (figures["images"], figures["label_space"]) == (4, "own")
     assert "semantic_top1" not in figures
     other = make_folder(tmp_path / "other", names=("cats", "mice"))
     with pytest.raises(DataError, match="has a folder mice, which is no class of small"):
@@ -482,9 +482,18 @@ def test_the_draft_says_what_was_measured_and_how_images_are_prepared(run):
         record = trained.checkpoint()
         assert (record.resize, record.crop_pct) == resize
         assert (record.mean, record.std, record.interpolation) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear")
-    assert [(metric.name, metric.value, metric.dataset) for metric in record.metrics] == [
-        ("semantic top-1", 23.46, "1,200 validation images"), ("top-1", 34.57, "800 validation images"),
+    of_all, of_leaves = "1,200 validation images", "800 validation images"
+    measured = [
+        ("semantic top-1", 23.46, of_all, "logit (as published)"), ("semantic top-1", 1.0, of_all, "by confidence"),
+        ("top-1", 34.57, of_leaves, "by confidence"),
     ]  # fmt: skip
+    trained.recipe.loss.kind = "single_label"
+    for head, expected in (("softmax", measured), ("semantic_softmax", [measured[0], measured[2]])):
+        assert trained.recipe.loss.head == head
+        for metric, (*facts, protocol) in zip(trained.checkpoint().metrics, expected, strict=True):
+            assert [metric.name, metric.value, metric.dataset] == facts
+            assert metric.protocol.endswith(protocol)
+        trained.recipe.loss.kind = "semantic_softmax"
 
 
 def test_figures_of_another_step_are_not_those_of_a_checkpoint(run):

@@ -38,6 +38,16 @@ def run(*arguments):
     return CliRunner().invoke(app, ["data", *map(str, arguments)])
 
 
+def test_a_split_without_images_is_told(tmp_path):
+    (tmp_path / "source.tar").write_bytes(nested_tar(make_classes()))
+    for number, split in ((0, "validation"), (100, "train")):
+        options = ("--min-images", 0, "--val-per-class", number, "--size", 16, "-j", 1)
+        done = run("prepare", tmp_path / "source.tar", tmp_path / split, *options)
+        assert done.exit_code == 0
+        assert f"no images for {split}" in done.stderr
+        assert done.stderr.count("no images for") == 1
+
+
 def test_info_counts(prepared):
     described = describe(prepared)
     assert described["splits"]["train"] == {

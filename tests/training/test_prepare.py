@@ -36,6 +36,7 @@ from wn21k_zoo.training import dry_run
 from wn21k_zoo.training.classes import _keys_of, decide
 from wn21k_zoo.training.dataset import open_dataset
 from wn21k_zoo.training.dry_run import count
+from wn21k_zoo.training.folder import is_class_folder
 from wn21k_zoo.training.gather import _shard_of_each
 from wn21k_zoo.training.inspect import describe, verify_shards
 from wn21k_zoo.training.options import disk_full_as_error
@@ -449,6 +450,25 @@ def test_classes_of_a_list_of_ones_own(tmp_path):
     (out / "_info.json").write_text(json.dumps({**whole, "wnids": WNIDS[1]}))
     with pytest.raises(DataError, match="no list"):
         read_info(out)
+
+
+def test_what_is_not_finished_is_no_data_set(tmp_path):
+    source = write_layout("nested.tar", tmp_path / "source.tar", make_classes())
+
+    def stop(progress):
+        if progress.stage == stage:
+            raise KeyboardInterrupt
+
+    for stage in ("classes", "manifest"):  # without a shard, and with all of them
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, tmp_path / "out", OPTIONS, workers=1, progress=stop)
+        assert any((tmp_path / "out").glob("*.tar")) == (stage == "manifest")
+        assert not is_class_folder(tmp_path / "out")
+        for split in ("train", "validation"):
+            with pytest.raises(DataError, match="unfinished output of `wn21k data prepare`"):
+                open_dataset(tmp_path / "out", split)
+    prepare(source, tmp_path / "out", OPTIONS, workers=1)
+    assert len(open_dataset(tmp_path / "out")) == 18
 
 
 def test_a_label_space_goes_to_another_process_as_it_is():

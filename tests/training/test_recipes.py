@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.cli.app import app
-from wn21k_zoo.errors import ModelError, RecipeError, UnknownModelError
+from wn21k_zoo.errors import InvalidArgumentError, ModelError, RecipeError, UnknownModelError
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.publish import export_folder
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import train
@@ -375,6 +376,8 @@ def test_finetuning_begins_with_any_folder_that_says_what_it_is(tmp_path):
     (tmp_path / "squashed" / "config.json").write_text('{"architecture": "test_vit"}')
     with pytest.raises(ModelError, match="input_size is not stated"):
         presets.finetune(str(tmp_path / "squashed"))
+    with pytest.raises(InvalidArgumentError, match="is the folder of a run; `wn21k train export"):
+        export_folder(str(tmp_path / "run"), tmp_path / "exported")
     with pytest.raises(ModelError, match="is the folder of a run; `wn21k train export"):
         presets.finetune(str(tmp_path / "run"))
     with pytest.raises(UnknownModelError, match=r"is a file; .* makes one of a run"):

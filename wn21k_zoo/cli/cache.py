@@ -194,6 +194,8 @@ def lock(
     if done:
         locking.write_lock(new, place)
         say(f"{len(done)} sources written to {place}, {failed} could not be asked")
+    elif not failed:
+        say("there is nothing to write: weights in packages are pinned by their records")
     if failed:
         raise typer.Exit(3 if done else 1)
 

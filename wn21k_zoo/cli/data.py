@@ -28,6 +28,9 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, help="Training data: prepare shards, look at them, verify them.")
 
 WorkersOption = Annotated[int | None, typer.Option("--workers", "-j", min=1, help="Processes. Default: all cores.")]
+FolderArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", callback=at_home, help="An output folder of wn21k data prepare.")
+]
 
 
 @app.command()
@@ -35,8 +38,9 @@ def prepare(
     source: Annotated[
         Path,
         typer.Argument(
+            callback=at_home,
             help="fall11_whole.tar, winter21_whole.tar.gz, a folder of class archives or class folders, the processed "
-            "ImageNet-21K-P of image-net.org (split and resized as it comes)."
+            "ImageNet-21K-P of image-net.org (split and resized as it comes).",
         ),
     ],
     output: Annotated[
@@ -79,6 +83,7 @@ def prepare(
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Make WebDataset shards with a manifest; interrupted or killed, the same command goes on where it was."""
+    from wn21k_zoo.errors import InvalidArgumentError
     from wn21k_zoo.training.options import PrepareOptions
 
     options = PrepareOptions(
@@ -91,13 +96,17 @@ def prepare(
         shard_size=shard_size,
     )
     run: dict[str, Any] = {"workers": workers, "engine": engine, "ray_address": ray_address}
+    if ray_address is not None and engine != "ray":
+        raise InvalidArgumentError("--ray-address is of a Ray cluster; add --engine ray.")
     if dry_run:
-        _count(source, output, options, run, format)
+        _count(source, output, options, {**run, "allow_truncated": allow_truncated}, format)
         return
+    if format is not None:
+        raise InvalidArgumentError("--format is of --dry-run; `wn21k data info` tells of what was made in any format.")
     from wn21k_zoo.training.prepare import prepare as prepare_shards
 
     with progress_bar() as progress:
-        prepare_shards(
+        made = prepare_shards(
             source,
             output,
             options,
@@ -108,12 +117,15 @@ def prepare(
             progress=progress,
         )
     typer.echo((output / "SUMMARY.md").read_text(encoding="utf-8", errors="replace"), nl=False)
+    for split, advice in (("train", "lower --val-per-class"), ("validation", "raise --val-per-class")):
+        if split not in made.splits:
+            say(f"there are no images for {split}: {advice} and name another folder")
     say(f"complete: {output}")
 
 
 @app.command()
 def info(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder of wn21k data prepare.")],
+    folder: FolderArgument,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Classes, images, sizes, imbalance, and counts per level of the hierarchy."""
@@ -132,7 +144,7 @@ def info(
 
 @app.command()
 def show(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder of wn21k data prepare.")],
+    folder: FolderArgument,
     synset: Annotated[str | None, typer.Option("--synset", help="A wnid. Default: images of all classes.")] = None,
     split: Annotated[str, typer.Option("--split", help="train or validation.")] = "train",
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="Images.")] = 48,
@@ -156,7 +168,7 @@ def show(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder of wn21k data prepare.")],
+    folder: FolderArgument,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Hash all shards, compare counts, and see that labels are in range. Exit code 1 when something is damaged."""

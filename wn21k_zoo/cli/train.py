@@ -134,9 +134,10 @@ def plot(
 ) -> None:
     """Loss, learning rate, accuracies and speed as a PNG (extra plot)."""
     from wn21k_zoo.training.plots import plot_runs
+    from wn21k_zoo.training.state import RunFolder
 
     runs = _expanded(runs)
-    typer.echo(str(plot_runs(runs, output or runs[0] / "plot.png")))
+    typer.echo(str(plot_runs(runs, output or RunFolder(runs[0]).path / "plot.png")))
 
 
 @app.command()
@@ -180,12 +181,15 @@ def _last_evaluation(run: Path) -> dict[str, Any]:
     last, recipe = evaluations[-1], folder.recipe()
     # A run that goes on with another number of images forgets its best.
     comparable = [each for each in evaluations if each.get("images") == last.get("images")]
-    data = folder.data() if (folder.path / "data.json").is_file() else {"label_space": recipe.data.label_space}
+    space = recipe.data.space
+    named = space.name if space else None
+    if (folder.path / "data.json").is_file():
+        named = folder.data().get("label_space")
     return {
         "loss": recipe.loss.kind,
         "epoch": last.get("epoch"),
         "best_epoch": max(comparable, key=score).get("epoch"),
-        "classes": data.get("label_space") or "own",
+        "classes": named or "own",
         "images": last.get("images"),
         "hierarchy": last.get("hierarchy"),
         **{name: round(last[name], 2) if isinstance(last.get(name), (int, float)) else None for name in _COMPARED},
@@ -259,14 +263,17 @@ def evaluate(
         str | None,
         typer.Option(
             "--split",
-            help="validation, train, or all. Default: validation; all images of a folder that is not divided, unless "
-            "MODEL was trained on that folder.",
+            help="validation, train, or, of class folders, all. Default: validation; all images of a folder that is "
+            "not divided, unless MODEL was trained on that folder.",
         ),
     ] = None,
     which: Annotated[Literal["best", "last"], typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
     label_space: Annotated[
         str | None,
-        typer.Option("--label-space", help="Classes of a folder's model, when it does not say: a name, or a file."),
+        typer.Option(
+            "--label-space",
+            help="Classes of a folder's model, when it does not say: a name, a file of wnids, or own (names alone).",
+        ),
     ] = None,
     head: HeadOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")] = 64,

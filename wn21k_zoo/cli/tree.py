@@ -12,7 +12,6 @@ import typer
 
 from wn21k_zoo.cli.output import FormatOption, at_home, console, print_json, print_table, say
 from wn21k_zoo.errors import InvalidArgumentError, TreeError, UnknownSynsetError, Wn21kError
-from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES
 from wn21k_zoo.tree import Node, SemanticTree
 
 __all__ = ["app"]
@@ -48,7 +47,7 @@ def show(
     ] = None,
 ) -> None:
     """Draw the tree, or the part below a node."""
-    semantic_tree = _load(tree)
+    semantic_tree = SemanticTree.find(tree)
     chosen = format or (Drawing.tree if sys.stdout.isatty() else Drawing.json)
     top = _node(semantic_tree, node) if node is not None else None
     limit = 2 if depth is None and node is None else depth
@@ -68,7 +67,7 @@ def search(
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Find classes by name, wnid or index."""
-    semantic_tree = _load(tree)
+    semantic_tree = SemanticTree.find(tree)
     found = semantic_tree.search(query, limit=limit)
     if not found:
         say(f"Nothing in {semantic_tree.name} matches {query!r}.")
@@ -84,7 +83,7 @@ def path(
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Show the way from the root to a class, or between two classes."""
-    semantic_tree = _load(tree)
+    semantic_tree = SemanticTree.find(tree)
     first = _node(semantic_tree, node)
     if other is None:
         print_table([asdict(step) for step in semantic_tree.path(first)], COLUMNS, format)
@@ -102,11 +101,11 @@ def path(
 
 @app.command()
 def compare(
-    file: Annotated[Path, typer.Argument(help="The authors' tree.pth, or a text file of wnids.")],
+    file: Annotated[Path, typer.Argument(callback=at_home, help="The authors' tree.pth, or a text file of wnids.")],
     tree: TreeOption = "fall11",
 ) -> None:
     """Compare a tree file with ours; exit code 1 when they differ."""
-    difference = SemanticTree.from_file(file).difference(_load(tree))
+    difference = SemanticTree.from_file(file).difference(SemanticTree.find(tree))
     if not difference:
         say(f"{file} is the tree {tree}: the same classes, order and parents.")
         return
@@ -126,7 +125,9 @@ def build(
     wordnet: Annotated[
         Path | None,
         typer.Option(
-            "--wordnet", help="Folder of WordNet 3.0's database files, such as /usr/share/wordnet. Default: NLTK's."
+            "--wordnet",
+            callback=at_home,
+            help="Folder of WordNet 3.0's database files, such as /usr/share/wordnet. Default: NLTK's.",
         ),
     ] = None,
     output: Annotated[
@@ -164,12 +165,6 @@ def build(
         if different:
             raise typer.Exit(1)
         say(f"{len(files)} files, all identical to the shipped ones")
-
-
-def _load(name: str) -> SemanticTree:
-    if name not in LABEL_SPACES and name not in LABEL_SPACE_ALIASES and Path(name).is_file():
-        return SemanticTree.from_file(name)
-    return SemanticTree.load(name)
 
 
 def _node(tree: SemanticTree, text: str) -> Node:

@@ -128,11 +128,12 @@ def _of_folder(folder: Path) -> dict[str, Any]:
     names = [str(each) for each in config.get("label_names") or []]
     own = "own" if names and not any(map(WNID_PATTERN.fullmatch, names)) else None
     local = next((folder / each for each in building.WEIGHT_FILES if (folder / each).is_file()), None)
+    space = labels.get("label_space") or config.get("label_space") or own
     return {
         "name": folder.name,
         "architecture": config["architecture"],
-        "label_space": labels.get("label_space") or config.get("label_space") or own,
-        "head": labels.get("head"),
+        "label_space": space,
+        "head": labels.get("head") or ("softmax" if space == "own" else None),  # as predict reads them
         "num_classes": config.get("num_classes"),
         "first_classes": "; ".join(names[:3]) or None,
         **{key: value for key, value in config.get("pretrained_cfg", {}).items() if key != "label_names"},

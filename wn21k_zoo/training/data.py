@@ -112,7 +112,8 @@ class Loader:
             left out.
 
     Raises:
-        InvalidArgumentError: A number is out of range, or the data set is smaller than one batch of all ranks.
+        InvalidArgumentError: A number is out of range, no such device, or the data set is smaller than one batch of all
+            ranks.
 
     Example:
         >>> loader = Loader(open_dataset("shards"), batch_size=64, workers=8, device="cuda")
@@ -156,7 +157,15 @@ class Loader:
             )
         self.dataset, self.batch_size, self.training = dataset, batch_size, training
         self.rank, self.world_size = rank, world_size
-        self.device, self.dtype, self.max_bad = torch.device(device), dtype, max_bad
+        if augmentation is not None and not callable(augmentation):
+            raise InvalidArgumentError(
+                f"augmentation is {augmentation!r}; give a function of pixels and a random.Random."
+            )
+        try:
+            self.device = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise InvalidArgumentError(f"device is {device!r}; give cpu, cuda, cuda:N or mps.") from None
+        self.dtype, self.max_bad = dtype, max_bad
         self.bad_samples = self._bad_of_epoch = self._seen_of_epoch = 0
         self._told = False  # where to begin
         self._stream: torch.cuda.Stream | None = None

@@ -24,7 +24,15 @@ from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
-from wn21k_zoo.training.shards import INFO_FILE, DatasetInfo, Shard, index_path, read_index, write_index
+from wn21k_zoo.training.shards import (
+    INFO_FILE,
+    DatasetInfo,
+    Shard,
+    index_path,
+    is_unfinished,
+    read_index,
+    write_index,
+)
 from wn21k_zoo.training.storage import Stage, Storage, data_cache_dir, default_stage, make_cache_folder, open_storage
 
 __all__ = ["Images", "ShardedDataset", "open_dataset"]
@@ -216,6 +224,10 @@ def open_dataset(
         raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from error
     if info is not None:
         return _open_ours(storage, info, split, label_space, stage)
+    if storage.local is not None and is_unfinished(storage.local):
+        raise DataError(
+            f"{storage.url} is an unfinished output of `wn21k data prepare`; run the command that began it again."
+        )
     names = [name for name in names if name.endswith((".tar", ".parquet"))]
     names = [name for name in names if not PurePosixPath(name).name.startswith(".")]  # ._NAME of macOS
     mine = [name for name in names if split_of(name) == split]

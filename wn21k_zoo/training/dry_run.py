@@ -42,9 +42,19 @@ def count(
     workers: int | None = None,
     engine: Engine = "local",
     ray_address: str | None = None,
+    allow_truncated: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> list[ClassCount]:
     """What a preparation would make of the source, from its names and one image of each class.
+
+    Args:
+        source: As for :func:`prepare`, and so the others.
+        options: What would be made.
+        workers: Processes or Ray tasks.
+        engine: ``local`` or ``ray``.
+        ray_address: Of a Ray cluster.
+        allow_truncated: Count what is there where an archive ends too early.
+        progress: Called after each class.
 
     Raises:
         DataSourceError: As :func:`prepare`.
@@ -56,9 +66,15 @@ def count(
     positions: list[int] = []
 
     def waiting(spool: Path) -> Iterator[tuple[ClassSource, PrepareOptions, bool]]:
-        for one in opened.classes(spool, lambda _: True):
-            positions.append(one.position)
-            yield one, options, opened.is_split
+        try:
+            for one in opened.classes(spool, lambda _: True):
+                positions.append(one.position)
+                yield one, options, opened.is_split
+        except DataSourceError as error:
+            if not allow_truncated:
+                raise DataSourceError(
+                    f"{str(error).rstrip('.')}: get the whole file, or count without the rest by --allow-truncated."
+                ) from None
 
     with tempfile.TemporaryDirectory(prefix="wn21k-") as spool:
         for one in tasks.run(count_class, waiting(Path(spool))):

@@ -153,7 +153,7 @@ def evaluate(
         figures = evaluation.compute()
     return {
         "model": subject.name,
-        "label_space": subject.space.name if subject.space else None,
+        "label_space": subject.classes.name,
         "classes": len(subject.class_names),
         "head": subject.head,
         "split": split,

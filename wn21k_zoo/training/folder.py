@@ -28,6 +28,7 @@ from wn21k_zoo.files import expanded
 from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
+from wn21k_zoo.training.shards import INFO_FILE, is_unfinished
 from wn21k_zoo.training.sources import files_below
 
 __all__ = ["FolderDataset", "composed", "is_among", "is_class_folder", "is_divided", "open_folder", "open_folders"]
@@ -210,7 +211,7 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
         DataError: The path begins with ~ and the name of no user.
     """
     folder = expanded(place, DataError)
-    if not folder.is_dir() or (folder / "_info.json").exists():
+    if not folder.is_dir() or (folder / INFO_FILE).exists() or is_unfinished(folder):
         return False
     entries = [entry for entry in folder.iterdir() if not _is_hidden(entry.name)]
     below = sorted(entry for entry in entries if entry.is_dir())

@@ -26,7 +26,7 @@ from wn21k_zoo.errors import (
     is_out_of_memory,
 )
 from wn21k_zoo.files import expanded, parse_json
-from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.running import evaluating
 from wn21k_zoo.training.folder import composed
 from wn21k_zoo.training.levels import Levels
@@ -247,12 +247,12 @@ def _beside(start: str, file: str) -> Any:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The same with whole paths, and with the arguments of the network that it starts from, where those say any."""
+    """The same with whole paths, wnids for a file of them, and the arguments of the network that it starts from."""
     recipe = recipe.model_copy(deep=True)
     recipe.model.start, recipe.loss.teacher = _whole(recipe.model.start), _whole(recipe.loss.teacher)
-    space = recipe.data.label_space
-    if space is not None and LabelSpace.find(space).name not in LABEL_SPACES:
-        recipe.data.label_space = str(expanded(space, RecipeError).absolute())
+    space = recipe.data.space
+    if space is not None and not space.is_shipped:
+        recipe.data.label_space = space.wnids  # the file may go
     start = recipe.model.start
     if start is None or start.startswith(RANDOM):
         return recipe

@@ -16,7 +16,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from wn21k_zoo import building, convert
 from wn21k_zoo.errors import ModelError, RecipeError, RunError, UnknownModelError, first_line
-from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LabelSpace
 from wn21k_zoo.training.manifest import PUBLISHED_TOTALS
 from wn21k_zoo.training.network import (
     checkpoint_gradients,
@@ -101,11 +100,11 @@ def plan(
     recipe = resolved(recipe)
     if images_per_second is not None and not 0 < images_per_second < math.inf:
         raise RecipeError(f"{images_per_second} images per second are no speed; give a number above 0.")
-    space = LABEL_SPACE_ALIASES.get(recipe.data.label_space or "", recipe.data.label_space)
-    images = IMAGES.get(space or "") if images is None else images
+    space = recipe.data.space
+    images = IMAGES.get(space.name if space else "") if images is None else images
     if images is None:
         raise RecipeError(
-            f"How many images {recipe.data.label_space or 'your folder'} has is not known; give --data or --images."
+            f"How many images {space.name if space else 'your folder'} has is not known; give --data or --images."
         )
     micro, group = recipe.micro_batches(gpus)
     per_epoch = images // recipe.data.batch_size
@@ -115,7 +114,7 @@ def plan(
     steps = min(steps, recipe.schedule.max_steps or steps)
     seen = steps * recipe.data.batch_size
     speed, assumed = (images_per_second, "as given") if images_per_second else _published_speed(recipe, micro)
-    num_classes = classes or (len(LabelSpace.find(space)) if space else 1000)
+    num_classes = classes or (len(space) if space else 1000)
     arguments = tuple(recipe.model.arguments.items())
     model = recipe.model
     module, kept = _size(

@@ -36,7 +36,7 @@ from wn21k_zoo.training.extra import cv2
 from wn21k_zoo.training.gather import write_manifest, write_shards
 from wn21k_zoo.training.manifest import ClassResult, classes_csv, summary
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
-from wn21k_zoo.training.shards import INDEX_FOLDER, INFO_FILE, WORK_FOLDER, DatasetInfo, Shard, read_info
+from wn21k_zoo.training.shards import INDEX_FOLDER, INFO_FILE, OPTIONS_FILE, WORK_FOLDER, DatasetInfo, Shard, read_info
 from wn21k_zoo.training.sources import ClassSource, Source, open_source
 
 __all__ = ["PrepareOptions", "Progress", "prepare"]
@@ -145,7 +145,7 @@ def _read(state: Path, output: Path) -> dict[str, Any]:
 def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[None]:
     """The output folder, ours alone, with room to work in and without what killed tasks left."""
     work = output / WORK_FOLDER
-    state = work / "options.json"
+    state = work / OPTIONS_FILE
     if output.exists() and not work.is_dir() and any(not _is_the_systems(entry) for entry in output.iterdir()):
         raise DataOutputError(f"{output} is not empty and not an output of `wn21k data prepare`; name a new folder.")
     folders = (work / "classes", work / "shards", work / "spool")
@@ -224,7 +224,7 @@ def _prepare_classes(
     if not any(result.train + result.validation for result in results.values()):
         for folder in ("classes", "shards"):  # nothing is lost, and other options may follow
             shutil.rmtree(work / folder, ignore_errors=True)
-        (work / "options.json").unlink(missing_ok=True)
+        (work / OPTIONS_FILE).unlink(missing_ok=True)
         fewer = Counter(result.decision for result in results.values())
         what = "; ".join(f"{count:,} classes {decision}" for decision, count in sorted(fewer.items()))
         raise DataSourceError(

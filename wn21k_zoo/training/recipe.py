@@ -105,9 +105,9 @@ class Data(Section):
     """Images, their order and augmentation.
 
     Attributes:
-        label_space: Classes of the head: the name of a label space, or a text file of wnids, such as those of a tree of
-            one's own with their ancestors; images of other classes are left out. None: those of the data, which for
-            prepared shards are all of the label space that they were prepared for.
+        label_space: Classes of the head: the name of a label space, wnids, or a text file of them, such as those of a
+            tree of one's own with their ancestors; images of other classes are left out. None: those of the data, which
+            for prepared shards are all of the label space that they were prepared for.
         size: Height and width in pixels.
         batch_size: Of one optimizer step over all ranks; kept when the number of ranks changes.
         batch_per_device: At most so many images go through the network at a time; the rest is accumulated.
@@ -121,7 +121,7 @@ class Data(Section):
         max_bad: Share of damaged samples that is endured.
     """
 
-    label_space: str | None = "fall11"
+    label_space: str | tuple[str, ...] | None = "fall11"
     size: int = pydantic.Field(default=224, ge=16)
     batch_size: int = pydantic.Field(default=512, ge=1)
     batch_per_device: int = pydantic.Field(default=64, ge=1)
@@ -131,6 +131,18 @@ class Data(Section):
     crop_pct: float | None = pydantic.Field(default=None, gt=0, le=1)
     window: int = pydantic.Field(default=16, ge=1)
     max_bad: float = pydantic.Field(default=0.01, ge=0, le=1)
+
+    @property
+    def space(self) -> LabelSpace | None:
+        """The label space.
+
+        Raises:
+            UnknownLabelSpaceError, LabelSpaceError, UnknownSynsetError: As :meth:`LabelSpace.find`.
+        """
+        named = self.label_space
+        if isinstance(named, str):
+            return LabelSpace.find(named)
+        return None if named is None else LabelSpace("custom", named)
 
 
 class Loss(Section):
@@ -271,11 +283,10 @@ class Recipe(Section):
                 f"model.arguments cannot have {reserved[0]!r}: weights are those of model.start, outputs the classes "
                 "of the data."
             )
-        if self.data.label_space is not None:
-            try:
-                LabelSpace.find(self.data.label_space)
-            except Wn21kError as error:
-                raise RecipeError(f"data.label_space: {error}") from None
+        try:
+            self.data.space  # noqa: B018
+        except Wn21kError as error:
+            raise RecipeError(f"data.label_space: {error}") from None
         problems = (
             (
                 self.loss.teacher is not None and self.loss.distillation_weight == 0,
@@ -431,7 +442,8 @@ def _as_recipe_error(section: type[Section], error: pydantic.ValidationError) ->
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, RecipeError):  # of a section within this one
         return inner
-    place = ".".join(str(part) for part in first["loc"][:2])  # what follows are the types that it could have had
+    # What follows are the types that it could have had.
+    place = ".".join(str(part) for part in first["loc"][:2] if part not in ("str", "tuple[str, ...]"))
     where = section.__name__.lower()
     if first["type"] in ("extra_forbidden", "no_such_attribute"):
         name = str(first["loc"][-1])

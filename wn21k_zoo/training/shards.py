@@ -36,11 +36,13 @@ __all__ = [
     "INDEX_FOLDER",
     "INFO_FILE",
     "MANIFEST_FILE",
+    "OPTIONS_FILE",
     "WORK_FOLDER",
     "DatasetInfo",
     "Shard",
     "encode_record",
     "index_path",
+    "is_unfinished",
     "read_index",
     "read_info",
     "sample_hash",
@@ -51,6 +53,7 @@ __all__ = [
 INFO_FILE = "_info.json"
 MANIFEST_FILE = "manifest.parquet"
 WORK_FOLDER = ".work"
+OPTIONS_FILE = "options.json"  # in the folder of work, as long as that is not done
 INDEX_FOLDER = "__index__"  # Hugging Face datasets takes no folder of such a name for data
 BLOCK = tarfile.BLOCKSIZE
 END_OF_TAR = bytes(2 * BLOCK)
@@ -185,6 +188,11 @@ def read_info(folder: Path) -> DatasetInfo:
         raise DataError(f"{folder} is a file; name an output folder of `wn21k data prepare`.") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not the one that `wn21k data prepare` writes ({error}); prepare anew.") from None
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder is an output of ``wn21k data prepare`` that is not complete yet."""
+    return (folder / WORK_FOLDER / OPTIONS_FILE).is_file() and not (folder / INFO_FILE).is_file()
 
 
 def shard_name(split: str, number: int) -> str:

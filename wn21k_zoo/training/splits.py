@@ -70,7 +70,7 @@ def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
         RecipeError: The recipe's loss needs a hierarchy, and the classes have none; or the name of a folder is no class
             of its label space.
     """
-    wanted = LabelSpace.find(recipe.data.label_space) if recipe.data.label_space is not None else None
+    wanted = recipe.data.space
     train: ShardedDataset | FolderDataset
     validation: ShardedDataset | FolderDataset
     if is_class_folder(data):
