@@ -244,6 +244,13 @@ def build_from_folder(
         raise ModelError(f"{folder / CONFIG_FILE} does not fit {architecture}: {reason}") from error
 
 
+def about_run(folder: Path) -> str | None:
+    """What to do with the folder of a run where one with a model is needed; None when it is not that of a run."""
+    if not (folder / "recipe.json").is_file():
+        return None
+    return f"is the folder of a run; `wn21k train export {folder} DIR` makes a model of it."
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a folder, as timm writes it; names of classes are its ``label_names``, wherever it has them.
 
@@ -253,11 +260,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        if (folder / "recipe.json").is_file():
-            raise ModelError(
-                f"{folder} is the folder of a run; `wn21k train export {folder} DIR` makes a model of it, name that."
-            ) from error
-        raise ModelError(f"{folder} has no {CONFIG_FILE}; a folder as timm or the Hub writes it is needed.") from error
+        needed = f"has no {CONFIG_FILE}; a folder as timm or the Hub writes it is needed."
+        raise ModelError(f"{folder} {about_run(folder) or needed}") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / CONFIG_FILE} cannot be read: {first_line(error)}") from error
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):

@@ -111,13 +111,15 @@ class LabelSpace:
         return LabelSpace(name, tuple(line[0] for line in words if line))
 
     @staticmethod
-    def find(name: str | os.PathLike[str]) -> LabelSpace:
-        """A shipped label space by its name or alias, or else that of a text file.
+    def find(name: str | os.PathLike[str] | LabelSpace) -> LabelSpace:
+        """A shipped label space by its name or alias, or else that of a text file; one stays what it is.
 
         Raises:
             UnknownLabelSpaceError: Neither has that name.
             LabelSpaceError, UnknownSynsetError: As :meth:`from_file`.
         """
+        if isinstance(name, LabelSpace):
+            return name
         name = os.fspath(name)
         if name not in LABEL_SPACES and name not in LABEL_SPACE_ALIASES:
             path = expanded(name, UnknownLabelSpaceError)

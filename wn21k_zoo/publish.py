@@ -18,6 +18,7 @@ from wn21k_zoo.building import (
     CONFIG_FILE,
     LABELS_FILE,
     WEIGHT_FILES,
+    about_run,
     build_checkpoint,
     build_from_folder,
     is_repo_id,
@@ -251,15 +252,10 @@ def _load(model: str, record: str | None) -> tuple[Checkpoint, nn.Module]:
     try:
         checkpoint = registry.resolve_checkpoint(model)
     except UnknownModelError as error:
-        if not path.is_dir():
+        if not model or not path.is_dir():
             raise
-        if (path / "recipe.json").is_file():
-            raise InvalidArgumentError(
-                f"{model} is the folder of a run; `wn21k train export {model} DIR` makes a model of it."
-            ) from None
-        raise InvalidArgumentError(
-            f"{model} is a folder; export takes a record's name, a timm model or a weight file."
-        ) from error
+        taken = "is a folder; export takes a record's name, a timm model or a weight file."
+        raise InvalidArgumentError(f"{model} {about_run(path) or taken}") from error
     return checkpoint, build_checkpoint(checkpoint, pretrained=True)
 
 

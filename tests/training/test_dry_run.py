@@ -80,6 +80,16 @@ def test_a_dry_run_of_what_is_cut_off(tmp_path, layout):
     assert 0 < sum(one.decision == "kept" for one in counts) < 3
 
 
+def test_a_dry_run_of_what_is_scattered(tmp_path):
+    files = {f"{wnid}/{number}.jpg": jpeg(number) for number in range(2) for wnid in WNIDS}
+    (tmp_path / "source.tar").write_bytes(tar_bytes(files))
+    for allowed in (False, True):  # nothing is cut off
+        with pytest.raises(DataSourceError, match=r"name the folder instead\.$"):
+            count(tmp_path / "source.tar", OPTIONS, workers=1, allow_truncated=allowed)
+        with pytest.raises(DataSourceError, match=r"name the folder instead\.$"):
+            prepare(tmp_path / "source.tar", tmp_path / "out", OPTIONS, workers=1, allow_truncated=allowed)
+
+
 def test_a_dry_run_of_what_is_split_keeps_its_split_and_its_bytes(tmp_path):
     images = [jpeg(number, 80, 80) for number in range(3)]
     files = {f"train/{WNIDS[0]}/a.jpg": images[0], f"val/{WNIDS[1]}/b.jpg": images[1]}

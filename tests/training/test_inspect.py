@@ -17,7 +17,7 @@ from wn21k_zoo.training.inspect import contact_sheet, describe, verify_shards
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import MANIFEST_FILE, index_path, read_index, read_info, write_index
 
-from .archives import WNIDS, make_classes, nested_tar
+from .archives import WNIDS, jpeg, make_classes, nested_tar, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,12 @@ def test_a_split_without_images_is_told(tmp_path):
         assert done.exit_code == 0
         assert f"no images for {split}" in done.stderr
         assert done.stderr.count("no images for") == 1
+
+
+def test_of_a_source_that_is_split_options_of_splitting_are_no_advice(tmp_path):
+    write_folder(tmp_path / "source", {f"train/{WNIDS[0]}/{number}.jpg": jpeg(number) for number in range(3)})
+    done = run("prepare", tmp_path / "source", tmp_path / "out", "-j", 1)
+    assert "there are no images for validation\n" in done.stderr
 
 
 def test_info_counts(prepared):

@@ -160,6 +160,7 @@ def test_classes_of_ones_own_with_their_ancestors(data, tmp_path, monkeypatch):
     again.check()  # its file may be gone
     assert run(again, data, tmp_path / "run") == figures
     exported = export_run(tmp_path / "run", tmp_path / "model")
+    assert f'"label_space": "{len(tree)} wnids, those of wn21k_labels.json"' in (exported / "README.md").read_text()
     prediction = predict(torch.rand(3, 32, 32), model=exported, tree=tree)
     assert [level.depth for level in prediction.levels] == [12, 13]
     kept = ("top1", "semantic_top1", "images", "left_out")

@@ -447,6 +447,11 @@ def test_classes_of_a_list_of_ones_own(tmp_path):
         (out / "_info.json").write_text(json.dumps({**whole, "wnids": wnids}))
         with pytest.raises(DataError, match=message):
             open_dataset(out)
+    for wnids in (["n1"], [], [WNIDS[0], WNIDS[0]]):
+        (out / "_info.json").write_text(json.dumps({**whole, "wnids": wnids}))
+        for look in (describe, verify_shards):
+            with pytest.raises(DataError, match=rf"{out}: _info.json names classes that there are not"):
+                look(out)
     (out / "_info.json").write_text(json.dumps({**whole, "wnids": WNIDS[1]}))
     with pytest.raises(DataError, match="no list"):
         read_info(out)
@@ -465,8 +470,9 @@ def test_what_is_not_finished_is_no_data_set(tmp_path):
         assert any((tmp_path / "out").glob("*.tar")) == (stage == "manifest")
         assert not is_class_folder(tmp_path / "out")
         for split in ("train", "validation"):
-            with pytest.raises(DataError, match="unfinished output of `wn21k data prepare`"):
-                open_dataset(tmp_path / "out", split)
+            for place in (tmp_path / "out", f"file://{tmp_path}/out"):
+                with pytest.raises(DataError, match="unfinished output of `wn21k data prepare`"):
+                    open_dataset(place, split)
     prepare(source, tmp_path / "out", OPTIONS, workers=1)
     assert len(open_dataset(tmp_path / "out")) == 18
 
@@ -477,6 +483,8 @@ def test_a_label_space_goes_to_another_process_as_it_is():
         assert there == space
         assert there.is_shipped == (space.name == "imagenet21k_p_fall11")
     assert len(pickle.dumps(PrepareOptions())) < 1000
+    with pytest.raises(InvalidArgumentError, match="imagenet1k is the name of other classes"):
+        PrepareOptions(label_space=LabelSpace("imagenet1k", WNIDS))
 
 
 def test_what_the_system_puts_into_folders_is_in_nobodys_way(tmp_path, reference):

@@ -203,6 +203,12 @@ def test_two_recipes_share_nothing():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda recipe: setattr(recipe.data, "label_space", {*WNIDS}), "data.label_space cannot be .* list of wnids"),
+        (
+            lambda recipe: setattr(recipe.data, "label_space", [*WNIDS * 999, 1]),
+            r"cannot be .{203}: Give a name, a file",
+        ),
+        (lambda recipe: setattr(recipe.data, "label_space", 5), "data.label_space cannot be 5: Give a name, a file"),
         (lambda recipe: setattr(recipe.optimizer, "lrr", 1), "optimizer has no field 'lrr'. Did you mean lr?"),
         (lambda recipe: setattr(recipe, "optimiser", 1), "recipe has no field 'optimiser'. Did you mean optimizer?"),
         (lambda recipe: setattr(recipe.optimizer, "lr", "fast"), r"optimizer.lr cannot be 'fast'"),

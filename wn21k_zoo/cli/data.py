@@ -117,9 +117,10 @@ def prepare(
             progress=progress,
         )
     typer.echo((output / "SUMMARY.md").read_text(encoding="utf-8", errors="replace"), nl=False)
-    for split, advice in (("train", "lower --val-per-class"), ("validation", "raise --val-per-class")):
+    for split, change in (("train", "lower"), ("validation", "raise")):
         if split not in made.splits:
-            say(f"there are no images for {split}: {advice} and name another folder")
+            ours = "val_per_class" in made.preparation  # else the source is split
+            say(f"there are no images for {split}" + (f": {change} --val-per-class, in another folder" if ours else ""))
     say(f"complete: {output}")
 
 

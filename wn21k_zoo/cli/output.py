@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import DataOutputError, Wn21kError
+from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 from wn21k_zoo.files import expanded
 
 if TYPE_CHECKING:
@@ -198,8 +198,8 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
 
 
 def at_home(path: Path | None) -> Path | None:
-    """For parameters that name what is to be written: ~ is a home folder where a shell left it, as in --output=~/x."""
-    return None if path is None else expanded(path, DataOutputError)
+    """For parameters that are paths: ~ is a home folder where a shell left it, as in --output=~/x."""
+    return None if path is None else expanded(path, InvalidArgumentError)
 
 
 class ResultWriter:

@@ -181,15 +181,14 @@ def _last_evaluation(run: Path) -> dict[str, Any]:
     last, recipe = evaluations[-1], folder.recipe()
     # A run that goes on with another number of images forgets its best.
     comparable = [each for each in evaluations if each.get("images") == last.get("images")]
-    space = recipe.data.space
-    named = space.name if space else None
+    named = recipe.data.label_space
     if (folder.path / "data.json").is_file():
         named = folder.data().get("label_space")
     return {
         "loss": recipe.loss.kind,
         "epoch": last.get("epoch"),
         "best_epoch": max(comparable, key=score).get("epoch"),
-        "classes": named or "own",
+        "classes": named if isinstance(named, str) else "own",
         "images": last.get("images"),
         "hierarchy": last.get("hierarchy"),
         **{name: round(last[name], 2) if isinstance(last.get(name), (int, float)) else None for name in _COMPARED},

@@ -112,8 +112,8 @@ class Loader:
             left out.
 
     Raises:
-        InvalidArgumentError: A number is out of range, no such device, or the data set is smaller than one batch of all
-            ranks.
+        InvalidArgumentError: An argument is none of its kind or out of range, or the data set is smaller than one batch
+            of all ranks.
 
     Example:
         >>> loader = Loader(open_dataset("shards"), batch_size=64, workers=8, device="cuda")

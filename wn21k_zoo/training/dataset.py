@@ -19,17 +19,18 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import DataError, LabelSpaceError, UnknownNameError, Wn21kError, did_you_mean, first_line
+from wn21k_zoo.errors import DataError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
 from wn21k_zoo.training.shards import (
     INFO_FILE,
+    OPTIONS_FILE,
+    WORK_FOLDER,
     DatasetInfo,
     Shard,
     index_path,
-    is_unfinished,
     read_index,
     write_index,
 )
@@ -220,11 +221,12 @@ def open_dataset(
     try:
         info = _ours(storage.read_text(INFO_FILE))
         names = storage.names() if info is None else []
+        unfinished = info is None and storage.read_text(f"{WORK_FOLDER}/{OPTIONS_FILE}") is not None
     except Exception as error:  # each storage has its own
         raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from error
     if info is not None:
         return _open_ours(storage, info, split, label_space, stage)
-    if storage.local is not None and is_unfinished(storage.local):
+    if unfinished:
         raise DataError(
             f"{storage.url} is an unfinished output of `wn21k data prepare`; run the command that began it again."
         )
@@ -245,7 +247,7 @@ def open_dataset(
         if any(WNID_PATTERN.fullmatch(PurePosixPath(name).stem) for name in names):
             what += "; `wn21k data prepare` makes shards of archives of classes"
         raise DataError(f"{storage.url} has no split {split!r}: {what}.{did_you_mean(split, there)}")
-    space = _space(label_space or "fall11")
+    space = LabelSpace.find(label_space or "fall11")
     classes = space.index
 
     def build(name: str) -> NDArray[np.void]:
@@ -263,10 +265,6 @@ def _ours(text: str | None) -> DatasetInfo | None:
         return DatasetInfo.from_json(text)
     except ValueError:
         return None  # timm's _info.json, say
-
-
-def _space(label_space: str | LabelSpace) -> LabelSpace:
-    return label_space if isinstance(label_space, LabelSpace) else LabelSpace.find(label_space)
 
 
 def _open_ours(
@@ -292,11 +290,11 @@ def _open_ours(
         )  # fmt: skip
     try:
         own = info.space
-    except (UnknownNameError, LabelSpaceError) as error:
+    except DataError as error:
         raise DataError(f"{storage.url}: {error}") from None
     if own.digest != info.label_digest:
         raise DataError(f"{storage.url} was prepared with other classes called {info.label_space}; prepare it anew.")
-    space = own if label_space is None else _space(label_space)
+    space = own if label_space is None else LabelSpace.find(label_space)
     hashes = {shard.name: shard.sha256 for shard in shards}
     if space.digest == own.digest:
         refs = tuple(

@@ -15,7 +15,7 @@ from wn21k_zoo.training.engines import Engine
 from wn21k_zoo.training.manifest import ClassResult
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks
 from wn21k_zoo.training.shards import WORK_FOLDER
-from wn21k_zoo.training.sources import ClassSource, Source, member_reader, open_source, read_members
+from wn21k_zoo.training.sources import ClassSource, CutOffError, Source, member_reader, open_source, read_members
 from wn21k_zoo.training.storing import BadImageError, store_image
 
 __all__ = ["ClassCount", "check_space_before", "check_space_during", "count", "count_class"]
@@ -70,7 +70,7 @@ def count(
             for one in opened.classes(spool, lambda _: True):
                 positions.append(one.position)
                 yield one, options, opened.is_split
-        except DataSourceError as error:
+        except CutOffError as error:
             if not allow_truncated:
                 raise DataSourceError(
                     f"{str(error).rstrip('.')}: get the whole file, or count without the rest by --allow-truncated."

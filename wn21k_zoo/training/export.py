@@ -16,10 +16,11 @@ from torch import nn
 
 from wn21k_zoo import convert, publish, registry
 from wn21k_zoo.architectures import ARCHITECTURES
+from wn21k_zoo.building import LABELS_FILE
 from wn21k_zoo.checkpoints import Checkpoint, Metric
 from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
 from wn21k_zoo.files import expanded
-from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.network import reorder_head
 from wn21k_zoo.training.recipe import NAME, Recipe
@@ -54,13 +55,11 @@ class Trained:
         self.step: int = state["step"]
         self.trained_on: str = data.get("sketch", "")
         self.figures: dict[str, Any] = state["figures"] if state["figures"].get("step") == self.step else {}
-        name = data["label_space"]
+        name, names = data["label_space"], data["class_names"]  # of a shipped label space the name alone
         self.space: LabelSpace | None = None
-        if name in LABEL_SPACES:
-            self.space = LabelSpace.load(name)
-        elif name is not None:
-            self.space = LabelSpace("custom", tuple(data["class_names"]))
-        self.class_names: tuple[str, ...] = self.space.wnids if self.space else tuple(data["class_names"])
+        if name is not None:
+            self.space = LabelSpace.load(name) if names is None else LabelSpace(name, tuple(names))
+        self.class_names: tuple[str, ...] = self.space.wnids if self.space else tuple(names)
         self.module = self._build(state)
 
     def _build(self, state: dict[str, Any]) -> nn.Module:
@@ -254,6 +253,9 @@ def _card(checkpoint: Checkpoint, trained: Trained) -> str:
     header = ModelCardData(
         library_name="timm", pipeline_tag="image-classification", tags=["image-classification", "timm"]
     )
+    recipe = trained.recipe.model_copy(deep=True)
+    if isinstance(recipe.data.label_space, tuple):  # thousands of lines, maybe
+        recipe.data.label_space = f"{len(recipe.data.label_space):,} wnids, those of {LABELS_FILE}"
     parts = [
         "---",
         header.to_yaml().strip(),
@@ -273,7 +275,7 @@ def _card(checkpoint: Checkpoint, trained: Trained) -> str:
         "## Recipe",
         "",
         "```json",
-        trained.recipe.to_json().strip(),
+        recipe.to_json().strip(),
         "```",
         "",
     ]

@@ -205,7 +205,9 @@ class _LooseFiles:
 
 
 def is_class_folder(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is a local folder that has folders, and no shards, not in these either, nor our ``_info.json``.
+    """Whether a place is a local folder that has folders, and neither shards, in these either, nor is one of ours.
+
+    Ours are what ``wn21k data prepare`` makes, finished or not.
 
     Raises:
         DataError: The path begins with ~ and the name of no user.

@@ -396,7 +396,5 @@ def refuse_run(field: str, name: str) -> None:
     Raises:
         RecipeError: It is.
     """
-    if (expanded(name, RecipeError) / "recipe.json").is_file():
-        raise RecipeError(
-            f"{field} {name} is the folder of a run; `wn21k train export {name} DIR` makes a model of it, name that."
-        )
+    if (hint := building.about_run(expanded(name, RecipeError))) is not None:
+        raise RecipeError(f"{field} {name} {hint}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError
-from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 from wn21k_zoo.training.engines import Engine, run_tasks
 
 __all__ = [
@@ -40,7 +40,7 @@ class PrepareOptions:
         shard_size: Samples per shard.
 
     Raises:
-        InvalidArgumentError: A number is out of range.
+        InvalidArgumentError: A number is out of range, or the label space has the name of another one.
         UnknownLabelSpaceError, LabelSpaceError, UnknownSynsetError: As :meth:`LabelSpace.find`.
     """
 
@@ -54,6 +54,8 @@ class PrepareOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label_space", self.space)
+        if self.space.name in LABEL_SPACES and not self.space.is_shipped:
+            raise InvalidArgumentError(f"{self.space.name} is the name of other classes; give the label space another.")
         for name, least, most in (
             ("min_images", 0, 10**9), ("val_per_class", 0, 10**9), ("size", 1, 8192), ("quality", 1, 100),
             ("shard_size", 1, 10**6),
@@ -67,7 +69,7 @@ class PrepareOptions:
     @property
     def space(self) -> LabelSpace:
         """The label space."""
-        return self.label_space if isinstance(self.label_space, LabelSpace) else LabelSpace.find(self.label_space)
+        return LabelSpace.find(self.label_space)
 
     def recorded(self) -> dict[str, Any]:
         """As ``_info.json`` has them."""

@@ -103,9 +103,8 @@ def plan(
     space = recipe.data.space
     images = IMAGES.get(space.name if space else "") if images is None else images
     if images is None:
-        raise RecipeError(
-            f"How many images {space.name if space else 'your folder'} has is not known; give --data or --images."
-        )
+        what = space.name if space and space.is_shipped else "your data"
+        raise RecipeError(f"How many images {what} has is not known; give --data or --images.")
     micro, group = recipe.micro_batches(gpus)
     per_epoch = images // recipe.data.batch_size
     if not per_epoch:

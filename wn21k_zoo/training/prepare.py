@@ -37,7 +37,7 @@ from wn21k_zoo.training.gather import write_manifest, write_shards
 from wn21k_zoo.training.manifest import ClassResult, classes_csv, summary
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
 from wn21k_zoo.training.shards import INDEX_FOLDER, INFO_FILE, OPTIONS_FILE, WORK_FOLDER, DatasetInfo, Shard, read_info
-from wn21k_zoo.training.sources import ClassSource, Source, open_source
+from wn21k_zoo.training.sources import ClassSource, CutOffError, Source, open_source
 
 __all__ = ["PrepareOptions", "Progress", "prepare"]
 
@@ -187,7 +187,7 @@ def _prepare_classes(
     results = {result.name: result for result in finished_classes(work / "classes")}
     done = images = 0
     positions: dict[str, int] = {}
-    cut_off: list[DataSourceError] = []
+    cut_off: list[CutOffError] = []
 
     def wanted(name: str) -> bool:
         return not (source.sequential and name in results)
@@ -200,7 +200,7 @@ def _prepare_classes(
                 before = results.get(one.name)
                 if before is None or before.source_bytes != one.num_bytes:
                     yield one, options, work / "classes", source.is_split
-        except DataSourceError as error:
+        except CutOffError as error:
             cut_off.append(error)
 
     known = sum(result.source_bytes for result in results.values()) if not source.sequential else 0

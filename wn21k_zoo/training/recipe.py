@@ -132,6 +132,16 @@ class Data(Section):
     window: int = pydantic.Field(default=16, ge=1)
     max_bad: float = pydantic.Field(default=0.01, ge=0, le=1)
 
+    @pydantic.field_validator("label_space", mode="before")
+    @classmethod
+    def _classes(cls, value: Any) -> Any:
+        if isinstance(value, LabelSpace):
+            return value.name if value.is_shipped else value.wnids
+        listed = isinstance(value, (list, tuple)) and all(isinstance(wnid, str) for wnid in value)
+        if not (value is None or isinstance(value, str) or listed):  # a set has no order that stays
+            raise pydantic_core.PydanticCustomError("no_classes", "Give a name, a file or a list of wnids")
+        return value
+
     @property
     def space(self) -> LabelSpace | None:
         """The label space.
@@ -442,12 +452,13 @@ def _as_recipe_error(section: type[Section], error: pydantic.ValidationError) ->
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, RecipeError):  # of a section within this one
         return inner
-    # What follows are the types that it could have had.
-    place = ".".join(str(part) for part in first["loc"][:2] if part not in ("str", "tuple[str, ...]"))
+    place = ".".join(str(part) for part in first["loc"][:2])  # what follows are the types that it could have had
     where = section.__name__.lower()
     if first["type"] in ("extra_forbidden", "no_such_attribute"):
         name = str(first["loc"][-1])
         return RecipeError(f"{where} has no field {name!r}.{did_you_mean(name, section.model_fields)}")
     if first["type"] == "missing":
         return RecipeError(f"{where}.{place} is missing.")
-    return RecipeError(f"{where}.{place} cannot be {first['input']!r}: {first['msg']}.")
+    shown = repr(first["input"])
+    shown = shown if len(shown) < 200 else f"{shown[:200]}..."
+    return RecipeError(f"{where}.{place} cannot be {shown}: {first['msg']}.")

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import DataError, first_line
+from wn21k_zoo.errors import DataError, Wn21kError, first_line
 from wn21k_zoo.files import atomic_file, parse_json
 from wn21k_zoo.labels import LabelSpace
 
@@ -102,10 +102,12 @@ class DatasetInfo:
         """The label space.
 
         Raises:
-            UnknownLabelSpaceError: No shipped one has the name.
-            LabelSpaceError, UnknownSynsetError: Its wnids are no list of synsets.
+            DataError: No shipped one has its name, or its wnids are none.
         """
-        return LabelSpace.load(self.label_space) if self.wnids is None else LabelSpace(self.label_space, self.wnids)
+        try:
+            return LabelSpace.load(self.label_space) if self.wnids is None else LabelSpace(self.label_space, self.wnids)
+        except Wn21kError as error:
+            raise DataError(f"{INFO_FILE} names classes that there are not: {error}") from None
 
     def to_json(self) -> str:
         """The text of ``_info.json``."""
@@ -177,7 +179,7 @@ def read_info(folder: Path) -> DatasetInfo:
     """
     path = folder / INFO_FILE
     try:
-        return DatasetInfo.from_json(path.read_text(encoding="utf-8"))
+        info = DatasetInfo.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         what = "is not a folder" if not folder.is_dir() else f"has no {INFO_FILE}"
         raise DataError(
@@ -188,6 +190,11 @@ def read_info(folder: Path) -> DatasetInfo:
         raise DataError(f"{folder} is a file; name an output folder of `wn21k data prepare`.") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not the one that `wn21k data prepare` writes ({error}); prepare anew.") from None
+    try:
+        info.space  # noqa: B018
+    except DataError as error:
+        raise DataError(f"{folder}: {error}") from None
+    return info
 
 
 def is_unfinished(folder: Path) -> bool:

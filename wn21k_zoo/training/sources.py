@@ -21,7 +21,16 @@ from typing import IO, Any
 from wn21k_zoo.errors import DataSourceError
 from wn21k_zoo.synsets import WNID_PATTERN
 
-__all__ = ["ClassSource", "Member", "Source", "files_below", "member_reader", "open_source", "read_members"]
+__all__ = [
+    "ClassSource",
+    "CutOffError",
+    "Member",
+    "Source",
+    "files_below",
+    "member_reader",
+    "open_source",
+    "read_members",
+]
 
 _IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 _SPLIT_FOLDERS = {
@@ -36,6 +45,10 @@ _LAYOUTS = (
     "(n01440764.tar), an archive or a folder of class folders (n01440764/), or the processed ImageNet-21K-P of "
     "image-net.org (imagenet21k_train/, imagenet21k_val/)"
 )
+
+
+class CutOffError(DataSourceError):
+    """It ends too early, or is damaged somewhere: what stands before that was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +309,7 @@ def _plain_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Ite
         stem = PurePosixPath(member.name).name.removesuffix(".tar")
         end = member.offset_data + member.size
         if end > size:
-            raise DataSourceError(f"{path} ends within {member.name}: it was not fetched whole.")
+            raise CutOffError(f"{path} ends within {member.name}: it was not fetched whole.")
         if member.isreg() and member.name.endswith(".tar") and WNID_PATTERN.fullmatch(stem) and wanted(stem):
             yield ClassSource(wnid=stem, path=path, num_bytes=member.size, position=end, offset=member.offset_data)
 
@@ -326,7 +339,7 @@ def _plain_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Itera
                 place, begin = here, member.offset
         end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if end > size:
-            raise DataSourceError(f"{path} ends within {member.name}: it was not fetched whole.")
+            raise CutOffError(f"{path} ends within {member.name}: it was not fetched whole.")
     yield from run()
 
 
@@ -343,7 +356,7 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(path, mode="r:") as archive:
             yield from _members(archive)
     except tarfile.TarError as error:
-        raise DataSourceError(f"{path} is damaged or was not fetched whole: {error}.") from None
+        raise CutOffError(f"{path} is damaged or was not fetched whole: {error}.") from None
 
 
 def _compressed_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
@@ -417,7 +430,7 @@ def _stream(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
             with tarfile.open(fileobj=file, mode="r|" if file is not raw else "r:") as archive:
                 yield archive, raw
     except (EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataSourceError(f"{path} is damaged or was not fetched whole: {error}") from None
+        raise CutOffError(f"{path} is damaged or was not fetched whole: {error}") from None
 
 
 class _Window:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wn21k_zoo.errors import DataError, RecipeError
-from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.crops import CenterCrop, RandomCrop
 from wn21k_zoo.training.data import (
     Augmentation,
@@ -51,7 +51,7 @@ class Splits:
         return {
             "label_space": self.space.name if self.space else None,
             "classes": hashlib.sha256("\n".join(self.class_names).encode()).hexdigest(),
-            "class_names": None if self.space and self.space.name in LABEL_SPACES else list(self.class_names),
+            "class_names": None if self.space and self.space.is_shipped else list(self.class_names),
             "images": {"train": len(self.train), "validation": len(self.validation)},
             "files": {"train": self.train.digest, "validation": self.validation.digest},
             "sketch": self.train.sketch if isinstance(self.train, FolderDataset) else "",
