@@ -483,7 +483,7 @@ def test_a_label_space_goes_to_another_process_as_it_is():
         assert there == space
         assert there.is_shipped == (space.name == "imagenet21k_p_fall11")
     assert len(pickle.dumps(PrepareOptions())) < 1000
-    with pytest.raises(InvalidArgumentError, match="imagenet1k is the name of other classes"):
+    with pytest.raises(InvalidArgumentError, match="imagenet1k names other classes"):
         PrepareOptions(label_space=LabelSpace("imagenet1k", WNIDS))
 
 

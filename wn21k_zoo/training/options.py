@@ -55,7 +55,7 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "label_space", self.space)
         if self.space.name in LABEL_SPACES and not self.space.is_shipped:
-            raise InvalidArgumentError(f"{self.space.name} is the name of other classes; give the label space another.")
+            raise InvalidArgumentError(f"{self.space.name} names other classes; give the label space another name.")
         for name, least, most in (
             ("min_images", 0, 10**9), ("val_per_class", 0, 10**9), ("size", 1, 8192), ("quality", 1, 100),
             ("shard_size", 1, 10**6),
