@@ -221,12 +221,11 @@ def open_dataset(
     try:
         info = _ours(storage.read_text(INFO_FILE))
         names = storage.names() if info is None else []
-        unfinished = info is None and storage.read_text(f"{WORK_FOLDER}/{OPTIONS_FILE}") is not None
     except Exception as error:  # each storage has its own
         raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from error
     if info is not None:
         return _open_ours(storage, info, split, label_space, stage)
-    if unfinished:
+    if f"{WORK_FOLDER}/{OPTIONS_FILE}" in names:
         raise DataError(
             f"{storage.url} is an unfinished output of `wn21k data prepare`; run the command that began it again."
         )
