@@ -14,7 +14,17 @@ from typing import IO, Any
 
 from wn21k_zoo.errors import DataOutputError, Wn21kError
 
-__all__ = ["atomic_file", "check_writable", "expanded", "parse_json", "problem_of", "replace", "sha256_of", "visible"]
+__all__ = [
+    "atomic_file",
+    "check_writable",
+    "expanded",
+    "is_hidden",
+    "parse_json",
+    "problem_of",
+    "replace",
+    "sha256_of",
+    "visible",
+]
 
 
 def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
@@ -88,9 +98,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is nothing that somebody made: thumbnails, ``._NAME`` of macOS, its folder in zips."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def visible(folder: Path, pattern: str) -> list[Path]:
     """What of a folder matches, sorted, without the ._NAME that macOS lays beside NAME on many file systems."""
-    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.name))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -99,6 +99,16 @@ def test_stdin_and_globs(folder):
     assert "No file matches" in run("predict", folder / "*.webp", *MODEL).stderr
 
 
+def test_what_is_hidden_in_a_folder_is_left_alone(folder):
+    for name in (".thumbnails/a.png", "__MACOSX/a.png", "._b.png", "deeper/c.png", ".d.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "b.png", folder / name)
+    results = map(json.loads, run("predict", folder, *MODEL).stdout.splitlines())
+    assert [Path(result["source"]).name for result in results] == ["b.png", "a.JPG", "c.png"]
+    hidden = json.loads(run("predict", folder / ".thumbnails", *MODEL).stdout)
+    assert hidden["source"].endswith("a.png")  # named by the user
+
+
 @pytest.mark.slow
 def test_the_progress_bar_is_on_stderr_and_the_data_on_stdout(folder):
     (folder / "c.png").write_bytes(b"broken")

@@ -26,7 +26,7 @@ DAMAGES = {
 FILES = {
     "run/recipe.json": ("train show run/recipe.json", "train plan run --images 99", "train export run out"),
     "run/metrics.jsonl": ("train plot run -o out.png", "train compare run"),
-    "run/data.json": ("train compare run", "train export run out"),
+    "run/data.json": ("train compare run", "train export run out", "train plan run"),
     "run/status.json": ("train compare run",),
     "run/checkpoints/best.pt": ("train export run out",),
     "exported/config.json": ("info ./exported", "publish exported --repo a/b --dry-run"),

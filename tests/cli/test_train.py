@@ -47,8 +47,11 @@ def test_plan_of_data_that_is_there(data, run):
     planned = json.loads(wn21k("train", "plan", run, "--data", data, "--gpus", 1).stdout)
     assert planned["steps"] == json.loads((run / "status.json").read_text())["total"]
     assert planned["images_seen"] == planned["steps"] * recipe["data"]["batch_size"]
-    fewer = json.loads(wn21k("train", "plan", run, "--images", 1000, "--gpus", 1).stdout)
-    assert planned["parameters"] < fewer["parameters"]  # of a head for 1,000 classes
+    assert json.loads(wn21k("train", "plan", run, "--gpus", 1).stdout) == planned  # the run knows its images
+    more = json.loads(wn21k("train", "plan", run / "recipe.json", "--images", 1000, "--gpus", 1).stdout)
+    assert (more["classes"], more["steps_per_epoch"]) == (planned["classes"], 1000 // recipe["data"]["batch_size"])
+    other = wn21k("train", "plan", run, "--set", "data.label_space=imagenet1k", "--gpus", 1)
+    assert json.loads(other.stdout)["classes"] == 1000  # other classes, and their images
     assert wn21k("train", "plan", run, "--data", data / "nothing").exit_code == 1
 
 

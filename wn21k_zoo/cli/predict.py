@@ -44,8 +44,8 @@ def predict(
     paths: Annotated[
         list[str],
         typer.Argument(
-            help="Images, folders (searched to the bottom), quoted globs, sample:cat|coffee|rocket, "
-            "or - for paths on stdin, one a line.",
+            help="Images, folders (searched to the bottom, but for what is hidden), quoted globs, "
+            "sample:cat|coffee|rocket, or - for paths on stdin, one a line.",
             metavar="PATH|DIR|GLOB|-",
         ),
     ],
@@ -189,24 +189,29 @@ def _lines_of_stdin() -> Iterator[str]:
 
 
 def _expand(paths: list[str]) -> Iterator[str]:
-    from wn21k_zoo.images import IMAGE_SUFFIXES
-
     for path in paths:
         if path.startswith("sample:") or _is_url(path) or os.path.isfile(path):  # noqa: PTH113 - any name
             yield path
         elif os.path.isdir(path):  # noqa: PTH112
-            found = [
-                os.path.join(folder, name)  # noqa: PTH118 - keeps the path as the user wrote it
-                for folder, _, names in os.walk(path)
-                for name in names
-                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("._")  # of macOS, beside each file
-            ]
-            yield from sorted(found) or [path]  # an empty folder, as a pattern without a match, is an item that fails
+            # An empty folder, as a pattern without a match, is an item that fails.
+            yield from sorted(_images_below(path)) or [path]
         elif glob.has_magic(path):
             matches = [match for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)]  # noqa: PTH113, PTH207
             yield from matches or [path]
         else:
             yield path
+
+
+def _images_below(root: str) -> Iterator[str]:
+    """Those that are not hidden, as in training."""
+    from wn21k_zoo.files import is_hidden
+    from wn21k_zoo.images import IMAGE_SUFFIXES
+
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if not is_hidden(name)]
+        for name in names:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name):
+                yield os.path.join(folder, name)  # noqa: PTH118 - keeps the path as the user wrote it
 
 
 def _is_url(path: str) -> bool:

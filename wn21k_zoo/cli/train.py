@@ -9,7 +9,7 @@ import dataclasses
 import glob
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,9 @@ from wn21k_zoo.cli.output import (
     progress_bar,
     say,
 )
+
+if TYPE_CHECKING:
+    from wn21k_zoo.training.state import RunFolder
 
 __all__ = ["app", "register"]
 
@@ -92,7 +95,7 @@ def plan(
     ] = None,
     images: Annotated[
         int | None,
-        typer.Option("--images", min=1, help="Training images. Default: of --data, or the published number."),
+        typer.Option("--images", min=1, help="Training images. Default: of --data, of the run, or as published."),
     ] = None,
     data: Annotated[
         str | None,
@@ -112,6 +115,8 @@ def plan(
         resolved.check()
         splits = open_splits(resolved, data)
         images, classes = images or len(splits.train), len(splits.class_names)
+    elif (run := _run_of(recipe)) and run.recipe().data.label_space == resolved.data.label_space:
+        images, classes = images or run.training_images(), len(run.classes()[1])
     figures = make_plan(resolved, gpus=gpus, images_per_second=images_per_second, images=images, classes=classes)
     row = {"recipe": resolved.name, "gpus": gpus, **dataclasses.asdict(figures)}
     if choose_format(format) is Format.table:
@@ -120,6 +125,15 @@ def plan(
         )
     else:
         print_table([row], tuple(row), format)
+
+
+def _run_of(recipe: str) -> RunFolder | None:
+    """The folder of a run that is given for a recipe, and knows what it is trained on."""
+    from wn21k_zoo.training.state import RunFolder
+
+    place = Path(recipe)
+    folder = RunFolder(place.parent if place.name == "recipe.json" else place)
+    return folder if (folder.path / "data.json").is_file() else None
 
 
 @app.command()

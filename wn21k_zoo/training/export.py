@@ -20,7 +20,6 @@ from wn21k_zoo.building import LABELS_FILE
 from wn21k_zoo.checkpoints import Checkpoint, Metric
 from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
 from wn21k_zoo.files import expanded
-from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.network import reorder_head
 from wn21k_zoo.training.recipe import NAME, Recipe
@@ -49,17 +48,12 @@ class Trained:
     """
 
     def __init__(self, folder: RunFolder, state: dict[str, Any]) -> None:
-        data = folder.data()
         self.recipe: Recipe = folder.recipe()
         self.run = folder.path.name
         self.step: int = state["step"]
-        self.trained_on: str = data.get("sketch", "")
+        self.trained_on: str = folder.data().get("sketch", "")
         self.figures: dict[str, Any] = state["figures"] if state["figures"].get("step") == self.step else {}
-        name, names = data["label_space"], data["class_names"]  # of a shipped label space the name alone
-        self.space: LabelSpace | None = None
-        if name is not None:
-            self.space = LabelSpace.load(name) if names is None else LabelSpace(name, tuple(names))
-        self.class_names: tuple[str, ...] = self.space.wnids if self.space else tuple(names)
+        self.space, self.class_names = folder.classes()
         self.module = self._build(state)
 
     def _build(self, state: dict[str, Any]) -> nn.Module:

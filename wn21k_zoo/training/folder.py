@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, LabelSpaceError, MissingExtraError, UnknownSynsetError, did_you_mean
-from wn21k_zoo.files import expanded
+from wn21k_zoo.files import expanded, is_hidden
 from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
@@ -215,7 +215,7 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
     folder = expanded(place, DataError)
     if not folder.is_dir() or (folder / INFO_FILE).exists() or is_unfinished(folder):
         return False
-    entries = [entry for entry in folder.iterdir() if not _is_hidden(entry.name)]
+    entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
     below = sorted(entry for entry in entries if entry.is_dir())
     if any(entry.name.endswith(_SHARDS) for entry in entries):
         return False
@@ -351,7 +351,7 @@ def is_among(path: Path, place: str | os.PathLike[str]) -> bool:
             parts = mine.relative_to(theirs).parts
             if not parts:
                 return True
-            if not _is_hidden(parts[0]) and not any(part.startswith(".") for part in parts):
+            if not any(map(is_hidden, parts)):
                 return not is_divided(root) or parts[0] in ("train", *_VALIDATION)
     return False
 
@@ -364,7 +364,7 @@ def _divides(folder: Path, below: set[str]) -> bool:
 
 
 def _folders(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name)}
+    return {entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)}
 
 
 def _classes(folder: Path, at_least: int = 2) -> list[str]:
@@ -376,10 +376,6 @@ def _classes(folder: Path, at_least: int = 2) -> list[str]:
     if len({composed(name) for name in names}) < len(names):
         raise DataError(f"{folder} has two folders whose names look alike (two forms of Unicode); make one of them.")
     return sorted(names, key=lambda name: os.fsencode(composed(name)))
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"  # which is in zip files of macOS
 
 
 def composed(name: str) -> str:
@@ -396,7 +392,7 @@ def _images(root: Path, below: str) -> list[str]:
     found = (
         f"{below}/{name}"
         for name, _ in files_below(root / below)
-        if _is_image(name) and not any(part.startswith(".") for part in name.split("/"))
+        if _is_image(name) and not any(map(is_hidden, name.split("/")))
     )
     names = sorted(found, key=composed)
     if any(name.lower().endswith((".heic", ".heif")) for name in names) and find_spec("pillow_heif") is None:

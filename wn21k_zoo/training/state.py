@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
-from wn21k_zoo.errors import RecipeError, RunError, first_line
+from wn21k_zoo.errors import LabelSpaceError, RecipeError, RunError, UnknownLabelSpaceError, first_line
 from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.files import atomic_file, expanded, parse_json, replace
+from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status, write_text
 
@@ -150,6 +151,33 @@ class RunFolder:
         except (ValueError, TypeError) as error:
             raise RunError(f"{self.path / 'data.json'} is damaged ({first_line(error)}).") from None
         return content
+
+    def classes(self) -> tuple[LabelSpace | None, tuple[str, ...]]:
+        """Its label space, None where classes are no synsets, and a wnid or a folder's name per output.
+
+        Raises:
+            RunError: There is no run, or what it says of its classes is damaged.
+        """
+        data = self.data()
+        try:
+            name, names = data["label_space"], data["class_names"]  # of a shipped label space the name alone
+            if name is None:
+                return None, tuple(names)
+            space = LabelSpace.load(name) if names is None else LabelSpace(name, tuple(names))
+        except (KeyError, TypeError, LabelSpaceError, UnknownLabelSpaceError) as error:
+            raise RunError(f"{self.path / 'data.json'} is damaged ({first_line(error)}).") from None
+        return space, space.wnids
+
+    def training_images(self) -> int:
+        """How many images an epoch has.
+
+        Raises:
+            RunError: There is no run, or what it says of its images is damaged.
+        """
+        try:
+            return int(self.data()["images"]["train"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{self.path / 'data.json'} is damaged ({first_line(error)}).") from None
 
     def status(self) -> dict[str, Any]:
         """How it stands; empty when it never began."""
