@@ -1,5 +1,7 @@
 """What each step of a training asks of a device, seen without a GPU: none of it may make the host wait for one."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.training.algorithms import about_precision
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.evaluation import Evaluation
@@ -159,3 +162,23 @@ def test_the_moving_average_waits_for_nothing():
         moved(module), moved(average)
         for step in (1, 2):
             average.update(module, step)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "has_bf16", "advised"),
+    [
+        ("fp32", "cpu", False, None),
+        ("bf16", "cpu", False, None),
+        ("fp16", "cpu", False, "fp32"),
+        ("fp32", "cuda", True, "bf16"),
+        ("fp32", "cuda", False, "fp16"),
+        ("bf16", "cuda", True, None),
+        ("bf16", "cuda", False, "fp16"),
+        ("fp16", "cuda", True, None),
+        ("fp32", "mps", False, None),
+    ],
+)
+def test_a_precision_that_suits_the_device_is_advised(monkeypatch, precision, device, has_bf16, advised):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    advice = about_precision(precision, torch.device(device))
+    assert re.findall(r"run.precision=(\w+)", advice) == ([advised] if advised else [])

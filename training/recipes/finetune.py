@@ -11,6 +11,9 @@ r"""Fine-tune a record on a folder of class folders of your own.
                        -m wn21k_zoo.training.train --recipe training/recipes/finetune.py --data DIR --output DIR \
                        --set data.batch_size=1024 --set optimizer.lr=6e-4
 
+On a GPU add --set run.precision=bf16, or fp16 where it has no bf16: fp32, the default that every device computes well,
+takes more time and memory there.
+
 A step has 32 images on any number of GPUs unless --set says otherwise, as for 8 and 32 GPUs above, where that would
 leave too few to each; the learning rate then grows with the root of the batch.
 

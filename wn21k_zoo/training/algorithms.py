@@ -1,4 +1,4 @@
-"""What a run sets of torch for the whole process, and how it was before."""
+"""What a run sets of torch for the whole process, and how it was before; which precision suits a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["choose_algorithms", "is_deterministic", "torch_as_it_was"]
+__all__ = ["about_precision", "choose_algorithms", "is_deterministic", "torch_as_it_was"]
 
 
 @contextlib.contextmanager
@@ -48,3 +48,18 @@ def choose_algorithms(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
     _set_deterministic(deterministic)
     torch.backends.cudnn.benchmark = not deterministic  # all images have one size
+
+
+def about_precision(precision: str, device: torch.device) -> str:
+    """Which other precision of a recipe suits a device better; empty where none does, or nothing is known of it."""
+    if device.type == "cpu" and precision == "fp16":
+        return "fp16 is slow on a CPU; --set run.precision=fp32 is not"
+    if device.type != "cuda":
+        return ""
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and not has_bf16:
+        return "this GPU has no bf16 of its own; --set run.precision=fp16 is faster"
+    if precision == "fp32":
+        better = "bf16" if has_bf16 else "fp16"
+        return f"fp32 takes more of a GPU's time and memory than half precision: --set run.precision={better}"
+    return ""

@@ -30,7 +30,7 @@ from wn21k_zoo.errors import (
     is_out_of_memory,
 )
 from wn21k_zoo.training.agreement import Agreement, Answer
-from wn21k_zoo.training.algorithms import choose_algorithms, torch_as_it_was
+from wn21k_zoo.training.algorithms import about_precision, choose_algorithms, torch_as_it_was
 from wn21k_zoo.training.data import Batch, FolderDataset, Loader
 from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
@@ -217,11 +217,8 @@ class _Run:
     def _announce(self) -> None:
         """What the run is, and what of it may not be meant."""
         self.reporter.say(self._describe())
-        if self.device.type == "cpu" and self.recipe.run.precision == "fp16":
-            self.reporter.say("fp16 is slow on a CPU; --set run.precision=fp32 is not")
-        emulated = self.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-        if emulated and self.recipe.run.precision == "bf16":
-            self.reporter.say("this GPU has no bf16 of its own; --set run.precision=fp16 is faster")
+        if not self.step and (advice := about_precision(self.recipe.run.precision, self.device)):
+            self.reporter.say(advice)
         if self.learner.about_teacher:
             self.reporter.say(self.learner.about_teacher)
         few = few_for_statistics(self.learner.module, self.recipe, self.world.size)
