@@ -47,6 +47,7 @@ One line of text that says what is wrong and what to do next; the class says wha
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Iterable
 
@@ -277,6 +278,31 @@ def did_you_mean(name: str, candidates: Iterable[str], count: int = 3) -> str:
         near = [beginnings[match] for match in difflib.get_close_matches(folded, beginnings, n=count, cutoff=0.75)]
         near = near or sorted((known for known in by_folded if folded in known), key=len)[:count]
     return f" Did you mean {', '.join(by_folded[known] for known in near)}?" if near else ""
+
+
+def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """See that an argument is a whole number, of Python's or NumPy's, within bounds.
+
+    Raises:
+        InvalidArgumentError: It is not.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        bounds = f"from {least} to {most}" if most is not None else f"{least} or more"
+        raise InvalidArgumentError(f"{name} is {value!r}; it must be a whole number, {bounds}.")
+
+
+def check_share(name: str, value: float) -> None:
+    """See that an argument is a number from 0 to 1.
+
+    Raises:
+        InvalidArgumentError: It is not.
+    """
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise InvalidArgumentError(f"{name} is {value!r}; it must be a number from 0 to 1.")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -238,7 +238,7 @@ def _load_folder(
     weights = weights or weights_in(folder)
     known = _checkpoint_of_config(config)
     if labels is not None and space != "own":
-        stated_space, stated_head = _read_labels(labels)
+        stated_space, stated_head = read_labels(labels)
         space, head = space or stated_space, head or stated_head
     if space == "own" or (space is None and config.get("label_space") == "own"):
         space = _own_names(config, folder)
@@ -277,8 +277,12 @@ def _checkpoint_of_config(config: Mapping[str, Any]) -> Checkpoint | None:
     return checkpoint if num_classes == len(LabelSpace.load(checkpoint.label_space)) else None
 
 
-def _read_labels(path: Path) -> tuple[LabelSpace, Head]:
-    """What an exported folder says about its outputs."""
+def read_labels(path: Path) -> tuple[LabelSpace, Head]:
+    """What ``wn21k_labels.json`` of an exported folder says about its outputs.
+
+    Raises:
+        ModelError: It is damaged.
+    """
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
         name, wnids, head = str(content["label_space"]), tuple(content["wnids"]), content["head"]

@@ -59,11 +59,19 @@ def test_each_rank_has_the_gpu_of_its_number_and_touches_no_other(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("world", ["cpu"], indirect=True)
+def test_a_process_group_that_is_there_is_taken_and_left(world):
+    for _ in range(2):
+        with join("cpu") as joined:
+            assert (joined.rank, joined.size, joined.device) == (0, 1, world.device)
+        assert dist.is_initialized()
+
+
 @pytest.mark.parametrize("world", ["cpu", GPU], indirect=True)
 def test_what_it_says_to_others_comes_back(world):
-    assert world.maximum(True, False) == [True, False]
+    assert (world.any(True), world.any(False)) == (True, False)
     assert world.mean(3.0, math.pi) == pytest.approx([1.5, math.pi / 2])  # of two, one of which said nothing
-    assert world.whole(2**40 + 1) == 2**40 + 1
+    assert world.broadcast(2**40 + 1) == 2**40 + 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -67,10 +67,10 @@ def test_randomness_has_seed_epoch_and_sample_apart():
 
 
 def test_what_is_left_of_an_epoch_and_less_than_a_step_is_left_out(shards):
-    one = loader(shards, batch_size=5, group=3)
+    one = loader(shards, batch_size=5, accumulation=3)
     assert sum(1 for _ in one) == len(one) == 67 // 15 * 3
     with pytest.raises(InvalidArgumentError, match="5 x 1 x 14"):
-        loader(shards, batch_size=5, group=14)
+        loader(shards, batch_size=5, accumulation=14)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

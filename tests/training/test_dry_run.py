@@ -10,6 +10,7 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import dry_run
 from wn21k_zoo.training.dry_run import count
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
+from wn21k_zoo.training.shards import WORK_FOLDER
 from wn21k_zoo.training.sources import open_source
 
 from .archives import (
@@ -51,6 +52,24 @@ def test_space_is_reckoned_for_the_classes_that_were_not_looked_at(tmp_path, mon
                 prepare(tmp_path / "in", tmp_path / "out", options, workers=1)
 
 
+def test_shards_that_are_there_need_no_more_room(tmp_path, monkeypatch):
+    source = write_layout("folders", tmp_path / "in", make_classes())
+
+    def stop(progress):
+        if progress.stage == "shards" and progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tmp_path / "out", OPTIONS, workers=1, progress=stop)
+    shards = [path.stat().st_size for path in (tmp_path / "out").glob("*.tar")]
+    classes = [path.stat().st_size for path in (tmp_path / "out" / WORK_FOLDER / "classes").iterdir()]
+    assert len(shards) >= 3
+    asked = []
+    monkeypatch.setattr(dry_run, "_refuse_space", lambda expected, have, output: asked.append(have))
+    prepare(source, tmp_path / "out", OPTIONS, workers=1)
+    assert asked == [sum(shards) + sum(classes)]
+
+
 def test_what_was_copied_out_goes_when_it_is_counted(tmp_path):
     for layout in ("nested.tar.gz", "flat.tar.gz"):
         source = write_layout(layout, tmp_path / layout, make_classes())
@@ -61,6 +80,11 @@ def test_what_was_copied_out_goes_when_it_is_counted(tmp_path):
             assert not one.path.exists()
             seen += 1
         assert seen == 4
+
+
+def test_on_ray_too_what_is_copied_out_is_counted_here(tmp_path):
+    source = write_layout("nested.tar.gz", tmp_path / "in.tar.gz", make_classes())
+    assert count(source, OPTIONS, engine="ray", ray_address="nobody:1") == count(source, OPTIONS, workers=1)
 
 
 def test_a_dry_run_counts_names_once_and_nothing_that_is_refused(tmp_path):

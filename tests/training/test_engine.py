@@ -4,6 +4,7 @@ import re
 import signal
 import sys
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -600,6 +601,17 @@ def test_the_best_on_fewer_images_is_not_the_best(data, tmp_path, stop_at):
     run(recipe, data, tmp_path)
     assert read_checkpoint(best)["step"] > 6
     assert final(tmp_path)["best"] == [max(line["semantic_top1"] for line in lines(tmp_path, "evaluation")[1:]), 6]
+
+
+def test_a_tensorboard_that_does_not_work_ends_no_run(data, tmp_path, monkeypatch, caplog):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise TypeError("Descriptors cannot be created directly")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken("torch.utils.tensorboard"))
+    run(small_recipe(schedule={"epochs": 1}), data, tmp_path)
+    assert "TensorBoard does not work here" in caplog.text
+    assert len(lines(tmp_path)) == 6
 
 
 def test_tensorboard_has_every_step_of_a_resumed_run(data, tmp_path, stop_at):

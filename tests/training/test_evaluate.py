@@ -132,6 +132,34 @@ def test_a_network_of_ones_own_is_evaluated_and_left_as_it_was(run, data, tmp_pa
         evaluate(module, data, which="last", label_space=sorted(WNIDS))
 
 
+def test_each_of_several_processes_evaluates_all_of_it_and_waits_for_none(run, data, monkeypatch):
+    alone = evaluate(run, data, workers=0)
+
+    def waits(*_, **__):
+        raise AssertionError("it waits for others")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_group_size", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "all_reduce", waits)
+    assert {**evaluate(run, data, workers=0), "images_per_second": 0} == {**alone, "images_per_second": 0}
+
+
+def test_what_fails_beside_the_rows_is_not_blamed_on_them(run, data, tmp_path):
+    def gone(done, total):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        evaluate(run, data, workers=0, predictions=tmp_path / "rows.csv", progress=gone)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_out_of_range(run, data):
+    for wrong in ({"max_bad": -1}, {"max_bad": 1.5}, {"batch_size": 0}, {"batch_size": 2.5}, {"workers": -1}):
+        with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
+            evaluate(run, data, **wrong)
+
+
 def test_the_checkpoint_that_is_asked_for_is_evaluated(run, data, tmp_path):
     broken = _broken(run, tmp_path)
     assert evaluate(broken, data, workers=0, which="last")["images"] == 6

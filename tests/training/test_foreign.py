@@ -264,3 +264,23 @@ def test_images_are_those_with_bytes_and_may_be_missing(tmp_path):
     rows = index_parquet(parquet(table), "x.parquet", CLASSES)
     index = convert_parquet(parquet(table), rows, tmp_path / "x.tar")
     assert index["size"].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())])
+def test_columns_of_text_of_any_kind(kind):
+    synsets = pa.array(["n02123045", "n07920052", "n02084071"]).cast(kind)
+    rows = index_parquet(parquet(pa.table({"synset": synsets, "image": [b"a"] * 3})), "x", CLASSES)
+    assert rows[["offset", "target"]].tolist() == [(0, 4), (2, 0)]
+
+
+def test_a_damaged_index_is_made_anew(tmp_path):
+    folder = tmp_path / "wds"
+    folder.mkdir()
+    timm_wds(folder, make_classes(), keyed=True)
+    whole = len(open_dataset(folder, label_space="winter21"))
+    first, second, third = sorted((tmp_path / "cache" / "index").glob("*.npy"))
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:-5])
+    before = third.stat().st_mtime_ns
+    assert len(open_dataset(folder, label_space="winter21")) == whole
+    assert third.stat().st_mtime_ns == before

@@ -289,12 +289,13 @@ def test_odd_images_are_handled_and_counted(tmp_path):
     wnid = WNIDS[0]
     exif = Image.Exif()
     exif[0x0112] = 6
-    good = jpeg(1, 40, 30)
+    good, late = jpeg(1, 40, 30), jpeg(5, 30, 16, exif=exif)
     odd = {
         f"{wnid}_cmyk_small.JPEG": jpeg(2, 20, 20, mode="CMYK"),
         f"{wnid}_cmyk_large.JPEG": jpeg(3, 60, 50, mode="CMYK"),
         f"{wnid}_png.JPEG": jpeg(4, 20, 10, format="PNG"),
         f"{wnid}_rotated.JPEG": jpeg(5, 30, 16, exif=exif),
+        f"{wnid}_rotated_late.JPEG": late[:2] + b"\xff\xfe\x13\x8a" + bytes(5000) + late[2:],  # a comment
         f"{wnid}_grey.JPEG": jpeg(6, 20, 10, mode="L"),
         f"{wnid}_empty.JPEG": b"",
         f"{wnid}_text.JPEG": b"this is no image",
@@ -305,7 +306,7 @@ def test_odd_images_are_handled_and_counted(tmp_path):
         "notes.txt": b"not counted",
         ".hidden.jpg": good,
     }
-    with pytest.raises(BadImagesError, match=r"3 of 11 images cannot be used \(1 .*--max-bad"):
+    with pytest.raises(BadImagesError, match=r"3 of 12 images cannot be used \(1 .*--max-bad"):
         prepared(tmp_path, {wnid: odd}, PrepareOptions(min_images=0, val_per_class=1, size=32))
     out = prepared(tmp_path, {wnid: odd}, PrepareOptions(min_images=0, val_per_class=1, size=32), max_bad=0.3)
     rows = {row["name"].removeprefix(f"{wnid}_").partition(".")[0]: row for row in manifest(out)}
@@ -317,16 +318,18 @@ def test_odd_images_are_handled_and_counted(tmp_path):
     assert rows["cmyk_small"]["action"] == "re-encoded"
     assert rows["cmyk_large"]["mode"] == "CMYK"
     assert (rows["png"]["format"], rows["png"]["action"]) == ("PNG", "re-encoded")
-    assert (rows["rotated"]["width"], rows["rotated"]["height"], rows["rotated"]["orientation"]) == (16, 30, 6)
+    for name in ("rotated", "rotated_late"):
+        assert (rows[name]["width"], rows[name]["height"], rows[name]["orientation"]) == (16, 30, 6)
+        assert rows[name]["action"] == "re-encoded"
     assert (rows["grey"]["mode"], rows["grey"]["action"]) == ("L", "copied")
-    assert rows["odd name, for a key"]["key"] == f"{wnid}-000010"
-    assert rows[r"na\xffme"]["key"] == f"{wnid}-000009"
+    assert rows["odd name, for a key"]["key"] == f"{wnid}-000011"
+    assert rows[r"na\xffme"]["key"] == f"{wnid}-000010"
     told = (out / "SUMMARY.md").read_text()
     for line in (
         "truncated: 1 images",
         "colours CMYK: 2 images",
         "PNG by its content: 1 images",
-        "rotated by EXIF: 1 images",
+        "rotated by EXIF: 2 images",
     ):
         assert f"- {line}\n" in told
     for shard in sum(read_info(out).splits.values(), ()):
@@ -652,8 +655,11 @@ def test_the_published_options():
     assert PrepareOptions() == PrepareOptions(
         label_space="fall11", min_images=500, val_per_class=50, size=224, resize="squash", quality=95, shard_size=10_000
     )
-    for wrong in ({"quality": 101}, {"size": 0}, {"size": 8193}, {"val_per_class": -1}, {"min_images": -1}):
-        with pytest.raises(InvalidArgumentError, match="it must be from"):
+    for wrong in (
+        {"quality": 101}, {"size": 0}, {"size": 8193}, {"val_per_class": -1}, {"min_images": -1}, {"size": 224.5},
+        {"min_images": True}, {"shard_size": "10"},
+    ):  # fmt: skip
+        with pytest.raises(InvalidArgumentError, match=r"it must be a whole number, from \d"):
             PrepareOptions(**wrong)
 
 

@@ -55,6 +55,17 @@ def test_files_of_a_class_in_several_places_are_refused(tmp_path, packed):
         classes_of(tmp_path / "flat.tar", tmp_path)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_class_archive_that_is_there_twice_is_refused(tmp_path, packed):
+    inner = tar_bytes({"a.jpg": b"a"})
+    content = tar_bytes({f"one/{WNIDS[0]}.tar": inner, f"{WNIDS[1]}.tar": inner, f"two/{WNIDS[0]}.tar": inner})
+    (tmp_path / "nested.tar").write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(DataSourceError, match=rf"has the files of {WNIDS[0]} in several places"):
+        classes_of(tmp_path / "nested.tar", tmp_path)
+    with pytest.raises(DataSourceError, match="in several places"):  # what is done and passed over counts, too
+        list(open_source(tmp_path / "nested.tar").classes(tmp_path, lambda name: False))
+
+
 @pytest.mark.parametrize("layout", ["nested.tar", "flat.tar", "nested.tar.gz", "flat.tar.gz"])
 def test_damage_within_an_archive_is_not_its_end(tmp_path, layout):
     source = write_layout(layout, tmp_path / layout, make_classes())
@@ -70,8 +81,11 @@ def test_damage_within_an_archive_is_not_its_end(tmp_path, layout):
 
 def test_a_class_that_is_there_twice_is_refused(tmp_path):
     write_folder(tmp_path / "in", {f"{WNIDS[0]}.tar": tar_bytes({}), f"{WNIDS[0]}/a.jpg": b"a"})
-    with pytest.raises(DataSourceError, match="is there twice"):
+    with pytest.raises(DataSourceError, match=rf"is there twice, .*{WNIDS[0]} and .*{WNIDS[0]}\.tar; remove one"):
         classes_of(tmp_path / "in", tmp_path)
+    write_folder(tmp_path / "split", {f"{split}/{WNIDS[0]}/a.jpg": b"a" for split in ("train", "val", "validation")})
+    with pytest.raises(DataSourceError, match=r"is there twice, .*val.* and .*val.*; remove one"):
+        classes_of(tmp_path / "split", tmp_path)
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("train", "validation"), ("imagenet21k_train", "imagenet21k_val")])

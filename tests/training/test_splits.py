@@ -63,7 +63,7 @@ def test_the_loader_of_a_run_has_what_its_recipe_says(shards, tmp_path):
     assert len(training) == 67 // 8 * 4  # four parts of 2 make a step; what is less than a step is left out
     orders = {
         window: [batch.samples.tolist() for batch in Loader(
-            splits.train, batch_size=2, augmentation=Squash(32), seed=3, window=window, group=4, workers=0
+            splits.train, batch_size=2, augmentation=Squash(32), seed=3, window=window, accumulation=4, workers=0
         )]
         for window in (2, 16)
     }  # fmt: skip

@@ -284,3 +284,13 @@ def test_what_will_be_computed_again_is_cut(tmp_path):
     assert [(line["kind"], line["step"]) for line in map(json.loads, folder.metrics.read_text().splitlines())] == [
         ("train", 6), ("evaluation", 6), ("train", 12),
     ]  # fmt: skip
+
+
+def test_of_damaged_checkpoints_the_last_stay(data, tmp_path):
+    run(small_recipe(), data, tmp_path)
+    folder = RunFolder(tmp_path)
+    for step in (998, 999):
+        (folder.checkpoints / f"step-{step:08d}.pt").write_bytes(b"nothing")
+        (tmp_path / "status.json").unlink()
+        run(small_recipe(), data, tmp_path)
+    assert [path.name for path in folder.checkpoints.glob("*.damaged")] == ["step-00000999.damaged"]

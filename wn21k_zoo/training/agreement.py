@@ -42,19 +42,9 @@ class Agreement:
         self._asked: tuple[Tensor, Any] = torch.zeros(3), None
         self._stream: torch.cuda.Stream | None = None
 
-    @property
-    def told(self) -> bool:
-        """Whether this process was told to stop."""
-        return bool(self._signals.number)
-
-    @property
-    def code(self) -> int:
-        """The exit code of a process that was told to stop."""
-        return self._signals.code
-
     def ask(self, loss: Tensor, save: bool) -> None:
         """All ranks call it with the loss of a step, a scalar, and whether they want a checkpoint."""
-        wishes = torch.full_like(loss, self.told), torch.full_like(loss, save)
+        wishes = torch.full_like(loss, self._signals.told), torch.full_like(loss, save)
         flags = torch.stack([*wishes, (~loss.isfinite()).to(loss.dtype)])
         work: Any = None
         if self._world.size > 1:
@@ -71,7 +61,7 @@ class Agreement:
 
     def stops(self) -> bool:
         """Whether any rank was told to stop; all ranks call it, and wait for each other."""
-        return self._world.maximum(self.told)[0]
+        return self._world.any(self._signals.told)
 
     def _copied(self, flags: Tensor, work: Any) -> tuple[Tensor, torch.cuda.Event]:
         """The flags in the memory of the host, once the event has come, by a stream beside that of the network."""

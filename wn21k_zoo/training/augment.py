@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from wn21k_zoo.errors import InvalidArgumentError
+from wn21k_zoo.errors import check_whole
 from wn21k_zoo.training.extra import cv2
 
-__all__ = ["OPERATIONS", "Operation", "PublishedAugmentation", "Squash", "cutout", "resize", "squash"]
+__all__ = ["OPERATIONS", "Operation", "PublishedAugmentation", "Squash", "cutout", "resize"]
 
 Image: TypeAlias = NDArray[np.uint8]
 
@@ -39,19 +39,6 @@ _SQUARE_COLOUR = (125, 122, 113)  # of RandAugment's own cutout: about the mean 
 # pages from the system, and gives them back, each time, which costs more than the arithmetic.
 _ROWS = 48
 _VALUES = 32768
-
-
-def squash(image: Image, size: int) -> Image:
-    """Resize to a square without regard to the aspect ratio: Pillow's bilinear, as torchvision's ``Resize`` takes it.
-
-    Args:
-        image: uint8 [height, width, 3].
-        size: Side in pixels.
-
-    Returns:
-        uint8 [size, size, 3]; ``image`` itself where it has that size already.
-    """
-    return resize(image, size, size)
 
 
 def resize(image: Image, height: int, width: int) -> Image:
@@ -113,11 +100,11 @@ class Squash:
     size: int = 224
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
+        check_whole("size", self.size, 1)
 
     def __call__(self, image: Image, random: Random) -> Image:
-        """As :func:`squash`; nothing is drawn from ``random``."""
-        return squash(image, self.size)
+        """Resize: [height, width, 3] to [size, size, 3]; nothing is drawn from ``random``."""
+        return resize(image, self.size, self.size)
 
 
 @dataclass(frozen=True)
@@ -137,7 +124,7 @@ class PublishedAugmentation:
     size: int = 224
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
+        check_whole("size", self.size, 1)
 
     def __call__(self, image: Image, random: Random) -> Image:
         """Augment an image.
@@ -149,7 +136,7 @@ class PublishedAugmentation:
         Returns:
             uint8 [size, size, 3], an array of its own.
         """
-        squashed = squash(image, self.size)
+        squashed = resize(image, self.size, self.size)
         if squashed is image:
             squashed = image.copy()
         centre = _integer(random, self.size), _integer(random, self.size)
@@ -387,11 +374,6 @@ def _integer(random: Random, count: int) -> int:
 
 def _image(array: Any) -> Image:
     return cast(Image, array)  # OpenCV's stubs leave the data type open
-
-
-def _check_size(size: int) -> None:
-    if not isinstance(size, int) or size < 1:
-        raise InvalidArgumentError(f"size is {size!r}; give the side of the image in pixels, such as 224.")
 
 
 def _linear(first: float, last: float) -> tuple[float, ...]:

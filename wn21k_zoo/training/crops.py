@@ -11,7 +11,7 @@ from random import Random
 
 import numpy as np
 
-from wn21k_zoo.errors import InvalidArgumentError
+from wn21k_zoo.errors import InvalidArgumentError, check_share, check_whole
 from wn21k_zoo.training.augment import OPERATIONS, Image, resize
 from wn21k_zoo.training.extra import cv2
 
@@ -42,8 +42,11 @@ class RandomCrop:
     erase: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not 0 < self.scale <= 1 or self.operations < 0 or not 0 <= self.erase <= 1:
-            raise InvalidArgumentError(f"{self}: size must be at least 1, scale in (0, 1], erase in [0, 1].")
+        check_whole("size", self.size, 1)
+        check_whole("operations", self.operations, 0)
+        check_share("erase", self.erase)
+        if not 0 < self.scale <= 1:
+            raise InvalidArgumentError(f"scale is {self.scale}; it must be in (0, 1].")
 
     def __call__(self, image: Image, random: Random) -> Image:
         """Augment: [height, width, 3] to [size, size, 3], an array of its own."""
@@ -85,8 +88,9 @@ class CenterCrop:
     crop_pct: float = 0.875
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not 0 < self.crop_pct <= 1:
-            raise InvalidArgumentError(f"{self}: size must be at least 1, crop_pct in (0, 1].")
+        check_whole("size", self.size, 1)
+        if not 0 < self.crop_pct <= 1:
+            raise InvalidArgumentError(f"crop_pct is {self.crop_pct}; it must be in (0, 1].")
 
     def __call__(self, image: Image, random: Random) -> Image:
         """Crop: [height, width, 3] to [size, size, 3]; nothing is drawn from ``random``."""

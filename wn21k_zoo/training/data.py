@@ -15,7 +15,6 @@ import os
 import random
 import signal
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -26,13 +25,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError, Wn21kError
+from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError, Wn21kError, check_share, check_whole
 from wn21k_zoo.training.augment import PublishedAugmentation, Squash
-from wn21k_zoo.training.dataset import Images, ShardedDataset, open_dataset
+from wn21k_zoo.training.dataset import ShardedDataset, open_dataset
 from wn21k_zoo.training.decode import UndecodableError, decode
 from wn21k_zoo.training.extra import cv2
 from wn21k_zoo.training.folder import FolderDataset, is_class_folder, open_folder, open_folders
 from wn21k_zoo.training.order import SampleOrder
+from wn21k_zoo.training.reading import OpenShards, TorchDataset
 from wn21k_zoo.training.storage import Stage
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "ShardedDataset",
     "Squash",
     "Stage",
+    "TorchDataset",
     "is_class_folder",
     "open_dataset",
     "open_folder",
@@ -65,7 +66,7 @@ class LoaderState(TypedDict):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank gets of one batch.
+    """What one rank gets of one batch; ``images, targets = batch`` unpacks the two that training needs.
 
     ``images``: [n, 3, size, size] on the device, channels_last, floating point in [0, 1]. ``targets``: class indices,
     [n] int64. ``samples``: numbers of the samples in the data set, [n] int64, on the CPU. ``names``: of the images,
@@ -80,6 +81,9 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter((self.images, self.targets))
 
 
 class Loader:
@@ -104,22 +108,24 @@ class Loader:
         world_size: Number of ranks.
         workers: Processes that decode and augment; 0: this one.
         device: Batches come as tensors there, the next one on its way while one is worked on.
-        dtype: Of the images.
         window: So many shards are mixed with each other.
         max_bad: Share of an epoch's samples that may be damaged; ten of a thousand always may, for 0.01.
         names: Whether batches tell the names of their images.
-        group: In training, so many batches of each rank make a step; what is left of an epoch and less than a step is
-            left out.
+        accumulation: In training, so many batches of each rank make a step; what is left of an epoch and less than a
+            step is left out.
 
     Raises:
         InvalidArgumentError: An argument is none of its kind or out of range, or the data set is smaller than one batch
             of all ranks.
 
+    Iterating raises :class:`BadImagesError` where more than ``max_bad`` are damaged, :class:`DataError` where a shard
+    is missing.
+
     Example:
         >>> loader = Loader(open_dataset("shards"), batch_size=64, workers=8, device="cuda")
         >>> for epoch in range(80):
-        ...     for batch in loader:
-        ...         loss = criterion(model(batch.images), batch.targets)
+        ...     for images, targets in loader:
+        ...         loss = criterion(model(images), targets)
     """
 
     def __init__(
@@ -134,26 +140,27 @@ class Loader:
         world_size: int = 1,
         workers: int = 0,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
         window: int = 16,
         max_bad: float = 0.01,
-        group: int = 1,
+        accumulation: int = 1,
         names: bool = False,
     ) -> None:
         if not hasattr(dataset, "lengths"):
             named = isinstance(dataset, (str, os.PathLike))
             what = f"such as open_dataset({str(dataset)!r})" if named else f"no {type(dataset).__name__}"
             raise InvalidArgumentError(f"Loader takes what open_dataset or open_folder gives, {what}.")
-        if min(batch_size, window, group) < 1 or not 0 <= rank < world_size or workers < 0 or seed < 0:
+        for name, value in (("batch_size", batch_size), ("window", window), ("accumulation", accumulation)):
+            check_whole(name, value, 1)
+        for name, value in (("workers", workers), ("seed", seed)):
+            check_whole(name, value, 0)
+        check_whole("world_size", world_size, 1)
+        check_whole("rank", rank, 0, world_size - 1)
+        check_share("max_bad", max_bad)
+        if training and len(dataset) < batch_size * world_size * accumulation:
             raise InvalidArgumentError(
-                f"batch_size {batch_size}, rank {rank} of {world_size}, workers {workers}, window {window}, group "
-                f"{group} or seed {seed} is out of range: batch_size, window and group must be at least 1, workers and "
-                "seed at least 0, rank below world_size."
-            )
-        if training and len(dataset) < batch_size * world_size * group:
-            raise InvalidArgumentError(
-                f"The data set has {len(dataset):,} samples, fewer than one batch of all ranks "
-                f"({batch_size} x {world_size}{f' x {group}' if group > 1 else ''}); take a smaller batch."
+                f"The data set has {len(dataset):,} samples, fewer than one step of all ranks "
+                f"({batch_size} x {world_size}{f' x {accumulation}' if accumulation > 1 else ''}); take a "
+                "smaller batch."
             )
         self.dataset, self.batch_size, self.training = dataset, batch_size, training
         self.rank, self.world_size = rank, world_size
@@ -165,13 +172,13 @@ class Loader:
             self.device = torch.device(device)
         except (RuntimeError, TypeError):
             raise InvalidArgumentError(f"device is {device!r}; give cpu, cuda, cuda:N or mps.") from None
-        self.dtype, self.max_bad = dtype, max_bad
+        self.max_bad = max_bad
         self.bad_samples = self._bad_of_epoch = self._seen_of_epoch = 0
         self._told = False  # where to begin
         self._stream: torch.cuda.Stream | None = None
         self._named: set[tuple[str, str]] = set()
         self._order = SampleOrder(dataset.lengths, window if training else 0, seed)
-        self._plan = _Plan(len(dataset), batch_size, training, rank, world_size, group)
+        self._plan = _Plan(len(dataset), batch_size, training, rank, world_size, accumulation)
         reader = _Reader(
             dataset, self._order, augmentation or (PublishedAugmentation() if training else Squash()), names
         )
@@ -196,10 +203,8 @@ class Loader:
         if not self.training and not self._told:
             self._plan.samples_seen = 0
         self._told = False
-        with _shielded():
-            loaded = iter(self._batches)
         self._bad_of_epoch = self._seen_of_epoch = 0
-        for seen, batch in self._on_device(loaded):
+        for seen, batch in self._on_device(self._loaded()):
             self._plan.samples_seen = seen
             yield batch
         self._plan.epoch, self._plan.samples_seen = self._plan.epoch + 1, 0
@@ -219,6 +224,21 @@ class Loader:
         self._plan.epoch, self._plan.samples_seen = state["epoch"], state["samples_seen"]
         self._told = True
 
+    def _loaded(self) -> Iterator[dict[str, Any]]:
+        """What the workers read; whoever pins memory, here or in a thread, takes the GPU that is current."""
+
+        def there() -> contextlib.AbstractContextManager[Any]:
+            return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+        with _shielded(), there():
+            loaded = iter(self._batches)
+        while True:
+            with there():
+                raw = next(loaded, None)
+            if raw is None:
+                return
+            yield raw
+
     def _on_device(self, loaded: Iterator[dict[str, Any]]) -> Iterator[tuple[int, Batch]]:
         """Convert each batch, the next one while the one before is worked on where the device has streams."""
         if self.device.type == "cuda" and self._stream is None:
@@ -231,7 +251,7 @@ class Loader:
                 raise raw["error"]
             self._count(raw)
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
-                images = _to_unit(raw["images"], self.device).permute(0, 3, 1, 2).to(self.dtype)
+                images = _to_unit(raw["images"], self.device).permute(0, 3, 1, 2)
                 targets = raw["targets"].to(self.device, non_blocking=stream is not None)
             now = raw["seen"], Batch(images, targets, raw["samples"], tuple(raw["names"]))
             if stream is None:
@@ -281,9 +301,11 @@ class _Plan(Sampler[_Task]):
     collector, which ends their queues first and then waits for them.
     """
 
-    def __init__(self, count: int, batch_size: int, training: bool, rank: int, world_size: int, group: int) -> None:
-        self._count, self._batch_size, self._training, self._group = count, batch_size, training, group
-        self._rank, self._world_size = rank, world_size
+    def __init__(
+        self, count: int, batch_size: int, training: bool, rank: int, world_size: int, accumulation: int
+    ) -> None:
+        self._count, self._batch_size, self._training = count, batch_size, training
+        self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
         self.epoch = self.samples_seen = 0
 
     def __iter__(self) -> Iterator[_Task]:
@@ -294,7 +316,7 @@ class _Plan(Sampler[_Task]):
         whole = self._batch_size * self._world_size
         end = self._count
         if self._training:
-            end -= (end - begin) % (whole * self._group)
+            end -= (end - begin) % (whole * self._accumulation)
         while begin + whole <= end:
             first = begin + self._rank * self._batch_size
             yield epoch, first, first + self._batch_size, begin + whole
@@ -354,16 +376,12 @@ class _Reader(Dataset[dict[str, Any]]):
         self, dataset: ShardedDataset | FolderDataset, order: SampleOrder, augmentation: Augmentation, names: bool
     ) -> None:
         self.dataset, self.order, self.augmentation, self.names = dataset, order, augmentation, names
-        self._open: OrderedDict[int, tuple[Images, NDArray[np.void]]] = OrderedDict()
+        self._shards = OpenShards(dataset, 2 * (order.window or 2))
         self._ahead: threading.Thread | None = None
         self._staged: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_ahead": None, "_staged": None}
-
-    def __del__(self) -> None:
-        for file, _ in self._open.values():
-            file.close()
+        return {**self.__dict__, "_ahead": None, "_staged": None}
 
     def __len__(self) -> int:
         return len(self.order)
@@ -384,7 +402,7 @@ class _Reader(Dataset[dict[str, Any]]):
         names: list[str] = []
         bad: list[tuple[str, str, str]] = []
         for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
-            file, index = self._shard(shard)
+            file, index = self._shards[shard]
             entry = index[number]
             sample = int(self.order.starts[shard]) + number
             try:
@@ -414,36 +432,18 @@ class _Reader(Dataset[dict[str, Any]]):
             "seen": seen,
         }
 
-    def _shard(self, number: int) -> tuple[Images, NDArray[np.void]]:
-        found = self._open.get(number)
-        for _ in range(5):
-            if found is not None:
-                break
-            with contextlib.suppress(FileNotFoundError):  # another process needed its room on the stage
-                found = self.dataset.open(number)
-        if found is None:
-            raise DataError(
-                f"The shard {self.dataset.shards[number].name} is missing, or the stage is too small for one window."
-            )
-        if number not in self._open:
-            self._open[number] = found
-            while len(self._open) > 2 * (self.order.window or 2):
-                self._open.popitem(last=False)[1][0].close()
-        return found
-
     def _stage_ahead(self, epoch: int, window: int) -> None:
         """Copy the shards of the next window to this machine while this one is read; each worker begins elsewhere."""
         if isinstance(self.dataset, FolderDataset) or self.dataset.is_here:
             return
         dataset = self.dataset
+        if window == self.order.num_windows:
+            epoch, window = epoch + 1, 0
         if self._staged == (epoch, window) or (self._ahead is not None and self._ahead.is_alive()):
             return
-        windows = self.order.windows(epoch)
-        if window >= len(windows):
-            windows, epoch, window = self.order.windows(epoch + 1), epoch + 1, 0
         self._staged = (epoch, window)
         worker = get_worker_info()
-        shards = np.roll(windows[window], -(worker.id if worker is not None else 0)).tolist()
+        shards = np.roll(self.order.windows(epoch)[window], -(worker.id if worker is not None else 0)).tolist()
 
         def run() -> None:
             for shard in shards:

@@ -385,6 +385,12 @@ def _indexes(
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # waiting for the storage, not computing
         paths = list(pool.map(place, names))  # an error cancels what has not begun
+    for path in paths:
+        if path.is_file():
+            try:
+                read_index(path)
+            except DataError:  # damaged: it is made anew
+                path.unlink()
     if all(path.is_file() for path in paths):
         return paths
     lock, advice = folder / f"{_short(storage.url)}.lock", "set WN21K_DATA_CACHE to another disk."

@@ -13,11 +13,10 @@ from PIL import ExifTags, Image
 from wn21k_zoo.errors import ImageDecodeError, ImageError, MissingExtraError
 from wn21k_zoo.images import load_image
 from wn21k_zoo.training.extra import cv2, simplejpeg
+from wn21k_zoo.training.storing import BEGIN_OF_JPEG, METADATA, is_cut_off
 
 __all__ = ["UndecodableError", "decode"]
 
-_JPEG = b"\xff\xd8\xff"
-_END_OF_IMAGE = b"\xff\xd9"
 _METADATA = b"\xff\xe1"  # EXIF or XMP
 
 
@@ -34,12 +33,12 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     Raises:
         UndecodableError: Truncated, damaged, too large or no image.
     """
-    is_jpeg = data[:3] == _JPEG
+    is_jpeg = data.startswith(BEGIN_OF_JPEG)
     if is_jpeg and _is_upright(data):
         with contextlib.suppress(ValueError):  # CMYK, say
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
             return pixels
-    if is_jpeg and _END_OF_IMAGE not in data[-4096:]:
+    if is_jpeg and is_cut_off(data):
         raise UndecodableError("truncated")
     try:
         with warnings.catch_warnings(action="ignore"):  # of frames that are left out, say
@@ -54,7 +53,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
 
 def _is_upright(data: bytes) -> bool:
     """Whether a JPEG is stored as it is to be seen; False too where nobody can tell."""
-    if _METADATA not in data[:65536]:
+    if _METADATA not in data[:METADATA]:
         return True
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:

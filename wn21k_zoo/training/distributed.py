@@ -36,13 +36,17 @@ class World:
         """Whether this is the one that writes and reports."""
         return self.rank == 0
 
-    def maximum(self, *values: bool) -> list[bool]:
-        """Each value that is true on any rank; waits for all."""
+    def any(self, value: bool) -> bool:
+        """Whether it is true on any rank; waits for all."""
         if self.size == 1:
-            return list(values)
-        flags = torch.tensor(values, dtype=torch.int32, device=self.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return [bool(flag) for flag in flags.tolist()]
+            return value
+        flag = torch.tensor(value, dtype=torch.int32, device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.any(False)
 
     def mean(self, *values: float) -> list[float]:
         """The mean of each value over ranks; waits for all."""
@@ -53,7 +57,7 @@ class World:
         dist.all_reduce(total)
         return [float(value) / self.size for value in total.tolist()]
 
-    def whole(self, value: int) -> int:
+    def broadcast(self, value: int) -> int:
         """The leading rank's number; waits for all."""
         if self.size == 1:
             return value
@@ -75,7 +79,7 @@ class World:
                 problem = error
             except OSError as error:  # a full disk, a folder that may not be written
                 problem = RunError(f"{first_line(error)}.")
-        failed = self.maximum(problem is not None)[0]
+        failed = self.any(problem is not None)
         if problem is not None:
             raise problem
         if failed:
@@ -86,7 +90,8 @@ class World:
 def join(device: str | torch.device = "auto") -> Iterator[World]:
     """Within, this process belongs to its world: that of torchrun's variables, or itself alone.
 
-    On CUDA each rank has the GPU of its local rank and NCCL; else gloo.
+    On CUDA each rank has the GPU of its local rank, which becomes torch's current one, and NCCL; else gloo. A process
+    group that the program has made already is taken as it is.
 
     Raises:
         TrainingError: There are more ranks than GPUs on this machine, the device is of one process alone, or the others
@@ -108,6 +113,9 @@ def join(device: str | torch.device = "auto") -> Iterator[World]:
                 "machine as it has GPUs (torchrun --nproc-per-node)."
             )
         torch.cuda.set_device(chosen)
+    if dist.is_available() and dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), chosen)
+        return
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         yield World(0, 1, chosen)
         return

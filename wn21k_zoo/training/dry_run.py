@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wn21k_zoo.errors import DataSourceError, DiskSpaceError
+from wn21k_zoo.files import expanded
 from wn21k_zoo.training.classes import decide, read_or_bad
 from wn21k_zoo.training.engines import Engine
 from wn21k_zoo.training.manifest import ClassResult
@@ -36,8 +39,8 @@ class ClassCount:
 
 
 def count(
-    source: Path,
-    options: PrepareOptions,
+    source: str | os.PathLike[str],
+    options: PrepareOptions | None = None,
     *,
     workers: int | None = None,
     engine: Engine = "local",
@@ -59,7 +62,10 @@ def count(
     Raises:
         DataSourceError: As :func:`prepare`.
     """
+    source, options = expanded(source, DataSourceError), options or PrepareOptions()
     opened = open_source(source.absolute() if engine == "ray" else source)  # Ray's workers stand elsewhere
+    if opened.sequential:  # classes are copied out to this machine's disk, where no other looks
+        engine, ray_address = "local", None
     tasks = Tasks(workers, engine, ray_address, progress)
     counts: list[ClassCount] = []
     done = images = 0
@@ -135,7 +141,8 @@ def check_space_before(source: Source, options: PrepareOptions, output: Path) ->
     read = sum(count.source_bytes for count in counts)
     stored = sum(count.stored_bytes for count in counts)
     if read:
-        have = sum(path.stat().st_size for path in (work / "classes").iterdir())
+        done = itertools.chain((work / "classes").iterdir(), output.glob("*.tar"))
+        have = sum(path.stat().st_size for path in done)
         _refuse_space(stored / read * sum(one.num_bytes for one in classes), have, output)
 
 

@@ -100,8 +100,8 @@ def train(
     if device != "auto":
         raise InvalidArgumentError("The world says on which device a run is; leave out device.")
     recipe.check()
-    recipe = resolved(recipe)
     folder = RunFolder(Path(output))
+    recipe = resolved(recipe, folder.begun())
     if is_among(folder.path, data):
         raise RunError(f"{folder.path} would be among the images of {data}; name an output folder elsewhere.")
     splits = open_splits(recipe, data)
@@ -117,9 +117,9 @@ def train(
             stack.enter_context(told.patient(rescue))
         stack.enter_context(torch_as_it_was(world.device))
         try:
-            return _Run(recipe, splits, folder, world, Agreement(world, told), rescue, workers).go()
+            return _Run(recipe, splits, folder, world, told, rescue, workers).go()
         except Preempted:
-            if signals is not None or not told.number:
+            if signals is not None or not told.told:
                 raise
             if world.leads:
                 sys.stderr.write("wn21k: stopped with a checkpoint; begun again it goes on\n")
@@ -133,12 +133,12 @@ class _Run:
         splits: Splits,
         folder: RunFolder,
         world: World,
-        agreement: Agreement,
+        signals: Signals,
         rescue: Rescue,
         workers: int | None = None,
     ) -> None:
         self.recipe, self.splits, self.folder, self.world = recipe, splits, folder, world
-        self.agreement, self.rescue = agreement, rescue
+        self.agreement, self.signals, self.rescue = Agreement(world, signals), signals, rescue
         self.device = world.device
         choose_algorithms(recipe.run.deterministic)
         self.micro, self.group = recipe.micro_batches(world.size)
@@ -150,7 +150,7 @@ class _Run:
         self.steps_per_epoch = len(splits.train) // images
         self.total = recipe.schedule.epochs * self.steps_per_epoch
         self.total = min(self.total, recipe.schedule.max_steps or self.total)
-        begun = world.maximum(world.leads and bool(folder.steps()))[0]
+        begun = world.any(world.leads and bool(folder.steps()))
         self.learner = Learner(recipe, splits, world, self.total, begun)
         self.loaders = open_loaders(recipe, splits, world, workers)
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
@@ -167,7 +167,7 @@ class _Run:
     def go(self) -> dict[str, Any]:
         leads = self.world.leads
         finished = self.step >= self.total and self.folder.status().get("state") == "finished"
-        if self.world.whole(finished):
+        if self.world.broadcast(finished):
             if leads:
                 sys.stderr.write(f"wn21k: finished before, at step {self.step:,}; nothing to do\n")
             return self.figures
@@ -175,7 +175,7 @@ class _Run:
             self.folder.cut(self.step, self.evaluated)
             self.folder.set_status("running", self.step, total=self.total)
         self.writer = CheckpointWriter(self.folder, self.recipe.run.keep) if leads else None
-        self.world.maximum(False)  # no rank looks at the status before it is of this time
+        self.world.barrier()  # no rank looks at the status before it is of this time
         self.rescue.save, self.rescue.begun = self._rescued, True
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
         self._announce()
@@ -184,9 +184,9 @@ class _Run:
                 self._stop()
             self._epochs()
         except Exception as end:
-            if self.agreement.told and not isinstance(end, (Preempted, Wn21kError)):  # another rank is gone, say
+            if self.signals.told and not isinstance(end, (Preempted, Wn21kError)):  # another rank is gone, say
                 self.rescue(time.monotonic() + LIMIT_SECONDS / 2)
-                raise Preempted(self.agreement.code) from end
+                raise Preempted(self.signals.code) from end
             problem = self._named(end)
             # Of several that failed the first says why; the others may have lost the connection to it.
             if not isinstance(end, Preempted) and self.folder.status().get("state") != "failed":
@@ -355,8 +355,8 @@ class _Run:
         self._save(wait=True)
         if self.world.leads:  # before any process is gone: launch files look for the mark as soon as one is
             self.folder.set_status("preempted", self.step, total=self.total)
-        self.world.maximum(True)  # wait for all: torchrun ends the others as soon as one is gone
-        raise Preempted(self.agreement.code)
+        self.world.barrier()  # torchrun ends the others as soon as one is gone
+        raise Preempted(self.signals.code)
 
     def _save(self, best: bool = False, wait: bool = False) -> None:
         self._saved_at = time.monotonic()
@@ -405,7 +405,7 @@ class _Run:
                 raise RunError(f"{error} Name another output folder to begin anew.") from None
 
         self.world.lead(newest)
-        step = self.world.whole(found["step"] if found is not None else -1)
+        step = self.world.broadcast(found["step"] if found is not None else -1)
         if step < 0:
             return
         state = found or read_checkpoint(self.folder.checkpoints / f"step-{step:08d}.pt")

@@ -77,8 +77,9 @@ def _run_in_processes(
         yield from (future.result() for future in concurrent.futures.as_completed(running))
     except concurrent.futures.process.BrokenProcessPool:
         raise DataError(
-            "A worker process died, perhaps for want of memory. What is finished is kept: run the same command again, "
-            "with fewer --workers."
+            "A worker process died. If the machine was out of memory, take fewer workers (--workers); in a script of "
+            "your own, call this below if __name__ == '__main__':, for workers read the script. What is finished is "
+            "kept: run the same again."
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -67,6 +67,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of a model on a split of a data set.
 
+    In a program of several processes each that calls it evaluates all of the split, and waits for no other.
+
     Args:
         model: A run's folder, a record's or timm's name, an exported folder, ``hf-hub:ORG/NAME``, or a network of
             timm's, with ``label_space``; its layers are afterwards in the modes that they were in.
@@ -125,7 +127,7 @@ def evaluate(
     module = subject.module.to(chosen)
     if not isinstance(model, nn.Module):  # one of the caller's stays as it is
         module.to(memory_format=layout)
-    evaluation = Evaluation(tree, subject.head, classes_with_images(dataset), device=chosen)
+    evaluation = Evaluation(tree, subject.head, classes_with_images(dataset), device=chosen, over_ranks=False)
     loader = Loader(
         dataset,
         batch_size=batch_size,
@@ -139,9 +141,7 @@ def evaluate(
     own = dtype_of(module)  # of a network of the caller's
     dtype = dtypes[precision] or (own if own in (torch.bfloat16, torch.float16) else None)
     total, begin = len(loader), time.perf_counter()
-    # The thread that pins memory takes the current GPU.
-    there = torch.cuda.device(chosen) if chosen.type == "cuda" else contextlib.nullcontext()
-    with there, torch.inference_mode(), evaluating(module), _rows(predictions, subject.class_names) as write:
+    with torch.inference_mode(), evaluating(module), _rows(predictions, subject.class_names) as write:
         for number, batch in enumerate(loader, start=1):
             if len(batch):  # else all its images are damaged
                 images = batch.images.contiguous(memory_format=layout)
@@ -183,21 +183,31 @@ def _rows(
         yield lambda batch, predictions, confidences: None
         return
     path = expanded(place, DataOutputError)
-    try:
-        with atomic_file(path) as file:
-            text = io.TextIOWrapper(cast(io.BufferedWriter, file), "utf-8", newline="", errors="surrogateescape")
-            table = csv.writer(text, lineterminator="\n")
-            table.writerow(("image", "class", "prediction", "confidence"))
 
-            def write(batch: Batch, predictions: Tensor, confidences: Tensor) -> None:
-                columns = (each.tolist() for each in (batch.targets, predictions, confidences))
+    @contextlib.contextmanager
+    def told() -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataOutputError(f"{path} cannot be written: {error.strerror}; name another file.") from None
+
+    with contextlib.ExitStack() as stack:
+        with told():
+            file = stack.enter_context(atomic_file(path))
+        text = io.TextIOWrapper(cast(io.BufferedWriter, file), "utf-8", newline="", errors="surrogateescape")
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(("image", "class", "prediction", "confidence"))
+
+        def write(batch: Batch, predictions: Tensor, confidences: Tensor) -> None:
+            columns = (each.tolist() for each in (batch.targets, predictions, confidences))
+            with told():
                 for name, target, prediction, confidence in zip(batch.names, *columns, strict=True):
                     table.writerow((name, class_names[target], class_names[prediction], f"{confidence:.6f}"))
 
-            yield write
+        yield write
+        with told():
             text.detach()
-    except OSError as error:
-        raise DataOutputError(f"{path} cannot be written: {error.strerror}; name another file.") from None
+            stack.close()
 
 
 @dataclass(frozen=True)

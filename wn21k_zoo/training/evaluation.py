@@ -21,6 +21,7 @@ from wn21k_zoo.training.metrics import (
     BrokenRows,
     Calibration,
     ClassAccuracy,
+    Counts,
     HierarchicalDistances,
     LeafAccuracy,
     SemanticAccuracy,
@@ -53,6 +54,7 @@ class Evaluation(nn.Module):
         classes: Those with images.
         order: In which order logits come.
         device: Where the logits are.
+        over_ranks: Whether figures are of the batches of all ranks, each of which computes them, or of its own.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Evaluation(nn.Module):
         classes: Sequence[int],
         order: Order = "published",
         device: torch.device | str = "cpu",
+        over_ranks: bool = True,
     ) -> None:
         super().__init__()
         self._levels = Levels(tree, order) if tree is not None and order == "level" else None
@@ -80,6 +83,9 @@ class Evaluation(nn.Module):
         self.raw_semantic = SemanticAccuracy(tree) if tree is not None and head != "semantic_softmax" else None
         self._decoder = Decoder(tree, tree.label_space, head, device) if tree is not None else None
         self._head = head
+        for each in self.modules():
+            if isinstance(each, Counts):
+                each.over_ranks = over_ranks
         self.to(device)
 
     @torch.no_grad()
@@ -118,7 +124,7 @@ class Evaluation(nn.Module):
         return predictions, sure
 
     def compute(self) -> dict[str, Any]:
-        """All figures, in percent where they are shares; waits for all ranks.
+        """All figures, in percent where they are shares; waits for all ranks where they are of all.
 
         ``top1`` and ``top5`` are of the images of leaves, which ``leaf_images`` counts, for the leaf with the highest
         confidence, as are calibration, the hierarchical ones, and ``balanced_top1``, the mean of all classes' own.

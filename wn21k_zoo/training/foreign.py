@@ -131,12 +131,18 @@ def _label_column(schema: pa.Schema, name: str) -> tuple[str, list[str] | None]:
         if pa.types.is_integer(field.type) and names and all(_synset(one) for one in names):
             return field.name, names
     for column in ("synset", "wnid", "label", "class_name", "image_id", "filename"):
-        if column in schema.names and pa.types.is_string(schema.field(column).type):
+        if column in schema.names and _is_text(schema.field(column).type):
             return column, None
     raise DataError(
         f"{name} has no column that names synsets (a ClassLabel whose names are WordNet ids, or a text column such as "
         f"'synset'); its columns are {', '.join(schema.names)}."
     )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):  # such as the categories of pandas
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def convert_parquet(file: IO[bytes], rows: NDArray[np.void], target: Path) -> NDArray[np.void]:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from wn21k_zoo.errors import DataError, UnknownSynsetError, did_you_mean
-from wn21k_zoo.files import sha256_of, visible
+from wn21k_zoo.files import expanded, sha256_of, visible
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.extra import pc, pq
 from wn21k_zoo.training.shards import MANIFEST_FILE, DatasetInfo, Shard, index_path, read_index, read_info
@@ -26,7 +27,7 @@ from wn21k_zoo.tree import SemanticTree
 __all__ = ["Damage", "contact_sheet", "describe", "verify_shards"]
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Counts, sizes, imbalance and classes per level of a prepared folder.
 
     Returns:
@@ -37,6 +38,7 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: It is no prepared folder, or damaged.
     """
+    folder = expanded(folder, DataError)
     info = read_info(folder)
     space = info.space
     described: dict[str, Any] = {"label_space": info.label_space, "preparation": info.preparation, "splits": {}}
@@ -79,7 +81,7 @@ def _class_counts(folder: Path, shards: tuple[Shard, ...], classes: int) -> NDAr
 
 
 def contact_sheet(
-    folder: Path, synset: str | None, split: str = "train", count: int = 48, columns: int = 8
+    folder: str | os.PathLike[str], synset: str | None, split: str = "train", count: int = 48, columns: int = 8
 ) -> Image.Image:
     """The first images of a class, or of all, as one picture.
 
@@ -94,6 +96,7 @@ def contact_sheet(
         UnknownSynsetError: No image of that class is there.
         DataError: No such split, or no prepared folder.
     """
+    folder = expanded(folder, DataError)
     info = read_info(folder)
     space = info.space
     if split not in info.splits:
@@ -166,7 +169,9 @@ class Damage:
     problem: str
 
 
-def verify_shards(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Damage]:
+def verify_shards(
+    folder: str | os.PathLike[str], progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Damage]:
     """Compare every shard with its sha256, every index with shard and manifest, every class with the label space.
 
     Where a shard's hash is wrong, its images are compared one by one with the manifest, so that those are named.
@@ -178,6 +183,7 @@ def verify_shards(folder: Path, progress: Callable[[int, int], None] = lambda do
     Raises:
         DataError: It is no prepared folder.
     """
+    folder = expanded(folder, DataError)
     info = read_info(folder)
     found: list[Damage] = []
     space = info.space

@@ -1,7 +1,7 @@
 """How good predictions are: per level of the hierarchy, on the imaged classes, and how far off mistakes are.
 
 Each metric counts on the device of what it is given and waits for it only in ``compute``. Counts are whole numbers, or
-sums of them, and are added up over ranks exactly.
+sums of them, and are added up over ranks exactly; with ``over_ranks`` False each rank's are its own.
 
 Shape suffixes: B batch, N classes, K levels.
 """
@@ -19,16 +19,29 @@ from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
 from wn21k_zoo.training.levels import Levels, Order, check_tree
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["BrokenRows", "Calibration", "ClassAccuracy", "HierarchicalDistances", "LeafAccuracy", "SemanticAccuracy"]
+__all__ = [
+    "BrokenRows",
+    "Calibration",
+    "ClassAccuracy",
+    "Counts",
+    "HierarchicalDistances",
+    "LeafAccuracy",
+    "SemanticAccuracy",
+]
 
 
 _ROUNDING = 0.01  # by so much sums of probabilities in half precision may miss 1
 
 
-class _Counts(nn.Module):
-    """Whole numbers that are added up over batches and ranks."""
+class Counts(nn.Module):
+    """Whole numbers that are added up over batches and ranks.
+
+    Attributes:
+        over_ranks: Whether those of all ranks count, where there are several; else each rank's are its own.
+    """
 
     counts: Tensor
+    over_ranks: bool = True
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -40,13 +53,13 @@ class _Counts(nn.Module):
 
     def _total(self) -> list[int]:
         total = self.counts
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self.over_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
             total = total.clone()
             torch.distributed.all_reduce(total)
         return [int(value) for value in total.flatten().tolist()]
 
 
-class BrokenRows(_Counts):
+class BrokenRows(Counts):
     """How many rows of logits are not finite."""
 
     def __init__(self) -> None:
@@ -88,7 +101,7 @@ def _out_of_range(images: int, num_classes: int) -> InvalidArgumentError:
     )
 
 
-class SemanticAccuracy(_Counts):
+class SemanticAccuracy(Counts):
     """Semantic top-1 as published: the share of valid (image, level) pairs that are right (arXiv 2104.10972).
 
     A level is valid for an image whose chain of ancestors reaches it; the prediction is the level's largest logit.
@@ -139,7 +152,7 @@ class SemanticAccuracy(_Counts):
         return {"semantic_top1": 100 * sum(right) / max(1, sum(valid)), "levels": per_level}
 
 
-class LeafAccuracy(_Counts):
+class LeafAccuracy(Counts):
     """Top-1 and top-5 among a choice of classes, over the images of these classes.
 
     Args:
@@ -190,7 +203,7 @@ class LeafAccuracy(_Counts):
         return {"top1": 100 * first / max(1, count), "top5": 100 * any_of_five / max(1, count), "images": count}
 
 
-class ClassAccuracy(_Counts):
+class ClassAccuracy(Counts):
     """Top-1 of each class by itself, whatever its share of the images.
 
     Args:
@@ -220,7 +233,7 @@ class ClassAccuracy(_Counts):
         return {"balanced_top1": 100 * sum(shares) / max(1, len(shares))}
 
 
-class HierarchicalDistances(_Counts):
+class HierarchicalDistances(Counts):
     """How far predicted classes are from true ones in the tree.
 
     - ``mean_lca_error``: by how many levels the lowest common ancestor of prediction and truth lies above the truth; a
@@ -281,7 +294,7 @@ class HierarchicalDistances(_Counts):
         }
 
 
-class Calibration(_Counts):
+class Calibration(Counts):
     """Whether confidences are shares of right predictions: the reliability diagram of arXiv 1706.04599.
 
     Args:

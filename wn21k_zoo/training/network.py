@@ -19,14 +19,19 @@ from torch import Tensor, nn
 from wn21k_zoo import building, convert, download, registry
 from wn21k_zoo.checkpoints import Checkpoint
 from wn21k_zoo.errors import (
+    ModelError,
+    OfflineError,
     RecipeError,
+    RemoteNotFoundError,
+    UnknownModelError,
     UnresolvedLabelSpaceError,
     Wn21kError,
     first_line,
     is_out_of_memory,
 )
-from wn21k_zoo.files import expanded, parse_json
+from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.models import read_labels
 from wn21k_zoo.running import evaluating
 from wn21k_zoo.training.folder import composed
 from wn21k_zoo.training.levels import Levels
@@ -220,45 +225,67 @@ def _calm_head(module: nn.Module) -> None:
 
 
 def _classes_of(start: str) -> tuple[str, ...] | None:
-    """The classes of weights, None when they are not known before they are there."""
+    """The classes of weights, None when they are not known before they are there.
+
+    Raises:
+        ModelError, UnknownModelError: What says so is damaged, or cannot be had.
+    """
+    if (labels := _file_of(start, building.LABELS_FILE)) is not None:
+        return read_labels(labels)[0].wnids
+    if (folder := building.configured_folder(start)) is not None:
+        names = building.read_config(folder).get("label_names")
+        return tuple(composed(str(name)) for name in names) if names else None
     try:
-        if (labels := _beside(start, building.LABELS_FILE)) is not None:
-            return tuple(labels["wnids"])
-        if (folder := building.configured_folder(start)) is not None:
-            return tuple(map(composed, building.read_config(folder)["label_names"]))
         return LabelSpace.load(registry.resolve_checkpoint(start).label_space).wnids
-    except (Wn21kError, KeyError, TypeError):
+    except UnresolvedLabelSpaceError:
         return None
 
 
-def _beside(start: str, file: str) -> Any:
-    """What a JSON file beside weights in a folder or a Hub repository says, None when it says nothing."""
-    try:
-        if start.startswith(building.HUB_PREFIX):
-            path = download.fetch_file(building.hub_source(start), (file,)).path
-        else:
-            folder = building.as_folder(start)
-            if folder is None:
-                return None
-            path = folder / file
-        return parse_json(path.read_text(encoding="utf-8"))
-    except (Wn21kError, OSError, ValueError):
-        return None
+def _file_of(start: str, file: str) -> Path | None:
+    """A file beside weights in a folder or, fetched, in a Hub repository; None when there is none, or is none offline.
+
+    Raises:
+        ModelError, UnknownModelError: There is no such folder, or the repository is out of reach.
+    """
+    if start.startswith(building.HUB_PREFIX):
+        try:
+            return download.fetch_file(building.hub_source(start), (file,)).path
+        except (RemoteNotFoundError, OfflineError):
+            return None
+    folder = building.as_folder(start)
+    return folder / file if folder is not None and (folder / file).is_file() else None
 
 
-def resolved(recipe: Recipe) -> Recipe:
-    """The same with whole paths, wnids for a file of them, and the arguments of the network that it starts from."""
+def resolved(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
+    """The same with whole paths, wnids for a file of them, and the arguments of the network that it starts from.
+
+    Args:
+        recipe: The recipe.
+        begun: That of the same run before, which knows these arguments where its start is no longer to be had.
+
+    Raises:
+        ModelError, UnknownModelError: The start cannot be had, and nothing else says what its arguments are.
+    """
     recipe = recipe.model_copy(deep=True)
     recipe.model.start, recipe.loss.teacher = _whole(recipe.model.start), _whole(recipe.loss.teacher)
     space = recipe.data.space
     if space is not None and not space.is_shipped:
         recipe.data.label_space = space.wnids  # the file may go
     start = recipe.model.start
-    if start is None or start.startswith(RANDOM):
+    if start is None or start.startswith(RANDOM) or not is_place(start):
         return recipe
-    config = _beside(start, building.CONFIG_FILE)
-    if isinstance(config, dict):
-        recipe.model.arguments = {**_arguments_in(config), **recipe.model.arguments}
+    known: dict[str, Any] = {}
+    try:
+        config = _file_of(start, building.CONFIG_FILE)
+        if config is not None:
+            known = _arguments_in(building.read_config(config.parent))
+    except (ModelError, UnknownModelError):
+        config = None
+        if begun is None:
+            raise
+    if config is None and begun is not None and begun.model.start == start:
+        known = begun.model.arguments
+    recipe.model.arguments = {**known, **recipe.model.arguments}
     return recipe
 
 

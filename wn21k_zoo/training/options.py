@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError
+from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError, check_whole
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 from wn21k_zoo.training.engines import Engine, run_tasks
 
@@ -60,9 +60,7 @@ class PrepareOptions:
             ("min_images", 0, 10**9), ("val_per_class", 0, 10**9), ("size", 1, 8192), ("quality", 1, 100),
             ("shard_size", 1, 10**6),
         ):  # fmt: skip
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise InvalidArgumentError(f"{name} is {value}; it must be from {least} to {most}.")
+            check_whole(name, getattr(self, name), least, most)
         if self.resize not in ("squash", "short-edge"):
             raise InvalidArgumentError(f"resize is {self.resize!r}; it must be 'squash' or 'short-edge'.")
 
@@ -102,8 +100,8 @@ class Tasks:
     progress: Callable[[Progress], None]
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise InvalidArgumentError(f"workers is {self.workers}; it must be at least 1.")
+        if self.workers is not None:
+            check_whole("workers", self.workers, 1)
 
     def run(self, function: Callable[..., Any], tasks: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
         """Results in the order in which they are ready."""

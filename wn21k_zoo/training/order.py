@@ -52,6 +52,11 @@ class SampleOrder:
         """The shards in the order in which an epoch needs them."""
         return _shards(self, epoch)
 
+    @property
+    def num_windows(self) -> int:
+        """How many windows an epoch has."""
+        return -(-len(self.lengths) // (self.window or 1))
+
     def windows(self, epoch: int) -> list[NDArray[np.int64]]:
         """The shards of each window of an epoch."""
         shards, width = self.shards(epoch), self.window or 1

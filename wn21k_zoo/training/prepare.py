@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from typing import Any
 
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import atomic_file, parse_json
+from wn21k_zoo.files import atomic_file, expanded, parse_json
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.dry_run import check_space_before, check_space_during
 from wn21k_zoo.training.engines import Engine
@@ -49,9 +50,9 @@ _THE_SYSTEMS = (  # nobody puts these into a folder
 
 
 def prepare(
-    source: Path,
-    output: Path,
-    options: PrepareOptions,
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: PrepareOptions | None = None,
     *,
     workers: int | None = None,
     engine: Engine = "local",
@@ -66,7 +67,7 @@ def prepare(
     Args:
         source: Any layout of :mod:`wn21k_zoo.training.sources`.
         output: A new or empty folder, or one that this function began.
-        options: What to make.
+        options: What to make; default: what is published.
         workers: Processes, or Ray tasks at a time. Default: all cores, of this machine or of the cluster.
         engine: ``local`` or ``ray``; the result is the same to the byte. On a cluster all nodes must see both paths.
         ray_address: Of a running Ray cluster; default: ``RAY_ADDRESS``, else one on this machine.
@@ -84,6 +85,8 @@ def prepare(
         DiskSpaceError: Too little space; what is finished is kept.
         BadImagesError: More than ``max_bad`` of the images are bad; what is finished is kept.
     """
+    source, output = expanded(source, DataSourceError), expanded(output, DataOutputError)
+    options = options or PrepareOptions()
     if output.exists() and not output.is_dir():
         raise DataOutputError(f"{output} is a file; name a folder for the output.")
     tasks = Tasks(workers, engine, ray_address, progress)

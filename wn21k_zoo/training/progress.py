@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from typing import IO, TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from wn21k_zoo.errors import first_line
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.state import RunFolder
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 __all__ = ["Reporter", "Window"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -156,10 +160,14 @@ class Window:
 def _tensorboard(folder: RunFolder, first: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
+
+        # Readers leave out what a former start has said of this step and later ones.
+        return SummaryWriter(str(folder.path / "tensorboard"), purge_step=first + 1)
     except ImportError:  # not installed
         return None
-    # Readers leave out what a former start has said of this step and later ones.
-    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=first + 1)
+    except Exception as error:  # one that does not fit its protobuf or NumPy
+        _LOG.warning("TensorBoard does not work here and is left out: %s", first_line(error))
+        return None
 
 
 def _bar() -> Progress:

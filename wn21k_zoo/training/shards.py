@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, Wn21kError, first_line
-from wn21k_zoo.files import atomic_file, parse_json
+from wn21k_zoo.files import atomic_file, expanded, parse_json
 from wn21k_zoo.labels import LabelSpace
 
 __all__ = [
@@ -171,12 +172,13 @@ def _shards_of(entry: dict[str, Any]) -> tuple[Shard, ...]:
     )
 
 
-def read_info(folder: Path) -> DatasetInfo:
+def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     """``_info.json`` of a prepared folder.
 
     Raises:
         DataError: There is none, or it is not one that ``wn21k data prepare`` writes.
     """
+    folder = expanded(folder, DataError)
     path = folder / INFO_FILE
     try:
         info = DatasetInfo.from_json(path.read_text(encoding="utf-8"))
@@ -248,26 +250,9 @@ def encode_record(key: str, image: bytes, target: int, details: dict[str, Any]) 
 
 
 def _member(name: str, data: bytes) -> bytes:
-    """A file of a tar; only name, size and checksum differ from header to header, and tarfile takes its time."""
-    before, after, total = _HEADER
-    start = name.encode("ascii").ljust(100, b"\0")
-    size = b"%011o" % len(data)
-    checksum = total + sum(start) + sum(size)
-    header = b"".join((start, before, size, after[:13], b"%06o" % checksum, after[19:]))
-    return b"".join((header, data, bytes(-len(data) % BLOCK)))
-
-
-def _header_template() -> tuple[bytes, bytes, int]:
-    """What stands in all headers between name and size, and after the size; and the sum that a checksum begins with."""
-    member = tarfile.TarInfo("")
-    member.mode = 0o644
-    header = member.tobuf(tarfile.USTAR_FORMAT)
-    before, after = header[100:124], header[135:]
-    # POSIX: the checksum counts its own eight bytes (148 to 155) as blanks.
-    return before, after, sum(before) + sum(after) - sum(after[13:21]) + 8 * ord(" ")
-
-
-_HEADER = _header_template()
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o644
+    return b"".join((member.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % BLOCK)))
 
 
 def sample_hash(key: str) -> int:

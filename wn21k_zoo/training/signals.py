@@ -45,6 +45,11 @@ class Signals:
         self._over = threading.Event()
 
     @property
+    def told(self) -> bool:
+        """Whether one came."""
+        return bool(self.number)
+
+    @property
     def code(self) -> int:
         """The exit code of a process that was told to stop."""
         return 128 + (self.number or signal.SIGTERM)

@@ -284,11 +284,11 @@ def files_below(folder: str | os.PathLike[str]) -> Iterator[tuple[str, os.DirEnt
 
 
 def _refuse_twice(classes: list[ClassSource]) -> None:
-    seen: set[str] = set()
+    seen: dict[str, Path] = {}
     for one in classes:
         if one.name in seen:
-            raise DataSourceError(f"{one.wnid} is there twice, as a folder and as an archive; remove one of them.")
-        seen.add(one.name)
+            raise DataSourceError(f"{one.wnid} is there twice, {seen[one.name]} and {one.path}; remove one of them.")
+        seen[one.name] = one.path
 
 
 def _place(name: str) -> tuple[str, str | None] | None:
@@ -305,13 +305,16 @@ def _plain_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Ite
     """The class archives of an uncompressed archive, by their offsets."""
     del spool
     size = path.stat().st_size
+    seen: set[str] = set()
     for member in _headers(path):
         stem = PurePosixPath(member.name).name.removesuffix(".tar")
         end = member.offset_data + member.size
         if end > size:
             raise CutOffError(f"{path} ends within {member.name}: it was not fetched whole.")
-        if member.isreg() and member.name.endswith(".tar") and WNID_PATTERN.fullmatch(stem) and wanted(stem):
-            yield ClassSource(wnid=stem, path=path, num_bytes=member.size, position=end, offset=member.offset_data)
+        if member.isreg() and member.name.endswith(".tar") and WNID_PATTERN.fullmatch(stem):
+            _refuse_scattered(stem, seen, path)
+            if wanted(stem):
+                yield ClassSource(wnid=stem, path=path, num_bytes=member.size, position=end, offset=member.offset_data)
 
 
 def _plain_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
@@ -327,7 +330,7 @@ def _plain_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Itera
             one = ClassSource(
                 wnid=place[0], split=place[1], path=path, num_bytes=end - begin, position=end, offset=begin
             )
-            _refuse_scattered(one, seen, path)
+            _refuse_scattered(one.name, seen, path)
             if wanted(one.name):
                 yield one
 
@@ -343,12 +346,12 @@ def _plain_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Itera
     yield from run()
 
 
-def _refuse_scattered(one: ClassSource, seen: set[str], path: Path) -> None:
-    if one.name in seen:
+def _refuse_scattered(name: str, seen: set[str], path: Path) -> None:
+    if name in seen:
         raise DataSourceError(
-            f"{path} has the files of {one.wnid} in several places; unpack it and name the folder instead."
+            f"{path} has the files of {name} in several places; unpack it and name the folder instead."
         )
-    seen.add(one.name)
+    seen.add(name)
 
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
@@ -361,10 +364,14 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
 
 def _compressed_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
     """The class archives of a compressed archive, each copied out in turn."""
+    seen: set[str] = set()
     with _stream(path) as (archive, raw):
         for member in _members(archive):
             stem = PurePosixPath(member.name).name.removesuffix(".tar")
-            if not (member.isreg() and member.name.endswith(".tar") and WNID_PATTERN.fullmatch(stem) and wanted(stem)):
+            if not (member.isreg() and member.name.endswith(".tar") and WNID_PATTERN.fullmatch(stem)):
+                continue
+            _refuse_scattered(stem, seen, path)
+            if not wanted(stem):
                 continue
             file: Any = archive.extractfile(member)
             copy = spool / f"{stem}.tar"
@@ -405,7 +412,7 @@ def _compressed_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> 
                 place, copy = here, None
                 if here is not None:
                     one = ClassSource(wnid=here[0], split=here[1], path=path, num_bytes=0, position=0)
-                    _refuse_scattered(one, seen, path)
+                    _refuse_scattered(one.name, seen, path)
                     if wanted(one.name):
                         copy = copies.enter_context(tarfile.open(spool / f"{one.name}.tar", "w:"))
             if copy is not None:

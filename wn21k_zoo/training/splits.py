@@ -106,7 +106,7 @@ def open_loaders(recipe: Recipe, splits: Splits, world: World, workers: int | No
     Raises:
         InvalidArgumentError: There are fewer images than in a step.
     """
-    micro, group = recipe.micro_batches(world.size)
+    micro, accumulation = recipe.micro_batches(world.size)
     if workers is None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = min(16, max(1, count_cores() // local))
@@ -123,7 +123,7 @@ def open_loaders(recipe: Recipe, splits: Splits, world: World, workers: int | No
         augmentation=training_augmentation(recipe),
         seed=recipe.run.seed,
         window=recipe.data.window,
-        group=group,
+        accumulation=accumulation,
         **common,
     )
     # Without gradients there is room for more; on a CPU more at a time is not faster.

@@ -91,8 +91,8 @@ class RunFolder:
             raise RunError(
                 f"{self.path} holds {min(foreign)}, which is of no run; name an empty or new folder for the output."
             )
-        if self.steps() and (self.path / "recipe.json").is_file():
-            self._same(recipe, data)
+        if (begun := self.begun()) is not None:
+            self._same(begun, recipe, data)
 
     def begin(self, recipe: Recipe, data: Mapping[str, Any]) -> None:
         """Write what the run is, and remove what a killed one left.
@@ -137,6 +137,14 @@ class RunFolder:
             raise RunError(f"{self.path} holds no run (no recipe.json).") from None
         except (RecipeError, UnicodeDecodeError) as error:
             raise RunError(f"{file} is damaged ({error}); put it right, or name another run.") from None
+
+    def begun(self) -> Recipe | None:
+        """The recipe of a run that has a checkpoint, None where there is none.
+
+        Raises:
+            RunError: It is damaged.
+        """
+        return self.recipe() if self.steps() and (self.path / "recipe.json").is_file() else None
 
     def data(self) -> dict[str, Any]:
         """What the run is trained on.
@@ -218,20 +226,22 @@ class RunFolder:
         Raises:
             RunError: The folder cannot be written.
         """
-        for path in self.steps():
-            if path.name > f"step-{step:08d}.pt":
-                try:
-                    path.replace(path.with_suffix(".damaged"))
-                except OSError as error:
-                    raise RunError(f"{path} cannot be renamed: {first_line(error)}.") from None
+        after = [path for path in self.steps() if path.name > f"step-{step:08d}.pt"]
+        try:
+            for former in self.checkpoints.glob("*.damaged") if after else ():
+                former.unlink()  # of these, as large as they are, the last are enough
+            for path in after:
+                path.replace(path.with_suffix(".damaged"))
+        except OSError as error:
+            raise RunError(f"A damaged checkpoint cannot be put aside: {first_line(error)}.") from None
         if not self.metrics.is_file():
             return
         last = {"evaluation": evaluated}
         kept = [line for line in read_lines(self.metrics) if line["step"] <= last.get(line["kind"], step)]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def _same(self, recipe: Recipe, data: Mapping[str, Any]) -> None:
-        theirs, ours = (each.model_dump(mode="json", exclude={"name"}) for each in (self.recipe(), recipe))
+    def _same(self, begun: Recipe, recipe: Recipe, data: Mapping[str, Any]) -> None:
+        theirs, ours = (each.model_dump(mode="json", exclude={"name"}) for each in (begun, recipe))
         for section, fields in ours.items():
             for field, now in fields.items():
                 if (before := theirs[section][field]) != now and (section, field) not in _FREE:

@@ -24,11 +24,14 @@ from PIL import Image
 from wn21k_zoo.training.extra import cv2, simplejpeg
 from wn21k_zoo.training.options import Resize
 
-__all__ = ["BadImageError", "StoredImage", "store_image"]
+__all__ = ["BEGIN_OF_JPEG", "METADATA", "BadImageError", "StoredImage", "is_cut_off", "store_image"]
+
+BEGIN_OF_JPEG = b"\xff\xd8\xff"
+METADATA = 65536
+"""Bytes of a JPEG within which its metadata begins."""
 
 _MAX_PIXELS = 178_956_970
 _ORIENTATION = 0x0112
-_BEGIN_OF_JPEG = b"\xff\xd8\xff"
 _END_OF_IMAGE = b"\xff\xd9"
 _EXIF = b"Exif\x00\x00"
 
@@ -78,19 +81,24 @@ def store_image(data: bytes, size: int, resize: Resize, quality: int) -> StoredI
     return StoredImage(stored, "resized", format_, mode, orientation, width, height, new_width, new_height)
 
 
+def is_cut_off(data: bytes) -> bool:
+    """Whether a JPEG lacks its end; behind that, cameras and servers put what they like."""
+    return _END_OF_IMAGE not in data[-4096:]
+
+
 def _inspect(data: bytes) -> tuple[str, str, int]:
     """Format, mode and EXIF orientation, from the header alone."""
     format_, mode, orientation, width, height = _inspect_jpeg(data) or _inspect_any(data)
     if width * height > _MAX_PIXELS:
         raise BadImageError("too many pixels")
-    if format_ == "JPEG" and _END_OF_IMAGE not in data[-4096:]:
+    if format_ == "JPEG" and is_cut_off(data):
         raise BadImageError("truncated")
     return format_, mode, orientation
 
 
 def _inspect_jpeg(data: bytes) -> tuple[str, str, int, int, int] | None:
     """What there is to know of a JPEG without EXIF; four times faster than asking Pillow."""
-    if not data.startswith(_BEGIN_OF_JPEG) or _EXIF in data[:4096]:
+    if not data.startswith(BEGIN_OF_JPEG) or _EXIF in data[:METADATA]:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

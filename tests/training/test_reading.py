@@ -1,0 +1,86 @@
+"""Images one by one, for the loaders of others."""
+
+import pickle
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from wn21k_zoo.errors import BadImagesError, DataError
+from wn21k_zoo.training.data import Loader, Squash, TorchDataset, open_dataset, open_folder
+
+from .loading import SIZE, loader
+from .runs import make_folder
+
+
+def to_tensor(image):
+    assert image.mode == "RGB"
+    return torch.from_numpy(np.array(image.resize((SIZE, SIZE)))).permute(2, 0, 1)
+
+
+@pytest.fixture(params=["shards", "folder"])
+def dataset(request, shards, tmp_path):
+    return open_dataset(shards) if request.param == "shards" else open_folder(make_folder(tmp_path / "images"))
+
+
+def test_images_and_targets_are_those_of_the_loader(dataset):
+    one_by_one = TorchDataset(dataset)
+    assert len(one_by_one) == len(dataset)
+    for batch in Loader(dataset, batch_size=9, training=False, augmentation=Squash(SIZE)):
+        images, targets = batch
+        assert (images is batch.images, targets is batch.targets) == (True, True)
+        for sample, target, expected in zip(batch.samples.tolist(), targets.tolist(), images, strict=True):
+            image, index = one_by_one[sample]
+            assert isinstance(image, Image.Image)
+            assert index == target
+            found = Squash(SIZE)(np.array(image), None)
+            assert np.array_equal(found, (expected * 255).round().permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchs_own_loader_takes_them(dataset, workers):
+    found = list(DataLoader(TorchDataset(dataset, to_tensor), batch_size=8, num_workers=workers))
+    assert sum(len(targets) for _, targets in found) == len(dataset)
+    assert {images.shape[1:] for images, _ in found} == {(3, SIZE, SIZE)}
+
+
+def test_timms_loader_takes_them(dataset):
+    one = timm.data.create_loader(
+        TorchDataset(dataset), (3, SIZE, SIZE), 8, is_training=True, num_workers=0, use_prefetcher=False
+    )
+    images, targets = next(iter(one))
+    assert (images.shape, targets.shape) == ((8, 3, SIZE, SIZE), (8,))
+
+
+def test_numbers_are_those_of_a_sequence(dataset):
+    one = pickle.loads(pickle.dumps(TorchDataset(dataset)))  # noqa: S301
+    assert np.array_equal(np.array(one[-1][0]), np.array(one[np.int64(len(one) - 1)][0]))
+    for number in (len(one), -len(one) - 1):
+        with pytest.raises(IndexError, match="none has the number"):
+            one[number]
+    with pytest.raises(TypeError):
+        one["0"]
+    assert len(list(one)) == len(one)
+
+
+def test_a_damaged_image_is_named(damaged, tmp_path):
+    folder, names = damaged
+    one = TorchDataset(open_dataset(folder))
+    with pytest.raises(BadImagesError, match="is damaged"):
+        list(one)
+    (folder / names[0][0]).unlink()
+    with pytest.raises(DataError):
+        list(one)
+    photos = make_folder(tmp_path / "images")
+    broken = min(photos.rglob("*.jpg"))
+    broken.write_bytes(b"x")
+    with pytest.raises(BadImagesError, match=broken.name):
+        list(TorchDataset(open_folder(photos, "all")))
+
+
+def test_batches_unpack(shards):
+    for images, targets in loader(shards):
+        assert len(images) == len(targets) == 8

@@ -1,0 +1,114 @@
+"""One image of a data set at a time: what is open of it, and what torch's own loaders take."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+
+from wn21k_zoo.errors import BadImagesError, DataError
+from wn21k_zoo.training.dataset import Images, ShardedDataset
+from wn21k_zoo.training.decode import UndecodableError, decode
+from wn21k_zoo.training.folder import FolderDataset
+
+__all__ = ["OpenShards", "TorchDataset"]
+
+
+class OpenShards:
+    """The shards of a data set that were read from last; a copy for another process has none open.
+
+    Args:
+        dataset: Whose.
+        limit: So many stay open.
+    """
+
+    def __init__(self, dataset: ShardedDataset | FolderDataset, limit: int) -> None:
+        self._dataset, self._limit = dataset, limit
+        self._open: OrderedDict[int, tuple[Images, NDArray[np.void]]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        for file, _ in self._open.values():
+            file.close()
+
+    def __getitem__(self, number: int) -> tuple[Images, NDArray[np.void]]:
+        """What reads the images of a shard, and its index.
+
+        Raises:
+            DataError: It is missing or damaged.
+        """
+        found = self._open.get(number)
+        for _ in range(5):
+            if found is not None:
+                break
+            with contextlib.suppress(FileNotFoundError):  # another process needed its room on the stage
+                found = self._dataset.open(number)
+        if found is None:
+            raise DataError(
+                f"The shard {self._dataset.shards[number].name} is missing, or the stage is too small for one window."
+            )
+        if number not in self._open:
+            self._open[number] = found
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)[1][0].close()
+        return found
+
+
+class TorchDataset(Dataset[tuple[Any, int]]):
+    """The images of a data set one by one, for torch's DataLoader, timm's ``create_loader`` and the like.
+
+    :class:`wn21k_zoo.training.data.Loader` is faster on shards, since it reads them one after another, and resumes
+    within an epoch.
+
+    Args:
+        dataset: From :func:`wn21k_zoo.training.data.open_dataset` or ``open_folder``.
+        transform: Called with a PIL image, RGB, upright and on white, such as a transform of torchvision, timm or
+            :func:`wn21k_zoo.create_transform`; may be set later. Default: none.
+
+    Example:
+        >>> dataset = TorchDataset(open_folder("photos"), wn21k_zoo.create_transform("resnet50.miil_in21k", True))
+        >>> loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)
+    """
+
+    def __init__(
+        self, dataset: ShardedDataset | FolderDataset, transform: Callable[[Image.Image], Any] | None = None
+    ) -> None:
+        self.dataset, self.transform = dataset, transform
+        self._starts = np.cumsum([0, *dataset.lengths], dtype=np.int64)
+        self._shards = OpenShards(dataset, 4)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """An image, transformed, and the index of its class.
+
+        Raises:
+            IndexError: There are fewer images.
+            BadImagesError: The image is damaged.
+            DataError: Its shard is missing.
+        """
+        sample = operator.index(index)
+        if sample < 0:
+            sample += len(self)
+        if not 0 <= sample < len(self):
+            raise IndexError(f"There are {len(self):,} images, and none has the number {index}.")
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        file, entries = self._shards[shard]
+        entry = entries[sample - int(self._starts[shard])]
+        try:
+            pixels = decode(file.read(int(entry["offset"]), int(entry["size"])))
+        except (UndecodableError, OSError) as error:
+            name = self.dataset.place(shard, file.key(int(entry["offset"])))
+            raise BadImagesError(f"{name} is damaged ({error}); remove it, or get it anew.") from None
+        image = Image.fromarray(pixels)
+        return self.transform(image) if self.transform is not None else image, int(entry["target"])
