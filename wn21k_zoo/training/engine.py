@@ -85,6 +85,8 @@ def train(
 
     Raises:
         RecipeError, DataError, RunError, ModelError, InvalidArgumentError: Something does not fit; nothing has started.
+        RunError, DataError, BadImagesError: Within the run: memory is not enough, a process that loads images is gone,
+            or too many images are damaged; the last checkpoint is as it was.
         NonFiniteError: The loss was not finite, on every rank; the last checkpoint is as it was.
         Preempted: As above.
         KeyboardInterrupt: Ctrl-C.
