@@ -109,8 +109,6 @@ def evaluate(
             read, is not known; two of its classes have the same name.
         NonFiniteError: The model's outputs are not finite.
     """
-    if batch_size < 1 or (workers is not None and workers < 0):
-        raise InvalidArgumentError("batch_size must be at least 1, workers at least 0.")
     dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision not in dtypes:
         raise InvalidArgumentError(f"precision is {precision!r}; it can be {', '.join(dtypes)}.")
