@@ -40,8 +40,8 @@ def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is at ``path``, complete and on the disk, after the block; or not there if the block fails.
+def atomic_file(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
+    """A file that is at ``path``, complete and, with ``sync``, on the disk, after the block; not there if that fails.
 
     A link stays one, to the new file; what is no regular file, such as /dev/stdout, is written as it comes.
     """
@@ -55,12 +55,14 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    if sync:
+        _sync_folder(path.parent)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -11,7 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError, NonFiniteError, RecipeError, RunError
+from wn21k_zoo.errors import (
+    BadImagesError,
+    DataError,
+    InvalidArgumentError,
+    NonFiniteError,
+    RecipeError,
+    RunError,
+    TrainingError,
+)
 from wn21k_zoo.training import engine
 from wn21k_zoo.training.algorithms import is_deterministic
 from wn21k_zoo.training.distributed import World
@@ -469,6 +477,68 @@ def test_a_process_that_loads_images_and_is_gone_is_one_line(data, tmp_path, mon
     monkeypatch.setattr(Criterion, "forward", gone)
     with pytest.raises(DataError, match=r"A process that loads images is gone: .*take fewer --workers"):
         run(small_recipe(), data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        ConnectionResetError(104, "reset"),
+        ValueError(),
+    ],
+)
+def test_what_was_run_before_something_failed_is_kept(data, tmp_path, monkeypatch, problem):
+    recipe = small_recipe(run={"ema_decay": 0.9})
+    run(recipe, data, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        forward, steps = Criterion.forward, []
+
+        def failing(*arguments):
+            steps.append(1)
+            if len(steps) == 5:
+                raise problem
+            return forward(*arguments)
+
+        patched.setattr(Criterion, "forward", failing)
+        with pytest.raises(ValueError if isinstance(problem, ValueError) else DataError):
+            run(recipe, data, tmp_path / "parts")
+    folder = RunFolder(tmp_path / "parts")
+    assert folder.newest_step() == 4
+    assert (folder.status()["state"], folder.status()["step"]) == ("failed", 4)
+    run(recipe, data, tmp_path / "parts")
+    assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
+
+
+def test_what_torch_says_amid_the_end_does_not_hide_the_reason(data, tmp_path, monkeypatch):
+    said, set_status = [], RunFolder.set_status
+
+    def interrupted(self, state, step, **more):  # by the handler of SIGCHLD
+        if state == "failed" and not said:
+            said.append(1)
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        set_status(self, state, step, **more)
+
+    def gone(*_):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(RunFolder, "set_status", interrupted)
+    monkeypatch.setattr(Criterion, "forward", gone)
+    with pytest.raises(DataError, match="A process that loads images is gone"):
+        run(small_recipe(), data, tmp_path)
+    assert "A process that loads images is gone" in RunFolder(tmp_path).status()["reason"]
+    assert not RunFolder(tmp_path).steps()  # nothing was run
+
+
+def test_others_that_are_gone_are_said_in_one_line(data, tmp_path, monkeypatch):
+    def gone(*_):
+        raise RuntimeError("[/x/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer")
+
+    monkeypatch.setattr(Criterion, "forward", gone)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: None)
+    monkeypatch.setattr("wn21k_zoo.training.learner.DistributedDataParallel", lambda module, **_: module)
+    with pytest.raises(TrainingError, match="Another process of the run is gone"):
+        run(small_recipe(), data, tmp_path, World(0, 2, torch.device("cpu")))
 
 
 def test_classes_above_each_other_are_for_one_softmax(tmp_path):

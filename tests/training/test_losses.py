@@ -127,20 +127,24 @@ def test_half_precision_is_reduced_in_float32(dtype, order):
         torch.testing.assert_close(gradient, torch.autograd.grad(expected, single)[0].to(dtype))
 
 
+# Most depths of the second have one class, an ancestor of all others.
+@pytest.mark.parametrize(
+    "tree", [SMALL, SemanticTree.from_wnids(["n02121808", "n02123045", "n02084071"]).with_ancestors()]
+)
 @pytest.mark.parametrize("order", ORDERS)
-def test_multi_label_is_the_asymmetric_loss_over_a_class_and_its_ancestors(order):
-    loss_of = MultiLabelLoss(SMALL, gamma_negative=3, gamma_positive=1, clip=0.1, order=order)
+def test_multi_label_is_the_asymmetric_loss_over_a_class_and_its_ancestors(order, tree):
+    loss_of = MultiLabelLoss(tree, gamma_negative=3, gamma_positive=1, clip=0.1, order=order)
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(len(SMALL), len(SMALL), generator=generator) * 3
+    logits = torch.randn(len(tree), len(tree), generator=generator) * 3
     expected = 0.0
     for target, row in enumerate(logits.sigmoid().tolist()):
         for index, p in enumerate(row):
-            if index in SMALL.class_tree_list[target]:
+            if index in tree.class_tree_list[target]:
                 expected -= (1 - p) * math.log(p)
             elif p > 0.1:
                 expected -= (p - 0.1) ** 3 * math.log(1 - p + 0.1)
-    loss = loss_of(in_order(loss_of.levels, logits), torch.arange(len(SMALL)))
-    torch.testing.assert_close(loss.item(), expected / len(SMALL), rtol=1e-5, atol=1e-5)
+    loss = loss_of(in_order(loss_of.levels, logits), torch.arange(len(tree)))
+    torch.testing.assert_close(loss.item(), expected / len(tree), rtol=1e-5, atol=1e-5)
 
 
 def test_multi_label_without_exponents_is_binary_cross_entropy():
@@ -280,3 +284,38 @@ def test_where_nobody_looks_a_target_out_of_range_is_nan(made, target):
     logits = torch.zeros(2, 6)
     assert loss(logits, torch.tensor([0, 1])).isfinite()
     assert loss(logits, torch.tensor([0, target])).isnan()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # which torch's own rules take
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_derivative_forwards_is_that_of_the_gradient(order):
+    loss_of, targets = SemanticSoftmaxLoss(SMALL, 0.2, order), torch.arange(len(SMALL))
+    logits = torch.randn(len(SMALL), len(SMALL), generator=torch.Generator().manual_seed(1), requires_grad=True)
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad(loss_of(logits, targets), logits)
+    loss, derivative = torch.func.jvp(lambda each: loss_of(each, targets), (logits.detach(),), (direction,))
+    torch.testing.assert_close(loss, loss_of(logits, targets).detach())
+    torch.testing.assert_close(derivative, (gradient * direction).sum(), check_dtype=False)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_without_smoothing_other_classes_may_be_masked(order):
+    loss_of, targets = SemanticSoftmaxLoss(SMALL, 0.0, order), torch.arange(len(SMALL))
+    logits = torch.randn(len(SMALL), len(SMALL))
+    masked = torch.ones_like(logits, dtype=torch.bool)
+    for target, chain in enumerate(SMALL.class_tree_list):
+        masked[target, chain] = False
+    logits = in_order(loss_of.levels, logits.masked_fill(masked, -math.inf)).requires_grad_()
+    loss = loss_of(logits, targets)
+    torch.testing.assert_close(loss, loss_of._plain(logits, targets))
+    assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
+def test_logits_are_of_a_floating_type():
+    for dtype in (torch.int64, torch.complex64, torch.bool):
+        logits = torch.zeros(2, len(SMALL), dtype=dtype)
+        for loss_of in (SemanticSoftmaxLoss(SMALL), SingleLabelLoss(SMALL), MultiLabelLoss(SMALL)):
+            with pytest.raises(InvalidArgumentError, match="must be of a floating type"):
+                loss_of(logits, torch.tensor([0, 1]))
+    with pytest.raises(InvalidArgumentError, match="label_smoothing must be"):
+        SemanticSoftmaxLoss(SMALL, "a")

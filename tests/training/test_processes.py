@@ -279,6 +279,29 @@ def test_of_a_rank_that_fails_alone_the_reason_is_kept(data, tmp_path):
     assert found[0] != found[1]  # it lost the connection
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["recipes", "data"])
+def test_ranks_that_were_not_started_alike_do_not_begin(data, tmp_path, what):
+    recipes, folders = [small_recipe().to_json()] * 2, [str(data)] * 2
+    if what == "recipes":
+        recipes[1] = small_recipe(optimizer={"lr": 0.5}).to_json()
+    else:
+        folders[1] = str(make_folder(tmp_path / "others", images=11))
+    output = tmp_path / "run"
+    results, store = FORKS.Queue(), tmp_path / "store"
+    processes = [
+        FORKS.Process(
+            target=run_rank_that_fails_alone,
+            args=(str(store), rank, 2, recipes[rank], folders[rank], str(output), results),
+        )
+        for rank in range(2)
+    ]
+    with started(processes):
+        found = [results.get(timeout=60)[1] for _ in processes]
+    assert found == [f"TrainingError: The processes of this run have different {what}; start all of them alike."] * 2
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(("begun", "state"), [(True, "failed"), (False, "preempted")])
 def test_a_run_that_failed_is_not_put_back_for_ever(tmp_path, begun, state):
     folder = RunFolder(tmp_path)

@@ -243,6 +243,7 @@ def test_a_wrong_field_or_value_is_one_line(change, message):
     [
         (["loss.teacher=resnet50.miil_in21k"], "distillation_weight is 0"),
         (["loss.distillation_weight=1"], "there is no loss.teacher"),
+        (["data.mixup=0.2", "data.batch_per_device=1"], "One image at a time cannot be mixed"),
         (["model.mean=[0.5,0.5,0.5]"], "not followed by a normalisation"),
         (["model.std=[0.5,0.5,0.5]"], "not followed by a normalisation"),
         (['model.arguments={"num_classes": 5}'], "model.arguments cannot have 'num_classes'"),
@@ -441,11 +442,31 @@ def test_a_trial_finds_names_that_nothing_has(images, tmp_path, field):
         ("optimiser.lr=1", "Did you mean optimizer.lr?"),
         ("seed=1", "run.seed"),
         ("run.epochs=1", "Did you mean schedule.epochs?"),
+        ("optimizer.learning_rate=1", "Did you mean optimizer.lr?"),
+        ("learning_rate=1", "Did you mean optimizer.lr?"),
+        ("run.ema=0.9", "Did you mean run.ema_decay?"),
+        ("model.pretrained=true", "Did you mean model.start?"),
+        ("model.mean=0.5,0.5,0.5", "write a list, such as [0.5, 0.5, 0.5]"),
+        ("schedule.epochs=many", "Input should be a number"),
+        ("model.compile=maybe", "Input should be true or false"),
     ],
 )
 def test_a_field_in_the_wrong_place_is_found(setting, near):
     with pytest.raises(RecipeError, match=re.escape(near)):
         override(presets.in21k("resnet50"), [setting])
+
+
+@pytest.mark.parametrize("value", ["3", "3.0", b"3", "1e2"])
+def test_text_is_no_number(value):
+    recipe = presets.in21k("resnet50")
+    for section, field in ((recipe.schedule, "epochs"), (recipe.schedule, "max_steps"), (recipe.optimizer, "lr")):
+        with pytest.raises(RecipeError, match=rf"{field} cannot be"):
+            setattr(section, field, value)
+    for value_of_truth in (1, "true", 0.0):
+        with pytest.raises(RecipeError, match="compile cannot be"):
+            recipe.model.compile = value_of_truth
+    with pytest.raises(RecipeError, match="Did you mean lr"):
+        recipe.optimizer.learning_rate = 3
 
 
 def test_the_folder_of_a_run_stands_for_its_recipe(tmp_path):

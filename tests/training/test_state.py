@@ -286,6 +286,23 @@ def test_what_will_be_computed_again_is_cut(tmp_path):
     ]  # fmt: skip
 
 
+def test_how_a_run_stands_does_not_wait_for_a_slow_disk(tmp_path, monkeypatch):
+    def slow(descriptor):
+        raise AssertionError("it waits")
+
+    monkeypatch.setattr(os, "fsync", slow)
+    RunFolder(tmp_path).set_status("preempted", 7)
+    assert RunFolder(tmp_path).status() == {"state": "preempted", "step": 7}
+
+
+def test_what_a_run_is_is_not_written_again(data, tmp_path):
+    run(small_recipe(schedule={"epochs": 1}), data, tmp_path)
+    written = {name: (tmp_path / name).stat().st_mtime_ns for name in ("recipe.json", "data.json")}
+    (tmp_path / "status.json").unlink()
+    run(small_recipe(schedule={"epochs": 1}), data, tmp_path)
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in written} == written
+
+
 def test_of_damaged_checkpoints_the_last_stay(data, tmp_path):
     run(small_recipe(), data, tmp_path)
     folder = RunFolder(tmp_path)

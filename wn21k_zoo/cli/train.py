@@ -298,7 +298,12 @@ def evaluate(
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"], typer.Option("--precision", help="Of the forward pass.")
     ] = "fp32",
-    max_bad: Annotated[float, typer.Option("--max-bad", min=0, max=1, help="Allowed share of damaged images.")] = 0.01,
+    max_bad: Annotated[
+        float,
+        typer.Option(
+            "--max-bad", min=0, max=1, help="Allowed share of damaged images; of few, ten always are, for 0.01."
+        ),
+    ] = 0.01,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", callback=at_home, help="All figures as a JSON file, of each class too."),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from wn21k_zoo.errors import RunError, TrainingError, Wn21kError, first_line
 from wn21k_zoo.running import select_device
 
-__all__ = ["World", "join"]
+__all__ = ["World", "has_lost_others", "join"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,17 @@ class World:
         dist.broadcast(number, 0)
         return int(number)
 
+    def agree(self, what: str, value: object) -> None:
+        """See that all ranks have the same, something that JSON can hold; waits for all.
+
+        Raises:
+            TrainingError: On each rank: they have not.
+        """
+        digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=7).digest()
+        mine = int.from_bytes(digest, "big")
+        if self.any(self.broadcast(mine) != mine):
+            raise TrainingError(f"The processes of this run have different {what}; start all of them alike.")
+
     def lead(self, action: Callable[[], None]) -> None:
         """Let the leading rank do something while the others wait; if it fails, all fail.
 
@@ -84,6 +97,12 @@ class World:
             raise problem
         if failed:
             raise TrainingError("The leading process stopped; its message says why.")
+
+
+def has_lost_others(problem: Exception) -> bool:
+    """Whether an error is of the connection to other ranks; of gloo's, torch tells in words only."""
+    lost = isinstance(problem, RuntimeError) and any(name in str(problem) for name in ("gloo", "Gloo", "NCCL"))
+    return lost or isinstance(problem, dist.DistError)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from wn21k_zoo.errors import (
     NonFiniteError,
     RecipeError,
     RunError,
+    TrainingError,
     Wn21kError,
     first_line,
     is_out_of_memory,
@@ -32,7 +33,7 @@ from wn21k_zoo.errors import (
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.algorithms import about_precision, choose_algorithms, torch_as_it_was
 from wn21k_zoo.training.data import Batch, FolderDataset, Loader
-from wn21k_zoo.training.distributed import World, join
+from wn21k_zoo.training.distributed import World, has_lost_others, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.folder import is_among, is_divided
 from wn21k_zoo.training.learner import Learner, check_finite, not_deterministic
@@ -107,6 +108,9 @@ def train(
     if is_among(folder.path, data):
         raise RunError(f"{folder.path} would be among the images of {data}; name an output folder elsewhere.")
     splits = open_splits(recipe, data)
+    # But for where weights lie: the leading rank's are taken, and of a teacher it is asked what it says.
+    world.agree("recipes", recipe.model_dump(mode="json", exclude={"model": {"start"}, "loss": {"teacher"}}))
+    world.agree("data", splits.describe())
     world.lead(lambda: folder.check(recipe, splits.describe()))
     with contextlib.ExitStack() as stack:
         world.lead(lambda: stack.enter_context(folder.locked()))
@@ -154,6 +158,7 @@ class _Run:
         self.total = min(self.total, recipe.schedule.max_steps or self.total)
         begun = world.any(world.leads and bool(folder.steps()))
         self.learner = Learner(recipe, splits, world, self.total, begun)
+        world.agree("teachers", self.learner.teacher_digest)
         self.loaders = open_loaders(recipe, splits, world, workers)
         self.step, self.evaluated, self.best = 0, 0, float("-inf")
         self.window = Window(self.device)
@@ -190,9 +195,8 @@ class _Run:
                 self.rescue(time.monotonic() + LIMIT_SECONDS / 2)
                 raise Preempted(self.signals.code) from end
             problem = self._named(end)
-            # Of several that failed the first says why; the others may have lost the connection to it.
-            if not isinstance(end, Preempted) and self.folder.status().get("state") != "failed":
-                self.folder.set_status("failed", self.step, total=self.total, reason=first_line(problem))
+            if not isinstance(end, Preempted):
+                self._failed(end, problem)
             if problem is not end:
                 raise problem from end
             raise
@@ -255,14 +259,36 @@ class _Run:
             return ""
         return f" (in {data.name(0).partition('/')[0]})"
 
+    def _failed(self, end: Exception, problem: Exception) -> None:
+        """Say so, and keep what was run until the step that failed."""
+
+        def mark() -> None:
+            # Of several that failed the first says why; the others may have lost the connection to it.
+            if self.folder.status().get("state") != "failed":
+                self.folder.set_status("failed", self.step, total=self.total, reason=first_line(problem))
+
+        def keep() -> None:
+            if self.step and self.writer is not None and not isinstance(end, (NonFiniteError, RunError)):
+                self.rescue.keep(time.monotonic() + LIMIT_SECONDS)
+
+        for action in (mark, keep):
+            for _ in range(3):
+                with contextlib.suppress(RuntimeError):  # torch says amid anything that a process that loads is gone
+                    action()
+                    break
+
     def _named(self, problem: Exception) -> Exception:
         """What users can do something about as an error of ours; anything else as it is."""
-        if isinstance(problem, RuntimeError) and "DataLoader worker" in str(problem):
+        if (isinstance(problem, RuntimeError) and "DataLoader worker" in str(problem)) or isinstance(
+            problem, (ConnectionError, EOFError)
+        ):
             return DataError(
                 f"A process that loads images is gone: {first_line(problem).rstrip('.')}. If the machine was out of "
                 'memory, take fewer --workers; a script of your own must be under `if __name__ == "__main__":`. What '
                 "was run then goes on."
             )
+        if self.world.size > 1 and has_lost_others(problem):
+            return TrainingError("Another process of the run is gone; its own message, or the system's log, says why.")
         if is_out_of_memory(problem):
             return RunError(
                 f"The memory of {self.device} is not enough for {self.micro} images at a time: set "

@@ -86,7 +86,7 @@ def evaluate(
         device: auto (a network stays where it is), cpu, cuda or mps (where it stays afterwards).
         precision: fp32, bf16 or fp16; a network in bf16 or fp16 runs in these in place of fp32. Convolutions in fp32
             are TF32 on GPUs that have it unless ``torch.backends.cudnn.allow_tf32`` is False.
-        max_bad: Share of damaged images that is endured.
+        max_bad: Share of damaged images that is endured; of few images ten always are, for 0.01.
         predictions: CSV file for a row per image: ``image``, ``class`` and ``prediction`` (wnids, or the model's own
             names) and ``confidence``; there when all of it is done. Predictions are leaves, see
             :class:`wn21k_zoo.training.evaluation.Evaluation`, so that no image of a class above them has its own.

@@ -69,11 +69,13 @@ class Levels(nn.Module):
         return [parts[depth] for depth in self.depths]
 
     def check_width(self, logits: Tensor, name: str = "logits") -> None:
-        """See that there is an output for each class.
+        """See that there is an output for each class, of a floating type.
 
         Raises:
             InvalidArgumentError: There is not.
         """
+        if not logits.is_floating_point():
+            raise InvalidArgumentError(f"{name} must be of a floating type, not {logits.dtype}.")
         if logits.ndim != 2 or logits.shape[1] != self.num_classes or not len(logits):
             raise InvalidArgumentError(
                 f"{name} must have the shape [batch, {self.num_classes}], one output per class of {self.tree.name}, "

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
@@ -35,8 +36,9 @@ class SemanticSoftmaxLoss(nn.Module):
     Level k counts for the samples whose chain of ancestors reaches it, is divided by the whole batch, and weighs
     W_k = min(20, N / number of classes at depth k or deeper).
 
-    On the CPU it is an operation of its own, with a first derivative alone and none by ``torch.func``; elsewhere it is
-    made of torch's.
+    On the CPU it is an operation of its own, with a first derivative alone, and of ``torch.func`` ``jvp`` only;
+    elsewhere it is made of torch's. Numbers that are not finite are seen where they count: in the levels that a sample
+    of the batch reaches.
 
     Args:
         tree: The classes and their hierarchy.
@@ -64,7 +66,7 @@ class SemanticSoftmaxLoss(nn.Module):
         """
         levels = self.levels
         levels.check(logits_bn, targets_b)
-        if logits_bn.device.type != "cpu":
+        if logits_bn.device.type != "cpu" or _has_tangent(logits_bn):
             return self._plain(logits_bn, targets_b)
         targets_b, all_in_range = levels.in_range(targets_b)
         loss: Tensor = _semantic_softmax(
@@ -117,7 +119,9 @@ def _semantic_softmax(
         p = torch.softmax(scores, 1, out=error)
         # The largest p is at least 1 / n, so that its logarithm is exact where that of the target's p is -inf.
         log_sum = scores.amax(1) - p.amax(1).log_()
-        smoothed = (1 - smoothing) * scores.gather(1, at)[:, 0] + smoothing * scores.mean(1)
+        smoothed = (1 - smoothing) * scores.gather(1, at)[:, 0]
+        if smoothing:  # else classes that are masked by -inf may be
+            smoothed += smoothing * scores.mean(1)
         loss += weights[level] / len(logits) * (log_sum - smoothed).sum(dtype=torch.float64)
         if smoothing:
             p.sub_(smoothing / p.shape[1])
@@ -263,7 +267,7 @@ class SingleLabelLoss(nn.Module):
 
 
 class MultiLabelLoss(nn.Module):
-    """The paper's second baseline: a sigmoid per class, true for a class and its ancestors, with the asymmetric loss.
+    """The paper's second baseline: a sigmoid per class, true for a class and all its ancestors.
 
     The asymmetric loss is that of arXiv 2009.14119, equation 7: negatives with p below ``clip`` count nothing, and the
     exponents weaken easy ones. Summed over classes, mean over the batch.
@@ -281,7 +285,7 @@ class MultiLabelLoss(nn.Module):
             bounds it, and an infinite logit is as a large one.
     """
 
-    starts: Tensor
+    chains: Tensor
 
     def __init__(
         self,
@@ -295,8 +299,7 @@ class MultiLabelLoss(nn.Module):
         if gamma_negative < 0 or gamma_positive < 0 or not 0 <= clip < 1:
             raise InvalidArgumentError("The exponents of MultiLabelLoss must be at least 0, its clip in [0, 1).")
         self.levels = Levels(tree, order)
-        starts = torch.tensor([where.start for where in self.levels.slices], dtype=torch.int64)
-        self.register_buffer("starts", starts, persistent=False)
+        self.register_buffer("chains", _chains(self.levels), persistent=False)
         self.gamma_negative, self.gamma_positive, self.clip = gamma_negative, gamma_positive, clip
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
@@ -319,14 +322,21 @@ class MultiLabelLoss(nn.Module):
 
     def _truth(self, targets_b: Tensor) -> Tensor:
         """For each sample and output whether it is the class or one of its ancestors, [B, N] bool."""
-        levels = self.levels
-        truth = torch.zeros(len(targets_b), levels.num_classes + 1, dtype=torch.bool, device=targets_b.device)
-        ancestors = levels.ancestors[targets_b]
-        positions = torch.where(ancestors >= 0, ancestors + self.starts, levels.num_classes)
-        own = levels.positions[targets_b][:, None]  # a class that is alone on its depth has no level
-        truth.scatter_(1, torch.cat([positions, own], 1), True)
-        truth = truth[:, :-1]
-        return truth if levels.order == "level" else truth.index_select(1, levels.positions)
+        truth = torch.zeros(len(targets_b), self.levels.num_classes + 1, dtype=torch.bool, device=targets_b.device)
+        return truth.scatter_(1, self.chains[targets_b], True)[:, :-1]
+
+
+def _chains(levels: Levels) -> Tensor:
+    """Where the outputs of each class and its ancestors stand, N after their end, [N, longest] int64.
+
+    Of all depths, those of one class too, which have no softmax of their own.
+    """
+    chains = levels.tree.class_tree_list
+    found = torch.full((len(chains), max(map(len, chains))), levels.num_classes)
+    places = levels.positions if levels.order == "level" else torch.arange(levels.num_classes)
+    for index, chain in enumerate(chains):
+        found[index, : len(chain)] = places[chain]
+    return found
 
 
 def explain(levels: Levels | None, logits_bn: Tensor, targets_b: Tensor) -> str:
@@ -342,9 +352,16 @@ def explain(levels: Levels | None, logits_bn: Tensor, targets_b: Tensor) -> str:
     return _describe(logits_bn)
 
 
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether somebody wants a derivative forwards, which an operation of one's own would silently leave out."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
 def _smoothing(value: float) -> float:
-    if not 0 <= value < 1:
-        raise InvalidArgumentError(f"label_smoothing must be in [0, 1), not {value}.")
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise InvalidArgumentError(f"label_smoothing must be in [0, 1), not {value!r}.")
     return float(value)
 
 

@@ -265,7 +265,15 @@ class HierarchicalDistances(Counts):
 
     @torch.no_grad()
     def update(self, predictions_b: Tensor, targets_b: Tensor, counted_b: Tensor | None = None) -> None:
-        """Count a batch of class indices, [B] int64 each; or only those of [B] bool."""
+        """Count a batch of class indices, [B] int64 each; or only those of [B] bool.
+
+        Raises:
+            InvalidArgumentError: There are not as many predictions as targets.
+        """
+        if predictions_b.shape != targets_b.shape:
+            raise InvalidArgumentError(
+                f"Predictions of shape {list(predictions_b.shape)} and targets of {list(targets_b.shape)} are no pairs."
+            )
         counted = torch.ones_like(targets_b) if counted_b is None else counted_b.long()
         there = (torch.minimum(predictions_b, targets_b) >= 0) & (
             torch.maximum(predictions_b, targets_b) < len(self.depths)

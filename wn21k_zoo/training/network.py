@@ -327,12 +327,14 @@ def wrong_size(what: str, size: int, error: Exception) -> RecipeError:
 
 
 def few_for_statistics(module: nn.Module, recipe: Recipe, ranks: int) -> str:
-    """What is said of batch statistics over few images because there are many ranks; else empty."""
-    images = recipe.data.batch_size // ranks
+    """What is said of batch statistics over one image, or over few because there are many ranks; else empty."""
+    images, model = recipe.data.batch_size // ranks, recipe.model
     has_statistics = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules())
-    model = recipe.model
-    enough = min(_ENOUGH, recipe.data.batch_per_device)
-    if ranks == 1 or images >= enough or model.sync_batchnorm or model.freeze_backbone or not has_statistics:
+    if not has_statistics or model.freeze_backbone or (model.sync_batchnorm and ranks > 1):
+        return ""
+    if recipe.micro_batches(ranks)[0] == 1:
+        return "batch normalisation over one image at a time hardly trains; a larger data.batch_per_device avoids that"
+    if ranks == 1 or images >= min(_ENOUGH, recipe.data.batch_per_device):
         return ""
     return (
         f"batch normalisation over {images} images per process is another training than over more; "

@@ -47,7 +47,7 @@ class Plan:
     Attributes:
         steps_per_epoch: Steps of an epoch.
         steps: Of the run.
-        epochs: Of the run.
+        epochs: Of the run; part of one where ``schedule.max_steps`` ends it.
         images_seen: Over all epochs.
         batch_per_gpu: Images that go through the network at a time.
         accumulation: How often that makes a step.
@@ -63,7 +63,7 @@ class Plan:
 
     steps_per_epoch: int
     steps: int
-    epochs: int
+    epochs: float
     images_seen: int
     batch_per_gpu: int
     accumulation: int
@@ -109,10 +109,17 @@ def plan(
     per_epoch = images // recipe.data.batch_size
     if not per_epoch:
         raise RecipeError(f"{images:,} images are fewer than data.batch_size {recipe.data.batch_size}; lower it.")
+    epochs: float = recipe.schedule.epochs
     steps = per_epoch * recipe.schedule.epochs
-    steps = min(steps, recipe.schedule.max_steps or steps)
+    if recipe.schedule.max_steps is not None and recipe.schedule.max_steps < steps:
+        steps = recipe.schedule.max_steps
+        epochs = _rounded(steps / per_epoch)
     seen = steps * recipe.data.batch_size
-    speed, assumed = (images_per_second, "as given") if images_per_second else _published_speed(recipe, micro)
+    speed, assumed = (
+        (images_per_second, "as given, of each GPU (a run tells the sum)")
+        if images_per_second
+        else _published_speed(recipe, micro)
+    )
     num_classes = classes or (len(space) if space else 1000)
     arguments = tuple(recipe.model.arguments.items())
     model = recipe.model
@@ -129,13 +136,13 @@ def plan(
     return Plan(
         steps_per_epoch=per_epoch,
         steps=steps,
-        epochs=recipe.schedule.epochs,
+        epochs=epochs,
         images_seen=seen,
         batch_per_gpu=micro,
         accumulation=group,
         classes=num_classes,
         parameters=parameters,
-        memory_gb=round(memory / 1e9, 1),
+        memory_gb=_rounded(memory / 1e9),
         hours=_rounded(seen / speed / gpus / 3600) if speed else None,
         images_per_second=round(speed, 1) if speed else None,
         assumed=assumed + without,
@@ -160,8 +167,8 @@ def _memory(recipe: Recipe, module: nn.Module, micro: int, kept: float, num_clas
     return memory + (4 + 2 * halved) * sum(parameter.numel() for parameter in weights), ""
 
 
-def _rounded(hours: float) -> float:
-    return round(hours, 1 if hours >= 1 else 3)
+def _rounded(number: float) -> float:
+    return round(number, 1) if number >= 1 else float(f"{number:.2g}")
 
 
 def cost_table(path: Path, gpus: int = 8) -> list[str]:

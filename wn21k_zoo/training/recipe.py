@@ -20,6 +20,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import typing
+from types import MappingProxyType, UnionType
 from typing import Any, Literal
 
 from wn21k_zoo.architectures import ARCHITECTURES
@@ -35,12 +37,19 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"Training ({error.name} is missing)", "train") from error
 
-__all__ = ["NAME", "RANDOM", "RESERVED", "Recipe", "Section", "check_architecture", "sized"]
+__all__ = ["ELSEWHERE", "NAME", "RANDOM", "RESERVED", "Recipe", "Section", "check_architecture", "sized"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a recipe, and of the record that comes of it
 # Of timm.create_model: what the recipe's other fields, the data and verified fetching decide.
 RESERVED = ("cache_dir", "checkpoint_path", "features_only", "in_chans", "num_classes", "pretrained", "pretrained_cfg",
         "pretrained_cfg_overlay")  # fmt: skip
+
+
+# What others call fields of here.
+ELSEWHERE = MappingProxyType({
+    "amp": "precision", "batch": "batch_size", "ema": "ema_decay", "image_size": "size", "img_size": "size",
+    "learning_rate": "lr", "model_ema": "ema_decay", "pretrained": "start", "smoothing": "label_smoothing",
+})  # fmt: skip
 
 
 class Section(pydantic.BaseModel):
@@ -52,9 +61,15 @@ class Section(pydantic.BaseModel):
 
     @pydantic.field_validator("*", mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+    def _text_and_truth_are_no_numbers(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and kind is not bool:
             raise pydantic_core.PydanticCustomError("no_number", "Input should not be true or false")
+        kinds = typing.get_args(kind) if typing.get_origin(kind) is UnionType else (kind,)
+        if isinstance(value, (str, bytes)) and {int, float} & {*kinds}:
+            raise pydantic_core.PydanticCustomError("no_number", "Input should be a number")
+        if not isinstance(value, bool) and kind is bool:
+            raise pydantic_core.PydanticCustomError("no_truth", "Input should be true or false")
         return value
 
     def __init__(self, **fields: Any) -> None:
@@ -118,7 +133,7 @@ class Data(Section):
         cutmix: The same with a rectangle of one in the other (arXiv 1905.04899); with both, each has half the batches.
         crop_pct: Evaluation resizes the shorter side to size / crop_pct and crops the centre; None: squash.
         window: So many shards are mixed with each other.
-        max_bad: Share of damaged samples that is endured.
+        max_bad: Share of damaged samples that is endured; of few images ten always are, for 0.01.
     """
 
     label_space: str | tuple[str, ...] | None = "fall11"
@@ -328,6 +343,11 @@ class Recipe(Section):
             ),
             (any(not 0 <= beta < 1 for beta in self.optimizer.betas), "optimizer.betas must be in [0, 1)."),
             (
+                bool(self.data.mixup or self.data.cutmix) and 1 in (self.data.batch_size, self.data.batch_per_device),
+                "One image at a time cannot be mixed with another: set data.batch_per_device above 1, or data.mixup "
+                "and data.cutmix to 0.",
+            ),
+            (
                 self.loss.kind == "multi_label" and self.loss.label_smoothing > 0,
                 "multi_label has no smoothing; set loss.label_smoothing to 0.",
             ),
@@ -456,9 +476,11 @@ def _as_recipe_error(section: type[Section], error: pydantic.ValidationError) ->
     where = section.__name__.lower()
     if first["type"] in ("extra_forbidden", "no_such_attribute"):
         name = str(first["loc"][-1])
-        return RecipeError(f"{where} has no field {name!r}.{did_you_mean(name, section.model_fields)}")
+        near = did_you_mean(ELSEWHERE.get(name, name), section.model_fields)
+        return RecipeError(f"{where} has no field {name!r}.{near}")
     if first["type"] == "missing":
         return RecipeError(f"{where}.{place} is missing.")
     shown = repr(first["input"])
     shown = shown if len(shown) < 200 else f"{shown[:200]}..."
-    return RecipeError(f"{where}.{place} cannot be {shown}: {first['msg']}.")
+    hint = "; write a list, such as [0.5, 0.5, 0.5]" if first["type"] == "tuple_type" else ""
+    return RecipeError(f"{where}.{place} cannot be {shown}: {first['msg']}{hint}.")

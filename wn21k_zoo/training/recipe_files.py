@@ -13,7 +13,7 @@ from typing import Any
 
 from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.files import expanded, parse_json, visible
-from wn21k_zoo.training.recipe import Model, Recipe, Section
+from wn21k_zoo.training.recipe import ELSEWHERE, Model, Recipe, Section
 
 __all__ = ["listed_in", "load_recipe", "override", "recipes_in", "shipped_recipes"]
 
@@ -192,6 +192,7 @@ def _field(target: Any, name: str, path: str) -> Any:
     fields = type(target).model_fields if isinstance(target, Section) else {}
     if name not in fields:
         leaf = path.rpartition(".")[2]
+        leaf = ELSEWHERE.get(leaf, leaf)
         known = [
             f"{section}.{each}" if isinstance(value, Section) else section
             for section, value in Recipe(name="any", model=Model(architecture="any"))
@@ -199,7 +200,7 @@ def _field(target: Any, name: str, path: str) -> Any:
         ]
         same = [each for each in known if leaf == each.rpartition(".")[2]]
         in_section = isinstance(target, Section) and not isinstance(target, Recipe)
-        near = did_you_mean(name, fields) if in_section else did_you_mean(path, known)
+        near = did_you_mean(ELSEWHERE.get(name, name), fields) if in_section else did_you_mean(path, known)
         near = f" Did you mean {' or '.join(same)}?" if same else near
         raise RecipeError(f"A recipe has no field {path or name}.{near}")
     return getattr(target, name)

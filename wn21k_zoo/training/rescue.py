@@ -47,9 +47,7 @@ class Rescue:
             while time.monotonic() < until and not self._failed() and self._state() != "preempted":
                 time.sleep(0.1)
             return
-        thread = threading.Thread(target=self._save, daemon=True)
-        thread.start()
-        thread.join(max(0.0, until - time.monotonic()))
+        self.keep(until)
         if sys.stderr.isatty():
             sys.stderr.write("\x1b[?25h\n")  # the bar hides the cursor
         if self._failed():  # on another rank, for whose sake torchrun ends this one
@@ -57,6 +55,12 @@ class Rescue:
         step = self._folder.newest_step()
         mark_preempted(self._folder.path, step)
         sys.stderr.write(f"wn21k: told to stop, it left what it was in; begun again it goes on at step {step:,}\n")
+
+    def keep(self, until: float) -> None:
+        """Write the checkpoint that can be had; one that is not written until then is left."""
+        thread = threading.Thread(target=self._save, daemon=True)
+        thread.start()
+        thread.join(max(0.0, until - time.monotonic()))
 
     def _state(self) -> str | None:
         return self._folder.status().get("state")
