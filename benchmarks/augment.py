@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from skimage import data
 
-from wn21k_zoo.training.augment import OPERATIONS, PublishedAugmentation, squash
+from wn21k_zoo.training.augment import OPERATIONS, PublishedAugmentation, resize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.training.test_augment import PILLOW  # the one that ours is proved equal to
@@ -68,7 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
 
-    array = squash(data.astronaut(), arguments.size)
+    array = resize(data.astronaut(), arguments.size, arguments.size)
     image = Image.fromarray(array)
     print(f"{arguments.size} px, one thread, medians of {arguments.rounds} rounds over all magnitudes and signs")
     print("operation          ours us   Pillow us   ratio")
@@ -85,7 +85,7 @@ def main() -> None:
         mine, other = statistics.median(ours), statistics.median(theirs)
         print(f"{name:15} {mine:10.1f} {other:11.1f} {other / mine:7.2f}")
 
-    large = squash(data.astronaut(), 256)
+    large = resize(data.astronaut(), 256, 256)
     for label, source in (("from 256 px", large), (f"from {arguments.size} px", array)):
         augmentation, photograph = PublishedAugmentation(arguments.size), Image.fromarray(np.ascontiguousarray(source))
         ours, theirs = [], []

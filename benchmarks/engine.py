@@ -22,7 +22,6 @@ from torch.nn.utils import clip_grad_norm_
 
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import engine
-from wn21k_zoo.training.agreement import Agreement
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.progress import Reporter
@@ -115,7 +114,7 @@ class _Synthetic:
 def _engine(recipe, splits, folder, device):
     world = World(0, 1, device)
     folder = RunFolder(folder)
-    run = engine._Run(recipe, splits, folder, world, Agreement(world, Signals()), Rescue(folder, world), 0)
+    run = engine._Run(recipe, splits, folder, world, Signals(), Rescue(folder, world), 0)
     run.reporter, run.writer, run._saved_at = Reporter(run.folder, run.total, 0), None, time.monotonic()
     return run
 

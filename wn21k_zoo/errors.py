@@ -47,9 +47,11 @@ One line of text that says what is wrong and what to do next; the class says wha
 from __future__ import annotations
 
 import difflib
+import numbers
 import operator
 import re
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "AccessDeniedError",
@@ -280,19 +282,20 @@ def did_you_mean(name: str, candidates: Iterable[str], count: int = 3) -> str:
     return f" Did you mean {', '.join(by_folded[known] for known in near)}?" if near else ""
 
 
-def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
-    """See that an argument is a whole number, of Python's or NumPy's, within bounds.
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """An argument as Python's integer, where it is a whole number within bounds, NumPy's also.
 
     Raises:
         InvalidArgumentError: It is not.
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < least or (most is not None and number > most):
         bounds = f"from {least} to {most}" if most is not None else f"{least} or more"
         raise InvalidArgumentError(f"{name} is {value!r}; it must be a whole number, {bounds}.")
+    return number
 
 
 def check_share(name: str, value: float) -> None:
@@ -301,7 +304,7 @@ def check_share(name: str, value: float) -> None:
     Raises:
         InvalidArgumentError: It is not.
     """
-    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value <= 1:
         raise InvalidArgumentError(f"{name} is {value!r}; it must be a number from 0 to 1.")
 
 

@@ -67,6 +67,18 @@ def test_a_process_group_that_is_there_is_taken_and_left(world):
         assert dist.is_initialized()
 
 
+def test_in_a_programs_own_process_group_its_gpu_is_taken(monkeypatch):
+    for name, value in (("is_initialized", True), ("get_rank", 3), ("get_world_size", 4)):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for asked, found in (("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu"), ("mps", "cpu")):
+        monkeypatch.setattr(distributed, "select_device", torch.device)
+        with join(asked) as world:
+            assert (world.rank, world.size, str(world.device)) == (3, 4, found)
+
+
 @pytest.mark.parametrize("world", ["cpu", GPU], indirect=True)
 def test_what_it_says_to_others_comes_back(world):
     assert (world.any(True), world.any(False)) == (True, False)

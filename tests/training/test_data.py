@@ -20,6 +20,7 @@ from PIL import Image
 from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.data import Loader, Squash, _random, open_dataset
+from wn21k_zoo.training.options import PrepareOptions
 from wn21k_zoo.training.shards import read_info
 
 from .archives import WNIDS
@@ -405,3 +406,22 @@ def test_workers_end_on_the_word_of_their_process_alone(shards, tmp_path, method
     assert done.returncode == 0, done.stderr
     count, expected = done.stdout.split()
     assert count == expected != "2"
+
+
+def test_numbers_of_numpy_are_those_of_python(shards):
+    numbers = {"batch_size": np.int64(8), "seed": np.int32(3), "window": np.int64(2), "max_bad": np.float32(0.5)}
+    same(batches(loader(shards, batch_size=8, seed=3, window=2)), batches(loader(shards, **numbers)))
+    for wrong in (
+        {"batch_size": 2.5},
+        {"seed": "3"},
+        {"window": True},
+        {"max_bad": True},
+        {"rank": 1},
+        {"workers": None},
+    ):
+        with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
+            loader(shards, **wrong)
+
+
+def test_options_of_numpys_numbers_can_be_recorded():
+    assert json.dumps(PrepareOptions(size=np.int64(128)).recorded()) == json.dumps(PrepareOptions(size=128).recorded())

@@ -475,17 +475,13 @@ def test_a_process_that_loads_images_and_is_gone_is_one_line(data, tmp_path, mon
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \n more")
 
     monkeypatch.setattr(Criterion, "forward", gone)
-    with pytest.raises(DataError, match=r"A process that loads images is gone: .*take fewer --workers"):
+    with pytest.raises(DataError, match=r"A process that loads images is gone: .*take fewer workers"):
         run(small_recipe(), data, tmp_path)
 
 
 @pytest.mark.parametrize(
     "problem",
-    [
-        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
-        ConnectionResetError(104, "reset"),
-        ValueError(),
-    ],
+    [RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), OSError("loading"), ValueError()],
 )
 def test_what_was_run_before_something_failed_is_kept(data, tmp_path, monkeypatch, problem):
     recipe = small_recipe(run={"ema_decay": 0.9})
@@ -500,7 +496,7 @@ def test_what_was_run_before_something_failed_is_kept(data, tmp_path, monkeypatc
             return forward(*arguments)
 
         patched.setattr(Criterion, "forward", failing)
-        with pytest.raises(ValueError if isinstance(problem, ValueError) else DataError):
+        with pytest.raises(DataError if isinstance(problem, RuntimeError) else type(problem)):
             run(recipe, data, tmp_path / "parts")
     folder = RunFolder(tmp_path / "parts")
     assert folder.newest_step() == 4
@@ -522,7 +518,7 @@ def test_what_torch_says_amid_the_end_does_not_hide_the_reason(data, tmp_path, m
         raise ConnectionResetError(104, "Connection reset by peer")
 
     monkeypatch.setattr(RunFolder, "set_status", interrupted)
-    monkeypatch.setattr(Criterion, "forward", gone)
+    monkeypatch.setattr("torch.utils.data.dataloader._SingleProcessDataLoaderIter._next_data", gone)
     with pytest.raises(DataError, match="A process that loads images is gone"):
         run(small_recipe(), data, tmp_path)
     assert "A process that loads images is gone" in RunFolder(tmp_path).status()["reason"]
@@ -537,8 +533,50 @@ def test_others_that_are_gone_are_said_in_one_line(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
     monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: None)
     monkeypatch.setattr("wn21k_zoo.training.learner.DistributedDataParallel", lambda module, **_: module)
-    with pytest.raises(TrainingError, match="Another process of the run is gone"):
+    with pytest.raises(
+        TrainingError, match=r"The connection to the other processes failed: .*reset by peer\. If one of them is gone"
+    ):
         run(small_recipe(), data, tmp_path, World(0, 2, torch.device("cpu")))
+
+
+def test_a_folder_that_is_called_like_a_library_is_not_its_error(data, tmp_path, monkeypatch):
+    def damaged(*_):
+        raise BadImagesError("12 images are damaged, out of memory/gloo/a.jpg and igloo/gloo/b.jpg, say")
+
+    monkeypatch.setattr(Criterion, "forward", damaged)
+    with pytest.raises(BadImagesError, match="igloo"):
+        run(small_recipe(), data, tmp_path)
+
+
+def test_a_full_disk_behind_a_failure_does_not_hide_it(data, tmp_path, at_loss, monkeypatch, capsys):
+    def failing(logits, number):
+        if number == 5:
+            monkeypatch.setattr("wn21k_zoo.training.state.CheckpointWriter._write", full)
+            raise ValueError("the reason")
+        return logits
+
+    def full(*_, **__):
+        raise RunError("The checkpoint cannot be written: no space")
+
+    at_loss(failing)
+    with pytest.raises(ValueError, match="the reason"):
+        run(small_recipe(), data, tmp_path)
+    assert "no space" in capsys.readouterr().err
+
+
+def test_a_step_that_is_not_wholly_counted_is_not_kept(data, tmp_path, monkeypatch):
+    update, steps = Learner.update, []
+
+    def interrupted(self):
+        update(self)
+        steps.append(1)
+        if len(steps) == 4:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(Learner, "update", interrupted)
+    with pytest.raises(DataError):
+        run(small_recipe(), data, tmp_path)
+    assert not RunFolder(tmp_path).steps()
 
 
 def test_classes_above_each_other_are_for_one_softmax(tmp_path):

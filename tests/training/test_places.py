@@ -115,6 +115,10 @@ def test_a_start_says_of_what_size_its_network_is(data, tmp_path, stop_at):
         run_told(recipe, data, tmp_path / "run")
     stop_at(-1)
     exported.rename(tmp_path / "gone")  # which the same command does not need again
+    other = recipe.model_copy(deep=True)
+    other.model.arguments = {"drop_rate": 0.1}
+    with pytest.raises(RunError, match=r"model\.arguments"):
+        run(other, data, tmp_path / "run")
     run(recipe, data, tmp_path / "run")
     predict(torch.rand(3, 32, 32), model=export_run(tmp_path / "run", tmp_path / "model"))
 
@@ -134,7 +138,7 @@ def test_a_random_teacher_is_the_same_after_a_resume(data, tmp_path, stop_at):
 @pytest.mark.parametrize("name", ["resnet50.miil_in21k", "hf-hub:a/b", "random:resnet50.miil_in21k", None])
 def test_names_that_are_no_places_stay(name):
     recipe = small_recipe(model={"start": name}, loss={"teacher": name}, data={"label_space": "fall11"})
-    assert resolved(recipe, begun=recipe) == recipe  # out of reach as that repository is
+    assert resolved(recipe, otherwise={}) == recipe  # out of reach as that repository is
 
 
 def test_one_name_for_a_place(tmp_path, monkeypatch):
@@ -212,3 +216,19 @@ def test_a_start_that_is_damaged_is_told_and_keeps_its_head_otherwise(data, tmp_
         (exported / name).write_text(whole)
     assert not RunFolder(tmp_path / "run").steps()
     run(small_recipe(model={"start": str(exported)}, schedule=SHORT), data, tmp_path / "run")
+
+
+def test_arguments_that_were_left_out_are_told_without_the_start_too(data, tmp_path, stop_at):
+    run(small_recipe(schedule=SHORT), data, tmp_path / "first")
+    exported = export_run(tmp_path / "first", tmp_path / "exported")
+    recipe = small_recipe(model={"start": str(exported), "arguments": {"drop_rate": 0.5}})
+    stop_at(3)
+    with pytest.raises(Preempted):
+        run_told(recipe, data, tmp_path / "run")
+    stop_at(-1)
+    exported.rename(tmp_path / "gone")
+    recipe.model.arguments = {}
+    with pytest.raises(RunError, match=r"model\.arguments = .*drop_rate"):
+        run(recipe, data, tmp_path / "run")
+    again = RunFolder(tmp_path / "run").recipe()
+    run(again, data, tmp_path / "run")

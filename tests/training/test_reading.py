@@ -1,5 +1,6 @@
 """Images one by one, for the loaders of others."""
 
+import io
 import pickle
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from wn21k_zoo.errors import BadImagesError, DataError
 from wn21k_zoo.training.data import Loader, Squash, TorchDataset, open_dataset, open_folder
+from wn21k_zoo.training.reading import OpenShards
 
 from .loading import SIZE, loader
 from .runs import make_folder
@@ -42,7 +44,10 @@ def test_images_and_targets_are_those_of_the_loader(dataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_torchs_own_loader_takes_them(dataset, workers):
-    found = list(DataLoader(TorchDataset(dataset, to_tensor), batch_size=8, num_workers=workers))
+    one_by_one = TorchDataset(dataset, to_tensor)
+    expected = [each[1] for each in one_by_one]  # so that processes are forked while shards are open
+    found = list(DataLoader(one_by_one, batch_size=8, num_workers=workers))
+    assert [target for _, targets in found for target in targets] == expected
     assert sum(len(targets) for _, targets in found) == len(dataset)
     assert {images.shape[1:] for images, _ in found} == {(3, SIZE, SIZE)}
 
@@ -84,3 +89,12 @@ def test_a_damaged_image_is_named(damaged, tmp_path):
 def test_batches_unpack(shards):
     for images, targets in loader(shards):
         assert len(images) == len(targets) == 8
+
+
+def test_what_was_read_from_last_stays_open(shards, monkeypatch):
+    dataset, opened = open_dataset(shards), []
+    monkeypatch.setattr(type(dataset), "open", lambda self, number: opened.append(number) or (io.BytesIO(), number))
+    one = OpenShards(dataset, 2)
+    for number in (0, 1, 0, 2, 0, 1):
+        assert one[number][1] == number
+    assert opened == [0, 1, 2, 1]

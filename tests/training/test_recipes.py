@@ -243,7 +243,6 @@ def test_a_wrong_field_or_value_is_one_line(change, message):
     [
         (["loss.teacher=resnet50.miil_in21k"], "distillation_weight is 0"),
         (["loss.distillation_weight=1"], "there is no loss.teacher"),
-        (["data.mixup=0.2", "data.batch_per_device=1"], "One image at a time cannot be mixed"),
         (["model.mean=[0.5,0.5,0.5]"], "not followed by a normalisation"),
         (["model.std=[0.5,0.5,0.5]"], "not followed by a normalisation"),
         (['model.arguments={"num_classes": 5}'], "model.arguments cannot have 'num_classes'"),
@@ -271,6 +270,28 @@ def test_a_batch_that_can_only_be_cut_into_crumbs(images, processes):
     recipe = override(small_recipe(), [f"data.batch_size={images}", "data.batch_per_device=64"])
     with pytest.raises(RecipeError, match=r"take a data\.batch_size with more divisors"):
         recipe.micro_batches(processes)
+
+
+def test_one_image_at_a_time_is_mixed_with_no_other():
+    recipe = small_recipe(data={"mixup": 0.2, "batch_size": 8, "batch_per_device": 4})
+    assert recipe.micro_batches(2) == (4, 1)
+    with pytest.raises(RecipeError, match=r"cannot be mixed with another: raise data\.batch_size"):
+        recipe.micro_batches(8)
+    recipe.data.batch_per_device = 1
+    with pytest.raises(RecipeError, match=r"cannot be mixed with another: raise data\.batch_per_device"):
+        recipe.micro_batches(1)
+
+
+def test_numbers_and_truth_as_python_writes_them():
+    changed = override(
+        small_recipe(), ["run.deterministic=True", "optimizer.lr=.1", "data.size=1_024", "data.window=+8"]
+    )
+    assert (changed.run.deterministic, changed.optimizer.lr, changed.data.size, changed.data.window) == (
+        True,
+        0.1,
+        1024,
+        8,
+    )
 
 
 def test_any_field_can_be_overridden():
@@ -446,7 +467,8 @@ def test_a_trial_finds_names_that_nothing_has(images, tmp_path, field):
         ("learning_rate=1", "Did you mean optimizer.lr?"),
         ("run.ema=0.9", "Did you mean run.ema_decay?"),
         ("model.pretrained=true", "Did you mean model.start?"),
-        ("model.mean=0.5,0.5,0.5", "write a list, such as [0.5, 0.5, 0.5]"),
+        ("model.mean=0.5,0.5,0.5", "write a list, such as [0.0, 0.0, 0.0]"),
+        ("optimizer.betas=0.9", "write a list, such as [0.9, 0.999]"),
         ("schedule.epochs=many", "Input should be a number"),
         ("model.compile=maybe", "Input should be true or false"),
     ],

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from wn21k_zoo.errors import check_whole
+from wn21k_zoo.errors import whole_number
 from wn21k_zoo.training.extra import cv2
 
 __all__ = ["OPERATIONS", "Operation", "PublishedAugmentation", "Squash", "cutout", "resize"]
@@ -100,7 +100,7 @@ class Squash:
     size: int = 224
 
     def __post_init__(self) -> None:
-        check_whole("size", self.size, 1)
+        whole_number("size", self.size, 1)
 
     def __call__(self, image: Image, random: Random) -> Image:
         """Resize: [height, width, 3] to [size, size, 3]; nothing is drawn from ``random``."""
@@ -124,7 +124,7 @@ class PublishedAugmentation:
     size: int = 224
 
     def __post_init__(self) -> None:
-        check_whole("size", self.size, 1)
+        whole_number("size", self.size, 1)
 
     def __call__(self, image: Image, random: Random) -> Image:
         """Augment an image.

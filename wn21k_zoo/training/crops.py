@@ -11,7 +11,7 @@ from random import Random
 
 import numpy as np
 
-from wn21k_zoo.errors import InvalidArgumentError, check_share, check_whole
+from wn21k_zoo.errors import InvalidArgumentError, check_share, whole_number
 from wn21k_zoo.training.augment import OPERATIONS, Image, resize
 from wn21k_zoo.training.extra import cv2
 
@@ -42,8 +42,8 @@ class RandomCrop:
     erase: float = 0.0
 
     def __post_init__(self) -> None:
-        check_whole("size", self.size, 1)
-        check_whole("operations", self.operations, 0)
+        whole_number("size", self.size, 1)
+        whole_number("operations", self.operations, 0)
         check_share("erase", self.erase)
         if not 0 < self.scale <= 1:
             raise InvalidArgumentError(f"scale is {self.scale}; it must be in (0, 1].")
@@ -88,7 +88,7 @@ class CenterCrop:
     crop_pct: float = 0.875
 
     def __post_init__(self) -> None:
-        check_whole("size", self.size, 1)
+        whole_number("size", self.size, 1)
         if not 0 < self.crop_pct <= 1:
             raise InvalidArgumentError(f"crop_pct is {self.crop_pct}; it must be in (0, 1].")
 

@@ -25,7 +25,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError, Wn21kError, check_share, check_whole
+from wn21k_zoo.errors import (
+    BadImagesError,
+    DataError,
+    InvalidArgumentError,
+    Wn21kError,
+    check_share,
+    first_line,
+    whole_number,
+)
 from wn21k_zoo.training.augment import PublishedAugmentation, Squash
 from wn21k_zoo.training.dataset import ShardedDataset, open_dataset
 from wn21k_zoo.training.decode import UndecodableError, decode
@@ -46,9 +54,11 @@ __all__ = [
     "Stage",
     "TorchDataset",
     "is_class_folder",
+    "is_of_a_worker",
     "open_dataset",
     "open_folder",
     "open_folders",
+    "worker_gone",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -149,12 +159,10 @@ class Loader:
             named = isinstance(dataset, (str, os.PathLike))
             what = f"such as open_dataset({str(dataset)!r})" if named else f"no {type(dataset).__name__}"
             raise InvalidArgumentError(f"Loader takes what open_dataset or open_folder gives, {what}.")
-        for name, value in (("batch_size", batch_size), ("window", window), ("accumulation", accumulation)):
-            check_whole(name, value, 1)
-        for name, value in (("workers", workers), ("seed", seed)):
-            check_whole(name, value, 0)
-        check_whole("world_size", world_size, 1)
-        check_whole("rank", rank, 0, world_size - 1)
+        batch_size, window = whole_number("batch_size", batch_size, 1), whole_number("window", window, 1)
+        accumulation, workers = whole_number("accumulation", accumulation, 1), whole_number("workers", workers, 0)
+        world_size, seed = whole_number("world_size", world_size, 1), whole_number("seed", seed, 0)
+        rank = whole_number("rank", rank, 0, world_size - 1)
         check_share("max_bad", max_bad)
         if training and len(dataset) < batch_size * world_size * accumulation:
             raise InvalidArgumentError(
@@ -234,7 +242,10 @@ class Loader:
             loaded = iter(self._batches)
         while True:
             with there():
-                raw = next(loaded, None)
+                try:
+                    raw = next(loaded, None)
+                except (ConnectionError, EOFError) as error:
+                    raise worker_gone(error) from error
             if raw is None:
                 return
             yield raw
@@ -292,6 +303,20 @@ class Loader:
                 )
                 + "; or raise max_bad (of a recipe: data.max_bad)."
             )
+
+
+def is_of_a_worker(problem: Exception) -> bool:
+    """Whether torch says by it that a process of a loader is gone; it does so amid anything that the program does."""
+    return isinstance(problem, RuntimeError) and "DataLoader worker" in str(problem)
+
+
+def worker_gone(problem: Exception) -> DataError:
+    """What is said of that."""
+    return DataError(
+        f"A process that loads images is gone: {first_line(problem).rstrip('. ')}. If the machine was out of memory, "
+        'take fewer workers (--workers); a script of your own must be under `if __name__ == "__main__":`. What was '
+        "run then goes on."
+    )
 
 
 class _Plan(Sampler[_Task]):

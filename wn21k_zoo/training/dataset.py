@@ -385,13 +385,7 @@ def _indexes(
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # waiting for the storage, not computing
         paths = list(pool.map(place, names))  # an error cancels what has not begun
-    for path in paths:
-        if path.is_file():
-            try:
-                read_index(path)
-            except DataError:  # damaged: it is made anew
-                path.unlink()
-    if all(path.is_file() for path in paths):
+    if all(map(_is_index, paths)):
         return paths
     lock, advice = folder / f"{_short(storage.url)}.lock", "set WN21K_DATA_CACHE to another disk."
 
@@ -402,13 +396,22 @@ def _indexes(
         exclusive(lock, DataError, advice, seconds=5, waiting=waiting),
         concurrent.futures.ThreadPoolExecutor(8) as pool,
     ):
-        missing = [(name, path) for name, path in zip(names, paths, strict=True) if not path.is_file()]
+        missing = [(name, path) for name, path in zip(names, paths, strict=True) if not _is_index(path)]
         if missing:  # or another process made them meanwhile
             _LOG.warning("looking through %d files of %s, once", len(missing), storage.url)
             for done, _ in enumerate(pool.map(make, *zip(*missing, strict=True)), start=1):
                 if done % max(100, len(missing) // 10) == 0:
                     _LOG.warning("%d of %d files are done", done, len(missing))
     return paths
+
+
+def _is_index(path: Path) -> bool:
+    """Whether it is there, and not damaged."""
+    try:
+        read_index(path)
+    except DataError:
+        return False
+    return True
 
 
 def _short(text: str) -> str:

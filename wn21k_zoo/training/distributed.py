@@ -101,21 +101,23 @@ class World:
 
 def has_lost_others(problem: Exception) -> bool:
     """Whether an error is of the connection to other ranks; of gloo's, torch tells in words only."""
-    lost = isinstance(problem, RuntimeError) and any(name in str(problem) for name in ("gloo", "Gloo", "NCCL"))
-    return lost or isinstance(problem, dist.DistError)
+    return isinstance(problem, dist.DistError) or (isinstance(problem, RuntimeError) and "gloo/" in str(problem))
 
 
 @contextlib.contextmanager
 def join(device: str | torch.device = "auto") -> Iterator[World]:
     """Within, this process belongs to its world: that of torchrun's variables, or itself alone.
 
-    On CUDA each rank has the GPU of its local rank, which becomes torch's current one, and NCCL; else gloo. A process
-    group that the program has made already is taken as it is.
+    On CUDA each rank has the GPU of its local rank, which becomes torch's current one, and NCCL; else gloo. Where the
+    program has made a process group already, that is taken, and the current GPU.
 
     Raises:
         TrainingError: There are more ranks than GPUs on this machine, the device is of one process alone, or the others
             cannot be reached.
     """
+    if dist.is_available() and dist.is_initialized():
+        yield _of_the_group(select_device(device))
+        return
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     if str(device) in ("auto", "cuda") and torch.cuda.is_available() and local < torch.cuda.device_count():
         torch.cuda.set_device(local)  # first of all, or each rank would take memory of the first GPU
@@ -132,9 +134,6 @@ def join(device: str | torch.device = "auto") -> Iterator[World]:
                 "machine as it has GPUs (torchrun --nproc-per-node)."
             )
         torch.cuda.set_device(chosen)
-    if dist.is_available() and dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size(), chosen)
-        return
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         yield World(0, 1, chosen)
         return
@@ -148,3 +147,11 @@ def join(device: str | torch.device = "auto") -> Iterator[World]:
         raise TrainingError(f"The other processes cannot be reached: {first_line(error)}") from error
     yield World(dist.get_rank(), dist.get_world_size(), chosen)
     dist.destroy_process_group()  # not after an error: it might wait for ranks that wait for this one
+
+
+def _of_the_group(chosen: torch.device) -> World:
+    if chosen.type == "mps" and dist.get_world_size() > 1:
+        chosen = torch.device("cpu")
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    return World(dist.get_rank(), dist.get_world_size(), chosen)

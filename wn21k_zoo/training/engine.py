@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 import torch
 
 from wn21k_zoo.errors import (
-    DataError,
     InvalidArgumentError,
     NonFiniteError,
     RecipeError,
@@ -32,7 +31,7 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.algorithms import about_precision, choose_algorithms, torch_as_it_was
-from wn21k_zoo.training.data import Batch, FolderDataset, Loader
+from wn21k_zoo.training.data import Batch, FolderDataset, Loader, is_of_a_worker, worker_gone
 from wn21k_zoo.training.distributed import World, has_lost_others, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.folder import is_among, is_divided
@@ -87,7 +86,8 @@ def train(
     Raises:
         RecipeError, DataError, RunError, ModelError, InvalidArgumentError: Something does not fit; nothing has started.
         RunError, DataError, BadImagesError: Within the run: memory is not enough, a process that loads images is gone,
-            or too many images are damaged; the last checkpoint is as it was.
+            or too many images are damaged; what was run before is kept.
+        TrainingError: Processes were not started alike, or the connection between them failed.
         NonFiniteError: The loss was not finite, on every rank; the last checkpoint is as it was.
         Preempted: As above.
         KeyboardInterrupt: Ctrl-C.
@@ -104,14 +104,17 @@ def train(
         raise InvalidArgumentError("The world says on which device a run is; leave out device.")
     recipe.check()
     folder = RunFolder(Path(output))
-    recipe = resolved(recipe, folder.begun())
+    asked, before = recipe.model.arguments, folder.start_arguments()
+    recipe = resolved(recipe, before)
     if is_among(folder.path, data):
         raise RunError(f"{folder.path} would be among the images of {data}; name an output folder elsewhere.")
     splits = open_splits(recipe, data)
     # But for where weights lie: the leading rank's are taken, and of a teacher it is asked what it says.
     world.agree("recipes", recipe.model_dump(mode="json", exclude={"model": {"start"}, "loss": {"teacher"}}))
     world.agree("data", splits.describe())
-    world.lead(lambda: folder.check(recipe, splits.describe()))
+    of_start = {name: value for name, value in recipe.model.arguments.items() if name not in asked}
+    about = {**splits.describe(), "start_arguments": of_start if before is None else before}
+    world.lead(lambda: folder.check(recipe, about))
     with contextlib.ExitStack() as stack:
         world.lead(lambda: stack.enter_context(folder.locked()))
         rescue, told = Rescue(folder, world), signals or Signals()
@@ -123,7 +126,9 @@ def train(
             stack.enter_context(told.patient(rescue))
         stack.enter_context(torch_as_it_was(world.device))
         try:
-            return _Run(recipe, splits, folder, world, told, rescue, workers).go()
+            begun = _Run(recipe, splits, folder, world, told, rescue, workers)
+            world.lead(lambda: folder.begin(recipe, about))
+            return begun.go()
         except Preempted:
             if signals is not None or not told.told:
                 raise
@@ -169,7 +174,6 @@ class _Run:
         evaluated = (recipe.run.evaluate_batches or sys.maxsize) * self.loaders[1].batch_size * world.size
         self.best_of = min(evaluated, len(splits.validation))
         self._resume()
-        world.lead(lambda: folder.begin(recipe, splits.describe()))
 
     def go(self) -> dict[str, Any]:
         leads = self.world.leads
@@ -186,10 +190,12 @@ class _Run:
         self.rescue.save, self.rescue.begun = self._rescued, True
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
         self._announce()
+        is_over = False
         try:
             if self.agreement.stops():  # told so while it was being built
                 self._stop()
             self._epochs()
+            is_over = True
         except Exception as end:
             if self.signals.told and not isinstance(end, (Preempted, Wn21kError)):  # another rank is gone, say
                 self.rescue(time.monotonic() + LIMIT_SECONDS / 2)
@@ -212,7 +218,10 @@ class _Run:
             with self.rescue.changing:
                 self.rescue.save = None
             if self.writer is not None:
-                self.writer.close()
+                with (
+                    contextlib.nullcontext() if is_over else contextlib.suppress(RunError)
+                ):  # there is a reason already
+                    self.writer.close()
         if leads:
             self.folder.set_status("finished", self.step, total=self.total)
             is_trial = self.recipe.name.endswith("_debug")
@@ -273,27 +282,32 @@ class _Run:
 
         for action in (mark, keep):
             for _ in range(3):
-                with contextlib.suppress(RuntimeError):  # torch says amid anything that a process that loads is gone
+                try:
                     action()
-                    break
+                except RunError as error:  # whose reason is another one
+                    sys.stderr.write(f"wn21k: {error}\n")
+                except RuntimeError as error:
+                    if is_of_a_worker(error):  # torch says so amid anything, once for each
+                        continue
+                    raise
+                break
 
     def _named(self, problem: Exception) -> Exception:
         """What users can do something about as an error of ours; anything else as it is."""
-        if (isinstance(problem, RuntimeError) and "DataLoader worker" in str(problem)) or isinstance(
-            problem, (ConnectionError, EOFError)
-        ):
-            return DataError(
-                f"A process that loads images is gone: {first_line(problem).rstrip('.')}. If the machine was out of "
-                'memory, take fewer --workers; a script of your own must be under `if __name__ == "__main__":`. What '
-                "was run then goes on."
-            )
-        if self.world.size > 1 and has_lost_others(problem):
-            return TrainingError("Another process of the run is gone; its own message, or the system's log, says why.")
+        if isinstance(problem, Wn21kError):
+            return problem
+        if is_of_a_worker(problem):
+            return worker_gone(problem)
         if is_out_of_memory(problem):
             return RunError(
                 f"The memory of {self.device} is not enough for {self.micro} images at a time: set "
                 f"data.batch_per_device below {self.micro} (a step keeps its {self.recipe.data.batch_size} images) or "
                 "model.gradient_checkpointing to true; the same command then goes on."
+            )
+        if self.world.size > 1 and has_lost_others(problem):
+            return TrainingError(
+                f"The connection to the other processes failed: {first_line(problem).rstrip('.')}. If one of them is "
+                "gone, its own message, or the system's log, says why."
             )
         if self.recipe.model.compile and isinstance(problem, torch._dynamo.exc.TorchDynamoException):
             return RunError(
@@ -366,9 +380,11 @@ class _Run:
             why = self.learner.why_not_finite()
             raise NonFiniteError(f"The loss of step {self.step + 1:,} is not finite: {why}")
         with self.rescue.changing:
-            self.window.add(total, self.recipe.data.batch_size)  # before what says that all of a state is there
+            self.learner.whole = False
+            self.window.add(total, self.recipe.data.batch_size)
             self.learner.update()
             self.step += 1
+            self.learner.whole = True
         return answer
 
     def _react(self, answer: Answer) -> None:

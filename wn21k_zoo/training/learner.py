@@ -59,7 +59,7 @@ class Learner:
         levels: Of the tree, in the order of the network's outputs; None without one.
         about_teacher: What is told about the network that is distilled; may be empty.
         teacher_digest: Of all that decides what it says; empty without one.
-        whole: Whether weights and optimizer are those after a step; not when :meth:`update` failed on its way.
+        whole: Whether weights and optimizer are those after a step; False, by the caller, around :meth:`update`.
 
     Raises:
         RecipeError, ModelError: Something does not fit.
@@ -216,11 +216,9 @@ class Learner:
         return loss
 
     def _check_alone(self, error: Exception) -> None:
-        data = self._recipe.data
         if self._recipe.micro_batches(self._world.size)[0] > 1:
             return  # the others of its batch are damaged
-        field = "batch_per_device" if data.batch_per_device == 1 else "batch_size"
-        raise RecipeError(f"One image alone cannot train batch normalisation: raise data.{field}.") from error
+        raise RecipeError(f"One image alone cannot train batch normalisation: raise {self._recipe.bound}.") from error
 
     def _nothing(self) -> Tensor:
         """A zero that goes backward through the network, for ranks wait for each other there; it changes nothing.
@@ -252,8 +250,7 @@ class Learner:
         _copy(self._buffers, counted)
 
     def update(self) -> None:
-        """Change the weights."""
-        self.whole = False
+        """Change the weights; the caller says when all of the step is counted, by ``whole``."""
         if self._recipe.optimizer.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.module.parameters(), self._recipe.optimizer.clip_norm)
@@ -266,7 +263,7 @@ class Learner:
             self._schedule.step()
         if self._average is not None:
             self._average.update(self.module, self._schedule.last_epoch)  # the first is a copy
-        self.whole, self._within = True, False
+        self._within = False
         self._mark()
 
     def why_not_finite(self) -> str:

@@ -36,9 +36,9 @@ class SemanticSoftmaxLoss(nn.Module):
     Level k counts for the samples whose chain of ancestors reaches it, is divided by the whole batch, and weighs
     W_k = min(20, N / number of classes at depth k or deeper).
 
-    On the CPU it is an operation of its own, with a first derivative alone, and of ``torch.func`` ``jvp`` only;
-    elsewhere it is made of torch's. Numbers that are not finite are seen where they count: in the levels that a sample
-    of the batch reaches.
+    On the CPU it is an operation of its own, with a first derivative alone, and of ``torch.func`` ``jvp`` only, not
+    compiled; elsewhere it is made of torch's. Numbers that are not finite are seen where they count: in the levels that
+    a sample of the batch reaches.
 
     Args:
         tree: The classes and their hierarchy.

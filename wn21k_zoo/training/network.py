@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -256,15 +256,15 @@ def _file_of(start: str, file: str) -> Path | None:
     return folder / file if folder is not None and (folder / file).is_file() else None
 
 
-def resolved(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
+def resolved(recipe: Recipe, otherwise: Mapping[str, Any] | None = None) -> Recipe:
     """The same with whole paths, wnids for a file of them, and the arguments of the network that it starts from.
 
     Args:
         recipe: The recipe.
-        begun: That of the same run before, which knows these arguments where its start is no longer to be had.
+        otherwise: These arguments, where its start is no longer to be had.
 
     Raises:
-        ModelError, UnknownModelError: The start cannot be had, and nothing else says what its arguments are.
+        ModelError, UnknownModelError: The start cannot be had, and nobody else says what its arguments are.
     """
     recipe = recipe.model_copy(deep=True)
     recipe.model.start, recipe.loss.teacher = _whole(recipe.model.start), _whole(recipe.loss.teacher)
@@ -274,17 +274,13 @@ def resolved(recipe: Recipe, begun: Recipe | None = None) -> Recipe:
     start = recipe.model.start
     if start is None or start.startswith(RANDOM) or not is_place(start):
         return recipe
-    known: dict[str, Any] = {}
     try:
         config = _file_of(start, building.CONFIG_FILE)
-        if config is not None:
-            known = _arguments_in(building.read_config(config.parent))
+        known = _arguments_in(building.read_config(config.parent)) if config is not None else otherwise or {}
     except (ModelError, UnknownModelError):
-        config = None
-        if begun is None:
+        if otherwise is None:
             raise
-    if config is None and begun is not None and begun.model.start == start:
-        known = begun.model.arguments
+        known = otherwise
     recipe.model.arguments = {**known, **recipe.model.arguments}
     return recipe
 
@@ -333,7 +329,7 @@ def few_for_statistics(module: nn.Module, recipe: Recipe, ranks: int) -> str:
     if not has_statistics or model.freeze_backbone or (model.sync_batchnorm and ranks > 1):
         return ""
     if recipe.micro_batches(ranks)[0] == 1:
-        return "batch normalisation over one image at a time hardly trains; a larger data.batch_per_device avoids that"
+        return f"batch normalisation over one image at a time hardly trains; a larger {recipe.bound} avoids that"
     if ranks == 1 or images >= min(_ENOUGH, recipe.data.batch_per_device):
         return ""
     return (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError, check_whole
+from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError, whole_number
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 from wn21k_zoo.training.engines import Engine, run_tasks
 
@@ -60,7 +60,7 @@ class PrepareOptions:
             ("min_images", 0, 10**9), ("val_per_class", 0, 10**9), ("size", 1, 8192), ("quality", 1, 100),
             ("shard_size", 1, 10**6),
         ):  # fmt: skip
-            check_whole(name, getattr(self, name), least, most)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least, most))
         if self.resize not in ("squash", "short-edge"):
             raise InvalidArgumentError(f"resize is {self.resize!r}; it must be 'squash' or 'short-edge'.")
 
@@ -101,7 +101,7 @@ class Tasks:
 
     def __post_init__(self) -> None:
         if self.workers is not None:
-            check_whole("workers", self.workers, 1)
+            whole_number("workers", self.workers, 1)
 
     def run(self, function: Callable[..., Any], tasks: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
         """Results in the order in which they are ready."""

@@ -97,7 +97,7 @@ def plan(
         RecipeError: The images are not known, or the batch cannot be shared.
     """
     recipe.check()
-    recipe = resolved(recipe, begun=recipe)  # a run's knows what its start, which may be gone, was built with
+    recipe = resolved(recipe, otherwise={})  # the recipe of a run has them
     if images_per_second is not None and not 0 < images_per_second < math.inf:
         raise RecipeError(f"{images_per_second} images per second are no speed; give a number above 0.")
     space = recipe.data.space

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wn21k_zoo.errors import first_line
+from wn21k_zoo.errors import RunError, first_line
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.state import RunFolder
 
@@ -165,6 +165,8 @@ def _tensorboard(folder: RunFolder, first: int) -> Any:
         return SummaryWriter(str(folder.path / "tensorboard"), purge_step=first + 1)
     except ImportError:  # not installed
         return None
+    except OSError as error:
+        raise RunError(f"{folder.path / 'tensorboard'} cannot be written: {first_line(error)}.") from None
     except Exception as error:  # one that does not fit its protobuf or NumPy
         _LOG.warning("TensorBoard does not work here and is left out: %s", first_line(error))
         return None

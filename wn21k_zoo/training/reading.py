@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ __all__ = ["OpenShards", "TorchDataset"]
 
 
 class OpenShards:
-    """The shards of a data set that were read from last; a copy for another process has none open.
+    """The shards of a data set that were read from last; in another process, forked or not, none of them is open.
 
     Args:
         dataset: Whose.
@@ -32,6 +33,7 @@ class OpenShards:
     def __init__(self, dataset: ShardedDataset | FolderDataset, limit: int) -> None:
         self._dataset, self._limit = dataset, limit
         self._open: OrderedDict[int, tuple[Images, NDArray[np.void]]] = OrderedDict()
+        self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -46,6 +48,8 @@ class OpenShards:
         Raises:
             DataError: It is missing or damaged.
         """
+        if self._process != os.getpid():  # a fork, which would move the file's position for the others
+            self._open, self._process = OrderedDict(), os.getpid()
         found = self._open.get(number)
         for _ in range(5):
             if found is not None:
@@ -56,10 +60,10 @@ class OpenShards:
             raise DataError(
                 f"The shard {self._dataset.shards[number].name} is missing, or the stage is too small for one window."
             )
-        if number not in self._open:
-            self._open[number] = found
-            while len(self._open) > self._limit:
-                self._open.popitem(last=False)[1][0].close()
+        self._open[number] = found
+        self._open.move_to_end(number)
+        while len(self._open) > self._limit:
+            self._open.popitem(last=False)[1][0].close()
         return found
 
 

@@ -343,11 +343,6 @@ class Recipe(Section):
             ),
             (any(not 0 <= beta < 1 for beta in self.optimizer.betas), "optimizer.betas must be in [0, 1)."),
             (
-                bool(self.data.mixup or self.data.cutmix) and 1 in (self.data.batch_size, self.data.batch_per_device),
-                "One image at a time cannot be mixed with another: set data.batch_per_device above 1, or data.mixup "
-                "and data.cutmix to 0.",
-            ),
-            (
                 self.loss.kind == "multi_label" and self.loss.label_smoothing > 0,
                 "multi_label has no smoothing; set loss.label_smoothing to 0.",
             ),
@@ -397,7 +392,17 @@ class Recipe(Section):
                 f"The {mine} images that each process has of a step can be divided evenly into parts of {micro} at "
                 f"most, far below data.batch_per_device {at_most}; take a data.batch_size with more divisors."
             )
+        if micro == 1 and (self.data.mixup or self.data.cutmix):
+            raise RecipeError(
+                f"One image at a time cannot be mixed with another: raise {self.bound}, or set data.mixup and "
+                "data.cutmix to 0."
+            )
         return micro, mine // micro
+
+    @property
+    def bound(self) -> str:
+        """The field that lets one image alone go through the network, where that is so."""
+        return "data.batch_per_device" if self.data.batch_per_device == 1 else "data.batch_size"
 
     def debug(self, processes: int = 1) -> Recipe:
         """Two steps of it on the CPU in seconds: few and small images, start and teacher with random weights.
@@ -482,5 +487,6 @@ def _as_recipe_error(section: type[Section], error: pydantic.ValidationError) ->
         return RecipeError(f"{where}.{place} is missing.")
     shown = repr(first["input"])
     shown = shown if len(shown) < 200 else f"{shown[:200]}..."
-    hint = "; write a list, such as [0.5, 0.5, 0.5]" if first["type"] == "tuple_type" else ""
+    usual = section.model_fields[str(first["loc"][0])].default if first["type"] == "tuple_type" else None
+    hint = f"; write a list, such as {list(usual)}" if isinstance(usual, tuple) else ""
     return RecipeError(f"{where}.{place} cannot be {shown}: {first['msg']}{hint}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import inspect
 import re
@@ -216,5 +217,15 @@ def _set(target: Section, field: str, text: str) -> None:
     try:
         value = parse_json(text)
     except ValueError:
-        value = None if text.lower() == "null" else text
+        value = _as_python(text)
     setattr(target, field, value)
+
+
+def _as_python(text: str) -> Any:
+    """What is no JSON: true, false and null in capitals, numbers such as .1 and 1_000, and text."""
+    if text.lower() in ("true", "false", "null"):
+        return parse_json(text.lower())
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

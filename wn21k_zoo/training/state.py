@@ -4,7 +4,7 @@
 
     OUTPUT/
       recipe.json          all fields, as they were resolved
-      data.json            what it is trained on: classes, images
+      data.json            what it is trained on: classes, images; what its start says of its network
       status.json          running, with the step of the newest checkpoint; or preempted, finished, failed, and where
       metrics.jsonl        a line per logged step and per evaluation
       checkpoints/step-00001234.pt, best.pt
@@ -145,6 +145,19 @@ class RunFolder:
             RunError: It is damaged.
         """
         return self.recipe() if self.steps() and (self.path / "recipe.json").is_file() else None
+
+    def start_arguments(self) -> dict[str, Any] | None:
+        """With which arguments the start of a run that has a checkpoint says its network is built; None before.
+
+        Raises:
+            RunError: Its recipe is damaged.
+        """
+        if self.begun() is None:
+            return None
+        with contextlib.suppress(RunError):
+            found = self.data().get("start_arguments")
+            return found if isinstance(found, dict) else {}
+        return {}
 
     def data(self) -> dict[str, Any]:
         """What the run is trained on.

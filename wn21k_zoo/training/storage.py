@@ -170,8 +170,8 @@ class Stage:
         except Exception as error:  # each storage has its own
             if shutil.disk_usage(path.parent).free < 10**8:
                 raise DiskSpaceError(
-                    f"No space is left in the stage {self.folder}; set WN21K_DATA_CACHE to another disk, or a lower "
-                    "limit by WN21K_DATA_CACHE_GB."
+                    f"No space is left in the stage {self.folder}; name another or a lower limit, of the usual one by "
+                    "WN21K_DATA_CACHE and WN21K_DATA_CACHE_GB."
                 ) from None
             raise DataError(f"{path.name} cannot be staged: {first_line(error)}") from None
         finally:

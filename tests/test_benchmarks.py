@@ -1,0 +1,13 @@
+"""The benchmarks can be read: all that they import is there. Two of them are run in tests/training, as slow tests."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_needs_is_there(path):
+    assert callable(runpy.run_path(str(path))["main"])
