@@ -310,8 +310,10 @@ def check_share(name: str, value: float) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device has no memory left; of MPS and the CPU torch says so in words only."""
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
+    return (
+        isinstance(error, RuntimeError)
+        and not isinstance(error, Wn21kError)
+        and any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))
     )
 
 
