@@ -31,13 +31,13 @@ from wn21k_zoo.errors import (
     InvalidArgumentError,
     Wn21kError,
     check_share,
-    first_line,
     whole_number,
 )
 from wn21k_zoo.training.augment import PublishedAugmentation, Squash
 from wn21k_zoo.training.dataset import ShardedDataset, open_dataset
 from wn21k_zoo.training.decode import UndecodableError, decode
 from wn21k_zoo.training.extra import cv2
+from wn21k_zoo.training.failures import worker_gone
 from wn21k_zoo.training.folder import FolderDataset, is_class_folder, open_folder, open_folders
 from wn21k_zoo.training.order import SampleOrder
 from wn21k_zoo.training.reading import OpenShards, TorchDataset
@@ -54,11 +54,9 @@ __all__ = [
     "Stage",
     "TorchDataset",
     "is_class_folder",
-    "is_of_a_worker",
     "open_dataset",
     "open_folder",
     "open_folders",
-    "worker_gone",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -303,20 +301,6 @@ class Loader:
                 )
                 + "; or raise max_bad (of a recipe: data.max_bad)."
             )
-
-
-def is_of_a_worker(problem: Exception) -> bool:
-    """Whether torch says by it that a process of a loader is gone; it does so amid anything that the program does."""
-    return isinstance(problem, RuntimeError) and "DataLoader worker" in str(problem)
-
-
-def worker_gone(problem: Exception) -> DataError:
-    """What is said of that."""
-    return DataError(
-        f"A process that loads images is gone: {first_line(problem).rstrip('. ')}. If the machine was out of memory, "
-        'take fewer workers (--workers); a script of your own must be under `if __name__ == "__main__":`. What was '
-        "run then goes on."
-    )
 
 
 class _Plan(Sampler[_Task]):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from wn21k_zoo.errors import RunError, TrainingError, Wn21kError, first_line
 from wn21k_zoo.running import select_device
 
-__all__ = ["World", "has_lost_others", "join"]
+__all__ = ["World", "join"]
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,6 @@ class World:
             raise problem
         if failed:
             raise TrainingError("The leading process stopped; its message says why.")
-
-
-def has_lost_others(problem: Exception) -> bool:
-    """Whether an error is of the connection to other ranks; of gloo's, torch tells in words only."""
-    return isinstance(problem, dist.DistError) or (isinstance(problem, RuntimeError) and "gloo/" in str(problem))
 
 
 @contextlib.contextmanager

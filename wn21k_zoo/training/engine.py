@@ -24,18 +24,17 @@ from wn21k_zoo.errors import (
     NonFiniteError,
     RecipeError,
     RunError,
-    TrainingError,
     Wn21kError,
     first_line,
-    is_out_of_memory,
 )
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.algorithms import about_precision, choose_algorithms, torch_as_it_was
-from wn21k_zoo.training.data import Batch, FolderDataset, Loader, is_of_a_worker, worker_gone
-from wn21k_zoo.training.distributed import World, has_lost_others, join
+from wn21k_zoo.training.data import Batch, FolderDataset, Loader
+from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
+from wn21k_zoo.training.failures import explained, is_of_a_worker
 from wn21k_zoo.training.folder import is_among, is_divided
-from wn21k_zoo.training.learner import Learner, check_finite, not_deterministic
+from wn21k_zoo.training.learner import Learner, check_finite
 from wn21k_zoo.training.network import few_for_statistics, resolved
 from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
@@ -200,7 +199,7 @@ class _Run:
             if self.signals.told and not isinstance(end, (Preempted, Wn21kError)):  # another rank is gone, say
                 self.rescue(time.monotonic() + LIMIT_SECONDS / 2)
                 raise Preempted(self.signals.code) from end
-            problem = self._named(end)
+            problem = explained(end, self.recipe, self.world, self.micro)
             if not isinstance(end, Preempted):
                 self._failed(end, problem)
             if problem is not end:
@@ -218,9 +217,7 @@ class _Run:
             with self.rescue.changing:
                 self.rescue.save = None
             if self.writer is not None:
-                with (
-                    contextlib.nullcontext() if is_over else contextlib.suppress(RunError)
-                ):  # there is a reason already
+                with contextlib.suppress(*(() if is_over else (RunError,))):  # else there is a reason already
                     self.writer.close()
         if leads:
             self.folder.set_status("finished", self.step, total=self.total)
@@ -291,30 +288,6 @@ class _Run:
                         continue
                     raise
                 break
-
-    def _named(self, problem: Exception) -> Exception:
-        """What users can do something about as an error of ours; anything else as it is."""
-        if isinstance(problem, Wn21kError):
-            return problem
-        if is_of_a_worker(problem):
-            return worker_gone(problem)
-        if is_out_of_memory(problem):
-            return RunError(
-                f"The memory of {self.device} is not enough for {self.micro} images at a time: set "
-                f"data.batch_per_device below {self.micro} (a step keeps its {self.recipe.data.batch_size} images) or "
-                "model.gradient_checkpointing to true; the same command then goes on."
-            )
-        if self.world.size > 1 and has_lost_others(problem):
-            return TrainingError(
-                f"The connection to the other processes failed: {first_line(problem).rstrip('.')}. If one of them is "
-                "gone, its own message, or the system's log, says why."
-            )
-        if self.recipe.model.compile and isinstance(problem, torch._dynamo.exc.TorchDynamoException):
-            return RunError(
-                f"torch.compile failed: {first_line(problem)} It needs a C++ compiler, on GPUs Triton as well; "
-                "--set model.compile=false needs neither, and the same command then goes on."
-            )
-        return not_deterministic(problem) or problem
 
     def _epochs(self) -> None:
         self._saved_at = time.monotonic()

@@ -17,6 +17,7 @@ from wn21k_zoo.errors import BadImagesError, NonFiniteError, RecipeError, RunErr
 from wn21k_zoo.running import memory_format
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.failures import not_deterministic
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import explain
 from wn21k_zoo.training.mixing import mix
@@ -33,7 +34,7 @@ from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits
 from wn21k_zoo.training.teacher import build_teacher
 
-__all__ = ["Learner", "check_finite", "not_deterministic"]
+__all__ = ["Learner", "check_finite"]
 
 _SMALLEST_SCALE = 2.0**-20  # 36 steps after the first, which has 2 ** 16, if none of them was right
 _OF_DEVICE = ("foreach", "fused")  # how an optimizer computes, not what
@@ -348,17 +349,6 @@ def check_finite(weights: Iterable[Tensor], step: int) -> None:
             f"The weights after step {step:,} are not finite, although its loss was; the last checkpoint is "
             "as it was. A lower learning rate or optimizer.clip_norm may help."
         )
-
-
-def not_deterministic(error: Exception) -> RecipeError | None:
-    """What torch says of an operation that run.deterministic forbids, as an error of ours; else None."""
-    operation, forbidden, _ = str(error).partition(" does not have a deterministic implementation")
-    if not forbidden:
-        return None
-    return RecipeError(
-        f"{operation}, which the network needs, has no deterministic implementation on this device; set "
-        "run.deterministic to false."
-    )
 
 
 def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:

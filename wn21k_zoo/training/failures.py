@@ -1,0 +1,79 @@
+"""What torch says of a run that fails, as an error that says what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from wn21k_zoo.errors import DataError, RecipeError, RunError, TrainingError, Wn21kError, first_line, is_out_of_memory
+
+if TYPE_CHECKING:
+    from wn21k_zoo.training.distributed import World
+    from wn21k_zoo.training.recipe import Recipe
+
+__all__ = ["explained", "is_of_a_worker", "not_deterministic", "worker_gone"]
+
+
+def explained(problem: Exception, recipe: Recipe, world: World, images: int) -> Exception:
+    """What users can do something about as an error of ours; anything else as it is.
+
+    Args:
+        problem: What was raised within the run.
+        recipe: Of the run.
+        world: Its processes.
+        images: That go through the network at a time.
+    """
+    if isinstance(problem, Wn21kError):
+        return problem
+    if is_of_a_worker(problem):
+        return worker_gone(problem)
+    if is_out_of_memory(problem):
+        return RunError(
+            f"The memory of {world.device} is not enough for {images} images at a time: set data.batch_per_device "
+            f"below {images} (a step keeps its {recipe.data.batch_size} images), or model.gradient_checkpointing to "
+            "true; the same command then goes on."
+        )
+    if world.size > 1 and _is_of_the_connection(problem):
+        return TrainingError(
+            f"The connection to the other processes failed: {first_line(problem).rstrip('.')}. If one of them is gone, "
+            "its own message, or the system's log, says why."
+        )
+    if recipe.model.compile and isinstance(problem, torch._dynamo.exc.TorchDynamoException):
+        return RunError(
+            f"torch.compile failed: {first_line(problem)} It needs a C++ compiler, on GPUs Triton as well; --set "
+            "model.compile=false needs neither, and the same command then goes on."
+        )
+    return not_deterministic(problem) or problem
+
+
+def is_of_a_worker(problem: Exception) -> bool:
+    """Whether torch says by it that a process of a loader is gone; it does so amid anything that the program does."""
+    return isinstance(problem, RuntimeError) and "DataLoader worker" in str(problem)
+
+
+def worker_gone(problem: Exception) -> DataError:
+    """What is said of that."""
+    return DataError(
+        f"A process that loads images is gone: {first_line(problem).rstrip('. ')}. If the machine was out of memory, "
+        'take fewer workers (--workers); a script of your own must be under `if __name__ == "__main__":`. What was run '
+        "then goes on."
+    )
+
+
+def not_deterministic(problem: Exception) -> RecipeError | None:
+    """What torch says of an operation that run.deterministic forbids, as an error of ours; else None."""
+    operation, forbidden, _ = str(problem).partition(" does not have a deterministic implementation")
+    if not forbidden:
+        return None
+    return RecipeError(
+        f"{operation}, which the network needs, has no deterministic implementation on this device; set "
+        "run.deterministic to false."
+    )
+
+
+def _is_of_the_connection(problem: Exception) -> bool:
+    """Of gloo's errors torch tells in words only."""
+    return isinstance(problem, torch.distributed.DistError) or (
+        isinstance(problem, RuntimeError) and "gloo/" in str(problem)
+    )
