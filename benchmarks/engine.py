@@ -115,6 +115,7 @@ def _engine(recipe, splits, folder, device):
     world = World(0, 1, device)
     folder = RunFolder(folder)
     run = engine._Run(recipe, splits, folder, world, Signals(), Rescue(folder, world), 0)
+    folder.begin(recipe, splits.describe())
     run.reporter, run.writer, run._saved_at = Reporter(run.folder, run.total, 0), None, time.monotonic()
     return run
 
