@@ -268,8 +268,12 @@ def test_images_are_those_with_bytes_and_may_be_missing(tmp_path):
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())])
 def test_columns_of_text_of_any_kind(kind):
-    synsets = pa.array(["n02123045", "n07920052", "n02084071"]).cast(kind)
-    rows = index_parquet(parquet(pa.table({"synset": synsets, "image": [b"a"] * 3})), "x", CLASSES)
+    try:
+        synsets = pa.array(["n02123045", "n07920052", "n02084071"]).cast(kind)
+        file = parquet(pa.table({"synset": synsets, "image": [b"a"] * 3}))
+    except pa.ArrowNotImplementedError:
+        pytest.skip(f"pyarrow {pa.__version__} cannot make {kind}")
+    rows = index_parquet(file, "x", CLASSES)
     assert rows[["offset", "target"]].tolist() == [(0, 4), (2, 0)]
 
 
