@@ -56,8 +56,8 @@ def worker_gone(problem: Exception) -> DataError:
     """What is said of that."""
     return DataError(
         f"A process that loads images is gone: {first_line(problem).rstrip('. ')}. If the machine was out of memory, "
-        'take fewer workers (--workers); a script of your own must be under `if __name__ == "__main__":`. What was run '
-        "then goes on."
+        'take fewer workers (--workers); a script of your own must be under `if __name__ == "__main__":`. A training '
+        "run then goes on where it was."
     )
 
 
