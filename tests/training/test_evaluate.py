@@ -154,6 +154,33 @@ def test_what_fails_beside_the_rows_is_not_blamed_on_them(run, data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_images_are_as_large_as_is_asked_for(run, data, tmp_path):
+    shutil.copytree(run, tmp_path / "larger")
+    recipe = RunFolder(run).recipe()
+    recipe.data.size = 48
+    (tmp_path / "larger" / "recipe.json").write_text(recipe.to_json())
+    told = []
+    for model, size in ((run, None), (run, 48), (tmp_path / "larger", None)):
+        figures = evaluate(model, data, split="all", workers=0, image_size=size)
+        told.append({name: value for name, value in figures.items() if name != "images_per_second"})
+    assert told[0]["input_size"] == [3, 32, 32]
+    assert told[1]["input_size"] == [3, 48, 48]
+    assert told[0]["calibration_error"] != told[1]["calibration_error"]
+    assert told[1] == told[2]
+
+
+def test_position_embeddings_are_resampled_to_the_size_of_the_images(data, tmp_path):
+    small = {"num_classes": len(WNIDS), "depth": 1, "embed_dim": 12}
+    vit = timm.create_model("vit_tiny_patch16_224", **small)
+    config = {"label_names": list(WNIDS), "model_args": small}
+    save_for_hf(vit, tmp_path / "vit", model_config=config, safe_serialization=True)
+    how = {"split": "all", "workers": 0, "image_size": 64, "head": "softmax"}
+    figures = evaluate(tmp_path / "vit", data, **how)
+    assert figures["input_size"] == [3, 64, 64]
+    with pytest.raises(InvalidArgumentError, match=r"does not take images of 64 pixels: .*image_size"):
+        evaluate(vit, data, label_space=ClassNames(WNIDS), **how)  # the caller's stays as it is
+
+
 def test_numbers_out_of_range(run, data):
     for wrong in ({"max_bad": -1}, {"max_bad": 1.5}, {"batch_size": 0}, {"batch_size": 2.5}, {"workers": -1}):
         with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):

@@ -289,6 +289,10 @@ def evaluate(
         ),
     ] = None,
     head: HeadOption = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option("--image-size", min=1, help="Width and height in pixels. Default: what the model says."),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")] = 64,
     workers: Annotated[
         int | None,
@@ -318,7 +322,7 @@ def evaluate(
 ) -> None:
     """Semantic and leaf accuracy, hierarchical errors, calibration and throughput of a model on a split."""
     from wn21k_zoo.errors import DataOutputError
-    from wn21k_zoo.files import check_writable
+    from wn21k_zoo.files import atomic_file, check_writable
     from wn21k_zoo.training.evaluate import evaluate as run_evaluation
     from wn21k_zoo.training.options import Progress
     from wn21k_zoo.training.plots import check_picture, plot_reliability
@@ -335,6 +339,7 @@ def evaluate(
             which=which,
             label_space=label_space,
             head=head,
+            image_size=image_size,
             batch_size=batch_size,
             workers=workers,
             device=device,
@@ -348,7 +353,8 @@ def evaluate(
     _print_figures({name: value for name, value in figures.items() if name != "per_class"}, format)
     if output is not None:
         try:
-            output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            with atomic_file(output) as file:
+                file.write((json.dumps(figures, indent=1) + "\n").encode())
         except OSError as error:
             raise DataOutputError(f"{output} cannot be written: {error.strerror}; name another file.") from None
     if plot is not None:

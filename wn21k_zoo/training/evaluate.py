@@ -7,27 +7,18 @@ import csv
 import io
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from random import Random
 from typing import Any, cast
 
-import numpy as np
 import torch
-from PIL import Image as PILImage
 from torch import Tensor, nn
 
-from wn21k_zoo import building
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError, UnknownModelError
+from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError
 from wn21k_zoo.files import atomic_file, check_writable, expanded
-from wn21k_zoo.labels import ClassNames, LabelSpace
-from wn21k_zoo.models import LabelSpaceLike, ModelLike, load_model
+from wn21k_zoo.models import LabelSpaceLike, ModelLike
 from wn21k_zoo.running import check_logits, device_of, dtype_of, evaluating, memory_format, select_device
-from wn21k_zoo.training.augment import Image
 from wn21k_zoo.training.data import (
-    Augmentation,
     Batch,
     FolderDataset,
     Loader,
@@ -38,11 +29,9 @@ from wn21k_zoo.training.data import (
 )
 from wn21k_zoo.training.engines import count_cores
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
-from wn21k_zoo.training.export import TRAINED_ON, load_run
 from wn21k_zoo.training.folder import is_divided
-from wn21k_zoo.training.network import Normalized
-from wn21k_zoo.training.splits import evaluation_resize
 from wn21k_zoo.training.storage import open_storage
+from wn21k_zoo.training.subject import Subject, open_subject, take_size
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["evaluate"]
@@ -57,6 +46,7 @@ def evaluate(
     label_space: LabelSpaceLike | None = None,
     head: Head | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
     batch_size: int = 64,
     workers: int | None = None,
     device: str = "auto",
@@ -81,6 +71,9 @@ def evaluate(
         label_space: Classes of a network, or of a folder's model that does not say.
         head: How its outputs are to be read, when it does not say; as :func:`wn21k_zoo.models.load_model`.
         cache_dir: Folder of the cache.
+        image_size: Width and height of the images in pixels; default: what the model says. Networks often see best at
+            somewhat more than they were trained with (arXiv 1906.06423). Position embeddings of those that have them
+            are resampled, but for a network of the caller's.
         batch_size: Images at a time.
         workers: Processes that load images; default: the cores of this machine, at most 16.
         device: auto (a network stays where it is), cpu, cuda or mps (where it stays afterwards).
@@ -95,18 +88,19 @@ def evaluate(
     Returns:
         What :meth:`wn21k_zoo.training.evaluation.Evaluation.compute` gives, with ``per_class`` (of each leaf ``class``,
         ``images`` and ``top1``, the lowest first), ``images_per_second``, ``model``,
-        ``label_space``, ``classes``, ``head``, ``hierarchy``, ``split``, ``bad_samples``, ``left_out`` (images of
-        classes that the model does not know) and ``device``. Semantic figures are over the tree of the model's own
-        classes; where that has one level (ImageNet-1K) there are none, and the hierarchical ones are within
-        ``hierarchy``, the tree with all synsets above the classes. Classes that are no synsets have neither.
+        ``label_space``, ``classes``, ``head``, ``hierarchy``, ``split``, ``input_size`` (channels, height and width),
+        ``bad_samples``, ``left_out`` (images of classes that the model does not know) and ``device``. Semantic figures
+        are over the tree of the model's own classes; where that has one level (ImageNet-1K) there are none, and the
+        hierarchical ones are within ``hierarchy``, the tree with all synsets above the classes. Classes that are no
+        synsets have neither.
 
     Raises:
         ModelError, UnknownModelError, UnresolvedLabelSpaceError, RunError: The model cannot be loaded, or gives other
             outputs than its classes need.
         DataError: The data cannot be read, or has none of the model's classes.
         DataOutputError: ``predictions`` cannot be written.
-        InvalidArgumentError: A number is out of range; how images are prepared for a network, or how its outputs are
-            read, is not known; two of its classes have the same name.
+        InvalidArgumentError: A number is out of range; the network does not take images of ``image_size``; how images
+            are prepared for a network, or how its outputs are read, is not known; two of its classes have one name.
         NonFiniteError: The model's outputs are not finite.
     """
     dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,7 +109,7 @@ def evaluate(
     if predictions is not None:
         check_writable(expanded(predictions, DataOutputError))
     chosen = device_of(model) if isinstance(model, nn.Module) and device == "auto" else select_device(device)
-    subject = _subject(model, which, label_space, head, cache_dir)
+    subject = open_subject(model, which, label_space, head, cache_dir, image_size)
     if split is None:
         has_parts = not is_class_folder(data) or is_divided(data) or _has_seen(subject, data)
         split = "validation" if has_parts else "all"
@@ -125,6 +119,8 @@ def evaluate(
     module = subject.module.to(chosen)
     if not isinstance(model, nn.Module):  # one of the caller's stays as it is
         module.to(memory_format=layout)
+    if image_size is not None:
+        take_size(subject, image_size, chosen, resample=not isinstance(model, nn.Module))
     evaluation = Evaluation(tree, subject.head, classes_with_images(dataset), device=chosen, over_ranks=False)
     loader = Loader(
         dataset,
@@ -155,6 +151,7 @@ def evaluate(
         "classes": len(subject.class_names),
         "head": subject.head,
         "split": split,
+        "input_size": subject.input_size,
         **figures,
         "per_class": _per_class(evaluation, subject.class_names),
         "bad_samples": loader.bad_samples,
@@ -208,91 +205,7 @@ def _rows(
             stack.close()
 
 
-@dataclass(frozen=True)
-class _Subject:
-    name: str
-    module: nn.Module
-    classes: LabelSpace | ClassNames
-    head: Head
-    resize: Augmentation
-    trained_on: str
-
-    @property
-    def space(self) -> LabelSpace | None:
-        return self.classes if isinstance(self.classes, LabelSpace) else None
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(self.classes)
-
-
-def _subject(
-    model: ModelLike,
-    which: str,
-    label_space: LabelSpaceLike | None,
-    head: Head | None,
-    cache_dir: str | os.PathLike[str] | None,
-) -> _Subject:
-    if isinstance(model, (str, os.PathLike)) and (expanded(model, UnknownModelError) / "recipe.json").is_file():
-        if label_space is not None or head is not None:
-            raise InvalidArgumentError(
-                f"{model} is a run and says what its classes and head are; leave out label_space and head."
-            )
-        trained = load_run(model, which)
-        recipe = trained.recipe
-        return _Subject(
-            name=recipe.name,
-            module=Normalized(trained.module, recipe.model.mean, recipe.model.std),
-            classes=trained.space or ClassNames(trained.class_names),
-            head=recipe.loss.head,
-            resize=evaluation_resize(recipe),
-            trained_on=trained.trained_on,
-        )
-    if which != "best":
-        shown = model if isinstance(model, (str, os.PathLike)) else f"A {type(model).__name__}"
-        raise InvalidArgumentError(f"{shown} is no run, and has no {which} checkpoint; leave out which (--checkpoint).")
-    loaded = load_model(model, label_space=label_space, head=head, cache_dir=cache_dir)
-    if loaded.data_config is None:
-        raise InvalidArgumentError(
-            f"How images are prepared for {loaded.name} is not known; give a network of timm's, or the one that this "
-            "wraps (module.module): its pretrained_cfg says so."
-        )
-    config, classes = dict(loaded.data_config), loaded.label_space
-    folder = building.configured_folder(model, cache_dir) if isinstance(model, (str, os.PathLike)) else None
-    if len(set(classes)) < len(classes):
-        again = next(name for name, count in Counter(classes).items() if count > 1)
-        raise InvalidArgumentError(
-            f"{loaded.name} has several classes {again!r}, and images of a class are found by its name; name them anew."
-        )
-    return _Subject(
-        name=loaded.name,
-        module=Normalized(loaded.module, config["mean"], config["std"]),
-        classes=classes,
-        head=loaded.head,
-        resize=_own_resize(config),
-        trained_on=building.read_config(folder).get(TRAINED_ON, "") if folder is not None else "",
-    )
-
-
-@dataclass(frozen=True)
-class _OwnResize:
-    """The preprocessing that a model's configuration states, up to its bytes."""
-
-    transform: Callable[[PILImage.Image], Any]
-
-    def __call__(self, image: Image, random: Random) -> Image:
-        del random
-        pixels = np.asarray(self.transform(PILImage.fromarray(image)), np.uint8)
-        return np.ascontiguousarray(pixels.transpose(1, 2, 0))
-
-
-def _own_resize(config: dict[str, Any]) -> _OwnResize:
-    from timm.data import create_transform
-
-    return _OwnResize(create_transform(**config, use_prefetcher=True))  # bytes, not normalised
-
-
-def _has_seen(subject: _Subject, data: str | os.PathLike[str]) -> bool:
+def _has_seen(subject: Subject, data: str | os.PathLike[str]) -> bool:
     """Whether a model was trained on most of that part of a folder which is for training."""
     seen = {*subject.trained_on.split()}
     if not seen:
@@ -301,7 +214,7 @@ def _has_seen(subject: _Subject, data: str | os.PathLike[str]) -> bool:
     return isinstance(there, FolderDataset) and 2 * len(seen & {*there.sketch.split()}) >= len(seen)
 
 
-def _dataset(data: str | os.PathLike[str], split: str, subject: _Subject) -> ShardedDataset | FolderDataset:
+def _dataset(data: str | os.PathLike[str], split: str, subject: Subject) -> ShardedDataset | FolderDataset:
     if not is_class_folder(data):
         if subject.space is None:
             open_storage(data)  # or there is nothing

@@ -1,0 +1,163 @@
+"""A model that is evaluated, whatever it comes from: its network, classes and head, and how images are prepared."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+
+from wn21k_zoo import building
+from wn21k_zoo.checkpoints import Head
+from wn21k_zoo.errors import InvalidArgumentError, UnknownModelError, first_line, is_out_of_memory, whole_number
+from wn21k_zoo.files import expanded
+from wn21k_zoo.labels import ClassNames, LabelSpace
+from wn21k_zoo.models import LabelSpaceLike, ModelLike, load_model
+from wn21k_zoo.running import dtype_of, evaluating
+from wn21k_zoo.training.augment import Image
+from wn21k_zoo.training.data import Augmentation
+from wn21k_zoo.training.export import TRAINED_ON, load_run
+from wn21k_zoo.training.network import Normalized
+from wn21k_zoo.training.splits import evaluation_resize
+
+__all__ = ["Subject", "open_subject", "take_size"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        name: As it is told.
+        module: Takes pixels in [0, 1].
+        classes: Of its outputs.
+        head: How they are read.
+        resize: What is done with images.
+        input_size: Channels, height and width of what that gives.
+        trained_on: Sketch of the folder that it was trained on, empty where nobody says.
+    """
+
+    name: str
+    module: Normalized
+    classes: LabelSpace | ClassNames
+    head: Head
+    resize: Augmentation
+    input_size: list[int]
+    trained_on: str
+
+    @property
+    def space(self) -> LabelSpace | None:
+        """Its classes where they are synsets."""
+        return self.classes if isinstance(self.classes, LabelSpace) else None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A wnid, or a name of its own, for each output."""
+        return tuple(self.classes)
+
+
+def open_subject(
+    model: ModelLike,
+    which: str,
+    label_space: LabelSpaceLike | None,
+    head: Head | None,
+    cache_dir: str | os.PathLike[str] | None,
+    image_size: int | None,
+) -> Subject:
+    """The model of :func:`wn21k_zoo.training.evaluate.evaluate`, with its arguments and what they raise."""
+    size = None if image_size is None else whole_number("image_size", image_size, 1)
+    if isinstance(model, (str, os.PathLike)) and (expanded(model, UnknownModelError) / "recipe.json").is_file():
+        if label_space is not None or head is not None:
+            raise InvalidArgumentError(
+                f"{model} is a run and says what its classes and head are; leave out label_space and head."
+            )
+        trained = load_run(model, which)
+        recipe = trained.recipe
+        recipe.data.size = size or recipe.data.size
+        return Subject(
+            name=recipe.name,
+            module=Normalized(trained.module, recipe.model.mean, recipe.model.std),
+            classes=trained.space or ClassNames(trained.class_names),
+            head=recipe.loss.head,
+            resize=evaluation_resize(recipe),
+            input_size=[3, recipe.data.size, recipe.data.size],
+            trained_on=trained.trained_on,
+        )
+    if which != "best":
+        shown = model if isinstance(model, (str, os.PathLike)) else f"A {type(model).__name__}"
+        raise InvalidArgumentError(f"{shown} is no run, and has no {which} checkpoint; leave out which (--checkpoint).")
+    loaded = load_model(model, label_space=label_space, head=head, cache_dir=cache_dir)
+    if loaded.data_config is None:
+        raise InvalidArgumentError(
+            f"How images are prepared for {loaded.name} is not known; give a network of timm's, or the one that this "
+            "wraps (module.module): its pretrained_cfg says so."
+        )
+    config, classes = dict(loaded.data_config), loaded.label_space
+    if size is not None:
+        config["input_size"] = (3, size, size)
+    folder = building.configured_folder(model, cache_dir) if isinstance(model, (str, os.PathLike)) else None
+    if len(set(classes)) < len(classes):
+        again = next(name for name, count in Counter(classes).items() if count > 1)
+        raise InvalidArgumentError(
+            f"{loaded.name} has several classes {again!r}, and images of a class are found by its name; name them anew."
+        )
+    return Subject(
+        name=loaded.name,
+        module=Normalized(loaded.module, config["mean"], config["std"]),
+        classes=classes,
+        head=loaded.head,
+        resize=_own_resize(config),
+        input_size=[*config["input_size"]],
+        trained_on=building.read_config(folder).get(TRAINED_ON, "") if folder is not None else "",
+    )
+
+
+@dataclass(frozen=True)
+class _OwnResize:
+    """The preprocessing that a model's configuration states, up to its bytes."""
+
+    transform: Callable[[PILImage.Image], Any]
+
+    def __call__(self, image: Image, random: Random) -> Image:
+        del random
+        pixels = np.asarray(self.transform(PILImage.fromarray(image)), np.uint8)
+        return np.ascontiguousarray(pixels.transpose(1, 2, 0))
+
+
+def _own_resize(config: dict[str, Any]) -> _OwnResize:
+    from timm.data import create_transform
+
+    return _OwnResize(create_transform(**config, use_prefetcher=True))  # bytes, not normalised
+
+
+def take_size(subject: Subject, size: int, device: torch.device, resample: bool) -> None:
+    """See that a network takes images of a size.
+
+    Args:
+        subject: Whose network.
+        size: Width and height in pixels.
+        device: Where it is.
+        resample: Whether its position embeddings may be changed to those of the size, where it can do that.
+
+    Raises:
+        InvalidArgumentError: It does not.
+    """
+    network = subject.module.module
+    try:
+        if resample and callable(getattr(network, "set_input_size", None)):
+            cast(Any, network).set_input_size(img_size=size)
+        with torch.inference_mode(), evaluating(network):
+            network(torch.zeros(1, 3, size, size, device=device, dtype=dtype_of(network)))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+            raise
+        raise InvalidArgumentError(
+            f"{subject.name} does not take images of {size} pixels: {first_line(error).rstrip('.')}; name another "
+            "image_size (--image-size), or none."
+        ) from error
