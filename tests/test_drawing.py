@@ -38,6 +38,15 @@ def test_dict_is_json_and_nested(pets):
     assert pets.to_dict("n02121808", 0)[0]["children"] == []
 
 
+def test_nothing_is_drawn_below_no_level(pets):
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(pets.to_rich(max_depth=0))
+    assert captured.get() == "pets · 4 classes, 2 roots\n"
+    assert "label=" not in pets.to_dot(max_depth=0)
+    assert pets.to_dict(max_depth=0) == []
+
+
 def test_negative_depth(pets):
     for draw in (pets.to_rich, pets.to_dot, pets.to_dict):
         with pytest.raises(InvalidArgumentError):

@@ -238,7 +238,7 @@ Image.new("RGB", (64, 64), "red").save(sys.argv[1], "HEIF")
 
 
 def test_samples_need_the_extra(monkeypatch):
-    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(images, "in_package", lambda package, path: None)
     with pytest.raises(MissingExtraError, match="demo"):
         load_image("sample:cat")
 

@@ -94,3 +94,25 @@ def test_every_module_exports_what_it_lists(path):
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, wn21k_zoo; print({'torch', 'timm', 'numpy', 'PIL', 'nltk'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_what_another_module_imports_is_exported():
+    trees = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+        for path in FILES
+    }
+    exported = {
+        name: {element.value for element in node.value.elts if isinstance(element, ast.Constant)}
+        for name, tree in trees.items()
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+    }
+    hidden = {
+        f"{node.module}.{alias.name}"
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in exported
+        for alias in node.names
+        if alias.name not in exported[node.module]
+    }
+    assert not hidden

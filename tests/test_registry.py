@@ -27,7 +27,7 @@ def test_every_pretrained_configuration_of_timm_resolves_or_is_refused():
     for name in timm.list_models(pretrained=True, exclude_filters="wn21k_*"):  # another test may have imported ours
         config = timm.models.get_pretrained_cfg(name)
         try:
-            space = registry.resolve_label_space(name)
+            space = LabelSpace.load(registry.resolve_checkpoint(name).label_space)
         except UnresolvedLabelSpaceError as error:
             messages[name] = str(error)
             if config.num_classes in {1_000, 11_221, 11_821, 21_841, 21_842, 21_843}:
@@ -46,7 +46,6 @@ def test_every_pretrained_configuration_of_timm_resolves_or_is_refused():
 def test_every_record_is_found(checkpoint):
     assert registry.get_checkpoint(checkpoint.name) is checkpoint
     assert registry.resolve_checkpoint(checkpoint.name) is checkpoint
-    assert registry.resolve_label_space(checkpoint.name) is LabelSpace.load(checkpoint.label_space)
     assert checkpoint.name in registry.list_checkpoints()
     assert registry.resolve_checkpoint(f"wn21k_{checkpoint.name}") is checkpoint
     assert registry.find_record(checkpoint.architecture, checkpoint.name.partition(".")[2]) is checkpoint
@@ -99,4 +98,4 @@ def test_get_checkpoint_knows_records_only():
 )
 def test_refusals_name_the_reason(name, reason):
     with pytest.raises(UnresolvedLabelSpaceError, match=reason):
-        registry.resolve_label_space(name)
+        registry.resolve_checkpoint(name)

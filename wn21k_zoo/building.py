@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "CONFIG_FILE",
     "FOLDER_PREFIX",
     "HUB_PREFIX",
+    "LABELS_FILE",
+    "WEIGHT_FILES",
+    "about_run",
     "as_folder",
     "build_checkpoint",
     "build_from_folder",
@@ -37,7 +41,6 @@ __all__ = [
     "fetch_from_hub",
     "hub_source",
     "is_repo_id",
-    "load_pretrained",
     "looks_like_path",
     "pretrained_config",
     "read_config",
@@ -154,15 +157,6 @@ def pretrained_config(checkpoint: Checkpoint, num_classes: int | None = None) ->
         stated["paper_ids"] = f"arXiv:{checkpoint.paper.rpartition('/')[2]}"
     config.update({key: value for key, value in stated.items() if value is not None})
     return {key: value for key, value in config.items() if value is not None}
-
-
-def load_pretrained(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> nn.Module:
-    """The network of a checkpoint with its weights, strictly loaded, on the CPU and in evaluation mode.
-
-    Raises:
-        ModelError, MissingExtraError: As :func:`load_model`.
-    """
-    return build_checkpoint(checkpoint, pretrained=True, cache_dir=cache_dir).eval()
 
 
 def as_folder(name: str | os.PathLike[str]) -> Path | None:

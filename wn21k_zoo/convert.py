@@ -125,8 +125,8 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], architecture: str
     if architecture is not None and architecture not in known:
         raise UnknownModelError(f"No record has the architecture {architecture!r}.{did_you_mean(architecture, known)}")
     found = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
-    for applies, rename in _LAYOUTS:
-        if applies(found):
+    for marks, rename in _LAYOUTS:
+        if marks & found.keys():
             found = rename(found)
             break
     fits = {}
@@ -221,14 +221,19 @@ class _Names:
 
     def rename(self, key: str) -> str:
         """The name in timm's layout, where blocks are numbered within stages; an unknown name stays."""
-        stage_of_block = [f"{stage}.{index}" for stage, depth in enumerate(self.depths) for index in range(depth)]
         block = re.fullmatch(self.block, key)
         if block is None:
             return _replace_beginning(key, self.outside, "", key)
-        if int(block[1]) >= len(stage_of_block):
+        number = int(block[1])
+        if number >= len(self._places):
             return key
-        names = self.first if int(block[1]) == 0 else self.later
-        return _replace_beginning(block[2], names, f"blocks.{stage_of_block[int(block[1])]}.", key)
+        return _replace_beginning(
+            block[2], self.later if number else self.first, f"blocks.{self._places[number]}.", key
+        )
+
+    @functools.cached_property
+    def _places(self) -> list[str]:
+        return [f"{stage}.{index}" for stage, depth in enumerate(self.depths) for index in range(depth)]
 
 
 def _replace_beginning(name: str, names: Mapping[str, str], prefix: str, otherwise: str) -> str:
@@ -286,10 +291,6 @@ _EFFICIENTNET_NAMES = _Names(
 )
 
 
-def _is_authors_ofa(found: StateDict) -> bool:
-    return "first_conv.conv.weight" in found
-
-
 def _from_authors_ofa(found: StateDict) -> StateDict:
     renamed = {_OFA_NAMES.rename(key): value for key, value in found.items()}
     head = renamed.get("classifier.weight")
@@ -298,16 +299,8 @@ def _from_authors_ofa(found: StateDict) -> StateDict:
     return renamed
 
 
-def _is_efficientnet(found: StateDict) -> bool:
-    return "_conv_stem.weight" in found
-
-
 def _from_efficientnet(found: StateDict) -> StateDict:
     return {_EFFICIENTNET_NAMES.rename(key): value for key, value in found.items()}
-
-
-def _is_authors_tresnet(found: StateDict) -> bool:
-    return "body.conv1.0.weight" in found or "body.conv1.0.0.weight" in found
 
 
 def _from_authors_tresnet(found: StateDict) -> StateDict:
@@ -321,8 +314,8 @@ def _from_authors_tresnet(found: StateDict) -> StateDict:
     return converted
 
 
-_LAYOUTS: tuple[tuple[Callable[[StateDict], bool], Callable[[StateDict], StateDict]], ...] = (
-    (_is_authors_ofa, _from_authors_ofa),
-    (_is_efficientnet, _from_efficientnet),
-    (_is_authors_tresnet, _from_authors_tresnet),
+_LAYOUTS: tuple[tuple[set[str], Callable[[StateDict], StateDict]], ...] = (  # entries of which one tells it
+    ({"first_conv.conv.weight"}, _from_authors_ofa),
+    ({"_conv_stem.weight"}, _from_efficientnet),
+    ({"body.conv1.0.weight", "body.conv1.0.0.weight"}, _from_authors_tresnet),
 )

@@ -8,7 +8,6 @@ that has the right hash is used in place. What is found is verified every time, 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 import sys
@@ -34,7 +33,7 @@ from wn21k_zoo.errors import (
     WeightsNotFoundError,
 )
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import sha256_of
+from wn21k_zoo.files import in_package, sha256_of
 from wn21k_zoo.transfer import (
     Expected,
     Patience,
@@ -440,11 +439,8 @@ def _from_package(source: PackageSource) -> Fetched:
 
 
 def _package_path(source: PackageSource) -> Path | None:
-    spec = importlib.util.find_spec(source.package)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    path = Path(spec.submodule_search_locations[0]) / source.path
-    return path if path.is_file() else None
+    path = in_package(source.package, source.path)
+    return path if path is not None and path.is_file() else None
 
 
 def _filenames(source: Remote) -> tuple[str, ...]:

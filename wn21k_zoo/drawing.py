@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from wn21k_zoo.errors import InvalidArgumentError
@@ -26,23 +27,20 @@ def to_rich(tree: SemanticTree, node: Node | int | str | None = None, max_depth:
         below = f" [dim]· {count:,} below[/]" if count else ""
         return f"{escape(node.name)} [dim]{node.wnid}[/]{below}"
 
-    def grow(branch: Tree, node: Node, left: int | None) -> None:
-        if left == 0:
-            return
-        for child in tree.children(node):
-            grow(branch.add(title(child), highlight=False), child, None if left is None else left - 1)
+    def grow(branch: Tree, node: Node, left: float) -> None:
+        for child in tree.children(node) if left else ():
+            grow(branch.add(title(child), highlight=False), child, left - 1)
 
-    _check_depth(max_depth)
+    tops, left = _tops(tree, node, max_depth)
     if node is not None:
-        top = Tree(title(tree[node]), highlight=False)
-        grow(top, tree[node], max_depth)
+        top = Tree(title(tops[0]), highlight=False)
+        grow(top, tops[0], left)
         return top
     top = Tree(
         f"[bold]{escape(tree.name)}[/] [dim]· {len(tree):,} classes, {len(tree.roots):,} roots[/]", highlight=False
     )
-    if max_depth != 0:
-        for root in tree.roots:
-            grow(top.add(title(root), highlight=False), root, None if max_depth is None else max_depth - 1)
+    for root in tops:
+        grow(top.add(title(root), highlight=False), root, left)
     return top
 
 
@@ -50,7 +48,11 @@ def to_dot(tree: SemanticTree, node: Node | int | str | None = None, max_depth: 
     """A graph in Graphviz's DOT language: see :meth:`wn21k_zoo.tree.SemanticTree.to_dot`."""
     lines = [f"digraph {json.dumps(tree.name)} {{", "  rankdir=LR; node [shape=box, fontname=sans];"]
     drawn = set()
-    for item in _walk(tree, node, max_depth):
+    tops, left = _tops(tree, node, max_depth)
+    waiting = [(top, left) for top in reversed(tops)]
+    while waiting:
+        item, left = waiting.pop()
+        waiting.extend((child, left - 1) for child in reversed(tree.children(item) if left else ()))
         text = item.name.split(", ")[0].replace("\\", "\\\\").replace('"', '\\"')
         lines.append(f'  {item.wnid} [label="{text}\\n{item.wnid}"];')
         drawn.add(item.wnid)
@@ -65,35 +67,25 @@ def to_dict(
 ) -> list[dict[str, Any]]:
     """Nested dicts: see :meth:`wn21k_zoo.tree.SemanticTree.to_dict`."""
 
-    def branch(node: Node, left: int | None) -> dict[str, Any]:
-        below = [] if left == 0 else tree.children(node)
+    def branch(node: Node, left: float) -> dict[str, Any]:
         return {
             "index": node.index,
             "wnid": node.wnid,
             "name": node.name,
             "definition": node.definition,
             "depth": node.depth,
-            "children": [branch(child, None if left is None else left - 1) for child in below],
+            "children": [branch(child, left - 1) for child in (tree.children(node) if left else ())],
         }
 
-    _check_depth(max_depth)
-    if node is not None:
-        return [branch(tree[node], max_depth)]
-    return [branch(root, None if max_depth is None else max(max_depth - 1, 0)) for root in tree.roots]
+    tops, left = _tops(tree, node, max_depth)
+    return [branch(top, left) for top in tops]
 
 
-def _walk(tree: SemanticTree, node: Node | int | str | None, max_depth: int | None) -> Iterator[Node]:
-    _check_depth(max_depth)
-    tops = [tree[node]] if node is not None else list(tree.roots)
-    limit = None if max_depth is None else max_depth + tops[0].depth - (node is None)
-    waiting = tops[::-1]
-    while waiting:
-        item = waiting.pop()
-        yield item
-        if limit is None or item.depth < limit:
-            waiting.extend(tree.children(item)[::-1])
-
-
-def _check_depth(max_depth: int | None) -> None:
+def _tops(tree: SemanticTree, node: Node | int | str | None, max_depth: int | None) -> tuple[Sequence[Node], float]:
+    """The nodes on top, and how many levels are drawn below them."""
     if max_depth is not None and max_depth < 0:
         raise InvalidArgumentError(f"max_depth is {max_depth}; it must not be negative.")
+    left = math.inf if max_depth is None else max_depth
+    if node is not None:
+        return [tree[node]], left
+    return (tree.roots, left - 1) if left else ([], 0)

@@ -94,18 +94,30 @@ __all__ = [
     "UnsupportedImageError",
     "WeightsNotFoundError",
     "Wn21kError",
+    "check_share",
     "did_you_mean",
+    "exit_code_of",
     "first_line",
     "is_out_of_memory",
+    "message_of",
+    "whole_number",
 ]
 
 
 class Wn21kError(Exception):
-    """Base class: ``except Wn21kError`` catches everything that this package raises on purpose."""
+    """Base class: ``except Wn21kError`` catches everything that this package raises on purpose.
+
+    Attributes:
+        exit_code: Of a command that ends with it: 2 for what its user wrote, else 1.
+    """
+
+    exit_code = 1
 
 
 class InvalidArgumentError(Wn21kError, ValueError):
     """An argument has a value that is not allowed."""
+
+    exit_code = 2
 
 
 class UnknownNameError(Wn21kError, LookupError):
@@ -247,6 +259,8 @@ class TrainingError(Wn21kError, RuntimeError):
 class RecipeError(TrainingError, ValueError):
     """A recipe with an unknown field, a wrong value, or values that do not go together."""
 
+    exit_code = 2
+
 
 class RunError(TrainingError):
     """An output folder that holds no run where one is needed, another one, or a damaged one."""
@@ -270,15 +284,15 @@ class MissingExtraError(Wn21kError, ImportError):
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def did_you_mean(name: str, candidates: Iterable[str], count: int = 3) -> str:
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """' Did you mean a, b?' for the candidates nearest to ``name``, or '' when none is near."""
     by_folded = {candidate.lower(): candidate for candidate in candidates}
     folded = name.lower()
-    near = difflib.get_close_matches(folded, by_folded, n=count, cutoff=0.6)
+    near = difflib.get_close_matches(folded, by_folded, n=3, cutoff=0.6)
     if not near and len(folded) >= 4:  # the beginning of a long name, perhaps mistyped; else a part of one
         beginnings = {known[: len(folded) + 1]: known for known in by_folded}
-        near = [beginnings[match] for match in difflib.get_close_matches(folded, beginnings, n=count, cutoff=0.75)]
-        near = near or sorted((known for known in by_folded if folded in known), key=len)[:count]
+        near = [beginnings[match] for match in difflib.get_close_matches(folded, beginnings, n=3, cutoff=0.75)]
+        near = near or sorted((known for known in by_folded if folded in known), key=len)[:3]
     return f" Did you mean {', '.join(by_folded[known] for known in near)}?" if near else ""
 
 
@@ -298,14 +312,15 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
     return number
 
 
-def check_share(name: str, value: float) -> None:
-    """See that an argument is a number from 0 to 1.
+def check_share(name: str, value: float) -> float:
+    """An argument as Python's float, where it is a number from 0 to 1.
 
     Raises:
         InvalidArgumentError: It is not.
     """
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value <= 1:
         raise InvalidArgumentError(f"{name} is {value!r}; it must be a number from 0 to 1.")
+    return float(value)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -315,6 +330,20 @@ def is_out_of_memory(error: BaseException) -> bool:
         and not isinstance(error, Wn21kError)
         and any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))
     )
+
+
+def message_of(error: Exception) -> str | None:
+    """What a command says of an error in one line; None of one that nobody expects."""
+    if isinstance(error, Wn21kError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # a name too long, a disk that is full
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror)
+    return None
+
+
+def exit_code_of(error: Exception) -> int:
+    """Of a command that ends with an error of any kind."""
+    return error.exit_code if isinstance(error, Wn21kError) else 1
 
 
 def first_line(error: BaseException) -> str:

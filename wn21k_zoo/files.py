@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import threading
@@ -12,18 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from wn21k_zoo.errors import DataOutputError, Wn21kError
+from wn21k_zoo.errors import DataOutputError, Wn21kError, first_line
 
 __all__ = [
     "atomic_file",
     "check_writable",
     "expanded",
+    "in_package",
     "is_hidden",
     "parse_json",
-    "problem_of",
     "replace",
     "sha256_of",
     "visible",
+    "write_whole",
 ]
 
 
@@ -65,6 +67,22 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
         _sync_folder(path.parent)
 
 
+def write_whole(path: Path, content: bytes | str, kind: type[Wn21kError] | None = None, sync: bool = True) -> None:
+    """Write a small file, whole or not at all; text as UTF-8.
+
+    Raises:
+        Wn21kError: Of that kind: it cannot be written. Without one the OSError stays.
+    """
+    try:
+        with atomic_file(path, sync) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        if kind is None:
+            raise
+        why = error.strerror or first_line(error)
+        raise kind(f"{path} cannot be written: {why}; make room, or choose another place.") from error
+
+
 def parse_json(text: str | bytes) -> Any:
     """What a JSON text says, whoever wrote it.
 
@@ -75,11 +93,6 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it has too many brackets in each other") from None
-
-
-def problem_of(error: OSError) -> str:
-    """What the system says, and of which file."""
-    return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror)
 
 
 def replace(source: Path, target: Path) -> None:
@@ -118,6 +131,14 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def in_package(package: str, path: str) -> Path | None:
+    """Where a file lies in the folder of another package, which is not imported; None without that package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / path
 
 
 def check_writable(path: Path) -> None:

@@ -107,12 +107,9 @@ def address(source: HubSource, filename: str, revision: str | None) -> tuple[str
 def _probe(source: HubSource, seconds: float, statuses: list[int]) -> None:
     """Status of one HEAD request without a retry; a redirect counts as an answer."""
     import requests
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    url = hf_hub_url(source.repo_id, source.filenames[0], revision=source.revision)
+    url, headers = address(source, source.filenames[0], source.revision)
     with contextlib.suppress(requests.RequestException), requests.Session() as session:
-        headers = build_hf_headers()
         answer = session.head(url, timeout=seconds, allow_redirects=False, headers=headers, auth=auth_of_address)
         statuses.append(answer.status_code)
 

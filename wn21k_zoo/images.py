@@ -5,7 +5,6 @@ A URL is fetched only when the caller allows it (:mod:`wn21k_zoo.urls`).
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import warnings
@@ -27,6 +26,7 @@ from wn21k_zoo.errors import (
     UnsupportedImageError,
     first_line,
 )
+from wn21k_zoo.files import in_package
 
 if TYPE_CHECKING:
     import torch
@@ -137,10 +137,10 @@ def _from_name(name: str, shown: str | None, *, allow_url: bool) -> Image.Image:
 def _sample(name: str) -> Path:
     if name not in SAMPLES:
         raise ImageNotFoundError(f"No sample is called {name!r}; there are {', '.join(SAMPLES)}.")
-    spec = importlib.util.find_spec("skimage")
-    if spec is None or not spec.submodule_search_locations:
+    path = in_package("skimage", f"data/{SAMPLES[name]}")
+    if path is None:
         raise MissingExtraError("The sample photographs of scikit-image", "demo")
-    return Path(spec.submodule_search_locations[0]) / "data" / SAMPLES[name]
+    return path
 
 
 def _seekable(file: Any, name: str | None) -> BinaryIO:

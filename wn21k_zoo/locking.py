@@ -13,7 +13,7 @@ from typing import Any
 from wn21k_zoo import download, hub
 from wn21k_zoo.checkpoints import LOCK_FILE, Checkpoint, HubSource, PackageSource, URLSource, apply_lock
 from wn21k_zoo.errors import ModelError, RecordError, RemoteNotFoundError, first_line
-from wn21k_zoo.files import atomic_file, parse_json
+from wn21k_zoo.files import parse_json, write_whole
 
 __all__ = ["lock_sources", "read_lock", "write_lock"]
 
@@ -73,11 +73,7 @@ def write_lock(lock: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     Raises:
         RecordError: It cannot be written.
     """
-    try:
-        with atomic_file(path) as file:
-            file.write((json.dumps(lock, indent=2) + "\n").encode())
-    except OSError as error:
-        raise RecordError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+    write_whole(path, json.dumps(lock, indent=2) + "\n", RecordError)
 
 
 def _ask(source: HubSource | URLSource) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from wn21k_zoo.building import (
     HUB_PREFIX,
     LABELS_FILE,
     as_folder,
+    build_checkpoint,
     build_from_folder,
     configured_folder,
     fetch_from_hub,
-    load_pretrained,
     read_config,
     weights_in,
 )
@@ -53,6 +53,7 @@ __all__ = [
     "choose_default",
     "create_transform",
     "load_model",
+    "read_labels",
 ]
 
 ModelLike = Union[str, os.PathLike[str], "nn.Module"]
@@ -126,7 +127,8 @@ def load_model(
         return _from_module(model, space, head)
     name = os.fspath(model)
     if name.startswith(HUB_PREFIX):
-        return _from_hub(name, space, head, cache_dir)
+        config, weights, found = fetch_from_hub(name, cache_dir)
+        return _load_folder(name, config.path.parent, weights.path, found.path if found else None, space, head)
     if (folder := as_folder(model)) is not None:
         labels = folder / LABELS_FILE
         return _load_folder(str(folder), folder, None, labels if labels.is_file() else None, space, head)
@@ -137,7 +139,7 @@ def load_model(
         )
     return LoadedModel(
         name=checkpoint.name,
-        module=load_pretrained(checkpoint, cache_dir),
+        module=build_checkpoint(checkpoint, pretrained=True, cache_dir=cache_dir).eval(),
         label_space=LabelSpace.load(checkpoint.label_space),
         head=checkpoint.head,
         data_config=checkpoint.data_config,
@@ -163,7 +165,19 @@ def choose_default(cache_dir: str | os.PathLike[str] | None = None) -> str:
     default = registry.get_checkpoint(DEFAULT_CHECKPOINT)
     if download.find_local(default, cache_dir) is not None or _default_is_reachable():
         return DEFAULT_CHECKPOINT
-    return _embedded_instead("is neither cached nor reachable")
+    embedded, why = registry.get_checkpoint(EMBEDDED_CHECKPOINT), "is neither cached nor reachable"
+    if download.find_local(embedded) is None:
+        raise MissingExtraError(
+            f"The default model {DEFAULT_CHECKPOINT} {why}. Connect to the network, or use the embedded model, which",
+            "embedded",
+        )
+    warnings.warn(
+        f"{DEFAULT_CHECKPOINT} {why}; using {EMBEDDED_CHECKPOINT} (ImageNet-1K) instead. "
+        "Choose a model by --model, model= or WN21K_MODEL.",
+        FallbackModelWarning,
+        stacklevel=3,
+    )
+    return EMBEDDED_CHECKPOINT
 
 
 def create_transform(
@@ -206,27 +220,6 @@ def build_transform(data_config: Mapping[str, Any], training: bool = False) -> A
 @functools.cache
 def _default_is_reachable() -> bool:
     return download.is_reachable(registry.get_checkpoint(DEFAULT_CHECKPOINT))
-
-
-def _embedded_instead(why: str) -> str:
-    embedded = registry.get_checkpoint(EMBEDDED_CHECKPOINT)
-    if download.find_local(embedded) is None:
-        raise MissingExtraError(
-            f"The default model {DEFAULT_CHECKPOINT} {why}. Connect to the network, or use the embedded model, which",
-            "embedded",
-        )
-    warnings.warn(
-        f"{DEFAULT_CHECKPOINT} {why}; using {EMBEDDED_CHECKPOINT} (ImageNet-1K) instead. "
-        "Choose a model by --model, model= or WN21K_MODEL.",
-        FallbackModelWarning,
-        stacklevel=4,
-    )
-    return EMBEDDED_CHECKPOINT
-
-
-def _from_hub(name: str, space: Given, head: Head | None, cache_dir: str | os.PathLike[str] | None) -> LoadedModel:
-    config, weights, labels = fetch_from_hub(name, cache_dir)
-    return _load_folder(name, config.path.parent, weights.path, labels.path if labels else None, space, head)
 
 
 def _load_folder(

@@ -5,13 +5,10 @@ from __future__ import annotations
 import html
 import json
 from dataclasses import asdict, dataclass
-from numbers import Real
 from typing import Any, get_args
 
-import numpy as np
-
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
+from wn21k_zoo.errors import InvalidArgumentError, Wn21kError, check_share
 
 __all__ = ["Label", "Level", "Output", "Prediction", "error_to_dict", "json_schema"]
 
@@ -131,7 +128,7 @@ class Prediction:
         Args:
             threshold: In [0, 1]; by default the one of the prediction.
         """
-        limit = self.threshold if threshold is None else check_threshold(threshold)
+        limit = self.threshold if threshold is None else check_share("threshold", threshold)
         best = (level.labels[0] for level in self.levels if level.labels)
         return tuple(label for label in best if label.probability > limit)
 
@@ -195,17 +192,6 @@ class Prediction:
 
 def _short(named: Label | Output) -> str:
     return named.name.split(", ")[0] if named.wnid else named.name
-
-
-def check_threshold(threshold: float) -> float:
-    """The threshold, when it is one.
-
-    Raises:
-        InvalidArgumentError: It is not a number from 0 to 1.
-    """
-    if isinstance(threshold, bool) or not isinstance(threshold, (Real, np.number)) or not 0 <= threshold <= 1:
-        raise InvalidArgumentError(f"threshold is {threshold!r}; it must be a number from 0 to 1.")
-    return float(threshold)
 
 
 def error_to_dict(source: str | None, error: Wn21kError) -> dict[str, Any]:

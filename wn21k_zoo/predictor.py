@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,13 +24,15 @@ from wn21k_zoo.errors import (
     InvalidArgumentError,
     ModelError,
     Wn21kError,
+    check_share,
     first_line,
     is_out_of_memory,
+    whole_number,
 )
 from wn21k_zoo.images import MAX_PIXELS, describe_source, load_image
 from wn21k_zoo.labels import ClassNames
 from wn21k_zoo.models import LabelSpaceLike, LoadedModel
-from wn21k_zoo.prediction import Prediction, check_threshold
+from wn21k_zoo.prediction import Prediction
 from wn21k_zoo.reading import NamesReader, TreeReader, default_tree
 from wn21k_zoo.running import check_logits, device_of, dtype_of, evaluating, memory_format, select_device
 from wn21k_zoo.tree import SemanticTree
@@ -101,9 +102,9 @@ class Predictor:
         allow_url: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.top_k = _positive("top_k", top_k)
-        chosen_batch_size = None if batch_size is None else _positive("batch_size", batch_size)
-        self.threshold = check_threshold(threshold)
+        self.top_k = whole_number("top_k", top_k, 1)
+        chosen_batch_size = None if batch_size is None else whole_number("batch_size", batch_size, 1)
+        self.threshold = check_share("threshold", threshold)
         self.allow_url = allow_url
         chosen_tree = _as_tree(tree)  # before the model: a wrong name should not cost a download
         chosen_device = select_device(device) if device != "auto" else None
@@ -197,8 +198,6 @@ class Predictor:
                 if not waiting:
                     return
                 batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
-                for image in itertools.islice(remaining, ahead - len(waiting) if ahead else 0):
-                    waiting.append((describe_source(image), self._submit(workers, image)))
                 yield from self._predict_batch(batch)
 
     def __repr__(self) -> str:
@@ -370,16 +369,6 @@ class _Workers(ThreadPoolExecutor):
 
     def __exit__(self, *_: object) -> None:
         self.shutdown(wait=True, cancel_futures=True)
-
-
-def _positive(name: str, value: int) -> int:
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)  # NumPy's integers too
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise InvalidArgumentError(f"{name} is {value!r}; it must be a whole number from 1.")
-    return number
 
 
 def _is_several(images: Any) -> bool:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "check_repo_id",
     "check_target",
     "export_folder",
     "folder_config",
@@ -110,13 +111,13 @@ def check_target(folder: str | os.PathLike[str], dtype: str | None, force: bool)
         raise InvalidArgumentError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}.")
     if target.exists() and not target.is_dir():
         raise InvalidArgumentError(f"{target} is a file; name a folder.")
-    if target.is_dir() and any(not path.name.startswith(".") for path in target.iterdir()) and not force:
+    others = [path for path in target.glob("*") if not path.name.startswith(".")]  # but .git, .DS_Store
+    if others and not force:
         raise InvalidArgumentError(
             f"{target} is not empty; choose another folder, or replace it with force=True (--force)."
         )
     for left in target.glob(f"{_TEMPORARY}*"):  # of an export that was killed
         shutil.rmtree(left, ignore_errors=True)
-    others = [path for path in target.glob("*") if not path.name.startswith(".")]  # but .git, .DS_Store
     foreign = [path.name for path in others if path.name not in _WRITTEN or not path.is_file()]
     if foreign:
         raise InvalidArgumentError(f"{target} holds {min(foreign)}, which no export writes; choose another folder.")

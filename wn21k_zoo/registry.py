@@ -15,7 +15,6 @@ from typing import Any
 
 from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource, Resize, Source, URLSource
 from wn21k_zoo.errors import UnknownModelError, UnresolvedLabelSpaceError, did_you_mean
-from wn21k_zoo.labels import LabelSpace
 
 __all__ = [
     "TIMM_PREFIX",
@@ -24,7 +23,6 @@ __all__ = [
     "is_known",
     "list_checkpoints",
     "resolve_checkpoint",
-    "resolve_label_space",
 ]
 
 # What our names start with in timm's registry; a folder may name an architecture so.
@@ -94,21 +92,14 @@ def is_known(name: str) -> bool:
     return True
 
 
-def resolve_label_space(name: str) -> LabelSpace:
-    """The label space of a record or of a timm model.
-
-    Raises:
-        UnknownModelError, UnresolvedLabelSpaceError: As :func:`resolve_checkpoint`.
-    """
-    return LabelSpace.load(resolve_checkpoint(name).label_space)
-
-
 def _from_timm(name: str) -> Checkpoint:
+    from timm.data import resolve_data_config
+
     config = _timm_config(name)
     full_name = f"{config.architecture}.{config.tag}" if config.tag else config.architecture
     if full_name in _BY_NAME:  # a bare architecture whose default weights we have a record of
         return _BY_NAME[full_name]
-    settings = _data_config(config)
+    settings = resolve_data_config({}, pretrained_cfg=config.to_dict(), verbose=False)
     return Checkpoint(
         name=full_name,
         architecture=config.architecture,
@@ -151,13 +142,6 @@ def _timm_config(name: str) -> Any:
     return config
 
 
-def _data_config(config: Any) -> dict[str, Any]:
-    from timm.data import resolve_data_config
-
-    settings: dict[str, Any] = resolve_data_config({}, pretrained_cfg=config.to_dict(), verbose=False)
-    return settings
-
-
 def _label_space_name(full_name: str, config: Any) -> str:
     known = _BY_NUM_CLASSES.get(config.num_classes)
     data_sets = _DATA_SET_IN_TAG.findall(config.tag or "")
@@ -176,11 +160,8 @@ def _label_space_name(full_name: str, config: Any) -> str:
 
 
 def _sources(full_name: str, config: Any) -> tuple[Source, ...]:
-    found: list[Source] = []
     if config.hf_hub_id:
         repo_id, _, revision = config.hf_hub_id.partition("@")
         repo_id = f"timm/{full_name}" if repo_id == "timm/" else repo_id
-        found.append(HubSource(repo_id=repo_id, revision=revision or None))
-    elif config.url:
-        found.append(URLSource(url=config.url))
-    return tuple(found)
+        return (HubSource(repo_id=repo_id, revision=revision or None),)
+    return (URLSource(url=config.url),) if config.url else ()

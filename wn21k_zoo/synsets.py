@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from wn21k_zoo.errors import UnknownSynsetError
 
-__all__ = ["Nouns", "load_nouns"]
+__all__ = ["WNID_PATTERN", "Nouns", "load_nouns"]
 
 WNID_PATTERN = re.compile(r"n[0-9]{8}")
 

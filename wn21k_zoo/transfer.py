@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     import requests
 
 __all__ = [
+    "RETRIED",
+    "RETRY_AFTER_MAX_SECONDS",
+    "STALL_SECONDS",
     "Expected",
     "Patience",
     "RefusedError",

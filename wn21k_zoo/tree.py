@@ -242,8 +242,10 @@ class SemanticTree:
 
     def chain(self, node: int | str | Node) -> list[int]:
         """Indices of a node, its parent, its grandparent, ... to the root."""
-        index = self.index(node)
-        return [index, *self._ancestor_indices(index)]
+        parents, found = self._parent_list, [self.index(node)]
+        while (parent := parents[found[-1]]) >= 0:
+            found.append(parent)
+        return found
 
     @functools.cached_property
     def class_tree_list(self) -> list[list[int]]:
@@ -334,12 +336,11 @@ class SemanticTree:
 
     def ancestors(self, node: int | str | Node) -> tuple[Node, ...]:
         """The ancestors, the parent first and the root last."""
-        return self._nodes(self._ancestor_indices(self.index(node)))
+        return self._nodes(self.chain(node)[1:])
 
     def path(self, node: int | str | Node) -> tuple[Node, ...]:
         """From the root to the node, both included."""
-        index = self.index(node)
-        return self._nodes([index, *self._ancestor_indices(index)][::-1])
+        return self._nodes(self.chain(node)[::-1])
 
     def children(self, node: int | str | Node) -> tuple[Node, ...]:
         """The classes whose parent the node is, in the order of their indices."""
@@ -347,13 +348,17 @@ class SemanticTree:
 
     def descendants(self, node: int | str | Node) -> tuple[Node, ...]:
         """All classes below the node, depth first, without the node itself."""
-        return self._nodes(self._descendant_indices(self.index(node)))
+        found: list[int] = []
+        waiting = list(self.child_indices(self.index(node))[::-1])
+        while waiting:
+            found.append(int(waiting.pop()))
+            waiting.extend(self.child_indices(found[-1])[::-1])
+        return self._nodes(found)
 
     def lowest_common_ancestor(self, first: int | str | Node, second: int | str | Node) -> Node | None:
         """The deepest node that is, or is above, both; None when they have different roots."""
-        one, two = (self.index(node) for node in (first, second))
-        above = {one, *self._ancestor_indices(one)}
-        return next((self[index] for index in (two, *self._ancestor_indices(two)) if index in above), None)
+        above = set(self.chain(first))
+        return next((self[index] for index in self.chain(second) if index in above), None)
 
     def distance(self, first: int | str | Node, second: int | str | Node) -> int | None:
         """Number of edges between two nodes, through their lowest common ancestor; None when they have none."""
@@ -437,24 +442,9 @@ class SemanticTree:
         order.flags.writeable = False
         return order, np.searchsorted(self.parents[order], np.arange(-1, len(self) + 1))
 
-    def _ancestor_indices(self, index: int) -> list[int]:
-        parents = self._parent_list
-        found = []
-        while (index := parents[index]) >= 0:
-            found.append(index)
-        return found
-
     @functools.cached_property
     def _parent_list(self) -> list[int]:
         return [int(parent) for parent in self.parents]
-
-    def _descendant_indices(self, index: int) -> list[int]:
-        found: list[int] = []
-        waiting = list(self.child_indices(index)[::-1])
-        while waiting:
-            found.append(int(waiting.pop()))
-            waiting.extend(self.child_indices(found[-1])[::-1])
-        return found
 
     def _nodes(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Node, ...]:
         return tuple(self[int(index)] for index in indices)

@@ -3,6 +3,7 @@ import json
 import pytest
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 
 from wn21k_zoo import LabelSpace, create_model
 from wn21k_zoo.errors import RecipeError
@@ -15,7 +16,6 @@ from wn21k_zoo.training.network import (
     freeze_backbone,
     reorder_head,
     resolved,
-    synchronised,
     try_size,
 )
 
@@ -30,7 +30,7 @@ def test_batch_statistics_over_ranks_change_nothing_else(architecture):
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         before = module(images)
-        torch.testing.assert_close(synchronised(module).eval()(images), before)
+        torch.testing.assert_close(convert_sync_batchnorm(module).eval()(images), before)
     assert any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in module.modules())
 
 

@@ -12,8 +12,7 @@ from typer.core import TyperGroup
 from wn21k_zoo import __version__
 from wn21k_zoo.cli import cache, cards, convert, data, predict, publish, train, tree, zoo
 from wn21k_zoo.cli.output import log_as_messages, say
-from wn21k_zoo.errors import InvalidArgumentError, RecipeError, Wn21kError
-from wn21k_zoo.files import problem_of
+from wn21k_zoo.errors import exit_code_of, message_of
 
 __all__ = ["app"]
 
@@ -32,13 +31,9 @@ class _Group(TyperGroup):
             is_control_flow = type(error).__module__.startswith(("typer", "click"))
             if is_control_flow or ctx.params.get("debug"):
                 raise
-            if isinstance(error, Wn21kError):
-                say(str(error))
-            elif isinstance(error, OSError) and error.errno is not None:  # a name too long, a disk that is full
-                say(problem_of(error))
-            else:
-                say(f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)")
-            raise typer.Exit(2 if isinstance(error, (InvalidArgumentError, RecipeError)) else 1) from None
+            unexpected = f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)"
+            say(message_of(error) or unexpected)
+            raise typer.Exit(exit_code_of(error)) from None
 
 
 app = typer.Typer(

@@ -10,7 +10,7 @@ import typer
 
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, LOCK_FILE
-from wn21k_zoo.cli.output import Format, FormatOption, at_home, print_table, say, warnings_as_messages
+from wn21k_zoo.cli.output import FormatOption, at_home, print_table, say, warnings_as_messages
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 
 __all__ = ["app", "register"]
@@ -71,7 +71,11 @@ def download(
                 }
                 for one in found
             ]
-    _report(rows, ("name", "status", "bytes", "sha256", "checked_against", "file"), format, failed)
+    if rows:
+        print_table(rows, ("name", "status", "bytes", "sha256", "checked_against", "file"), format)
+    if failed:
+        say(f"{failed} could not be fetched")
+        raise typer.Exit(3 if rows else 1)
 
 
 def verify(
@@ -198,11 +202,3 @@ def lock(
         say("there is nothing to write: weights in packages are pinned by their records")
     if failed:
         raise typer.Exit(3 if done else 1)
-
-
-def _report(rows: list[dict[str, Any]], columns: tuple[str, ...], format: Format | None, failed: int) -> None:  # noqa: A002
-    if rows:
-        print_table(rows, columns, format)
-    if failed:
-        say(f"{failed} could not be fetched")
-        raise typer.Exit(3 if rows else 1)

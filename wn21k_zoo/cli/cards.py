@@ -12,7 +12,7 @@ import typer
 from wn21k_zoo import registry
 from wn21k_zoo.cli.output import at_home, say
 from wn21k_zoo.errors import InvalidArgumentError, RecordError
-from wn21k_zoo.files import atomic_file
+from wn21k_zoo.files import write_whole
 
 __all__ = ["app"]
 
@@ -81,7 +81,6 @@ def _shown(path: Path) -> str:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            file.write(text.encode())
+        write_whole(path, text)
     except OSError as error:
         raise RecordError(f"{path} cannot be written ({error.strerror}).") from error

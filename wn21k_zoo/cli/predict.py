@@ -239,8 +239,6 @@ def _why_not(source: str) -> Wn21kError:
 
 
 def _allow_any_name() -> None:
-    """File names that are not valid text pass through: as themselves on stdin, escaped on stdout."""
+    """File names that are not valid text pass through: as themselves on stdin, escaped on stdout as all commands do."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding=sys.getfilesystemencoding(), errors="surrogateescape")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")

@@ -322,7 +322,7 @@ def evaluate(
 ) -> None:
     """Semantic and leaf accuracy, hierarchical errors, calibration and throughput of a model on a split."""
     from wn21k_zoo.errors import DataOutputError
-    from wn21k_zoo.files import atomic_file, check_writable
+    from wn21k_zoo.files import check_writable, write_whole
     from wn21k_zoo.training.evaluate import evaluate as run_evaluation
     from wn21k_zoo.training.options import Progress
     from wn21k_zoo.training.plots import check_picture, plot_reliability
@@ -352,11 +352,7 @@ def evaluate(
         say(f"{figures['left_out']:,} images have classes that the model does not know; they are left out")
     _print_figures({name: value for name, value in figures.items() if name != "per_class"}, format)
     if output is not None:
-        try:
-            with atomic_file(output) as file:
-                file.write((json.dumps(figures, indent=1) + "\n").encode())
-        except OSError as error:
-            raise DataOutputError(f"{output} cannot be written: {error.strerror}; name another file.") from None
+        write_whole(output, json.dumps(figures, indent=1) + "\n", DataOutputError)
     if plot is not None:
         plot_reliability(figures, plot)
         say(f"reliability diagram: {plot}")

@@ -141,7 +141,7 @@ def build(
     ] = False,
 ) -> None:
     """Build the label spaces' and trees' data anew from WordNet 3.0: always the same bytes."""
-    from wn21k_zoo.files import atomic_file
+    from wn21k_zoo.files import write_whole
     from wn21k_zoo.wordnet import compile_data, packaged_data
 
     if output is None and not check:
@@ -153,8 +153,7 @@ def build(
         try:
             for name, content in files.items():
                 (output / name).parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(output / name) as file:
-                    file.write(content)
+                write_whole(output / name, content)
         except OSError as error:
             raise TreeError(f"{output} cannot be written ({error.strerror}).") from error
         say(f"{len(files)} files written to {output}")

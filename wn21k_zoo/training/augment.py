@@ -28,7 +28,7 @@ from PIL import Image as PILImage
 from wn21k_zoo.errors import whole_number
 from wn21k_zoo.training.extra import cv2
 
-__all__ = ["OPERATIONS", "Operation", "PublishedAugmentation", "Squash", "cutout", "resize"]
+__all__ = ["OPERATIONS", "Image", "Operation", "PublishedAugmentation", "Squash", "cutout", "resize"]
 
 Image: TypeAlias = NDArray[np.uint8]
 
@@ -255,19 +255,12 @@ def _luma(image: Image) -> Image:
     return luma
 
 
-def _translate_x(image: Image, magnitude: float, random: Random) -> Image:
-    width = image.shape[1]
-    shift = math.floor(magnitude * width + 0.5)  # from target to source
+def _translate(axis: int, image: Image, magnitude: float, random: Random) -> Image:
+    length = image.shape[axis]
+    shift = math.floor(magnitude * length + 0.5)  # from target to source
     moved = np.full_like(image, _GREY)
-    moved[:, max(0, -shift) : width - max(0, shift)] = image[:, max(0, shift) : width + min(0, shift)]
-    return moved
-
-
-def _translate_y(image: Image, magnitude: float, random: Random) -> Image:
-    height = image.shape[0]
-    shift = math.floor(magnitude * height + 0.5)
-    moved = np.full_like(image, _GREY)
-    moved[max(0, -shift) : height - max(0, shift)] = image[max(0, shift) : height + min(0, shift)]
+    to, source = np.moveaxis(moved, axis, 0), np.moveaxis(image, axis, 0)
+    to[max(0, -shift) : length - max(0, shift)] = source[max(0, shift) : length + min(0, shift)]
     return moved
 
 
@@ -392,8 +385,8 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         "auto_contrast": Operation(_auto_contrast, (0.0,) * 10),
         "posterize": Operation(_posterize, _rounded(8, 4)),
         "shear_x": Operation(_shear_x, _linear(0, 0.3), signed=True),
-        "translate_x": Operation(_translate_x, _linear(0, 150 / 331), signed=True),
-        "translate_y": Operation(_translate_y, _linear(0, 150 / 331), signed=True),
+        "translate_x": Operation(functools.partial(_translate, 1), _linear(0, 150 / 331), signed=True),
+        "translate_y": Operation(functools.partial(_translate, 0), _linear(0, 150 / 331), signed=True),
         "shear_y": Operation(_shear_y, _linear(0, 0.3), signed=True),
         "rotate": Operation(_rotate, _linear(0, 30)),
         "equalize": Operation(_equalize, (0.0,) * 10),

@@ -14,7 +14,7 @@ from typing import Any
 from wn21k_zoo.errors import DataSourceError
 from wn21k_zoo.files import atomic_file, visible
 from wn21k_zoo.training.extra import cv2, pa, pq
-from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult
+from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult, Decision
 from wn21k_zoo.training.options import PrepareOptions, disk_full_as_error
 from wn21k_zoo.training.shards import encode_record, sample_hash
 from wn21k_zoo.training.sources import ClassSource, Member, member_reader, read_members
@@ -44,7 +44,7 @@ def finished_classes(folder: Path) -> list[ClassResult]:
     return [ClassResult(**json.loads(pq.read_schema(part).metadata[_RESULT_KEY])) for part in parts]
 
 
-def decide(source: ClassSource, images: int, options: PrepareOptions, is_split: bool) -> str:
+def decide(source: ClassSource, images: int, options: PrepareOptions, is_split: bool) -> Decision:
     """Whether a class with so many image names is kept, or why not (:attr:`ClassResult.decision`)."""
     if source.wnid not in options.space:
         return "outside the label space"
@@ -65,10 +65,10 @@ def _shown(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is_split: bool) -> ClassResult:
+def _listed(source: ClassSource) -> tuple[dict[str, Member], list[dict[str, Any]], bool]:
+    """Each name's last occurrence, rows for what is not used, and whether all of the archive could be read."""
+    last: dict[str, Member] = {}
     rows: list[dict[str, Any]] = []
-    last: dict[str, Member] = {}  # each name's last occurrence
-    decision = "kept"
     try:
         for member in read_members(source):
             if member.refused is not None:
@@ -78,7 +78,13 @@ def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, i
                     rows.append({"name": member.name, "reason": _REPLACED})
                 last[member.name] = member
     except DataSourceError:
-        decision = "damaged archive"
+        return last, rows, False
+    return last, rows, True
+
+
+def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is_split: bool) -> ClassResult:
+    last, rows, is_whole = _listed(source)
+    decision: Decision = "kept" if is_whole else "damaged archive"
     names = sorted(last, key=lambda name: name.encode("utf-8", "surrogateescape"))
     if decision == "kept":
         decision = decide(source, len(names), options, is_split)
@@ -108,19 +114,12 @@ def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, i
             record, image_offset = encode_record(keys[name], stored.data, target, details)
             rows.append(
                 {
+                    **{field: value for field, value in asdict(stored).items() if field != "data"},
                     "name": name,
                     "key": keys[name],
                     "split": splits[name],
-                    "width": stored.width,
-                    "height": stored.height,
-                    "stored_width": stored.stored_width,
-                    "stored_height": stored.stored_height,
                     "stored_bytes": len(stored.data),
                     "sha256": hashlib.sha256(stored.data).hexdigest(),
-                    "action": stored.action,
-                    "format": stored.format,
-                    "mode": stored.mode,
-                    "orientation": stored.orientation,
                     "start": file.tell(),
                     "length": len(record),
                     "image_offset": image_offset,
@@ -151,7 +150,7 @@ def _keys_of(wnid: str, names: list[str]) -> dict[str, str]:
     return keys
 
 
-def _write_part(source: ClassSource, folder: Path, decision: str, rows: list[dict[str, Any]]) -> ClassResult:
+def _write_part(source: ClassSource, folder: Path, decision: Decision, rows: list[dict[str, Any]]) -> ClassResult:
     rows.sort(key=lambda row: (row["name"].encode("utf-8", "surrogateescape"), row.get("reason") or ""))
     counts = Counter(row.get("split") for row in rows)
     reasons = Counter(row["reason"] for row in rows if row.get("reason"))

@@ -44,6 +44,7 @@ from wn21k_zoo.training.reading import OpenShards, TorchDataset
 from wn21k_zoo.training.storage import Stage
 
 __all__ = [
+    "Augmentation",
     "Batch",
     "FolderDataset",
     "Loader",
@@ -169,7 +170,7 @@ class Loader:
                 "smaller batch."
             )
         self.dataset, self.batch_size, self.training = dataset, batch_size, training
-        self.rank, self.world_size = rank, world_size
+        self.world_size = world_size
         if augmentation is not None and not callable(augmentation):
             raise InvalidArgumentError(
                 f"augmentation is {augmentation!r}; give a function of pixels and a random.Random."

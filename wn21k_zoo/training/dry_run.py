@@ -15,7 +15,7 @@ from wn21k_zoo.errors import DataSourceError, DiskSpaceError
 from wn21k_zoo.files import expanded
 from wn21k_zoo.training.classes import decide, read_or_bad
 from wn21k_zoo.training.engines import Engine
-from wn21k_zoo.training.manifest import ClassResult
+from wn21k_zoo.training.manifest import ClassResult, Decision
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks
 from wn21k_zoo.training.shards import WORK_FOLDER
 from wn21k_zoo.training.sources import ClassSource, CutOffError, Source, member_reader, open_source, read_members
@@ -31,7 +31,7 @@ class ClassCount:
     """What a class would become; the bytes are extrapolated from its first image."""
 
     wnid: str
-    decision: str
+    decision: Decision
     train: int = 0
     validation: int = 0
     source_bytes: int

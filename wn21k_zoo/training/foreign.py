@@ -22,6 +22,7 @@ from wn21k_zoo.files import parse_json
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.extra import pa, pq
 from wn21k_zoo.training.shards import END_OF_TAR, INDEX_DTYPE, encode_record
+from wn21k_zoo.training.sources import members_of
 
 __all__ = ["convert_parquet", "index_parquet", "index_tar", "split_of"]
 
@@ -62,8 +63,7 @@ def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray
 
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]
+            for member in members_of(archive):
                 if not member.isreg():
                     continue
                 path = PurePosixPath(member.name)

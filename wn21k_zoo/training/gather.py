@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.files import atomic_file, visible
+from wn21k_zoo.files import atomic_file, visible, write_whole
 from wn21k_zoo.training.extra import pa, pc, pq
 from wn21k_zoo.training.manifest import MANIFEST_SCHEMA, ClassResult
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
@@ -160,8 +160,7 @@ def write_shard(output: Path, names: list[str], split: str, number: int, first: 
             size += file.write(END_OF_TAR)
         write_index(index_path(path), index)
         shard = Shard(name=path.name, num_samples=len(order), num_bytes=size, sha256=digest.hexdigest())
-        with atomic_file(work / "shards" / f"{path.stem}.json") as file:
-            file.write(json.dumps(asdict(shard)).encode())
+        write_whole(work / "shards" / f"{path.stem}.json", json.dumps(asdict(shard)))
     return len(order)
 
 

@@ -56,7 +56,7 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
             "imbalance": round(float(there.max() / there.min()), 1),
         }
     train = counts.get("train", np.zeros(len(space), np.int64))
-    tree = SemanticTree.from_wnids(space.wnids)
+    tree = SemanticTree.from_label_space(space)
     described["levels"] = [
         {
             "level": level,

@@ -25,7 +25,6 @@ from wn21k_zoo.training.network import (
     Normalized,
     build_network,
     freeze_backbone,
-    synchronised,
     train_head,
     try_size,
 )
@@ -99,7 +98,9 @@ class Learner:
         if recipe.model.sync_batchnorm and self._world.size > 1:
             if self._device.type != "cuda":
                 raise RecipeError("model.sync_batchnorm needs GPUs; set it to false.")
-            self.module = cast(Normalized, synchronised(self.module))
+            from timm.layers import convert_sync_batchnorm  # keeps the activations that timm's layers contain
+
+            self.module = cast(Normalized, convert_sync_batchnorm(self.module))
         self._teacher: nn.Module | None = None
         if recipe.loss.teacher is not None and space is not None and self.levels is not None:
             self._teacher, self.about_teacher, self.teacher_digest = build_teacher(recipe, space, self.levels)

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.extra import pa
 
-__all__ = ["MANIFEST_SCHEMA", "PART_SCHEMA", "PUBLISHED_TOTALS", "ClassResult", "classes_csv", "summary"]
+__all__ = ["MANIFEST_SCHEMA", "PART_SCHEMA", "PUBLISHED_TOTALS", "ClassResult", "Decision", "classes_csv", "summary"]
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -47,6 +47,9 @@ PART_SCHEMA = pa.schema(
 )
 
 
+Decision = Literal["kept", "outside the label space", "too few images", "damaged archive"]
+
+
 @dataclass(frozen=True)
 class PublishedTotals:
     """Images and classes as published."""
@@ -73,13 +76,13 @@ PUBLISHED_TOTALS: Mapping[str, PublishedTotals] = MappingProxyType(
 class ClassResult:
     """What became of one class of the source (or of one split of it, where the source is split).
 
-    ``decision`` is 'kept', 'outside the label space', 'too few images' or 'damaged archive'; ``images`` counts file
-    names, ``reasons`` those that are not used, by reason; ``odd`` used ones that are no plain upright JPEG, by kind.
+    ``images`` counts file names, ``reasons`` those that are not used, by reason; ``odd`` used ones that are no plain
+    upright JPEG, by kind.
     """
 
     name: str
     wnid: str
-    decision: str
+    decision: Decision
     images: int
     train: int = 0
     validation: int = 0
@@ -89,9 +92,14 @@ class ClassResult:
     odd: Mapping[str, int]
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether its images should have been used, although they may be damaged."""
+        return self.decision in ("kept", "damaged archive")
+
+    @property
     def bad(self) -> int:
         """Images that should have been used and cannot be."""
-        return sum(self.reasons.values()) if self.decision in ("kept", "damaged archive") else 0
+        return sum(self.reasons.values()) if self.is_wanted else 0
 
 
 def classes_csv(results: Iterable[ClassResult]) -> str:
@@ -139,7 +147,7 @@ def summary(results: Sequence[ClassResult], space: LabelSpace, options: Mapping[
     lines += [f"- {what}: {count:,} classes, {images[what]:,} images" for what, count in sorted(decisions.items())]
     reasons = Counter[str]()
     for one in results:
-        if one.decision in ("kept", "damaged archive"):
+        if one.is_wanted:
             reasons.update(one.reasons)
     lines += [f"- {what}: {count:,} images" for what, count in sorted(reasons.items())]
     missing = len(space) - classes

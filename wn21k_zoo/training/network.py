@@ -50,7 +50,6 @@ __all__ = [
     "refuse_run",
     "reorder_head",
     "resolved",
-    "synchronised",
     "teacher_record",
     "train_head",
     "try_size",
@@ -307,13 +306,6 @@ def _whole(name: str | None) -> str | None:
     return str(path.parent.resolve() / path.name)  # a link to a cache may have another name there
 
 
-def synchronised(module: nn.Module) -> nn.Module:
-    """The same with batch statistics over all ranks; timm's layers keep the activations that they contain."""
-    from timm.layers import convert_sync_batchnorm
-
-    return cast(nn.Module, convert_sync_batchnorm(module))
-
-
 def wrong_size(what: str, size: int, error: Exception) -> RecipeError:
     """What is said of a network that does not take images of a size."""
     return RecipeError(
@@ -371,10 +363,9 @@ def check_head(module: nn.Module, num_classes: int) -> None:
         RecipeError: It cannot.
     """
     heads = heads_of(module)
-    for head in heads:
-        if not isinstance(head, (nn.Linear, nn.Conv2d)) or len(head.weight) != num_classes:
-            heads = []
-    if not heads:
+    if not heads or not all(
+        isinstance(each, (nn.Linear, nn.Conv2d)) and len(each.weight) == num_classes for each in heads
+    ):
         raise RecipeError(
             f"The classifier of {type(module).__name__} is no linear layer of {num_classes:,} outputs, which classes "
             "in a tree need; take another model.architecture."

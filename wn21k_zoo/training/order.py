@@ -48,19 +48,14 @@ class SampleOrder:
         """Number of the first sample of each shard when they are counted through."""
         return np.cumsum([0, *self.lengths[:-1]], dtype=np.int64)
 
-    def shards(self, epoch: int) -> NDArray[np.int64]:
-        """The shards in the order in which an epoch needs them."""
-        return _shards(self, epoch)
-
     @property
     def num_windows(self) -> int:
         """How many windows an epoch has."""
         return -(-len(self.lengths) // (self.window or 1))
 
-    def windows(self, epoch: int) -> list[NDArray[np.int64]]:
+    def windows(self, epoch: int) -> Sequence[NDArray[np.int64]]:
         """The shards of each window of an epoch."""
-        shards, width = self.shards(epoch), self.window or 1
-        return [shards[first : first + width] for first in range(0, len(shards), width)]
+        return _windows(self, epoch)
 
     def samples(self, epoch: int, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
         """Which samples stand at the positions ``begin`` to ``end`` of an epoch.
@@ -83,9 +78,10 @@ class SampleOrder:
 
 
 @functools.lru_cache(maxsize=8)
-def _shards(order: SampleOrder, epoch: int) -> NDArray[np.int64]:
-    count = len(order.lengths)
-    return permutation(count, order.seed, epoch) if order.window else np.arange(count)
+def _windows(order: SampleOrder, epoch: int) -> tuple[NDArray[np.int64], ...]:
+    count, width = len(order.lengths), order.window or 1
+    shards = permutation(count, order.seed, epoch) if order.window else np.arange(count)
+    return tuple(shards[first : first + width] for first in range(0, count, width))
 
 
 @functools.lru_cache(maxsize=8)

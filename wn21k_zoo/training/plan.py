@@ -28,10 +28,9 @@ from wn21k_zoo.training.network import (
 )
 from wn21k_zoo.training.presets import ARCHITECTURES
 from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
-from wn21k_zoo.training.recipe_files import recipes_in
 from wn21k_zoo.training.state import RunFolder
 
-__all__ = ["IMAGES", "Plan", "cost_table", "plan"]
+__all__ = ["IMAGES", "Plan", "plan"]
 
 # Training images; of ImageNet-1K by arXiv 1409.0575.
 IMAGES: Mapping[str, int] = MappingProxyType(
@@ -169,15 +168,6 @@ def _memory(recipe: Recipe, module: nn.Module, micro: int, kept: float, num_clas
 
 def _rounded(number: float) -> float:
     return round(number, 1) if number >= 1 else float(f"{number:.2g}")
-
-
-def cost_table(path: Path, gpus: int = 8) -> list[str]:
-    """A line per recipe of a file: name, images seen, hours on V100s."""
-    lines = []
-    for name, make in recipes_in(path).items():
-        figures = plan(make(), gpus=gpus)
-        lines.append(f"{name:28} {figures.images_seen / 1e6:7,.0f} M images {figures.hours:7,.1f} hours")
-    return lines
 
 
 def _published_speed(recipe: Recipe, images: int) -> tuple[float | None, str]:

@@ -29,7 +29,7 @@ from typing import Any
 
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import atomic_file, expanded, parse_json
+from wn21k_zoo.files import expanded, parse_json, write_whole
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.dry_run import check_space_before, check_space_during
 from wn21k_zoo.training.engines import Engine
@@ -164,8 +164,7 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
                 _check_same(_read(state, output), recorded, output)
             for folder in folders:
                 folder.mkdir(exist_ok=True)
-            with atomic_file(state) as file:
-                file.write(json.dumps(recorded, indent=1).encode())
+            write_whole(state, json.dumps(recorded, indent=1))
             for left in (
                 *(work / "spool").iterdir(),
                 *(path for at in (output, output / INDEX_FOLDER, *folders) for path in at.glob(".*.tmp")),
@@ -238,7 +237,7 @@ def _prepare_classes(
 
 
 def _refuse_bad(results: list[ClassResult], max_bad: float) -> None:
-    used = [one for one in results if one.decision in ("kept", "damaged archive")]
+    used = [one for one in results if one.is_wanted]
     bad, images = sum(one.bad for one in used), sum(one.images for one in used)
     if bad > max_bad * images:
         reasons = Counter[str]()
@@ -261,13 +260,8 @@ def _finish(
     """Manifest, summary, and at last ``_info.json``, which says that it is complete."""
     space = options.space
     write_manifest(output, results)
-    for name, text in (
-        ("classes.csv", classes_csv(results)),
-        ("SUMMARY.md", summary(results, space, recorded)),
-    ):
-        with atomic_file(output / name) as file:
-            file.write(text.encode())
+    write_whole(output / "classes.csv", classes_csv(results))
+    write_whole(output / "SUMMARY.md", summary(results, space, recorded))
     info = DatasetInfo.of(space, shards, recorded)
-    with atomic_file(output / INFO_FILE) as file:
-        file.write(info.to_json().encode())
+    write_whole(output / INFO_FILE, info.to_json())
     return info

@@ -37,7 +37,7 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"Training ({error.name} is missing)", "train") from error
 
-__all__ = ["ELSEWHERE", "NAME", "RANDOM", "RESERVED", "Recipe", "Section", "check_architecture", "sized"]
+__all__ = ["ELSEWHERE", "NAME", "RANDOM", "RESERVED", "Model", "Recipe", "Section", "check_architecture", "sized"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a recipe, and of the record that comes of it
 # Of timm.create_model: what the recipe's other fields, the data and verified fetching decide.

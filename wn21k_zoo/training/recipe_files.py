@@ -16,7 +16,7 @@ from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.files import expanded, parse_json, visible
 from wn21k_zoo.training.recipe import ELSEWHERE, Model, Recipe, Section
 
-__all__ = ["listed_in", "load_recipe", "override", "recipes_in", "shipped_recipes"]
+__all__ = ["listed_in", "load_recipe", "override", "shipped_recipes"]
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -100,15 +100,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {first_line(error)}.") from None
-
-
-def recipes_in(path: Path) -> dict[str, Callable[..., Recipe]]:
-    """The functions of a file that are recipes: public, defined there, without required arguments, in order.
-
-    Raises:
-        RecipeError: The file cannot be run.
-    """
-    return {name: function for name, function in _functions_in(path).items() if not _required(function)}
 
 
 def listed_in(path: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from types import FrameType
 
 from wn21k_zoo.errors import first_line
 
-__all__ = ["GiveUp", "Signals"]
+__all__ = ["LIMIT_SECONDS", "GiveUp", "Signals"]
 
 PATIENCE_SECONDS = 10.0
 LIMIT_SECONDS = 26.0  # torchrun kills its processes 30 seconds after it was told to end them

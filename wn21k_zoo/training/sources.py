@@ -28,6 +28,7 @@ __all__ = [
     "Source",
     "files_below",
     "member_reader",
+    "members_of",
     "open_source",
     "read_members",
 ]
@@ -152,13 +153,13 @@ def read_members(source: ClassSource) -> Iterator[Member]:
         with source.path.open("rb") as file:
             window = _Window(file, source.offset, source.num_bytes)
             with tarfile.open(fileobj=window, mode="r:") as archive:  # type: ignore[call-overload]
-                for member in _members(archive):
+                for member in members_of(archive):
                     yield from _tar_member(source, member)
     except (tarfile.TarError, EOFError) as error:
         raise DataSourceError(f"the archive of {source.wnid} is damaged: {error}") from None
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def members_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """All headers of an archive without keeping them.
 
     Raises:
@@ -357,7 +358,7 @@ def _refuse_scattered(name: str, seen: set[str], path: Path) -> None:
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(path, mode="r:") as archive:
-            yield from _members(archive)
+            yield from members_of(archive)
     except tarfile.TarError as error:
         raise CutOffError(f"{path} is damaged or was not fetched whole: {error}.") from None
 
@@ -366,7 +367,7 @@ def _compressed_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -
     """The class archives of a compressed archive, each copied out in turn."""
     seen: set[str] = set()
     with _stream(path) as (archive, raw):
-        for member in _members(archive):
+        for member in members_of(archive):
             stem = PurePosixPath(member.name).name.removesuffix(".tar")
             if not (member.isreg() and member.name.endswith(".tar") and WNID_PATTERN.fullmatch(stem)):
                 continue
@@ -403,7 +404,7 @@ def _compressed_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> 
                 spooled=True,
             )
 
-        for member in _members(archive):
+        for member in members_of(archive):
             if member.isdir():
                 continue
             here = _place(member.name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import RunError, first_line
-from wn21k_zoo.files import atomic_file, parse_json
+from wn21k_zoo.files import parse_json, write_whole
 
 __all__ = ["STATUS_FILE", "mark_preempted", "read_status", "write_status", "write_text"]
 
@@ -44,12 +44,11 @@ def write_text(path: Path, text: str, sync: bool = True) -> None:
         RunError: It cannot be written.
     """
     try:
-        if path.is_file() and path.read_bytes() == text.encode():
+        if path.read_bytes() == text.encode():
             return
-        with atomic_file(path, sync=sync) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {first_line(error)}.") from None
+    except OSError:  # it is not there
+        pass
+    write_whole(path, text, RunError, sync)
 
 
 def mark_preempted(folder: Path, step: int | None = None) -> None:

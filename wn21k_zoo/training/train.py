@@ -14,8 +14,8 @@ import sys
 import traceback
 from typing import NoReturn
 
-from wn21k_zoo.errors import InvalidArgumentError, RecipeError, RunError, Wn21kError
-from wn21k_zoo.files import expanded, problem_of
+from wn21k_zoo.errors import RecipeError, RunError, exit_code_of, message_of
+from wn21k_zoo.files import expanded
 from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.status import mark_preempted
 
@@ -47,13 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     with signals.listening():
         try:
             return _run(chosen, signals)
-        except (Wn21kError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is None:
+        except Exception as error:
+            if (what := message_of(error)) is None:
                 raise
-            what = problem_of(error) if isinstance(error, OSError) else str(error)
             rank = os.environ.get("RANK", "0")
             sys.stderr.write(f"wn21k: {f'rank {rank}: ' if rank != '0' else ''}{what}\n")
-            return 2 if isinstance(error, (InvalidArgumentError, RecipeError)) else 1
+            return exit_code_of(error)
         except KeyboardInterrupt:
             sys.stderr.write("wn21k: interrupted\n")
             return 130
