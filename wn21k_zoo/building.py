@@ -31,6 +31,7 @@ __all__ = [
     "FOLDER_PREFIX",
     "HUB_PREFIX",
     "LABELS_FILE",
+    "RECIPE_FILE",
     "WEIGHT_FILES",
     "about_run",
     "as_folder",
@@ -41,6 +42,7 @@ __all__ = [
     "fetch_from_hub",
     "hub_source",
     "is_repo_id",
+    "is_run",
     "looks_like_path",
     "pretrained_config",
     "read_config",
@@ -51,6 +53,7 @@ HUB_PREFIX = "hf-hub:"
 FOLDER_PREFIX = "local-dir:"
 CONFIG_FILE = "config.json"
 LABELS_FILE = "wn21k_labels.json"
+RECIPE_FILE = "recipe.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # Of a pretrained configuration: where weights come from by hand, and what belongs to the architecture.
@@ -238,9 +241,14 @@ def build_from_folder(
         raise ModelError(f"{folder / CONFIG_FILE} does not fit {architecture}: {reason}") from error
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run of training."""
+    return (folder / RECIPE_FILE).is_file()
+
+
 def about_run(folder: Path) -> str | None:
     """What to do with the folder of a run where one with a model is needed; None when it is not that of a run."""
-    if not (folder / "recipe.json").is_file():
+    if not is_run(folder):
         return None
     return f"is the folder of a run; `wn21k train export {folder} DIR` makes a model of it."
 

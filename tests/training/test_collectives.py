@@ -12,12 +12,13 @@ import torch.distributed as dist
 
 from wn21k_zoo.errors import TrainingError
 from wn21k_zoo.training import distributed
+from wn21k_zoo.training.checkpoint_writer import copied
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.engine import Preempted
 from wn21k_zoo.training.learner import Learner, check_finite
 from wn21k_zoo.training.splits import open_splits
-from wn21k_zoo.training.state import RunFolder, copied
+from wn21k_zoo.training.state import RunFolder
 
 from .checks import assert_close_weights, assert_same_weights, final, lines, needs_compiler, run, run_told
 from .runs import small_recipe

@@ -551,7 +551,7 @@ def test_a_folder_that_is_called_like_a_library_is_not_its_error(data, tmp_path,
 def test_a_full_disk_behind_a_failure_does_not_hide_it(data, tmp_path, at_loss, monkeypatch, capsys):
     def failing(logits, number):
         if number == 5:
-            monkeypatch.setattr("wn21k_zoo.training.state.CheckpointWriter._write", full)
+            monkeypatch.setattr("wn21k_zoo.training.checkpoint_writer.CheckpointWriter._write", full)
             raise ValueError("the reason")
         return logits
 

@@ -9,12 +9,12 @@ import torch
 from wn21k_zoo.errors import BadImagesError, RecipeError
 from wn21k_zoo.training import engine
 from wn21k_zoo.training.agreement import Agreement
+from wn21k_zoo.training.checkpoint_writer import copied
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.splits import open_splits
-from wn21k_zoo.training.state import copied
 
 from .checks import ALONE
 from .runs import small_recipe

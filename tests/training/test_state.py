@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from wn21k_zoo.errors import RunError
-from wn21k_zoo.training import state
-from wn21k_zoo.training.state import FORMAT, CheckpointWriter, RunFolder, read_checkpoint
+from wn21k_zoo.training import checkpoint_writer
+from wn21k_zoo.training.checkpoint_writer import CheckpointWriter
+from wn21k_zoo.training.state import FORMAT, RunFolder, read_checkpoint
 
 from .checks import assert_same_weights, final, run
 from .runs import (
@@ -173,7 +174,7 @@ def test_one_copy_of_a_checkpoint_is_in_memory(tmp_path):
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     writer, copies = CheckpointWriter(folder, 2), []
-    copied = state.copied
+    copied = checkpoint_writer.copied
 
     def remembering(value):
         if isinstance(value, torch.Tensor):
@@ -185,7 +186,7 @@ def test_one_copy_of_a_checkpoint_is_in_memory(tmp_path):
         return copied(value)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state, "copied", remembering)
+        patch.setattr(checkpoint_writer, "copied", remembering)
         for step in range(3):
             writer.save({"format": FORMAT, "step": step, "weights": torch.zeros(1000)})
     writer.close()
@@ -202,7 +203,7 @@ def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(state.shutil, "disk_usage", lambda _: usage._replace(free=3999))
+    monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: usage._replace(free=3999))
     with pytest.raises(RunError, match="cannot be written: no space is left on the disk of"):
         writer.save({"format": FORMAT, "step": 1, "weights": torch.zeros(1000)}, wait=True)
 
@@ -245,7 +246,7 @@ def test_what_decides_the_result_must_be_the_same(tmp_path, section, field):
 
 def test_a_copy_is_ones_own():
     weights = torch.ones(3)
-    mine = state.copied({"w": [weights, (weights,)], "step": 3})
+    mine = checkpoint_writer.copied({"w": [weights, (weights,)], "step": 3})
     weights.zero_()
     assert torch.equal(mine["w"][0], torch.ones(3))
     assert torch.equal(mine["w"][1][0], torch.ones(3))

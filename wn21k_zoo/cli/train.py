@@ -129,11 +129,12 @@ def plan(
 
 def _run_of(recipe: str) -> RunFolder | None:
     """The folder of a run that is given for a recipe, and knows what it is trained on."""
+    from wn21k_zoo.building import RECIPE_FILE
     from wn21k_zoo.training.state import RunFolder
 
     place = Path(recipe)
-    folder = RunFolder(place.parent if place.name == "recipe.json" else place)
-    return folder if (folder.path / "data.json").is_file() else None
+    folder = RunFolder(place.parent if place.name == RECIPE_FILE else place)
+    return folder if folder.knows_its_data else None
 
 
 @app.command()
@@ -196,7 +197,7 @@ def _last_evaluation(run: Path) -> dict[str, Any]:
     # A run that goes on with another number of images forgets its best.
     comparable = [each for each in evaluations if each.get("images") == last.get("images")]
     named = recipe.data.label_space
-    if (folder.path / "data.json").is_file():
+    if folder.knows_its_data:
         named = folder.data().get("label_space")
     return {
         "loss": recipe.loss.kind,
@@ -217,9 +218,11 @@ def _expanded(runs: list[Path]) -> list[Path]:
 
 def _runs_in(folder: Path) -> list[Path]:
     """The folder itself, or, where it is no run and has some, those."""
-    if (folder / "recipe.json").is_file() or not folder.is_dir():
+    from wn21k_zoo.building import RECIPE_FILE, is_run
+
+    if is_run(folder) or not folder.is_dir():
         return [folder]
-    return sorted(path.parent for path in folder.glob("*/recipe.json")) or [folder]
+    return sorted(path.parent for path in folder.glob(f"*/{RECIPE_FILE}")) or [folder]
 
 
 _BESIDE = 6  # runs with a column each, on a terminal

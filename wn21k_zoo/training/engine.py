@@ -29,6 +29,7 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.algorithms import about_precision, choose_algorithms, torch_as_it_was
+from wn21k_zoo.training.checkpoint_writer import CheckpointWriter, copied
 from wn21k_zoo.training.data import Batch, FolderDataset, Loader
 from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
@@ -41,7 +42,7 @@ from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.rescue import Rescue
 from wn21k_zoo.training.signals import LIMIT_SECONDS, Signals
 from wn21k_zoo.training.splits import Splits, open_loaders, open_splits
-from wn21k_zoo.training.state import FORMAT, CheckpointWriter, RunFolder, copied, read_checkpoint, score
+from wn21k_zoo.training.state import FORMAT, RunFolder, read_checkpoint, score
 
 __all__ = ["Preempted", "train"]
 

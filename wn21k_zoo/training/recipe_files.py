@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from wn21k_zoo.building import RECIPE_FILE, is_run
 from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.files import expanded, parse_json, visible
 from wn21k_zoo.training.recipe import ELSEWHERE, Model, Recipe, Section
@@ -38,8 +39,8 @@ def load_recipe(where: str) -> Recipe:
         RecipeError: No such file or function, or the function fails.
     """
     path, name, argument = _divided(where)
-    if (path / "recipe.json").is_file():
-        path /= "recipe.json"
+    if is_run(path):
+        path /= RECIPE_FILE
     if not path.is_file() or path.suffix not in (".py", ".json"):
         what = "is a folder; name a file in it" if path.is_dir() else "is no file"
         beside = [each.name for each in visible(path.parent, "*.py")] if path.parent.is_dir() else []
@@ -90,7 +91,7 @@ def _divided(where: str) -> tuple[Path, str | None, str | None]:
         return expanded(match[1], RecipeError), match[2], match[3]
     path = expanded(where, RecipeError)
     match = re.fullmatch(r"(\w{2,})(?::(\w*))?(?::(.+))?", where, re.DOTALL)  # one letter is a drive of Windows
-    if match is None or path.is_file() or (path / "recipe.json").is_file():
+    if match is None or path.is_file() or is_run(path):
         return path, None, None
     return shipped_recipes().get(match[1], Path(match[1])), match[2], match[3]
 

@@ -18,29 +18,28 @@ import json
 import logging
 import math
 import os
-import queue
-import shutil
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wn21k_zoo.errors import LabelSpaceError, RecipeError, RunError, UnknownLabelSpaceError, first_line
+from wn21k_zoo.building import RECIPE_FILE, is_run
+from wn21k_zoo.errors import RecipeError, RunError, UnknownLabelSpaceError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import atomic_file, expanded, parse_json, replace
+from wn21k_zoo.files import expanded, parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.recipe import Recipe
-from wn21k_zoo.training.status import STATUS_FILE, read_status, write_status, write_text
+from wn21k_zoo.training.status import STATUS_FILE, make_folder, read_status, write_status, write_text
 
-__all__ = ["FORMAT", "CheckpointWriter", "RunFolder", "copied", "names_of", "read_checkpoint", "read_lines", "score"]
+__all__ = ["DATA_FILE", "FORMAT", "RunFolder", "names_of", "read_checkpoint", "read_lines", "score"]
 
 FORMAT = 3  # groups of the optimizer by head, then by decay; averages that begin over few steps
 """Of a checkpoint's content; another number when something in it means something else."""
 
+DATA_FILE = "data.json"
 _LOG = logging.getLogger(__name__)
-_OURS = {"checkpoints", "data.json", "metrics.jsonl", "recipe.json", STATUS_FILE, "tensorboard", "plot.png"}
+_OURS = {"checkpoints", DATA_FILE, "metrics.jsonl", RECIPE_FILE, STATUS_FILE, "tensorboard", "plot.png"}
 # What may differ when a run goes on: it changes where and how fast something is computed, not what.
 _FREE = {
     ("model", "compile"),
@@ -87,7 +86,7 @@ class RunFolder:
             names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
         except OSError as error:
             raise RunError(f"{self.path} cannot be read: {first_line(error)}; name another output folder.") from None
-        if (foreign := names - _OURS) and "recipe.json" not in names:
+        if (foreign := names - _OURS) and RECIPE_FILE not in names:
             raise RunError(
                 f"{self.path} holds {min(foreign)}, which is of no run; name an empty or new folder for the output."
             )
@@ -100,14 +99,12 @@ class RunFolder:
         Raises:
             RunError: The folder cannot be written.
         """
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for left in self.checkpoints.glob("*.tmp*"):
+        make_folder(self.checkpoints)
+        for left in self.checkpoints.glob("*.tmp*"):
+            with contextlib.suppress(PermissionError):
                 left.unlink(missing_ok=True)
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another output folder.") from None
-        write_text(self.path / "recipe.json", recipe.to_json())
-        write_text(self.path / "data.json", json.dumps(dict(data), indent=1) + "\n")
+        write_text(self.path / RECIPE_FILE, recipe.to_json())
+        write_text(self.path / DATA_FILE, json.dumps(dict(data), indent=1) + "\n")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -116,10 +113,7 @@ class RunFolder:
         Raises:
             RunError: One does.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be made: {first_line(error)}; name another output folder.") from None
+        make_folder(self.path)
         busy = f"Another run is writing to {self.path}; wait for it, or name another output folder."
         with exclusive(self.path / ".lock", RunError, "name another output folder.", busy=busy, seconds=2):
             yield
@@ -130,7 +124,7 @@ class RunFolder:
         Raises:
             RunError: There is no run.
         """
-        file = self.path / "recipe.json"
+        file = self.path / RECIPE_FILE
         try:
             return Recipe.from_json(file.read_text(encoding="utf-8"))
         except OSError:
@@ -144,7 +138,7 @@ class RunFolder:
         Raises:
             RunError: It is damaged.
         """
-        return self.recipe() if self.steps() and (self.path / "recipe.json").is_file() else None
+        return self.recipe() if self.steps() and is_run(self.path) else None
 
     def start_arguments(self) -> dict[str, Any] | None:
         """With which arguments the start of a run that has a checkpoint says its network is built; None before.
@@ -165,13 +159,11 @@ class RunFolder:
         Raises:
             RunError: There is no run.
         """
-        try:
-            content = dict[str, Any](parse_json((self.path / "data.json").read_text(encoding="utf-8")))
-        except OSError:
-            raise RunError(f"{self.path} holds no run (no data.json).") from None
-        except (ValueError, TypeError) as error:
-            raise RunError(f"{self.path / 'data.json'} is damaged ({first_line(error)}).") from None
-        return content
+        with self._undamaged():
+            try:
+                return dict[str, Any](parse_json((self.path / DATA_FILE).read_text(encoding="utf-8")))
+            except OSError:
+                raise RunError(f"{self.path} holds no run (no {DATA_FILE}).") from None
 
     def classes(self) -> tuple[LabelSpace | None, tuple[str, ...]]:
         """Its label space, None where classes are no synsets, and a wnid or a folder's name per output.
@@ -179,15 +171,13 @@ class RunFolder:
         Raises:
             RunError: There is no run, or what it says of its classes is damaged.
         """
-        data = self.data()
-        try:
+        with self._undamaged():
+            data = self.data()
             name, names = data["label_space"], data["class_names"]  # of a shipped label space the name alone
             if name is None:
                 return None, tuple(names)
             space = LabelSpace.load(name) if names is None else LabelSpace(name, tuple(names))
-        except (KeyError, TypeError, LabelSpaceError, UnknownLabelSpaceError) as error:
-            raise RunError(f"{self.path / 'data.json'} is damaged ({first_line(error)}).") from None
-        return space, space.wnids
+            return space, space.wnids
 
     def training_images(self) -> int:
         """How many images an epoch has.
@@ -195,10 +185,21 @@ class RunFolder:
         Raises:
             RunError: There is no run, or what it says of its images is damaged.
         """
-        try:
+        with self._undamaged():
             return int(self.data()["images"]["train"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{self.path / 'data.json'} is damaged ({first_line(error)}).") from None
+
+    @contextlib.contextmanager
+    def _undamaged(self) -> Iterator[None]:
+        """Within, what is not in data.json as it should be is a damage of it."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, UnknownLabelSpaceError) as error:
+            raise RunError(f"{self.path / DATA_FILE} is damaged ({first_line(error)}).") from None
+
+    @property
+    def knows_its_data(self) -> bool:
+        """Whether it says what it is trained on, as all but those that just begin do."""
+        return (self.path / DATA_FILE).is_file()
 
     def status(self) -> dict[str, Any]:
         """How it stands; empty when it never began."""
@@ -262,7 +263,7 @@ class RunFolder:
                         f"{self.path} holds a run with {section}.{field} = {before!r}, not {now!r}; name another "
                         "output folder, or go on with the recipe.json in it."
                     )
-        known = self.data() if (self.path / "data.json").is_file() else data
+        known = self.data() if self.knows_its_data else data
         for key in ("classes", "images", "files"):
             if known.get(key, data.get(key)) != data.get(key):
                 raise RunError(f"{self.path} holds a run on other data ({key} differ); name another output folder.")
@@ -311,127 +312,3 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if written != FORMAT:
         raise RunError(f"{path} cannot be read: its format is {written}, this version reads {FORMAT}.")
     return content
-
-
-class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, and removes old ones when a newer one is in place.
-
-    Args:
-        folder: Of the run.
-        keep: So many of the last are kept.
-    """
-
-    def __init__(self, folder: RunFolder, keep: int) -> None:
-        self._folder, self._keep = folder, keep
-        self._queue: queue.Queue[tuple[dict[str, Any], bool] | None] = queue.Queue(maxsize=1)
-        self._problem: BaseException | None = None
-        self._is_full = False
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    def save(self, state: Mapping[str, Any], best: bool = False, wait: bool = False) -> None:
-        """Copy a state and write it; waits for the one before, and for this one when told to.
-
-        So there is one copy in memory at most.
-
-        Raises:
-            RunError: One could not be written.
-        """
-        self._queue.join()
-        self.write(copied(dict(state)), best)
-        if wait:
-            self.wait()
-        self.check()
-
-    def write(self, state: dict[str, Any], best: bool = False) -> None:
-        """Write a state whose tensors nobody changes; :meth:`wait` says how that went."""
-        self._queue.put((state, best))
-
-    def wait(self) -> None:
-        """Wait until all are written.
-
-        Raises:
-            RunError: One could not be.
-        """
-        self._queue.join()
-        self.check()
-
-    def close(self) -> None:
-        """Wait for the last one, and take no more.
-
-        Raises:
-            RunError: It could not be written.
-        """
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-        self.check()
-
-    def check(self) -> None:
-        """See that all went well until now.
-
-        Raises:
-            RunError: One could not be written.
-        """
-        if self._problem is not None:
-            why = first_line(self._problem)
-            if self._is_full:
-                why = f"no space is left on the disk of {self._folder.path}; make room and run the same command again"
-            raise RunError(
-                f"The checkpoint cannot be written: {why}; the ones before are as they were."
-            ) from self._problem
-
-    def _work(self) -> None:
-        while (task := self._queue.get()) is not None:
-            try:
-                self._write(*task)
-            except BaseException as error:
-                self._problem = error
-                with contextlib.suppress(OSError):  # torch.save does not say so
-                    self._is_full = shutil.disk_usage(self._folder.path).free < _bytes_of(task[0])
-            finally:
-                del task  # the next one is copied as soon as this one is done
-                self._queue.task_done()
-        self._queue.task_done()
-
-    def _write(self, state: dict[str, Any], best: bool) -> None:
-        path = self._folder.checkpoints / f"step-{state['step']:08d}.pt"
-        with atomic_file(path) as file:
-            torch.save(state, file)
-            if best:  # before the state that says so has its name
-                file.flush()
-                os.fsync(file.fileno())
-                self._write_best(Path(file.name))
-        for old in self._folder.steps()[self._keep :]:
-            with contextlib.suppress(PermissionError):  # on Windows, where another program reads it: then the next time
-                old.unlink(missing_ok=True)
-
-    def _write_best(self, source: Path) -> None:
-        temporary = self._folder.best.with_suffix(".tmp")
-        temporary.unlink(missing_ok=True)
-        # Windows renames no other name of a file that is open.
-        link = os.link if os.name != "nt" else shutil.copyfile
-        try:
-            link(source, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, temporary)
-        replace(temporary, self._folder.best)
-
-
-def _bytes_of(value: Any) -> int:
-    """What the tensors in it take."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return sum(_bytes_of(part) for part in parts)
-
-
-def copied(value: Any) -> Any:
-    """The same with tensors of its own on the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copied(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(copied(each) for each in value)
-    return value

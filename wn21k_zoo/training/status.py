@@ -11,10 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from wn21k_zoo.building import RECIPE_FILE
 from wn21k_zoo.errors import RunError, first_line
 from wn21k_zoo.files import parse_json, write_whole
 
-__all__ = ["STATUS_FILE", "mark_preempted", "read_status", "write_status", "write_text"]
+__all__ = ["STATUS_FILE", "make_folder", "mark_preempted", "read_status", "write_status", "write_text"]
 
 STATUS_FILE = "status.json"
 
@@ -26,6 +27,18 @@ def read_status(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of a run, where it is not there yet.
+
+    Raises:
+        RunError: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{path} cannot be made: {first_line(error)}; name another output folder.") from None
 
 
 def write_status(folder: Path, state: str, step: int, **more: Any) -> None:
@@ -68,15 +81,12 @@ def mark_preempted(folder: Path, step: int | None = None) -> None:
         return
     try:
         names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
-        if names and not status and "recipe.json" not in names:
+        if names and not status and RECIPE_FILE not in names:
             return
     except FileNotFoundError:
         pass
     except OSError:  # a file
         return
     kept = {key: value for key, value in status.items() if key == "total"}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be made: {first_line(error)}.") from None
+    make_folder(folder)
     write_status(folder, "preempted", status.get("step", 0) if step is None else step, **kept)

@@ -72,7 +72,7 @@ def open_subject(
 ) -> Subject:
     """The model of :func:`wn21k_zoo.training.evaluate.evaluate`, with its arguments and what they raise."""
     size = None if image_size is None else whole_number("image_size", image_size, 1)
-    if isinstance(model, (str, os.PathLike)) and (expanded(model, UnknownModelError) / "recipe.json").is_file():
+    if isinstance(model, (str, os.PathLike)) and building.is_run(expanded(model, UnknownModelError)):
         if label_space is not None or head is not None:
             raise InvalidArgumentError(
                 f"{model} is a run and says what its classes and head are; leave out label_space and head."

@@ -1,0 +1,144 @@
+"""Checkpoints of a run, written in the background, each there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wn21k_zoo.errors import RunError, first_line
+from wn21k_zoo.files import atomic_file, replace
+from wn21k_zoo.training.state import RunFolder
+
+__all__ = ["CheckpointWriter", "copied"]
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time, and removes old ones when a newer one is in place.
+
+    Args:
+        folder: Of the run.
+        keep: So many of the last are kept.
+    """
+
+    def __init__(self, folder: RunFolder, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._queue: queue.Queue[tuple[dict[str, Any], bool] | None] = queue.Queue(maxsize=1)
+        self._problem: BaseException | None = None
+        self._is_full = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def save(self, state: Mapping[str, Any], best: bool = False, wait: bool = False) -> None:
+        """Copy a state and write it; waits for the one before, and for this one when told to.
+
+        So there is one copy in memory at most.
+
+        Raises:
+            RunError: One could not be written.
+        """
+        self._queue.join()
+        self.write(copied(dict(state)), best)
+        if wait:
+            self.wait()
+        self.check()
+
+    def write(self, state: dict[str, Any], best: bool = False) -> None:
+        """Write a state whose tensors nobody changes; :meth:`wait` says how that went."""
+        self._queue.put((state, best))
+
+    def wait(self) -> None:
+        """Wait until all are written.
+
+        Raises:
+            RunError: One could not be.
+        """
+        self._queue.join()
+        self.check()
+
+    def close(self) -> None:
+        """Wait for the last one, and take no more.
+
+        Raises:
+            RunError: It could not be written.
+        """
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """See that all went well until now.
+
+        Raises:
+            RunError: One could not be written.
+        """
+        if self._problem is not None:
+            why = first_line(self._problem)
+            if self._is_full:
+                why = f"no space is left on the disk of {self._folder.path}; make room and run the same command again"
+            raise RunError(
+                f"The checkpoint cannot be written: {why}; the ones before are as they were."
+            ) from self._problem
+
+    def _work(self) -> None:
+        while (task := self._queue.get()) is not None:
+            try:
+                self._write(*task)
+            except BaseException as error:
+                self._problem = error
+                with contextlib.suppress(OSError):  # torch.save does not say so
+                    self._is_full = shutil.disk_usage(self._folder.path).free < _bytes_of(task[0])
+            finally:
+                del task  # the next one is copied as soon as this one is done
+                self._queue.task_done()
+        self._queue.task_done()
+
+    def _write(self, state: dict[str, Any], best: bool) -> None:
+        path = self._folder.checkpoints / f"step-{state['step']:08d}.pt"
+        with atomic_file(path) as file:
+            torch.save(state, file)
+            if best:  # before the state that says so has its name
+                file.flush()
+                os.fsync(file.fileno())
+                self._write_best(Path(file.name))
+        for old in self._folder.steps()[self._keep :]:
+            with contextlib.suppress(PermissionError):  # on Windows, where another program reads it: then the next time
+                old.unlink(missing_ok=True)
+
+    def _write_best(self, source: Path) -> None:
+        temporary = self._folder.best.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        # Windows renames no other name of a file that is open.
+        link = os.link if os.name != "nt" else shutil.copyfile
+        try:
+            link(source, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, temporary)
+        replace(temporary, self._folder.best)
+
+
+def _bytes_of(value: Any) -> int:
+    """What the tensors in it take."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(_bytes_of(part) for part in parts)
+
+
+def copied(value: Any) -> Any:
+    """The same with tensors of its own on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copied(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(each) for each in value)
+    return value
