@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import engine
+from wn21k_zoo.training.algorithms import torch_as_it_was
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.progress import Reporter
@@ -65,7 +66,7 @@ def main() -> None:
         torch.randint(0, len(space), (arguments.batch,), device=device),
         torch.arange(arguments.batch),
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, torch_as_it_was(device):
         ours, bare = (
             _engine(recipe, splits, Path(folder) / "ours", device),
             _engine(recipe, splits, Path(folder) / "bare", device),

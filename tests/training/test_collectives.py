@@ -5,6 +5,7 @@ is that of the first, and what they wait for is there at once.
 """
 
 import math
+import os
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def test_a_process_group_that_is_there_is_taken_and_left(world):
 
 
 def test_in_a_programs_own_process_group_its_gpu_is_taken(monkeypatch):
-    for name, value in (("is_initialized", True), ("get_rank", 3), ("get_world_size", 4)):
+    group = {"is_initialized": True, "get_rank": 3, "get_world_size": 4, "get_backend_config": "cpu:gloo,cuda:nccl"}
+    for name, value in group.items():
         monkeypatch.setattr(dist, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", None)
@@ -78,6 +80,28 @@ def test_in_a_programs_own_process_group_its_gpu_is_taken(monkeypatch):
         monkeypatch.setattr(distributed, "select_device", torch.device)
         with join(asked) as world:
             assert (world.rank, world.size, str(world.device)) == (3, 4, found)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+    with join("cuda") as world:
+        assert str(world.device) == "cuda:3"
+    with pytest.raises(TrainingError, match=r"no backend for cpu \(it has cuda:nccl\)"), join("cpu"):
+        pass
+
+
+@pytest.mark.parametrize(("chosen", "found"), [(None, "^NVLS,NVLSTree"), ("Ring", "Ring")])
+def test_sums_that_are_to_be_the_same_are_chosen_before_a_group_is_made(monkeypatch, chosen, found):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "NCCL_ALGO": chosen}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    seen = []
+
+    def made(*_, **__):
+        seen.append(os.environ.get("NCCL_ALGO"))
+        raise RuntimeError("none here")
+
+    monkeypatch.setattr(dist, "init_process_group", made)
+    for deterministic in (False, True):
+        with pytest.raises(TrainingError, match="cannot be reached"), join("cpu", deterministic):
+            pass
+    assert seen == [chosen, found]
 
 
 @pytest.mark.parametrize("world", ["cpu", GPU], indirect=True)

@@ -143,3 +143,23 @@ def test_nothing_is_rescued_of_a_step_half_done():
     # No attribute of the run but these is looked at.
     engine._Run._rescued(SimpleNamespace(writer=object(), learner=SimpleNamespace(whole=False)))
     engine._Run._rescued(SimpleNamespace(writer=None, learner=SimpleNamespace(whole=True)))
+
+
+def test_moments_lie_as_the_weights_do_wherever_they_were_made(data):
+    made = learner_of(data, model={"channels_last": False})
+    made.begin()
+    made.backward(made.loss(some_batch()))
+    made.update()
+    going_on = learner_of(data)
+    going_on.load_state_dict(copied(made.state_dict()))
+    theirs = {id(weight): state for weight, state in made.optimizer.state.items()}
+    pairs = zip(made.module.parameters(), going_on.module.parameters(), strict=True)
+    laid_out_anew = 0
+    for before, weight in pairs:
+        for name, value in going_on.optimizer.state[weight].items():
+            assert value.dtype == theirs[id(before)][name].dtype
+            assert torch.equal(value, theirs[id(before)][name])
+            if value.dim():
+                assert value.stride() == weight.stride()
+                laid_out_anew += value.stride() != before.stride()
+    assert laid_out_anew > 10

@@ -16,7 +16,11 @@ import torch.distributed as dist
 from wn21k_zoo.errors import RunError, TrainingError, Wn21kError, first_line
 from wn21k_zoo.running import select_device
 
-__all__ = ["World", "join"]
+__all__ = ["NCCL_ALGORITHMS", "World", "join"]
+
+# Sums that switches compute differ from time to time (https://github.com/NVIDIA/nccl/issues/1497); NCCL reads this when
+# a process group is made, and torch sets it of itself only where it was deterministic before.
+NCCL_ALGORITHMS, _DETERMINISTIC = "NCCL_ALGO", "^NVLS,NVLSTree"
 
 
 @dataclass(frozen=True)
@@ -100,15 +104,19 @@ class World:
 
 
 @contextlib.contextmanager
-def join(device: str | torch.device = "auto") -> Iterator[World]:
+def join(device: str | torch.device = "auto", deterministic: bool = False) -> Iterator[World]:
     """Within, this process belongs to its world: that of torchrun's variables, or itself alone.
 
     On CUDA each rank has the GPU of its local rank, which becomes torch's current one, and NCCL; else gloo. Where the
     program has made a process group already, that is taken, and the current GPU.
 
+    Args:
+        device: auto, cpu, cuda or mps.
+        deterministic: Whether sums over ranks are to be the same each time.
+
     Raises:
-        TrainingError: There are more ranks than GPUs on this machine, the device is of one process alone, or the others
-            cannot be reached.
+        TrainingError: There are more ranks than GPUs on this machine, the device is of one process alone, the others
+            cannot be reached, or the program's process group is of other devices.
     """
     if dist.is_available() and dist.is_initialized():
         yield _of_the_group(select_device(device))
@@ -132,6 +140,8 @@ def join(device: str | torch.device = "auto") -> Iterator[World]:
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         yield World(0, 1, chosen)
         return
+    if deterministic:
+        os.environ.setdefault(NCCL_ALGORITHMS, _DETERMINISTIC)
     try:
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
@@ -149,4 +159,9 @@ def _of_the_group(chosen: torch.device) -> World:
         chosen = torch.device("cpu")
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", torch.cuda.current_device())
+    if (known := dist.get_backend_config()) and f"{chosen.type}:" not in known:
+        raise TrainingError(
+            f"The program's process group has no backend for {chosen.type} (it has {known}); name another device, or "
+            "make the group with one."
+        )
     return World(dist.get_rank(), dist.get_world_size(), chosen)

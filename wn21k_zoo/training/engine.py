@@ -31,7 +31,7 @@ from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.algorithms import about_precision, choose_algorithms, torch_as_it_was
 from wn21k_zoo.training.checkpoint_writer import CheckpointWriter, copied
 from wn21k_zoo.training.data import Batch, FolderDataset, Loader
-from wn21k_zoo.training.distributed import World, join
+from wn21k_zoo.training.distributed import NCCL_ALGORITHMS, World, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.failures import explained, is_of_a_worker
 from wn21k_zoo.training.folder import is_among, is_divided
@@ -98,7 +98,7 @@ def train(
             "wn21k_zoo.training.recipe_files."
         )
     if world is None:
-        with join(device) as joined:
+        with join(device, recipe.run.deterministic) as joined:
             return train(recipe, data, output, joined, workers=workers, signals=signals)
     if device != "auto":
         raise InvalidArgumentError("The world says on which device a run is; leave out device.")
@@ -234,6 +234,17 @@ class _Run:
             self.reporter.say(advice)
         if self.learner.about_teacher:
             self.reporter.say(self.learner.about_teacher)
+        if self.recipe.model.compile and self.recipe.model.sync_batchnorm and self.world.size > 1:
+            self.reporter.say(
+                "model.sync_batchnorm interrupts what is compiled at each of its layers; model.compile gains little "
+                "beside it"
+            )
+        over_ranks = self.device.type == "cuda" and self.world.size > 1
+        if self.recipe.run.deterministic and over_ranks and NCCL_ALGORITHMS not in os.environ:
+            self.reporter.say(
+                "the program's process group may add up otherwise each time; set NCCL_ALGO=^NVLS,NVLSTree before it is "
+                "made"
+            )
         few = few_for_statistics(self.learner.module, self.recipe, self.world.size)
         if few and self.device.type == "cuda" and not self.step:
             self.reporter.say(few)

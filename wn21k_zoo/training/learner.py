@@ -317,6 +317,10 @@ class Learner:
         for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
             saved.update({key: own[key] for key in _OF_DEVICE if key in own})
         self.optimizer.load_state_dict(state["optimizer"])
+        for weight, own in self.optimizer.state.items():
+            for name, value in own.items():  # as it lies there, which may be otherwise than on another device
+                if value.dim() and value.shape == weight.shape:
+                    own[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
         self._schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
 
@@ -365,5 +369,8 @@ def _settle(network: DistributedDataParallel, size: int, device: torch.device) -
     Else that is the first after a resume, too, and its step adds up in another order than in a run without an end
     between: to other bits where there are three ranks or more. It changes no weights and no statistics.
     """
-    network.eval()(torch.zeros(1, 3, size, size, device=device)).sum().backward()
+    with warnings.catch_warnings():
+        # Of parameters such as a class token; what it says costs nothing that can be measured.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        network.eval()(torch.zeros(1, 3, size, size, device=device)).sum().backward()
     network.zero_grad(set_to_none=True)

@@ -51,6 +51,15 @@ class Counts(nn.Module):
         """Forget all."""
         self.counts.zero_()
 
+    def _add(self, rows_b: Tensor, *columns_b: Tensor) -> None:
+        """Add to each column, in the rows that are named, whole numbers, [B] each.
+
+        First among themselves: torch before 2.13 loses on MPS what is scattered into a column of another tensor
+        (https://github.com/pytorch/pytorch/issues/163327), and adds up there in 32 bits.
+        """
+        empty = torch.zeros(len(self.counts), dtype=torch.int64, device=self.counts.device)
+        self.counts += torch.stack([empty.scatter_add(0, rows_b, each.long()) for each in columns_b], 1)
+
     def _total(self) -> list[int]:
         total = self.counts
         if self.over_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -218,8 +227,7 @@ class ClassAccuracy(Counts):
         """Count a batch of class indices, [B] int64 each, where [B] bool says so."""
         rows = targets_b.clamp(0, len(self.counts) - 1)
         counted_b = counted_b & (rows == targets_b)  # what is beyond is not counted
-        for column, values in enumerate((counted_b, counted_b & (predictions_b == targets_b))):
-            self.counts[:, column].scatter_add_(0, rows, values.long())
+        self._add(rows, counted_b, counted_b & (predictions_b == targets_b))
 
     def per_class(self) -> dict[int, tuple[int, int]]:
         """Of each class of which images count, by its index: so many, and right ones; over all ranks."""
@@ -326,8 +334,7 @@ class Calibration(Counts):
         confidence_b = confidence_b.where(there, 0)
         at = (confidence_b * self.bins).long().clamp_(0, self.bins - 1).where(there, self.bins)
         millionths = (confidence_b * 1e6).round().long()  # whole, so that sums are exact in any order
-        for column, values in enumerate((torch.ones_like(at), right_b.long(), millionths)):
-            self.counts[:, column].scatter_add_(0, at, values * counted_b)
+        self._add(at, counted_b, counted_b & right_b, millionths * counted_b)
 
     def compute(self) -> dict[str, float | list[dict[str, float]]]:
         """``calibration_error``: the expected one in percent; ``reliability``: per bin that has images, its figures."""

@@ -70,7 +70,7 @@ def _run(chosen: argparse.Namespace, signals: Signals) -> int:
         raise RecipeError("--workers must be at least 0.")
     if chosen.debug:
         recipe = recipe.debug(int(os.environ.get("WORLD_SIZE", "1")))
-    with join("cpu" if chosen.debug else chosen.device) as world:
+    with join("cpu" if chosen.debug else chosen.device, recipe.run.deterministic) as world:
         try:
             train(recipe, chosen.data, chosen.output, world, workers=chosen.workers, signals=signals)
         except Preempted as end:
