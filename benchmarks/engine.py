@@ -14,7 +14,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -103,7 +102,7 @@ class _Synthetic:
     def __init__(self, space, images) -> None:
         self.label_space, self.class_names, self._images = space, space.wnids, images
         self.digest = ""
-        self.lengths, self.shards = (len(images),), (SimpleNamespace(name="synthetic"),)
+        self.lengths = (len(images),)
 
     def __len__(self) -> int:
         return len(self._images)

@@ -10,7 +10,7 @@ from wn21k_zoo.training.storage import Stage
 
 def stage_all(place, stage, results):
     dataset = open_dataset(place, stage=Stage(stage))
-    results.put([dataset.local(number)[0].stat().st_ino for number in range(len(dataset.shards))])
+    results.put([dataset.local(number)[0].stat().st_ino for number in range(len(dataset.lengths))])
 
 
 def index_all(place, cache, results):

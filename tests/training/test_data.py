@@ -19,9 +19,10 @@ from PIL import Image
 
 from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.training.data import Loader, Squash, _random, open_dataset
+from wn21k_zoo.training.data import Loader, Squash, open_dataset
 from wn21k_zoo.training.options import PrepareOptions
 from wn21k_zoo.training.shards import read_info
+from wn21k_zoo.training.workers import randomness
 
 from .archives import WNIDS
 from .loading import SIZE, Noisy, batches, loader, same
@@ -51,7 +52,7 @@ def test_a_batch_is_what_was_stored(shards):
 
 def test_samples_have_their_own_targets_and_evaluation_their_own_order(shards):
     dataset = open_dataset(shards)
-    targets = np.concatenate([dataset.index(number)["target"] for number in range(len(dataset.shards))])
+    targets = np.concatenate([dataset.index(number)["target"] for number in range(len(dataset.lengths))])
     for training in (True, False):
         found = batches(loader(shards, training=training))
         samples = [sample for one in found for sample in one[0]]
@@ -62,7 +63,7 @@ def test_samples_have_their_own_targets_and_evaluation_their_own_order(shards):
 
 def test_randomness_has_seed_epoch_and_sample_apart():
     drawn = [
-        _random(*numbers).random() for numbers in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1))
+        randomness(*numbers).random() for numbers in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1))
     ]
     assert len(set(drawn)) == len(drawn)
 

@@ -437,7 +437,7 @@ def test_classes_of_a_list_of_ones_own(tmp_path):
     assert "Label space custom, 2 classes." in (out / "SUMMARY.md").read_text()
     data = open_dataset(out)
     assert data.class_names == (OUTSIDE, WNIDS[1])
-    targets = np.concatenate([data.index(number)["target"] for number in range(len(data.shards))])
+    targets = np.concatenate([data.index(number)["target"] for number in range(len(data.lengths))])
     assert np.bincount(targets).tolist() == [9, 9]
     assert len(open_dataset(out, label_space="fall11")) == 9
     assert not verify_shards(out)

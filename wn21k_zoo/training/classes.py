@@ -13,12 +13,12 @@ from typing import Any
 
 from wn21k_zoo.errors import DataSourceError
 from wn21k_zoo.files import atomic_file, visible
+from wn21k_zoo.training.encode import BadImageError, store_image
 from wn21k_zoo.training.extra import cv2, pa, pq
 from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult, Decision
 from wn21k_zoo.training.options import PrepareOptions, disk_full_as_error
 from wn21k_zoo.training.shards import encode_record, sample_hash
 from wn21k_zoo.training.sources import ClassSource, Member, member_reader, read_members
-from wn21k_zoo.training.storing import BadImageError, store_image
 
 __all__ = ["decide", "finished_classes", "prepare_class", "read_or_bad"]
 

@@ -10,43 +10,36 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
-import random
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Sampler
 
 from wn21k_zoo.errors import (
     BadImagesError,
-    DataError,
     InvalidArgumentError,
-    Wn21kError,
     check_share,
     whole_number,
 )
 from wn21k_zoo.training.augment import PublishedAugmentation, Squash
-from wn21k_zoo.training.dataset import ShardedDataset, open_dataset
-from wn21k_zoo.training.decode import UndecodableError, decode
+from wn21k_zoo.training.dataset import ImageDataset, ShardedDataset, open_dataset
 from wn21k_zoo.training.extra import cv2
 from wn21k_zoo.training.failures import worker_gone
 from wn21k_zoo.training.folder import FolderDataset, is_class_folder, open_folder, open_folders
+from wn21k_zoo.training.open_shards import TorchDataset
 from wn21k_zoo.training.order import SampleOrder
-from wn21k_zoo.training.reading import OpenShards, TorchDataset
 from wn21k_zoo.training.storage import Stage
+from wn21k_zoo.training.workers import Augmentation, Reader, Task, begin_worker, forks_from_a_server, shielded
 
 __all__ = [
     "Augmentation",
     "Batch",
     "FolderDataset",
+    "ImageDataset",
     "Loader",
     "LoaderState",
     "PublishedAugmentation",
@@ -62,8 +55,6 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 _NAMED = 20  # damaged samples, in the log
-Augmentation = Callable[[NDArray[np.uint8], random.Random], NDArray[np.uint8]]
-_Task = tuple[int, int, int, int]  # epoch, first position, end, samples seen after the whole batch
 
 
 class LoaderState(TypedDict):
@@ -139,7 +130,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ShardedDataset | FolderDataset,
+        dataset: ImageDataset,
         *,
         batch_size: int,
         training: bool = True,
@@ -186,7 +177,7 @@ class Loader:
         self._named: set[tuple[str, str]] = set()
         self._order = SampleOrder(dataset.lengths, window if training else 0, seed)
         self._plan = _Plan(len(dataset), batch_size, training, rank, world_size, accumulation)
-        reader = _Reader(
+        reader = Reader(
             dataset, self._order, augmentation or (PublishedAugmentation() if training else Squash()), names
         )
         self._batches: DataLoader[dict[str, Any]] = DataLoader(
@@ -197,9 +188,9 @@ class Loader:
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=2 if workers else None,  # whole batches, in pinned memory
-            worker_init_fn=_begin_worker,
+            worker_init_fn=begin_worker,
             # What a fork server starts would inherit its signal mask, not ours.
-            multiprocessing_context="spawn" if workers and _forks_from_a_server() else None,
+            multiprocessing_context="spawn" if workers and forks_from_a_server() else None,
         )
 
     def __len__(self) -> int:
@@ -237,7 +228,7 @@ class Loader:
         def there() -> contextlib.AbstractContextManager[Any]:
             return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
-        with _shielded(), there():
+        with shielded(), there():
             loaded = iter(self._batches)
         while True:
             with there():
@@ -304,7 +295,7 @@ class Loader:
             )
 
 
-class _Plan(Sampler[_Task]):
+class _Plan(Sampler[Task]):
     """The batches of the rest of the epoch for one rank.
 
     It knows nothing of the loader: a cycle of references would leave the end of the worker processes to the garbage
@@ -318,10 +309,10 @@ class _Plan(Sampler[_Task]):
         self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
         self.epoch = self.samples_seen = 0
 
-    def __iter__(self) -> Iterator[_Task]:
+    def __iter__(self) -> Iterator[Task]:
         return self.tasks(self.epoch, self.samples_seen)
 
-    def tasks(self, epoch: int, begin: int) -> Iterator[_Task]:
+    def tasks(self, epoch: int, begin: int) -> Iterator[Task]:
         """From the position ``begin`` on."""
         whole = self._batch_size * self._world_size
         end = self._count
@@ -337,138 +328,6 @@ class _Plan(Sampler[_Task]):
             yield epoch, first, end, self._count
 
 
-def _begin_worker(worker: int) -> None:
-    del worker
-    if _SHIELD:
-        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
-    else:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cv2.setNumThreads(0)  # the workers are the parallelism; and OpenCV's threads do not survive a fork
-    torch.set_num_threads(1)
-
-
-# Ctrl-C and many a scheduler's SIGTERM reach all processes at once. One that still needs batches for its last step must
-# find its workers alive; only its own word ends them.
-_SHIELD = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set()  # Linux
-
-
-def _forks_from_a_server() -> bool:
-    return multiprocessing.get_start_method() == "forkserver"
-
-
-@contextlib.contextmanager
-def _shielded() -> Iterator[None]:
-    """Within, new processes and threads are deaf to these signals from their first moment."""
-    if not _SHIELD:
-        yield
-        return
-    if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # here, since its start would lift the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_when_the_parent_says_so() -> None:
-    parent = multiprocessing.parent_process()
-    while True:
-        told = signal.sigwaitinfo(_SHIELD)
-        if parent is None or (told.si_signo == signal.SIGTERM and told.si_pid == parent.pid):
-            os._exit(0)
-
-
-class _Reader(Dataset[dict[str, Any]]):
-    """From a range of positions to a batch of bytes; runs in the workers."""
-
-    def __init__(
-        self, dataset: ShardedDataset | FolderDataset, order: SampleOrder, augmentation: Augmentation, names: bool
-    ) -> None:
-        self.dataset, self.order, self.augmentation, self.names = dataset, order, augmentation, names
-        self._shards = OpenShards(dataset, 2 * (order.window or 2))
-        self._ahead: threading.Thread | None = None
-        self._staged: tuple[int, int] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ahead": None, "_staged": None}
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, task: _Task) -> dict[str, Any]:
-        try:
-            return self._read(*task)
-        except Wn21kError as error:  # DataLoader would put a traceback into its message
-            return {"error": error}
-
-    def _read(self, epoch: int, begin: int, end: int, seen: int) -> dict[str, Any]:
-        shards, numbers, window = self.order.samples(epoch, begin, end)
-        self._stage_ahead(epoch, window + 1)
-        images: torch.Tensor | None = None
-        pixels = np.empty(0)
-        targets: list[int] = []
-        samples: list[int] = []
-        names: list[str] = []
-        bad: list[tuple[str, str, str]] = []
-        for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
-            file, index = self._shards[shard]
-            entry = index[number]
-            sample = int(self.order.starts[shard]) + number
-            try:
-                augmented = self.augmentation(
-                    decode(file.read(int(entry["offset"]), int(entry["size"]))),
-                    _random(self.order.seed, epoch, sample),
-                )
-            except (UndecodableError, OSError, cv2.error) as error:
-                bad.append((self.dataset.shards[shard].name, file.key(int(entry["offset"])), str(error)))
-                continue
-            if images is None:
-                images = _empty((end - begin, *augmented.shape))
-                pixels = images.numpy()
-            pixels[len(targets)] = augmented
-            targets.append(int(entry["target"]))
-            samples.append(sample)
-            if self.names:
-                names.append(self.dataset.place(shard, file.key(int(entry["offset"]))))
-        if images is None:
-            images = torch.empty((0, 1, 1, 3), dtype=torch.uint8)
-        return {
-            "images": images[: len(targets)],
-            "targets": torch.tensor(targets, dtype=torch.int64),
-            "samples": torch.tensor(samples, dtype=torch.int64),
-            "names": names,
-            "bad": bad,
-            "seen": seen,
-        }
-
-    def _stage_ahead(self, epoch: int, window: int) -> None:
-        """Copy the shards of the next window to this machine while this one is read; each worker begins elsewhere."""
-        if isinstance(self.dataset, FolderDataset) or self.dataset.is_here:
-            return
-        dataset = self.dataset
-        if window == self.order.num_windows:
-            epoch, window = epoch + 1, 0
-        if self._staged == (epoch, window) or (self._ahead is not None and self._ahead.is_alive()):
-            return
-        self._staged = (epoch, window)
-        worker = get_worker_info()
-        shards = np.roll(self.order.windows(epoch)[window], -(worker.id if worker is not None else 0)).tolist()
-
-        def run() -> None:
-            for shard in shards:
-                with contextlib.suppress(DataError):  # who needs it is told
-                    dataset.local(shard)
-
-        self._ahead = threading.Thread(target=run, daemon=True)
-        self._ahead.start()
-
-
-def _random(seed: int, epoch: int, sample: int) -> random.Random:
-    """Python's generator takes all bits of the number that it is given."""
-    return random.Random((seed << 96) ^ (epoch << 64) ^ sample)  # noqa: S311
-
-
 def _to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Bytes to numbers in [0, 1] on the device, as torchvision's ToTensor has them."""
     if device.type != "cpu" or not len(images):
@@ -479,16 +338,3 @@ def _to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 _UNIT = np.arange(256, dtype=np.float32) / np.float32(255)
-
-
-def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """Bytes; in a worker in the memory that it shares with the main process, which saves a copy.
-
-    Elsewhere NumPy's, which asks the system for large pages; touching small ones for the first time takes longer than
-    writing to them.
-    """
-    if get_worker_info() is None:
-        return torch.from_numpy(np.empty(shape, np.uint8))
-    count = int(np.prod(shape))
-    storage = torch.UntypedStorage._new_shared(count)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]

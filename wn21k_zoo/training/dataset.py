@@ -11,10 +11,10 @@ import io
 import logging
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ from wn21k_zoo.training.shards import (
 )
 from wn21k_zoo.training.storage import Stage, Storage, data_cache_dir, default_stage, make_cache_folder, open_storage
 
-__all__ = ["Images", "ShardedDataset", "open_dataset"]
+__all__ = ["ImageDataset", "Images", "ShardedDataset", "open_dataset"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,10 +46,56 @@ class _ShardRef:
     """A shard: its file in the storage, its length, and its index where that does not lie beside it."""
 
     name: str
-    kind: Literal["tar", "parquet"]
-    num_samples: int
+    num_samples: int = 0
     sha256: str | None = None
     index: Path | None = None
+
+    @property
+    def is_parquet(self) -> bool:
+        return self.name.endswith(".parquet")
+
+
+class ImageDataset(Protocol):
+    """A split of images with their classes, in shards: what a loader reads."""
+
+    def __len__(self) -> int:
+        """Images."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A wnid, or a name of its own, of each class."""
+
+    @property
+    def label_space(self) -> LabelSpace | None:
+        """The classes where they are synsets."""
+
+    @property
+    def left_out(self) -> int:
+        """Images whose classes are none of these, 0 where that is not known."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Images of each shard."""
+
+    @property
+    def digest(self) -> str:
+        """Of which images there are; not of where they lie."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the shards are read where they lie, and nothing is copied to this machine first."""
+
+    def open(self, number: int) -> tuple[Images, NDArray[np.void]]:
+        """What reads the images of a shard, and its index."""
+
+    def index(self, number: int) -> NDArray[np.void]:
+        """Offset, size and target of each image of a shard, which need not be here."""
+
+    def shard_name(self, number: int) -> str:
+        """What a shard is called in messages."""
+
+    def place(self, shard: int, key: str) -> str:
+        """What tells an image from all others, by what its shard calls it."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -94,7 +140,7 @@ class ShardedDataset:
     @property
     def is_here(self) -> bool:
         """Whether the shards are read where they lie, without a stage."""
-        return self.storage.local is not None and self.shards[0].kind == "tar"
+        return self.storage.local is not None and not self.shards[0].is_parquet
 
     def open(self, number: int) -> tuple[Images, NDArray[np.void]]:
         """What reads the images of a shard, and its index.
@@ -105,6 +151,10 @@ class ShardedDataset:
         """
         path, index = self.local(number)
         return _TarImages(path), index
+
+    def shard_name(self, number: int) -> str:
+        """The name of its file."""
+        return self.shards[number].name
 
     def place(self, shard: int, key: str) -> str:
         """What tells an image from all others: the key where we gave it, else its shard as well."""
@@ -137,7 +187,7 @@ class ShardedDataset:
         """
         shard = self.shards[number]
         staged = self._staged(shard)
-        if shard.kind == "parquet":
+        if shard.is_parquet:
             return self._converted(shard, staged)
         if self.storage.local is not None:
             return self.storage.local / shard.name, self.index(number)
@@ -254,7 +304,7 @@ def open_dataset(
             return index_parquet(file, name, classes) if name.endswith(".parquet") else index_tar(file, name, classes)
 
     indexes = _indexes(storage, mine, space.digest, build)
-    return _dataset(storage, split, space, stage, mine, indexes, {})
+    return _dataset(storage, split, space, stage, [_ShardRef(name=name) for name in mine], indexes)
 
 
 def _ours(text: str | None) -> DatasetInfo | None:
@@ -294,12 +344,8 @@ def _open_ours(
     if own.digest != info.label_digest:
         raise DataError(f"{storage.url} was prepared with other classes called {info.label_space}; prepare it anew.")
     space = own if label_space is None else LabelSpace.find(label_space)
-    hashes = {shard.name: shard.sha256 for shard in shards}
+    refs = tuple(_ShardRef(name=each.name, num_samples=each.num_samples, sha256=each.sha256) for each in shards)
     if space.digest == own.digest:
-        refs = tuple(
-            _ShardRef(name=shard.name, kind="tar", num_samples=shard.num_samples, sha256=shard.sha256)
-            for shard in shards
-        )
         return ShardedDataset(storage=storage, split=split, label_space=space, stage=stage, shards=refs)
     mapped = np.array([space.index.get(wnid, -1) for wnid in own.wnids], np.int32)
 
@@ -309,10 +355,9 @@ def _open_ours(
         index["target"] = mapped[index["target"]]
         return index[index["target"] >= 0]
 
-    names = [shard.name for shard in shards]
-    indexes = _indexes(storage, names, space.digest, build)
-    dataset = _dataset(storage, split, space, stage, names, indexes, hashes)
-    return replace(dataset, left_out=sum(shard.num_samples for shard in shards) - len(dataset))
+    indexes = _indexes(storage, [ref.name for ref in refs], space.digest, build)
+    dataset = _dataset(storage, split, space, stage, refs, indexes)
+    return replace(dataset, left_out=sum(ref.num_samples for ref in refs) - len(dataset))
 
 
 def _check_sizes(folder: Path, shards: Sequence[Shard]) -> None:
@@ -338,24 +383,16 @@ def _dataset(
     split: str,
     space: LabelSpace,
     stage: Stage,
-    names: list[str],
+    refs: Sequence[_ShardRef],
     indexes: list[Path],
-    hashes: Mapping[str, str],
 ) -> ShardedDataset:
-    refs = tuple(
-        _ShardRef(
-            name=name,
-            kind="parquet" if name.endswith(".parquet") else "tar",
-            num_samples=length,
-            sha256=hashes.get(name),
-            index=index,
-        )
-        for name, index in zip(names, indexes, strict=True)
-        if (length := len(read_index(index)))
+    indexed = (
+        replace(ref, index=index, num_samples=len(read_index(index))) for ref, index in zip(refs, indexes, strict=True)
     )
-    if not refs:
+    shards = tuple(ref for ref in indexed if ref.num_samples)
+    if not shards:
         raise DataError(f"{storage.url}, split {split!r}: no sample has a class of {space.name}.")
-    return ShardedDataset(storage=storage, split=split, label_space=space, stage=stage, shards=refs)
+    return ShardedDataset(storage=storage, split=split, label_space=space, stage=stage, shards=shards)
 
 
 def _indexes(

@@ -12,12 +12,12 @@ from PIL import ExifTags, Image
 
 from wn21k_zoo.errors import ImageDecodeError, ImageError, MissingExtraError
 from wn21k_zoo.images import load_image
+from wn21k_zoo.training.encode import BEGIN_OF_JPEG, METADATA_WITHIN, is_cut_off
 from wn21k_zoo.training.extra import cv2, simplejpeg
-from wn21k_zoo.training.storing import BEGIN_OF_JPEG, METADATA, is_cut_off
 
 __all__ = ["UndecodableError", "decode"]
 
-_METADATA = b"\xff\xe1"  # EXIF or XMP
+_APP1 = b"\xff\xe1"  # EXIF or XMP
 
 
 class UndecodableError(Exception):
@@ -53,7 +53,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
 
 def _is_upright(data: bytes) -> bool:
     """Whether a JPEG is stored as it is to be seen; False too where nobody can tell."""
-    if _METADATA not in data[:METADATA]:
+    if _APP1 not in data[:METADATA_WITHIN]:
         return True
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:

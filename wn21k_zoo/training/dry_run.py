@@ -14,12 +14,12 @@ from pathlib import Path
 from wn21k_zoo.errors import DataSourceError, DiskSpaceError
 from wn21k_zoo.files import expanded
 from wn21k_zoo.training.classes import decide, read_or_bad
-from wn21k_zoo.training.engines import Engine
+from wn21k_zoo.training.encode import BadImageError, store_image
 from wn21k_zoo.training.manifest import ClassResult, Decision
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks
 from wn21k_zoo.training.shards import WORK_FOLDER
 from wn21k_zoo.training.sources import ClassSource, CutOffError, Source, member_reader, open_source, read_members
-from wn21k_zoo.training.storing import BadImageError, store_image
+from wn21k_zoo.training.tasks import Engine
 
 __all__ = ["ClassCount", "check_space_before", "check_space_during", "count", "count_class"]
 

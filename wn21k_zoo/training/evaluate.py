@@ -21,17 +21,17 @@ from wn21k_zoo.running import check_logits, device_of, dtype_of, evaluating, mem
 from wn21k_zoo.training.data import (
     Batch,
     FolderDataset,
+    ImageDataset,
     Loader,
-    ShardedDataset,
     is_class_folder,
     open_dataset,
     open_folder,
 )
-from wn21k_zoo.training.engines import count_cores
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.folder import is_divided
 from wn21k_zoo.training.storage import open_storage
 from wn21k_zoo.training.subject import Subject, open_subject, take_size
+from wn21k_zoo.training.tasks import count_cores
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["evaluate"]
@@ -214,7 +214,7 @@ def _has_seen(subject: Subject, data: str | os.PathLike[str]) -> bool:
     return isinstance(there, FolderDataset) and 2 * len(seen & {*there.sketch.split()}) >= len(seen)
 
 
-def _dataset(data: str | os.PathLike[str], split: str, subject: Subject) -> ShardedDataset | FolderDataset:
+def _dataset(data: str | os.PathLike[str], split: str, subject: Subject) -> ImageDataset:
     if not is_class_folder(data):
         if subject.space is None:
             open_storage(data)  # or there is nothing

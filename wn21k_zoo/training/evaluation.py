@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.hierarchy import Decoder
-from wn21k_zoo.training.dataset import ShardedDataset
-from wn21k_zoo.training.folder import FolderDataset
+from wn21k_zoo.training.dataset import ImageDataset
 from wn21k_zoo.training.levels import Levels, Order
 from wn21k_zoo.training.metrics import (
     BrokenRows,
@@ -161,9 +160,9 @@ def _leaves(tree: SemanticTree | None, classes: Sequence[int]) -> list[int]:
     return [index for index in classes if index not in above]
 
 
-def classes_with_images(dataset: ShardedDataset | FolderDataset) -> list[int]:
+def classes_with_images(dataset: ImageDataset) -> list[int]:
     """Indices of the classes that have at least one image."""
     found: set[int] = set()
-    for number in range(len(dataset.shards)):
+    for number in range(len(dataset.lengths)):
         found.update(np.unique(dataset.index(number)["target"]).tolist())
     return sorted(found)

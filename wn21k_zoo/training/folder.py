@@ -42,11 +42,6 @@ _GROUP = 1000  # files that count as one shard
 _INDEX = np.dtype([("offset", np.int64), ("size", np.int64), ("target", np.int32)])
 
 
-@dataclass(frozen=True)
-class _Group:
-    name: str
-
-
 @dataclass(frozen=True, eq=False)
 class _Names:
     """Many names in two arrays: forked processes share these, and would each come to have a copy of so many objects."""
@@ -170,10 +165,15 @@ class FolderDataset:
         """Images of each group that is read like a shard."""
         return tuple(min(_GROUP, len(self) - first) for first in range(0, len(self), _GROUP))
 
-    @functools.cached_property
-    def shards(self) -> tuple[_Group, ...]:
-        """Groups of images."""
-        return tuple(_Group(f"{self.root} ({self.split})") for _ in self.lengths)
+    @property
+    def is_here(self) -> bool:
+        """All of it is."""
+        return True
+
+    def shard_name(self, number: int) -> str:
+        """That of all of it."""
+        del number
+        return f"{self.root} ({self.split})"
 
     def open(self, number: int) -> tuple[_LooseFiles, NDArray[np.void]]:
         """What reads the images of a group, and its index."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError, whole_number
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
-from wn21k_zoo.training.engines import Engine, run_tasks
+from wn21k_zoo.training.tasks import Engine, run_tasks
 
 __all__ = [
     "PrepareOptions",

@@ -9,7 +9,7 @@ So it can be killed at any moment and goes on where it was, and the bytes depend
 not on the number of workers, the engine, or the order in which tasks end. The price is room for the output twice over
 while it runs; of the source nothing is copied, but for a few classes at a time of a compressed archive.
 
-What the paper leaves open is decided here and in :mod:`wn21k_zoo.training.storing`: names are files that end in .jpeg,
+What the paper leaves open is decided here and in :mod:`wn21k_zoo.training.encode`: names are files that end in .jpeg,
 .jpg, .png, .webp or .bmp (published: .JPEG); a name that stands in an archive twice means its last occurrence, as
 unpacking would have it; validation images are the first names in byte order, whatever the locale; a class whose own
 archive is damaged is left out, and all its images count as bad.
@@ -32,13 +32,13 @@ from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.files import expanded, parse_json, write_whole
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.dry_run import check_space_before, check_space_during
-from wn21k_zoo.training.engines import Engine
 from wn21k_zoo.training.extra import cv2
 from wn21k_zoo.training.gather import write_manifest, write_shards
 from wn21k_zoo.training.manifest import ClassResult, classes_csv, summary
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
 from wn21k_zoo.training.shards import INDEX_FOLDER, INFO_FILE, OPTIONS_FILE, WORK_FOLDER, DatasetInfo, Shard, read_info
 from wn21k_zoo.training.sources import ClassSource, CutOffError, Source, open_source
+from wn21k_zoo.training.tasks import Engine
 
 __all__ = ["PrepareOptions", "Progress", "prepare"]
 

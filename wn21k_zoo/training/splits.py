@@ -13,17 +13,17 @@ from wn21k_zoo.training.crops import CenterCrop, RandomCrop
 from wn21k_zoo.training.data import (
     Augmentation,
     FolderDataset,
+    ImageDataset,
     Loader,
     PublishedAugmentation,
-    ShardedDataset,
     Squash,
     is_class_folder,
     open_dataset,
     open_folders,
 )
 from wn21k_zoo.training.distributed import World
-from wn21k_zoo.training.engines import count_cores
 from wn21k_zoo.training.recipe import Recipe
+from wn21k_zoo.training.tasks import count_cores
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["Splits", "evaluation_resize", "open_loaders", "open_splits", "training_augmentation"]
@@ -36,8 +36,8 @@ class Splits:
     ``tree`` and ``space`` are None where the classes are no synsets.
     """
 
-    train: ShardedDataset | FolderDataset
-    validation: ShardedDataset | FolderDataset
+    train: ImageDataset
+    validation: ImageDataset
     space: LabelSpace | None
     tree: SemanticTree | None
 
@@ -71,8 +71,8 @@ def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
             of its label space.
     """
     wanted = recipe.data.space
-    train: ShardedDataset | FolderDataset
-    validation: ShardedDataset | FolderDataset
+    train: ImageDataset
+    validation: ImageDataset
     if is_class_folder(data):
         train, validation = open_folders(data)
         if wanted is not None:

@@ -24,10 +24,10 @@ from PIL import Image
 from wn21k_zoo.training.extra import cv2, simplejpeg
 from wn21k_zoo.training.options import Resize
 
-__all__ = ["BEGIN_OF_JPEG", "METADATA", "BadImageError", "StoredImage", "is_cut_off", "store_image"]
+__all__ = ["BEGIN_OF_JPEG", "METADATA_WITHIN", "BadImageError", "StoredImage", "is_cut_off", "store_image"]
 
 BEGIN_OF_JPEG = b"\xff\xd8\xff"
-METADATA = 65536
+METADATA_WITHIN = 65536
 """Bytes of a JPEG within which its metadata begins."""
 
 _MAX_PIXELS = 178_956_970
@@ -98,7 +98,7 @@ def _inspect(data: bytes) -> tuple[str, str, int]:
 
 def _inspect_jpeg(data: bytes) -> tuple[str, str, int, int, int] | None:
     """What there is to know of a JPEG without EXIF; four times faster than asking Pillow."""
-    if not data.startswith(BEGIN_OF_JPEG) or _EXIF in data[:METADATA]:
+    if not data.startswith(BEGIN_OF_JPEG) or _EXIF in data[:METADATA_WITHIN]:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

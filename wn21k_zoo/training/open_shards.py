@@ -15,9 +15,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from wn21k_zoo.errors import BadImagesError, DataError
-from wn21k_zoo.training.dataset import Images, ShardedDataset
+from wn21k_zoo.training.dataset import ImageDataset, Images
 from wn21k_zoo.training.decode import UndecodableError, decode
-from wn21k_zoo.training.folder import FolderDataset
 
 __all__ = ["OpenShards", "TorchDataset"]
 
@@ -30,7 +29,7 @@ class OpenShards:
         limit: So many stay open.
     """
 
-    def __init__(self, dataset: ShardedDataset | FolderDataset, limit: int) -> None:
+    def __init__(self, dataset: ImageDataset, limit: int) -> None:
         self._dataset, self._limit = dataset, limit
         self._open: OrderedDict[int, tuple[Images, NDArray[np.void]]] = OrderedDict()
         self._process = os.getpid()
@@ -58,7 +57,7 @@ class OpenShards:
                 found = self._dataset.open(number)
         if found is None:
             raise DataError(
-                f"The shard {self._dataset.shards[number].name} is missing, or the stage is too small for one window."
+                f"The shard {self._dataset.shard_name(number)} is missing, or the stage is too small for one window."
             )
         self._open[number] = found
         self._open.move_to_end(number)
@@ -83,9 +82,7 @@ class TorchDataset(Dataset[tuple[Any, int]]):
         >>> loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)
     """
 
-    def __init__(
-        self, dataset: ShardedDataset | FolderDataset, transform: Callable[[Image.Image], Any] | None = None
-    ) -> None:
+    def __init__(self, dataset: ImageDataset, transform: Callable[[Image.Image], Any] | None = None) -> None:
         self.dataset, self.transform = dataset, transform
         self._starts = np.cumsum([0, *dataset.lengths], dtype=np.int64)
         self._shards = OpenShards(dataset, 4)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from wn21k_zoo.errors import BadImagesError, DataError
 from wn21k_zoo.training.data import Loader, Squash, TorchDataset, open_dataset, open_folder
-from wn21k_zoo.training.reading import OpenShards
+from wn21k_zoo.training.open_shards import OpenShards
 
 from .loading import SIZE, loader
 from .runs import make_folder

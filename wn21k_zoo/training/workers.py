@@ -1,0 +1,181 @@
+"""What the processes of a loader do: from a range of positions to a batch of bytes, deaf to signals but their own."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, get_worker_info
+
+from wn21k_zoo.errors import DataError, Wn21kError
+from wn21k_zoo.training.dataset import ImageDataset
+from wn21k_zoo.training.decode import UndecodableError, decode
+from wn21k_zoo.training.extra import cv2
+from wn21k_zoo.training.open_shards import OpenShards
+from wn21k_zoo.training.order import SampleOrder
+
+__all__ = ["Augmentation", "Reader", "Task", "begin_worker", "forks_from_a_server", "randomness", "shielded"]
+
+Augmentation = Callable[[NDArray[np.uint8], random.Random], NDArray[np.uint8]]
+Task = tuple[int, int, int, int]  # epoch, first position, end, samples seen after the whole batch
+
+
+def begin_worker(worker: int) -> None:
+    """The first thing that a process does."""
+    del worker
+    if _SHIELD:
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(0)  # the workers are the parallelism; and OpenCV's threads do not survive a fork
+    torch.set_num_threads(1)
+
+
+# Ctrl-C and many a scheduler's SIGTERM reach all processes at once. One that still needs batches for its last step must
+# find its workers alive; only its own word ends them.
+_SHIELD = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set()  # Linux
+
+
+def forks_from_a_server() -> bool:
+    """Whether processes begin as copies of a server, which may have been started deaf to nothing."""
+    return multiprocessing.get_start_method() == "forkserver"
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Within, new processes and threads are deaf to these signals from their first moment."""
+    if not _SHIELD:
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # here, since its start would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_when_the_parent_says_so() -> None:
+    parent = multiprocessing.parent_process()
+    while True:
+        told = signal.sigwaitinfo(_SHIELD)
+        if parent is None or (told.si_signo == signal.SIGTERM and told.si_pid == parent.pid):
+            os._exit(0)
+
+
+class Reader(Dataset[dict[str, Any]]):
+    """From a range of positions to a batch of bytes.
+
+    Args:
+        dataset: The images.
+        order: Which one stands at which position.
+        augmentation: Called with the pixels of each.
+        names: Whether a batch has the names of its images.
+    """
+
+    def __init__(self, dataset: ImageDataset, order: SampleOrder, augmentation: Augmentation, names: bool) -> None:
+        self.dataset, self.order, self.augmentation, self.names = dataset, order, augmentation, names
+        self._shards = OpenShards(dataset, 2 * (order.window or 2))
+        self._ahead: threading.Thread | None = None
+        self._staged: tuple[int, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": None, "_staged": None}
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, task: Task) -> dict[str, Any]:
+        try:
+            return self._read(*task)
+        except Wn21kError as error:  # DataLoader would put a traceback into its message
+            return {"error": error}
+
+    def _read(self, epoch: int, begin: int, end: int, seen: int) -> dict[str, Any]:
+        shards, numbers, window = self.order.samples(epoch, begin, end)
+        self._stage_ahead(epoch, window + 1)
+        images: torch.Tensor | None = None
+        pixels = np.empty(0)
+        targets: list[int] = []
+        samples: list[int] = []
+        names: list[str] = []
+        bad: list[tuple[str, str, str]] = []
+        for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
+            file, index = self._shards[shard]
+            entry = index[number]
+            sample = int(self.order.starts[shard]) + number
+            try:
+                augmented = self.augmentation(
+                    decode(file.read(int(entry["offset"]), int(entry["size"]))),
+                    randomness(self.order.seed, epoch, sample),
+                )
+            except (UndecodableError, OSError, cv2.error) as error:
+                bad.append((self.dataset.shard_name(shard), file.key(int(entry["offset"])), str(error)))
+                continue
+            if images is None:
+                images = _empty((end - begin, *augmented.shape))
+                pixels = images.numpy()
+            pixels[len(targets)] = augmented
+            targets.append(int(entry["target"]))
+            samples.append(sample)
+            if self.names:
+                names.append(self.dataset.place(shard, file.key(int(entry["offset"]))))
+        if images is None:
+            images = torch.empty((0, 1, 1, 3), dtype=torch.uint8)
+        return {
+            "images": images[: len(targets)],
+            "targets": torch.tensor(targets, dtype=torch.int64),
+            "samples": torch.tensor(samples, dtype=torch.int64),
+            "names": names,
+            "bad": bad,
+            "seen": seen,
+        }
+
+    def _stage_ahead(self, epoch: int, window: int) -> None:
+        """Copy the shards of the next window to this machine while this one is read; each worker begins elsewhere."""
+        if self.dataset.is_here:
+            return
+        if window == self.order.num_windows:
+            epoch, window = epoch + 1, 0
+        if self._staged == (epoch, window) or (self._ahead is not None and self._ahead.is_alive()):
+            return
+        self._staged, dataset = (epoch, window), self.dataset
+        worker = get_worker_info()
+        shards = np.roll(self.order.windows(epoch)[window], -(worker.id if worker is not None else 0)).tolist()
+
+        def run() -> None:
+            for shard in shards:
+                with contextlib.suppress(DataError, FileNotFoundError):  # who needs it is told
+                    dataset.open(shard)[0].close()
+
+        self._ahead = threading.Thread(target=run, daemon=True)
+        self._ahead.start()
+
+
+def randomness(seed: int, epoch: int, sample: int) -> random.Random:
+    """Python's generator takes all bits of the number that it is given."""
+    return random.Random((seed << 96) ^ (epoch << 64) ^ sample)  # noqa: S311
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """Bytes; in a worker in the memory that it shares with the main process, which saves a copy.
+
+    Elsewhere NumPy's, which asks the system for large pages; touching small ones for the first time takes longer than
+    writing to them.
+    """
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, np.uint8))
+    count = int(np.prod(shape))
+    storage = torch.UntypedStorage._new_shared(count)  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
