@@ -9,15 +9,9 @@ from wn21k_zoo import LabelSpace, create_model
 from wn21k_zoo.errors import RecipeError
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.export import export_run, load_run
-from wn21k_zoo.training.network import (
-    Normalized,
-    _moved,
-    build_network,
-    freeze_backbone,
-    reorder_head,
-    resolved,
-    try_size,
-)
+from wn21k_zoo.training.heads import freeze_backbone, reorder_head
+from wn21k_zoo.training.network import Normalized, _moved, build_network, try_size
+from wn21k_zoo.training.weights import resolved
 
 from .checks import run
 from .runs import make_folder, small_recipe

@@ -13,8 +13,8 @@ from wn21k_zoo.training.engine import Preempted
 from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.export import export_run
 from wn21k_zoo.training.folder import open_folder
-from wn21k_zoo.training.network import resolved
 from wn21k_zoo.training.state import RunFolder
+from wn21k_zoo.training.weights import resolved
 
 from .checks import assert_same_weights, final, run, run_told
 from .runs import WNIDS, make_folder, small_recipe

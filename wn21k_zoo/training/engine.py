@@ -36,13 +36,14 @@ from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.failures import explained, is_of_a_worker
 from wn21k_zoo.training.folder import is_among, is_divided
 from wn21k_zoo.training.learner import Learner, check_finite
-from wn21k_zoo.training.network import few_for_statistics, resolved
+from wn21k_zoo.training.network import few_for_statistics
 from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.rescue import Rescue
 from wn21k_zoo.training.signals import LIMIT_SECONDS, Signals
 from wn21k_zoo.training.splits import Splits, open_loaders, open_splits
 from wn21k_zoo.training.state import FORMAT, RunFolder, read_checkpoint, score
+from wn21k_zoo.training.weights import resolved
 
 __all__ = ["Preempted", "train"]
 

@@ -20,8 +20,8 @@ from wn21k_zoo.building import LABELS_FILE
 from wn21k_zoo.checkpoints import Checkpoint, Metric
 from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
 from wn21k_zoo.files import expanded
+from wn21k_zoo.training.heads import reorder_head
 from wn21k_zoo.training.levels import Levels
-from wn21k_zoo.training.network import reorder_head
 from wn21k_zoo.training.recipe import NAME, Recipe
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
 from wn21k_zoo.tree import SemanticTree

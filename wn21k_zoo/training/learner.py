@@ -18,16 +18,11 @@ from wn21k_zoo.running import memory_format
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.failures import not_deterministic
+from wn21k_zoo.training.heads import freeze_backbone, train_head
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import explain
 from wn21k_zoo.training.mixing import mix
-from wn21k_zoo.training.network import (
-    Normalized,
-    build_network,
-    freeze_backbone,
-    train_head,
-    try_size,
-)
+from wn21k_zoo.training.network import Normalized, build_network, try_size
 from wn21k_zoo.training.optimization import Criterion, average_of, build_optimizer, build_schedule
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits

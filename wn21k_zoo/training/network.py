@@ -1,7 +1,7 @@
 """From a recipe to the network that is trained.
 
 Heads over a tree are kept in level order while they are trained (:class:`wn21k_zoo.training.levels.Levels`), for the
-sake of the loss's speed; :func:`reorder_head` goes there and back.
+sake of the loss's speed; :func:`wn21k_zoo.training.heads.reorder_head` goes there and back.
 """
 
 from __future__ import annotations
@@ -9,53 +9,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from wn21k_zoo import building, convert, download, registry
-from wn21k_zoo.checkpoints import Checkpoint
-from wn21k_zoo.errors import (
-    ModelError,
-    OfflineError,
-    RecipeError,
-    RemoteNotFoundError,
-    UnknownModelError,
-    UnresolvedLabelSpaceError,
-    Wn21kError,
-    first_line,
-    is_out_of_memory,
-)
-from wn21k_zoo.files import expanded
-from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.models import read_labels
+from wn21k_zoo import building, convert, registry
+from wn21k_zoo.errors import RecipeError, UnresolvedLabelSpaceError, Wn21kError, first_line, is_out_of_memory
 from wn21k_zoo.running import evaluating
-from wn21k_zoo.training.folder import composed
+from wn21k_zoo.training.heads import calm_head, check_head, reorder_head
 from wn21k_zoo.training.levels import Levels
-from wn21k_zoo.training.recipe import RANDOM, RESERVED, Recipe, check_architecture
+from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
+from wn21k_zoo.training.weights import classes_of, is_place, refuse_run
 
-__all__ = [
-    "Normalized",
-    "build_network",
-    "check_head",
-    "checkpoint_gradients",
-    "few_for_statistics",
-    "freeze_backbone",
-    "heads_of",
-    "is_place",
-    "not_of_synsets",
-    "refuse_run",
-    "reorder_head",
-    "resolved",
-    "teacher_record",
-    "train_head",
-    "try_size",
-    "wrong_size",
-]
-
+__all__ = ["Normalized", "build_network", "checkpoint_gradients", "few_for_statistics", "try_size", "wrong_size"]
 
 _LOG = logging.getLogger(__name__)
 _ENOUGH = 32  # images for batch statistics: arXiv 1803.08494, figure 1
@@ -125,47 +93,6 @@ def build_network(
     return module
 
 
-def is_place(name: str) -> bool:
-    """Whether a name of weights is that of a file, a folder or a Hub repository, not of a record or timm model."""
-    is_path = name.startswith((building.HUB_PREFIX, building.FOLDER_PREFIX)) or building.looks_like_path(name)
-    return is_path or name.endswith(".pt") or (Path(name).is_dir() and not registry.is_known(name))
-
-
-def teacher_record(name: str) -> Checkpoint:
-    """The record, or timm model, of a loss.teacher that is no place.
-
-    Raises:
-        UnknownModelError: There is none.
-        RecipeError: Its classes are not known.
-    """
-    try:
-        return registry.resolve_checkpoint(name)
-    except UnresolvedLabelSpaceError:
-        raise not_of_synsets(name) from None
-
-
-def not_of_synsets(teacher: str) -> RecipeError:
-    """What is said of a teacher whose classes nobody can map to others."""
-    return RecipeError(
-        f"The classes of loss.teacher {teacher} are not known to be synsets, which those of a teacher must be; name "
-        "another one."
-    )
-
-
-def checkpoint_gradients(module: nn.Module, architecture: str) -> None:
-    """Make a network compute again what it needs to go backward.
-
-    Raises:
-        RecipeError: It cannot.
-    """
-    try:
-        cast(Any, module).set_grad_checkpointing()
-    except (AssertionError, AttributeError):
-        raise RecipeError(
-            f"{architecture} has no gradient checkpointing; set model.gradient_checkpointing to false."
-        ) from None
-
-
 def _started(
     recipe: Recipe,
     start: str,
@@ -174,7 +101,7 @@ def _started(
     arguments: dict[str, Any],
 ) -> nn.Module:
     refuse_run("model.start", start)
-    keeps = _classes_of(start) == tuple(class_names)
+    keeps = classes_of(start) == tuple(class_names)
     module = building.create_model(start, num_classes=None if keeps else len(class_names), **arguments)
     architecture = str(cast(Any, module).pretrained_cfg.get("architecture", "")).removeprefix(registry.TIMM_PREFIX)
     if architecture and architecture != recipe.model.architecture:
@@ -182,7 +109,7 @@ def _started(
     if keeps and levels is not None and levels.order == "level":
         reorder_head(module, levels.columns)
     if not keeps:
-        _calm_head(module)
+        calm_head(module)
     return module
 
 
@@ -210,108 +137,18 @@ def _moved(
     return target
 
 
-def _calm_head(module: nn.Module) -> None:
-    """Small weights for a new classifier on pretrained features.
-
-    The initialisation of some of timm's networks depends on the number of outputs: with few of them the first logits
-    are so large, and so wrong, that the first steps ruin the features.
-    """
-    for head in heads_of(module):
-        if isinstance(head, (nn.Linear, nn.Conv2d)):
-            nn.init.trunc_normal_(head.weight, std=0.01)
-            if head.bias is not None:
-                nn.init.zeros_(head.bias)
-
-
-def _classes_of(start: str) -> tuple[str, ...] | None:
-    """The classes of weights, None when they are not known before they are there.
+def checkpoint_gradients(module: nn.Module, architecture: str) -> None:
+    """Make a network compute again what it needs to go backward.
 
     Raises:
-        ModelError, UnknownModelError: What says so is damaged, or cannot be had.
+        RecipeError: It cannot.
     """
-    if (labels := _file_of(start, building.LABELS_FILE)) is not None:
-        return read_labels(labels)[0].wnids
-    if (folder := building.configured_folder(start)) is not None:
-        names = building.read_config(folder).get("label_names")
-        return tuple(composed(str(name)) for name in names) if names else None
     try:
-        return LabelSpace.load(registry.resolve_checkpoint(start).label_space).wnids
-    except UnresolvedLabelSpaceError:
-        return None
-
-
-def _file_of(start: str, file: str) -> Path | None:
-    """A file beside weights in a folder or, fetched, in a Hub repository; None when there is none, or is none offline.
-
-    Raises:
-        ModelError, UnknownModelError: There is no such folder, or the repository is out of reach.
-    """
-    if start.startswith(building.HUB_PREFIX):
-        try:
-            return download.fetch_file(building.hub_source(start), (file,)).path
-        except (RemoteNotFoundError, OfflineError):
-            return None
-    folder = building.as_folder(start)
-    return folder / file if folder is not None and (folder / file).is_file() else None
-
-
-def resolved(recipe: Recipe, otherwise: Mapping[str, Any] | None = None) -> Recipe:
-    """The same with whole paths, wnids for a file of them, and the arguments of the network that it starts from.
-
-    Args:
-        recipe: The recipe.
-        otherwise: These arguments, where its start is no longer to be had.
-
-    Raises:
-        ModelError, UnknownModelError: The start cannot be had, and nobody else says what its arguments are.
-    """
-    recipe = recipe.model_copy(deep=True)
-    recipe.model.start, recipe.loss.teacher = _whole(recipe.model.start), _whole(recipe.loss.teacher)
-    space = recipe.data.space
-    if space is not None and not space.is_shipped:
-        recipe.data.label_space = space.wnids  # the file may go
-    start = recipe.model.start
-    if start is None or start.startswith(RANDOM) or not is_place(start):
-        return recipe
-    try:
-        config = _file_of(start, building.CONFIG_FILE)
-        known = _arguments_in(building.read_config(config.parent)) if config is not None else otherwise or {}
-    except (ModelError, UnknownModelError):
-        if otherwise is None:
-            raise
-        known = otherwise
-    recipe.model.arguments = {**known, **recipe.model.arguments}
-    return recipe
-
-
-def _arguments_in(config: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration says of how its network is built, besides the architecture; as timm takes it."""
-    settings, arguments = config.get("pretrained_cfg") or config, config.get("model_args")
-    found: dict[str, Any] = {}
-    if isinstance(settings, dict):
-        if settings.get("fixed_input_size") and isinstance(settings.get("input_size"), list):
-            found["img_size"] = settings["input_size"][-1]
-        if settings.get("global_pool"):
-            found["global_pool"] = settings["global_pool"]
-    if isinstance(arguments, dict):
-        found |= {name: value for name, value in arguments.items() if name not in RESERVED}
-    return found
-
-
-def _whole(name: str | None) -> str | None:
-    """A name of weights; that of a folder or file of this machine as it is from any working directory."""
-    if name is None or name.startswith((RANDOM, building.HUB_PREFIX)) or not is_place(name):
-        return name
-    path = expanded(name.removeprefix(building.FOLDER_PREFIX), RecipeError).absolute()
-    return str(path.parent.resolve() / path.name)  # a link to a cache may have another name there
-
-
-def wrong_size(what: str, size: int, error: Exception) -> RecipeError:
-    """What is said of a network that does not take images of a size."""
-    return RecipeError(
-        f"{what} does not take images of {size} pixels: {first_line(error).rstrip('.')}; set data.size, or "
-        f'model.arguments={{"img_size": {size}}} where the architecture takes that.'
-    )
+        cast(Any, module).set_grad_checkpointing()
+    except (AssertionError, AttributeError):
+        raise RecipeError(
+            f"{architecture} has no gradient checkpointing; set model.gradient_checkpointing to false."
+        ) from None
 
 
 def few_for_statistics(module: nn.Module, recipe: Recipe, ranks: int) -> str:
@@ -349,68 +186,9 @@ def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_
         raise RecipeError(f"{what} gives {got} for an image, not [1, {num_classes}]; see its model.arguments.")
 
 
-def heads_of(module: nn.Module) -> list[nn.Module]:
-    """Its classifier; or several, whose logits it averages, such as those of a distilled transformer."""
-    head = cast(Any, module).get_classifier()
-    several = isinstance(head, (tuple, list, nn.ModuleList))
-    return [each for each in (head if several else [head]) if isinstance(each, nn.Module)]
-
-
-def check_head(module: nn.Module, num_classes: int) -> None:
-    """See that :func:`reorder_head` can do its work.
-
-    Raises:
-        RecipeError: It cannot.
-    """
-    heads = heads_of(module)
-    if not heads or not all(
-        isinstance(each, (nn.Linear, nn.Conv2d)) and len(each.weight) == num_classes for each in heads
-    ):
-        raise RecipeError(
-            f"The classifier of {type(module).__name__} is no linear layer of {num_classes:,} outputs, which classes "
-            "in a tree need; take another model.architecture."
-        )
-
-
-def reorder_head(module: nn.Module, index: Tensor) -> None:
-    """Give the classifier's outputs another order: output i becomes what output index[i] was.
-
-    Raises:
-        RecipeError: Its classifier is no linear layer with as many outputs.
-    """
-    check_head(module, len(index))
-    with torch.no_grad():
-        for head in heads_of(module):
-            for parameter in head.parameters(recurse=False):
-                parameter.copy_(parameter[index.to(parameter.device)].clone())
-
-
-def freeze_backbone(module: nn.Module) -> None:
-    """Let no training change the weights of what comes before the classifier.
-
-    Raises:
-        RecipeError: There is no classifier.
-    """
-    heads = heads_of(module)
-    if not any(True for head in heads for _ in head.parameters()):
-        raise RecipeError("The network has no classifier to train alone; set model.freeze_backbone to false.")
-    module.requires_grad_(False)
-    for head in heads:
-        head.requires_grad_(True)
-
-
-def train_head(module: nn.Module) -> None:
-    """Let the classifier behave as in training, and what comes before it as in evaluation."""
-    module.eval()
-    for head in heads_of(module):
-        head.train()
-
-
-def refuse_run(field: str, name: str) -> None:
-    """See that a name is not the folder of a run.
-
-    Raises:
-        RecipeError: It is.
-    """
-    if (hint := building.about_run(expanded(name, RecipeError))) is not None:
-        raise RecipeError(f"{field} {name} {hint}")
+def wrong_size(what: str, size: int, error: Exception) -> RecipeError:
+    """What is said of a network that does not take images of a size."""
+    return RecipeError(
+        f"{what} does not take images of {size} pixels: {first_line(error).rstrip('.')}; set data.size, or "
+        f'model.arguments={{"img_size": {size}}} where the architecture takes that.'
+    )

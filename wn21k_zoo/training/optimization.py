@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from wn21k_zoo.errors import NonFiniteError, RecipeError
+from wn21k_zoo.training.heads import heads_of
 from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
-from wn21k_zoo.training.network import heads_of
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.tree import SemanticTree
 

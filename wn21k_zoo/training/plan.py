@@ -16,19 +16,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from wn21k_zoo import building, convert
 from wn21k_zoo.errors import ModelError, RecipeError, RunError, UnknownModelError, first_line
+from wn21k_zoo.training.heads import freeze_backbone
 from wn21k_zoo.training.manifest import PUBLISHED_TOTALS
-from wn21k_zoo.training.network import (
-    checkpoint_gradients,
-    few_for_statistics,
-    freeze_backbone,
-    is_place,
-    resolved,
-    teacher_record,
-    wrong_size,
-)
+from wn21k_zoo.training.network import checkpoint_gradients, few_for_statistics, wrong_size
 from wn21k_zoo.training.presets import ARCHITECTURES
 from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
 from wn21k_zoo.training.state import RunFolder
+from wn21k_zoo.training.weights import is_place, resolved, teacher_record
 
 __all__ = ["IMAGES", "Plan", "plan"]
 

@@ -20,9 +20,11 @@ from wn21k_zoo.hierarchy import Decoder, Hierarchy
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import load_model
 from wn21k_zoo.training.export import load_checkpoint
+from wn21k_zoo.training.heads import reorder_head
 from wn21k_zoo.training.levels import Levels
-from wn21k_zoo.training.network import Normalized, is_place, not_of_synsets, refuse_run, reorder_head, teacher_record
+from wn21k_zoo.training.network import Normalized
 from wn21k_zoo.training.recipe import RANDOM, Recipe, sized
+from wn21k_zoo.training.weights import is_place, not_of_synsets, refuse_run, teacher_record
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["Translated", "build_teacher", "digest_of"]

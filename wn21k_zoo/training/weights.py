@@ -1,0 +1,145 @@
+"""What a name of weights, to start from or to teach, means: a record, file, folder or repository, and its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wn21k_zoo import building, download, registry
+from wn21k_zoo.checkpoints import Checkpoint
+from wn21k_zoo.errors import (
+    ModelError,
+    OfflineError,
+    RecipeError,
+    RemoteNotFoundError,
+    UnknownModelError,
+    UnresolvedLabelSpaceError,
+)
+from wn21k_zoo.files import expanded
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.models import read_labels
+from wn21k_zoo.training.folder import composed
+from wn21k_zoo.training.recipe import RANDOM, RESERVED, Recipe
+
+__all__ = ["classes_of", "is_place", "not_of_synsets", "refuse_run", "resolved", "teacher_record"]
+
+
+def is_place(name: str) -> bool:
+    """Whether a name of weights is that of a file, a folder or a Hub repository, not of a record or timm model."""
+    is_path = name.startswith((building.HUB_PREFIX, building.FOLDER_PREFIX)) or building.looks_like_path(name)
+    return is_path or name.endswith(".pt") or (Path(name).is_dir() and not registry.is_known(name))
+
+
+def teacher_record(name: str) -> Checkpoint:
+    """The record, or timm model, of a loss.teacher that is no place.
+
+    Raises:
+        UnknownModelError: There is none.
+        RecipeError: Its classes are not known.
+    """
+    try:
+        return registry.resolve_checkpoint(name)
+    except UnresolvedLabelSpaceError:
+        raise not_of_synsets(name) from None
+
+
+def not_of_synsets(teacher: str) -> RecipeError:
+    """What is said of a teacher whose classes nobody can map to others."""
+    return RecipeError(
+        f"The classes of loss.teacher {teacher} are not known to be synsets, which those of a teacher must be; name "
+        "another one."
+    )
+
+
+def refuse_run(field: str, name: str) -> None:
+    """See that a name is not the folder of a run.
+
+    Raises:
+        RecipeError: It is.
+    """
+    if (hint := building.about_run(expanded(name, RecipeError))) is not None:
+        raise RecipeError(f"{field} {name} {hint}")
+
+
+def classes_of(start: str) -> tuple[str, ...] | None:
+    """The classes of weights, None when they are not known before they are there.
+
+    Raises:
+        ModelError, UnknownModelError: What says so is damaged, or cannot be had.
+    """
+    if (labels := _file_of(start, building.LABELS_FILE)) is not None:
+        return read_labels(labels)[0].wnids
+    if (folder := building.configured_folder(start)) is not None:
+        names = building.read_config(folder).get("label_names")
+        return tuple(composed(str(name)) for name in names) if names else None
+    try:
+        return LabelSpace.load(registry.resolve_checkpoint(start).label_space).wnids
+    except UnresolvedLabelSpaceError:
+        return None
+
+
+def resolved(recipe: Recipe, otherwise: Mapping[str, Any] | None = None) -> Recipe:
+    """The same with whole paths, wnids for a file of them, and the arguments of the network that it starts from.
+
+    Args:
+        recipe: The recipe.
+        otherwise: These arguments, where its start is no longer to be had.
+
+    Raises:
+        ModelError, UnknownModelError: The start cannot be had, and nobody else says what its arguments are.
+    """
+    recipe = recipe.model_copy(deep=True)
+    recipe.model.start, recipe.loss.teacher = _whole(recipe.model.start), _whole(recipe.loss.teacher)
+    space = recipe.data.space
+    if space is not None and not space.is_shipped:
+        recipe.data.label_space = space.wnids  # the file may go
+    start = recipe.model.start
+    if start is None or start.startswith(RANDOM) or not is_place(start):
+        return recipe
+    try:
+        config = _file_of(start, building.CONFIG_FILE)
+        known = _arguments_in(building.read_config(config.parent)) if config is not None else otherwise or {}
+    except (ModelError, UnknownModelError):
+        if otherwise is None:
+            raise
+        known = otherwise
+    recipe.model.arguments = {**known, **recipe.model.arguments}
+    return recipe
+
+
+def _whole(name: str | None) -> str | None:
+    """A name of weights; that of a folder or file of this machine as it is from any working directory."""
+    if name is None or name.startswith((RANDOM, building.HUB_PREFIX)) or not is_place(name):
+        return name
+    path = expanded(name.removeprefix(building.FOLDER_PREFIX), RecipeError).absolute()
+    return str(path.parent.resolve() / path.name)  # a link to a cache may have another name there
+
+
+def _arguments_in(config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of how its network is built, besides the architecture; as timm takes it."""
+    settings, arguments = config.get("pretrained_cfg") or config, config.get("model_args")
+    found: dict[str, Any] = {}
+    if isinstance(settings, dict):
+        if settings.get("fixed_input_size") and isinstance(settings.get("input_size"), list):
+            found["img_size"] = settings["input_size"][-1]
+        if settings.get("global_pool"):
+            found["global_pool"] = settings["global_pool"]
+    if isinstance(arguments, dict):
+        found |= {name: value for name, value in arguments.items() if name not in RESERVED}
+    return found
+
+
+def _file_of(start: str, file: str) -> Path | None:
+    """A file beside weights in a folder or, fetched, in a Hub repository; None when there is none, or is none offline.
+
+    Raises:
+        ModelError, UnknownModelError: There is no such folder, or the repository is out of reach.
+    """
+    if start.startswith(building.HUB_PREFIX):
+        try:
+            return download.fetch_file(building.hub_source(start), (file,)).path
+        except (RemoteNotFoundError, OfflineError):
+            return None
+    folder = building.as_folder(start)
+    return folder / file if folder is not None and (folder / file).is_file() else None
