@@ -5,6 +5,7 @@ import pytest
 from wn21k_zoo import download, hub, registry
 from wn21k_zoo.checkpoints import DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT, PackageSource
 from wn21k_zoo.errors import ChecksumError, MissingExtraError
+from wn21k_zoo.on_disk import find_local
 
 EMBEDDED = registry.get_checkpoint(EMBEDDED_CHECKPOINT)
 DEFAULT = registry.get_checkpoint(DEFAULT_CHECKPOINT)
@@ -24,12 +25,12 @@ def package(folder, monkeypatch, name, content):
 def test_embedded_file_is_the_published_one():
     fetched = download.fetch(EMBEDDED)
     assert (fetched.sha256, fetched.num_bytes) == (EMBEDDED.sha256, EMBEDDED.num_bytes)
-    assert fetched.path == download.find_local(EMBEDDED)
+    assert fetched.path == find_local(EMBEDDED)
     assert not fetched.downloaded
 
 
 def test_changed_file_is_refused(tmp_path, monkeypatch):
-    content = bytearray(download.find_local(EMBEDDED).read_bytes())
+    content = bytearray(find_local(EMBEDDED).read_bytes())
     content[1000] ^= 1
     source = package(tmp_path, monkeypatch, "a_changed_package", content)
     with pytest.raises(ChecksumError, match=f"expected {EMBEDDED.sha256}, got [0-9a-f]{{64}}"):

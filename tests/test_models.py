@@ -358,7 +358,7 @@ def test_the_default_is_looked_for_in_the_named_cache(tmp_path):
 
 
 def test_default_without_the_extra(monkeypatch):
-    monkeypatch.setattr(models.download, "find_local", lambda *_: None)
+    monkeypatch.setattr(models, "find_local", lambda *_: None)
     with pytest.raises(MissingExtraError, match=r"network.*wn21k-zoo\[embedded\]"):
         models.choose_default()
 

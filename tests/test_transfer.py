@@ -32,6 +32,7 @@ from wn21k_zoo.errors import (
     OfflineError,
     RemoteNotFoundError,
 )
+from wn21k_zoo.on_disk import cached_files, find_local
 
 BODY = hashlib.shake_256(b"weights").digest(3_000_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -106,7 +107,7 @@ def test_a_download_a_hit_and_what_is_written_about_it(kind, root, serve):
     assert fetched.checked_against == ("the Hub" if kind == "hub" else "the file's name")
     receipt = cache.read_receipt(fetched.path)
     assert (receipt.sha256, receipt.num_bytes) == (SHA256, len(BODY))
-    assert download.find_local(checkpoint) == fetched.path
+    assert find_local(checkpoint) == fetched.path
 
     requests, state = len(seen), sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*"))
     again = download.fetch(checkpoint)
@@ -766,7 +767,7 @@ def test_of_the_hubs_own_cache_only_what_has_a_hash_is_used(root, monkeypatch, t
     (repository / "snapshots" / "abc" / NAME).write_bytes(BODY)  # no link, so that nobody says what it should be
     with pytest.raises(OfflineError):
         download.fetch_file(source, (NAME,))
-    assert download.find_local(checkpoint_of("hub", "")) is None
+    assert find_local(checkpoint_of("hub", "")) is None
     blob.write_bytes(b"[]")
     with pytest.raises(OfflineError):
         download.fetch_file(source, ("config.json",))
@@ -804,7 +805,7 @@ def test_what_nobody_states_a_hash_of_must_not_change(root, serve):
     files["files/plain.pth"] = b"a new version"
     with pytest.raises(ChecksumError, match="first download"):
         download.fetch(checkpoint)
-    for place in download.cached_files(checkpoint.sources):  # what wn21k cache prune does
+    for place in cached_files(checkpoint.sources):  # what wn21k cache prune does
         cache.remove(place, root)
     with pytest.warns(download.UnverifiedWeightsWarning):
         assert download.fetch(checkpoint).path.read_bytes() == b"a new version"
@@ -823,7 +824,7 @@ def test_the_next_source_is_tried(root, serve):
     checkpoint = checkpoint_of("plain", endpoint)
     both = type(checkpoint)(**{**vars(checkpoint), "sources": (hub_source, *checkpoint.sources)})
     assert isinstance(download.fetch(both).source, URLSource)
-    cache.remove(download.find_local(both), root)
+    cache.remove(find_local(both), root)
     wrong = type(checkpoint)(**{**vars(checkpoint), "sources": (hub_source, URLSource(url=f"{endpoint}/none.pth"))})
     with pytest.raises(RemoteNotFoundError, match="Nor from"):
         download.fetch(wrong)

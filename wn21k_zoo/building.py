@@ -22,6 +22,7 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.files import expanded, parse_json
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.on_disk import Fetched
 
 if TYPE_CHECKING:
     from torch import nn
@@ -313,7 +314,7 @@ def _build(name: str, architecture: str, pretrained: bool, config: Mapping[str, 
 
 def fetch_from_hub(
     name: str, cache_dir: str | os.PathLike[str] | None = None
-) -> tuple[download.Fetched, download.Fetched, download.Fetched | None]:
+) -> tuple[Fetched, Fetched, Fetched | None]:
     """Configuration, weights and, where it was exported by us, labels of ``hf-hub:ORG/NAME[@REVISION]``, verified.
 
     Raises:

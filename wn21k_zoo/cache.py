@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 
 from wn21k_zoo.checkpoints import HubSource, URLSource
 from wn21k_zoo.errors import CacheError, first_line
-from wn21k_zoo.files import expanded, parse_json, replace
+from wn21k_zoo.files import parse_json, replace
 
 __all__ = [
     "PART_SUFFIX",
@@ -93,7 +93,10 @@ def cache_dir(folder: str | os.PathLike[str] | None = None) -> Path:
     chosen = folder or os.environ.get("WN21K_CACHE")
     if not chosen:
         return platformdirs.user_cache_path("wn21k_zoo")
-    return expanded(chosen, CacheError).absolute()
+    try:
+        return Path(chosen).expanduser().absolute()
+    except RuntimeError as error:
+        raise CacheError(f"The cache folder {chosen} has no home folder; set WN21K_CACHE to another one.") from error
 
 
 def relative_path(source: HubSource | URLSource, filename: str) -> PurePosixPath:

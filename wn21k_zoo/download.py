@@ -12,81 +12,37 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from wn21k_zoo import cache, hub
 from wn21k_zoo.cache import Receipt
-from wn21k_zoo.checkpoints import Checkpoint, HubSource, PackageSource, Source, URLSource
+from wn21k_zoo.checkpoints import Checkpoint, HubSource, PackageSource, URLSource
 from wn21k_zoo.errors import (
     AccessDeniedError,
     AuthenticationError,
     CacheError,
     ChecksumError,
     DownloadError,
-    MissingExtraError,
     OfflineError,
     RemoteNotFoundError,
     WeightsNotFoundError,
 )
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import in_package, sha256_of
-from wn21k_zoo.transfer import (
-    Expected,
-    Patience,
-    RefusedError,
-    difference,
-    head,
-    read_text,
-    transfer,
-)
+from wn21k_zoo.on_disk import Fetched, Remote, filenames_of, find_file, find_verified
+from wn21k_zoo.transfer import Expected, Patience, RefusedError, difference, head, read_text, transfer
 
-__all__ = [
-    "Fetched",
-    "UnverifiedWeightsWarning",
-    "cached_files",
-    "fetch",
-    "fetch_file",
-    "fetch_source",
-    "find_local",
-    "find_verified",
-    "is_reachable",
-]
+__all__ = ["UnverifiedWeightsWarning", "fetch", "fetch_file", "fetch_source", "is_reachable"]
 
 PROBE_SECONDS = 0.5
 FIRST_DOWNLOAD = "the first download"
-
-Remote = HubSource | URLSource
-
 _logger = logging.getLogger(__name__)
 
 
 class UnverifiedWeightsWarning(UserWarning):
     """The publisher of a file states no hash, so the first download could be compared with nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fetched:
-    """A verified file on this machine.
-
-    Attributes:
-        path: The file.
-        sha256: Of its content.
-        num_bytes: Its size.
-        source: Where it came from.
-        checked_against: Who stated the hash that it was compared with; None when nobody does.
-        downloaded: Whether it was fetched just now.
-    """
-
-    path: Path
-    sha256: str
-    num_bytes: int
-    source: Source
-    checked_against: str | None
-    downloaded: bool
 
 
 def fetch(
@@ -116,11 +72,11 @@ def fetch(
         raise WeightsNotFoundError(f"{checkpoint.name} has no source that is known.")
     if hub.is_offline():
         first = remote[0]
-        raise _offline(first, _filenames(first)[0], root, f"wn21k download {checkpoint.name}", damages)
+        raise _offline(first, filenames_of(first)[0], root, f"wn21k download {checkpoint.name}", damages)
     errors: list[DownloadError] = []
     patience = Patience()
     for source in remote:
-        for filename in _filenames(source):
+        for filename in filenames_of(source):
             try:
                 return _fetch_one(source, filename, root, patience, checkpoint.name, mirror=_mirror())
             except RemoteNotFoundError as error:
@@ -142,41 +98,6 @@ def fetch_source(source: URLSource, *, cache_dir: str | os.PathLike[str]) -> Fet
     return _fetch_one(source, source.filename, root, Patience(), source.filename, mirror=None)
 
 
-def find_verified(
-    checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None
-) -> tuple[Fetched | None, list[str]]:
-    """The weight file of a checkpoint if it is on this machine and has the right hash; opens no connection.
-
-    Returns:
-        The file or None, and what is wrong with files that are here and have not the right hash.
-
-    Raises:
-        ChecksumError: A file in a Python package is not the published one.
-        MissingExtraError: That package is not installed.
-    """
-    root = cache.cache_dir(cache_dir)
-    damages: list[str] = []
-    for source in checkpoint.sources:
-        if isinstance(source, PackageSource):
-            return _from_package(source), damages
-        for filename in _filenames(source):
-            if (found := _find_verified(source, filename, root, damages)) is not None:
-                return found, damages
-    return None, damages
-
-
-def cached_files(sources: Iterable[Source], cache_dir: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Files of some sources that are in our cache, or of which at least a receipt is."""
-    root = cache.cache_dir(cache_dir)
-    places = [
-        root / cache.relative_path(source, filename)
-        for source in sources
-        if not isinstance(source, PackageSource)
-        for filename in _filenames(source)
-    ]
-    return [place for place in places if place.is_file() or cache.receipt_path(place).is_file()]
-
-
 def fetch_file(
     source: HubSource,
     filenames: Sequence[str],
@@ -194,7 +115,7 @@ def fetch_file(
     patience = Patience()
     name = f"hf-hub:{source.repo_id}" + (f"@{source.revision}" if source.revision else "")
     for filename in filenames:
-        found = _find_verified(source, filename, root, [])
+        found = find_file(source, filename, root, [])
         if hub.is_offline():
             if found is not None:
                 return found
@@ -210,23 +131,6 @@ def fetch_file(
     if missing:
         raise missing[0]
     raise _offline(source, filenames[0], root, f"wn21k download {name}", [])
-
-
-def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """Where the weights of a checkpoint are on this machine, not yet verified; opens no connection."""
-    root = cache.cache_dir(cache_dir)
-    for source in checkpoint.sources:
-        if isinstance(source, PackageSource):
-            return _package_path(source)
-        for filename in _filenames(source):
-            place = root / cache.relative_path(source, filename)
-            if place.is_file():
-                return place
-            if not isinstance(source, HubSource) or (path := hub.find_in_cache(source, filename)) is None:
-                continue
-            if source.sha256 or hub.expected_of_etag(path.resolve().name).stated_by:  # else it cannot be verified
-                return path
-    return None
 
 
 def is_reachable(checkpoint: Checkpoint, seconds: float = PROBE_SECONDS) -> bool:
@@ -257,7 +161,7 @@ def _fetch_one(
     _make_folder(place.parent)
     with _lock(place, name):
         # Another process may have been faster.
-        found = _find_verified(source, filename, root, [])
+        found = find_file(source, filename, root, [])
         if found is not None and difference(found.path, found.sha256, expected) is None:
             return found
         sha256 = _transfer_from_any(url, place, copy, expected, headers, patience, name)
@@ -340,7 +244,7 @@ def _resolve(
 
 def _known(source: Remote, filename: str, place: Path) -> Expected | None:
     """What is known of a file without asking anybody."""
-    if source.sha256 and filename == _filenames(source)[0]:
+    if source.sha256 and filename == filenames_of(source)[0]:
         return Expected(num_bytes=source.num_bytes, sha256=source.sha256, stated_by="our lock file")
     if isinstance(source, HubSource):
         return None
@@ -382,69 +286,6 @@ def _stated_by_mirror(copy: str | None, patience: Patience) -> Expected | None:
 
 def _mirror() -> str | None:
     return os.environ.get("WN21K_MIRROR") or None
-
-
-def _find_verified(source: Remote, filename: str, root: Path, damages: list[str]) -> Fetched | None:
-    """A file that is here and has the right hash; what is here and has not is told of in ``damages``."""
-    place = root / cache.relative_path(source, filename)
-    receipt = cache.read_receipt(place)
-    pinned = source.sha256 if filename == _filenames(source)[0] else None
-    candidates = [(place, Expected(sha256=pinned or (receipt.sha256 if receipt else None)))]
-    if isinstance(source, HubSource) and (path := hub.find_in_cache(source, filename)):
-        blob = path.resolve().name  # the Hub's cache names a file by its ETag
-        candidates.append((path, Expected(sha256=pinned) if pinned else hub.expected_of_etag(blob)))
-    for path, expected in candidates:
-        if not (expected.sha256 or expected.git_sha1) or not path.is_file():
-            continue  # nothing to compare it with: a cache without links does not tell
-        try:
-            sha256 = sha256_of(path)
-            wrong = difference(path, sha256, expected)
-        except OSError as error:
-            damages.append(f"{path} cannot be read ({error.strerror})")
-            continue
-        if wrong is not None:
-            damages.append(f"{path} is damaged: {wrong}")
-            _logger.warning("%s; it is not used.", damages[-1])
-            continue
-        stated = receipt.checked_against if receipt and path == place else "the Hub"
-        return Fetched(
-            path=path,
-            sha256=sha256,
-            num_bytes=path.stat().st_size,
-            source=source,
-            checked_against="our lock file" if pinned else stated,
-            downloaded=False,
-        )
-    return None
-
-
-def _from_package(source: PackageSource) -> Fetched:
-    path = _package_path(source)
-    if path is None:
-        raise MissingExtraError(f"The file {Path(source.path).name}", source.extra)
-    sha256 = sha256_of(path)
-    if sha256 != source.sha256:
-        raise ChecksumError(
-            f"{path} is not the published file, so it was not loaded: sha256 expected {source.sha256}, got {sha256}. "
-            f"Install {source.package} again."
-        )
-    return Fetched(
-        path=path,
-        sha256=sha256,
-        num_bytes=path.stat().st_size,
-        source=source,
-        checked_against="the record",
-        downloaded=False,
-    )
-
-
-def _package_path(source: PackageSource) -> Path | None:
-    path = in_package(source.package, source.path)
-    return path if path is not None and path.is_file() else None
-
-
-def _filenames(source: Remote) -> tuple[str, ...]:
-    return source.filenames if isinstance(source, HubSource) else (source.filename,)
 
 
 def _offline(source: Remote, filename: str, root: Path, command: str, damages: Sequence[str]) -> OfflineError:

@@ -39,6 +39,7 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.files import parse_json
 from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace
+from wn21k_zoo.on_disk import find_local
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.tree import SemanticTree
 
@@ -163,10 +164,10 @@ def choose_default(cache_dir: str | os.PathLike[str] | None = None) -> str:
     if named := os.environ.get("WN21K_MODEL"):
         return named
     default = registry.get_checkpoint(DEFAULT_CHECKPOINT)
-    if download.find_local(default, cache_dir) is not None or _default_is_reachable():
+    if find_local(default, cache_dir) is not None or _default_is_reachable():
         return DEFAULT_CHECKPOINT
     embedded, why = registry.get_checkpoint(EMBEDDED_CHECKPOINT), "is neither cached nor reachable"
-    if download.find_local(embedded) is None:
+    if find_local(embedded) is None:
         raise MissingExtraError(
             f"The default model {DEFAULT_CHECKPOINT} {why}. Connect to the network, or use the embedded model, which",
             "embedded",

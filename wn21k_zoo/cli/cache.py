@@ -87,8 +87,8 @@ def verify(
 ) -> None:
     """Hash what is on this machine and compare; nothing is fetched. Exit code 1 when a file is damaged or missing."""
     from wn21k_zoo import cache
-    from wn21k_zoo.download import find_verified
     from wn21k_zoo.files import sha256_of
+    from wn21k_zoo.on_disk import find_verified
 
     rows: list[dict[str, Any]] = []
     if names:
@@ -145,7 +145,7 @@ def prune(
     """Remove files from the cache; without arguments only what unfinished downloads left more than a day ago."""
     from wn21k_zoo import cache
     from wn21k_zoo.building import HUB_PREFIX, hub_source
-    from wn21k_zoo.download import cached_files
+    from wn21k_zoo.on_disk import cached_files
 
     root = cache.cache_dir(cache_dir)
     going = list(cache.leftovers(root))

@@ -80,14 +80,15 @@ def info(
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Show all that is known about a checkpoint; what is not known is shown as unknown."""
-    from wn21k_zoo import building, download
+    from wn21k_zoo import building
+    from wn21k_zoo.on_disk import find_local
 
     if (folder := building.configured_folder(name)) is not None:
         _print_details(_of_folder(folder), format)
         return
     checkpoint = registry.resolve_checkpoint(name)
     space = LabelSpace.load(checkpoint.label_space)
-    local = download.find_local(checkpoint)
+    local = find_local(checkpoint)
     details: dict[str, Any] = {
         **{key: value for key, value in asdict(checkpoint).items() if key not in ("sources", "metrics")},
         "sources": [
@@ -195,9 +196,9 @@ def _diagnosis() -> list[tuple[str, str]]:
 
 
 def _availability(checkpoint: Checkpoint) -> str:
-    from wn21k_zoo import download
+    from wn21k_zoo.on_disk import find_local
 
-    local = download.find_local(checkpoint)
+    local = find_local(checkpoint)
     role = " (the default of predict)" if checkpoint.name == DEFAULT_CHECKPOINT else ""
     return (f"usable offline: {local}" if local else "not on this machine") + role
 

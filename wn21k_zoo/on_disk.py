@@ -1,0 +1,157 @@
+"""Weights that are on this machine already, found and verified; opens no connection and writes nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from wn21k_zoo import cache, hub
+from wn21k_zoo.checkpoints import Checkpoint, HubSource, PackageSource, Source, URLSource
+from wn21k_zoo.errors import ChecksumError, MissingExtraError
+from wn21k_zoo.files import in_package, sha256_of
+from wn21k_zoo.transfer import Expected, difference
+
+__all__ = ["Fetched", "Remote", "cached_files", "filenames_of", "find_file", "find_local", "find_verified"]
+
+Remote = HubSource | URLSource
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """A verified file on this machine.
+
+    Attributes:
+        path: The file.
+        sha256: Of its content.
+        num_bytes: Its size.
+        source: Where it came from.
+        checked_against: Who stated the hash that it was compared with; None when nobody does.
+        downloaded: Whether it was fetched just now.
+    """
+
+    path: Path
+    sha256: str
+    num_bytes: int
+    source: Source
+    checked_against: str | None
+    downloaded: bool
+
+
+def find_verified(
+    checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None
+) -> tuple[Fetched | None, list[str]]:
+    """The weight file of a checkpoint if it is on this machine and has the right hash; opens no connection.
+
+    Returns:
+        The file or None, and what is wrong with files that are here and have not the right hash.
+
+    Raises:
+        ChecksumError: A file in a Python package is not the published one.
+        MissingExtraError: That package is not installed.
+    """
+    root = cache.cache_dir(cache_dir)
+    damages: list[str] = []
+    for source in checkpoint.sources:
+        if isinstance(source, PackageSource):
+            return _from_package(source), damages
+        for filename in filenames_of(source):
+            if (found := find_file(source, filename, root, damages)) is not None:
+                return found, damages
+    return None, damages
+
+
+def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """Where the weights of a checkpoint are on this machine, not yet verified; opens no connection."""
+    root = cache.cache_dir(cache_dir)
+    for source in checkpoint.sources:
+        if isinstance(source, PackageSource):
+            return _package_path(source)
+        for filename in filenames_of(source):
+            place = root / cache.relative_path(source, filename)
+            if place.is_file():
+                return place
+            if not isinstance(source, HubSource) or (path := hub.find_in_cache(source, filename)) is None:
+                continue
+            if source.sha256 or hub.expected_of_etag(path.resolve().name).stated_by:  # else it cannot be verified
+                return path
+    return None
+
+
+def cached_files(sources: Iterable[Source], cache_dir: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Files of some sources that are in our cache, or of which at least a receipt is."""
+    root = cache.cache_dir(cache_dir)
+    places = [
+        root / cache.relative_path(source, filename)
+        for source in sources
+        if not isinstance(source, PackageSource)
+        for filename in filenames_of(source)
+    ]
+    return [place for place in places if place.is_file() or cache.receipt_path(place).is_file()]
+
+
+def find_file(source: Remote, filename: str, root: Path, damages: list[str]) -> Fetched | None:
+    """A file that is here and has the right hash; what is here and has not is told of in ``damages``."""
+    place = root / cache.relative_path(source, filename)
+    receipt = cache.read_receipt(place)
+    pinned = source.sha256 if filename == filenames_of(source)[0] else None
+    candidates = [(place, Expected(sha256=pinned or (receipt.sha256 if receipt else None)))]
+    if isinstance(source, HubSource) and (path := hub.find_in_cache(source, filename)):
+        blob = path.resolve().name  # the Hub's cache names a file by its ETag
+        candidates.append((path, Expected(sha256=pinned) if pinned else hub.expected_of_etag(blob)))
+    for path, expected in candidates:
+        if not (expected.sha256 or expected.git_sha1) or not path.is_file():
+            continue  # nothing to compare it with: a cache without links does not tell
+        try:
+            sha256 = sha256_of(path)
+            wrong = difference(path, sha256, expected)
+        except OSError as error:
+            damages.append(f"{path} cannot be read ({error.strerror})")
+            continue
+        if wrong is not None:
+            damages.append(f"{path} is damaged: {wrong}")
+            _LOG.warning("%s; it is not used.", damages[-1])
+            continue
+        stated = receipt.checked_against if receipt and path == place else "the Hub"
+        return Fetched(
+            path=path,
+            sha256=sha256,
+            num_bytes=path.stat().st_size,
+            source=source,
+            checked_against="our lock file" if pinned else stated,
+            downloaded=False,
+        )
+    return None
+
+
+def _from_package(source: PackageSource) -> Fetched:
+    path = _package_path(source)
+    if path is None:
+        raise MissingExtraError(f"The file {Path(source.path).name}", source.extra)
+    sha256 = sha256_of(path)
+    if sha256 != source.sha256:
+        raise ChecksumError(
+            f"{path} is not the published file, so it was not loaded: sha256 expected {source.sha256}, got {sha256}. "
+            f"Install {source.package} again."
+        )
+    return Fetched(
+        path=path,
+        sha256=sha256,
+        num_bytes=path.stat().st_size,
+        source=source,
+        checked_against="the record",
+        downloaded=False,
+    )
+
+
+def _package_path(source: PackageSource) -> Path | None:
+    path = in_package(source.package, source.path)
+    return path if path is not None and path.is_file() else None
+
+
+def filenames_of(source: Remote) -> tuple[str, ...]:
+    """The files that may hold its weights, in order of preference."""
+    return source.filenames if isinstance(source, HubSource) else (source.filename,)
