@@ -28,15 +28,15 @@ from wn21k_zoo.errors import (
     first_line,
 )
 from wn21k_zoo.training.agreement import Agreement, Answer
-from wn21k_zoo.training.algorithms import about_precision, choose_algorithms, torch_as_it_was
+from wn21k_zoo.training.algorithms import choose_algorithms, torch_as_it_was
+from wn21k_zoo.training.announce import announcements
 from wn21k_zoo.training.checkpoint_writer import CheckpointWriter, copied
-from wn21k_zoo.training.data import Batch, FolderDataset, Loader
-from wn21k_zoo.training.distributed import NCCL_ALGORITHMS, World, join
+from wn21k_zoo.training.data import Batch, Loader
+from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.failures import explained, is_of_a_worker
-from wn21k_zoo.training.folder import is_among, is_divided
+from wn21k_zoo.training.folder import is_among
 from wn21k_zoo.training.learner import Learner, check_finite
-from wn21k_zoo.training.network import few_for_statistics
 from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.rescue import Rescue
@@ -190,7 +190,10 @@ class _Run:
         self.world.barrier()  # no rank looks at the status before it is of this time
         self.rescue.save, self.rescue.begun = self._rescued, True
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
-        self._announce()
+        for message in announcements(
+            self.recipe, self.splits, self.world, self.learner, self.step, self.total, len(self.classes), self.layout
+        ):
+            self.reporter.say(message)
         is_over = False
         try:
             if self.agreement.stops():  # told so while it was being built
@@ -227,56 +230,6 @@ class _Run:
             export = "" if is_trial else f"; wn21k train export {self.folder.path} DIR makes a model of it"
             sys.stderr.write(f"wn21k: finished{export}\n")
         return self.figures
-
-    def _announce(self) -> None:
-        """What the run is, and what of it may not be meant."""
-        self.reporter.say(self._describe())
-        if not self.step and (advice := about_precision(self.recipe.run.precision, self.device)):
-            self.reporter.say(advice)
-        if self.learner.about_teacher:
-            self.reporter.say(self.learner.about_teacher)
-        if self.recipe.model.compile and self.recipe.model.sync_batchnorm and self.world.size > 1:
-            self.reporter.say(
-                "model.sync_batchnorm interrupts what is compiled at each of its layers; model.compile gains little "
-                "beside it"
-            )
-        over_ranks = self.device.type == "cuda" and self.world.size > 1
-        if self.recipe.run.deterministic and over_ranks and NCCL_ALGORITHMS not in os.environ:
-            self.reporter.say(
-                "the program's process group may add up otherwise each time; set NCCL_ALGO=^NVLS,NVLSTree before it is "
-                "made"
-            )
-        few = few_for_statistics(self.learner.module, self.recipe, self.world.size)
-        if few and self.device.type == "cuda" and not self.step:
-            self.reporter.say(few)
-        if self.layout != [self.world.size, self.micro]:
-            self.reporter.say(
-                f"it went in {self.layout[0]} processes with {self.layout[1]} images at a time, and goes on in "
-                f"{self.world.size} with {self.micro}: results are the same to rounding, but with batch normalisation, "
-                "dropout or mixed images they are others"
-            )
-
-    def _describe(self) -> str:
-        """What is about to happen, in one line."""
-        data = self.splits
-        ranks = f"{self.world.size} x {self.device.type}" if self.world.size > 1 else self.device.type
-        classes = f"{len(data.class_names):,} classes"
-        if missing := len(data.class_names) - len(self.classes):
-            classes += f" ({missing:,} without images for validation)"
-        if left := data.train.left_out + data.validation.left_out:
-            classes += f", {left:,} images of others left out"
-        begin = f"going on at step {self.step:,} of {self.total:,}" if self.step else f"{self.total:,} steps"
-        return (
-            f"{self.recipe.name}: {len(data.train):,} images for training, {len(data.validation):,} for validation"
-            f"{self._validated()}, {classes}; {begin} of {self.recipe.data.batch_size} images on {ranks}"
-        )
-
-    def _validated(self) -> str:
-        """On which of a user's folders checkpoints are compared, which nobody may have meant to be seen before."""
-        data = self.splits.validation
-        if not isinstance(data, FolderDataset) or not is_divided(data.root):
-            return ""
-        return f" (in {data.name(0).partition('/')[0]})"
 
     def _failed(self, end: Exception, problem: Exception) -> None:
         """Say so, and keep what was run until the step that failed."""
