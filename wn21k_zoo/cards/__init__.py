@@ -15,9 +15,10 @@ from types import MappingProxyType
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from wn21k_zoo.cards.sections import SECTIONS, in_millions, markdown_table, parameter_count, summary
+from wn21k_zoo.cards.sections import SECTIONS, in_millions, parameter_count, summary
 from wn21k_zoo.checkpoints import CHECKPOINTS, PAPER, Checkpoint, HubSource, Metric, Source, URLSource
 from wn21k_zoo.errors import InvalidArgumentError, RecordError
+from wn21k_zoo.markdown import markdown_table
 
 __all__ = [
     "FOLDER",

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -17,13 +16,13 @@ from wn21k_zoo import convert
 from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.checkpoints import PAPER, Checkpoint, HubSource, PackageSource, Source, URLSource
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.markdown import UNKNOWN, markdown_table
 from wn21k_zoo.registry import TIMM_PREFIX
 from wn21k_zoo.synsets import load_nouns
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["SECTIONS", "in_millions", "markdown_table", "parameter_count", "summary"]
+__all__ = ["SECTIONS", "in_millions", "parameter_count", "summary"]
 
-UNKNOWN = "unknown"
 ISSUES = "https://github.com/Alibaba-MIIL/ImageNet21K/issues"
 PERSON = "n00007846"
 
@@ -200,15 +199,6 @@ def _count(architecture: str, num_classes: int) -> int:
     with torch.device("meta"):
         module = convert.build(architecture, num_classes=num_classes)
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; None is shown as unknown."""
-
-    def line(cells: Sequence[Any]) -> str:
-        return "| " + " | ".join(UNKNOWN if cell is None else str(cell).replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(header), "|" + "---|" * len(header), *(line(row) for row in rows)])
 
 
 def in_millions(count: int) -> str:

@@ -20,6 +20,7 @@ from wn21k_zoo.building import LABELS_FILE
 from wn21k_zoo.checkpoints import Checkpoint, Metric
 from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
 from wn21k_zoo.files import expanded
+from wn21k_zoo.markdown import markdown_table
 from wn21k_zoo.training.heads import reorder_head
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.recipe import NAME, Recipe
@@ -235,15 +236,11 @@ def _draft(checkpoint: Checkpoint) -> str:
 
 
 def _card(checkpoint: Checkpoint, trained: Trained) -> str:
-    figures = [
-        f"| {metric.name} | {metric.value} | {metric.dataset} | {metric.protocol} |" for metric in checkpoint.metrics
-    ]
+    figures = [(metric.name, metric.value, metric.dataset, metric.protocol) for metric in checkpoint.metrics]
     ours = ["```python", "import wn21k_zoo", "", 'wn21k_zoo.predict("photo.jpg", model="FOLDER")', "```"]
     own = ["import wn21k_zoo.timm_models"] if checkpoint.architecture in ARCHITECTURES else []
     timms = ["```python", "import timm", *own, "", 'timm.create_model("local-dir:FOLDER", pretrained=True)', "```"]
-    table = (
-        ["| figure | percent | images | protocol |", "|---|---|---|---|", *figures] if figures else ["Not evaluated."]
-    )
+    table = markdown_table(("figure", "percent", "images", "protocol"), figures) if figures else "Not evaluated."
     header = ModelCardData(
         library_name="timm", pipeline_tag="image-classification", tags=["image-classification", "timm"]
     )
@@ -260,7 +257,7 @@ def _card(checkpoint: Checkpoint, trained: Trained) -> str:
         f"{checkpoint.architecture} for {len(trained.class_names):,} classes, trained with wn21k_zoo "
         f"({torch.__version__.partition('+')[0]} of torch) for {trained.step:,} steps. Licence: not stated yet.",
         "",
-        *table,
+        table,
         "",
         *ours,
         "",

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.markdown import markdown_table
 from wn21k_zoo.training.extra import pa
 
 __all__ = ["MANIFEST_SCHEMA", "PART_SCHEMA", "PUBLISHED_TOTALS", "ClassResult", "Decision", "classes_csv", "summary"]
@@ -122,18 +123,18 @@ def summary(results: Sequence[ClassResult], space: LabelSpace, options: Mapping[
     train, validation = sum(one.train for one in kept), sum(one.validation for one in kept)
     classes = len({one.wnid for one in kept})
     lines = ["# Prepared data set", "", f"Label space {space.name}, {len(space):,} classes.", ""]
-    lines += ["| option | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in options.items()), ""]
+    lines += [markdown_table(("option", "value"), options.items()), ""]
     ours = (("classes", classes), ("train images", train), ("validation images", validation))
     published = PUBLISHED_TOTALS.get(space.name) if space.is_shipped else None
     if published is None:
-        lines += ["| | here |", "|---|---|", *(f"| {name} | {count:,} |" for name, count in ours), ""]
+        lines += [markdown_table(("", "here"), ((name, f"{count:,}") for name, count in ours)), ""]
     else:
         theirs = (published.classes, published.train, published.validation)
-        lines += ["| | here | published | difference |", "|---|---|---|---|"]
-        lines += [
-            f"| {name} | {count:,} | {other:,} | {count - other:+,} |"
+        rows = (
+            (name, f"{count:,}", f"{other:,}", f"{count - other:+,}")
             for (name, count), other in zip(ours, theirs, strict=True)
-        ]
+        )
+        lines += [markdown_table(("", "here", "published", "difference"), rows)]
         lines += ["", f"Published: {published.source}."]
         if space.name == "imagenet21k_p_fall11":
             lines += ["Its validation count is two more than 50 for each of its classes; why is not known."]
