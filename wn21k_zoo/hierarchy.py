@@ -83,6 +83,11 @@ class Hierarchy:
         """Where each depth's nodes stand in level order, from depth 0."""
         return [slice(start, end) for start, end in zip(self.starts, self.starts[1:], strict=False)]
 
+    @property
+    def levels(self) -> list[tuple[int, slice]]:
+        """Depth and place of each level: a depth with one node has nothing to choose from."""
+        return [(depth, nodes) for depth, nodes in enumerate(self.depth_slices) if nodes.stop - nodes.start > 1]
+
     def level_softmax(self, scores_bn: Tensor) -> Tensor:
         """Softmax inside each depth, [B, N] -> [B, N]; 1 where a depth has one node (arXiv 2104.10972, section 3.3)."""
         import torch

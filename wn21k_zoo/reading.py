@@ -67,8 +67,7 @@ class TreeReader:
                 depth=depth,
                 labels=tuple(label(nodes.start + int(best)) for best in largest(probability[nodes], top_k, above=0.0)),
             )
-            for depth, nodes in enumerate(hierarchy.depth_slices)
-            if nodes.stop - nodes.start > 1
+            for depth, nodes in hierarchy.levels
         ]
         return {
             "levels": tuple(levels),

@@ -59,6 +59,23 @@ from .archives import (
 from .staging import no_locks
 
 OPTIONS = PrepareOptions(min_images=10, val_per_class=3, size=32, shard_size=7)
+# The same from the command line.
+COMMAND = [
+    *(
+        sys.executable,
+        "-m",
+        "wn21k_zoo",
+        "data",
+        "prepare",
+        "--min-images",
+        "10",
+        "--val-per-class",
+        "3",
+        "--size",
+        "32",
+    ),
+    *("--shard-size", "7"),
+]
 
 
 def contents(folder):
@@ -182,19 +199,8 @@ def test_ray_gives_the_same_bytes_and_a_killed_worker_loses_nothing(tmp_path, re
     psutil = pytest.importorskip("psutil")
     pytest.importorskip("ray")
     source = write_layout("nested.tar", tmp_path / "nested.tar", make_classes())
-    command = [
-        sys.executable,
-        "-m",
-        "wn21k_zoo",
-        "data",
-        "prepare",
-        str(source),
-        str(tmp_path / "out"),
-        "--engine",
-        "ray",
-    ]
-    options = ["--min-images", "10", "--val-per-class", "3", "--size", "32", "--shard-size", "7", "--workers", "2"]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*COMMAND, str(source), str(tmp_path / "out"), "--engine", "ray", "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     killed = False
     while process.poll() is None and not killed:
         for child in psutil.Process(process.pid).children(recursive=True):
@@ -214,29 +220,18 @@ def test_ray_gives_the_same_bytes_and_a_killed_worker_loses_nothing(tmp_path, re
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, reference):
     source = write_layout("nested.tar.gz", tmp_path / "nested.tar.gz", make_classes())
-    command = [
-        sys.executable,
-        "-m",
-        "wn21k_zoo",
-        "data",
-        "prepare",
-        str(source),
-        str(tmp_path / "out"),
-        "--workers",
-        "1",
-    ]
-    options = ["--min-images", "10", "--val-per-class", "3", "--size", "32", "--shard-size", "7"]
+    command = [*COMMAND, str(source), str(tmp_path / "out"), "--workers", "1"]
     watched = tmp_path / "out" / ".work"
     for seen in (1, 2, 3):  # killed after so many finished classes, then in the second pass
-        process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(list(watched.glob("classes/*.parquet"))) < seen:
             time.sleep(0.001)
         process.kill()
         process.wait()
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == contents(reference)
-    again = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0
     assert "# Prepared data set" in again.stdout
 

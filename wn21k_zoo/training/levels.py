@@ -51,9 +51,8 @@ class Levels(nn.Module):
         hierarchy = Hierarchy(tree)
         self.tree, self.order, self.num_classes = tree, order, len(tree)
         self._widths = [where.stop - where.start for where in hierarchy.depth_slices]
-        levels = [(depth, where) for depth, where in enumerate(hierarchy.depth_slices) if self._widths[depth] > 1]
-        self.depths = tuple(depth for depth, _ in levels)
-        self.slices = tuple(where for _, where in levels)
+        self.depths = tuple(depth for depth, _ in hierarchy.levels)
+        self.slices = tuple(where for _, where in hierarchy.levels)
         self.weights = tuple(min(_MAX_WEIGHT, len(tree) / (len(tree) - where.start)) for where in self.slices)
         self.register_buffer("ancestors", torch.from_numpy(_ancestors(tree, hierarchy, self.depths)), persistent=False)
         self.register_buffer("columns", torch.from_numpy(hierarchy.order.copy()), persistent=False)
