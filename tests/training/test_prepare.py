@@ -60,22 +60,8 @@ from .staging import no_locks
 
 OPTIONS = PrepareOptions(min_images=10, val_per_class=3, size=32, shard_size=7)
 # The same from the command line.
-COMMAND = [
-    *(
-        sys.executable,
-        "-m",
-        "wn21k_zoo",
-        "data",
-        "prepare",
-        "--min-images",
-        "10",
-        "--val-per-class",
-        "3",
-        "--size",
-        "32",
-    ),
-    *("--shard-size", "7"),
-]
+COMMAND = [sys.executable, "-m", "wn21k_zoo", "data", "prepare"]
+COMMAND += ["--min-images", "10", "--val-per-class", "3", "--size", "32", "--shard-size", "7"]
 
 
 def contents(folder):
