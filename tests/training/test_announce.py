@@ -1,3 +1,4 @@
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ from wn21k_zoo.training.announce import announcements
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.splits import open_splits
 
-from .runs import small_recipe
+from .runs import make_folder, small_recipe
 
 GPUS = World(0, 2, torch.device("cuda", 0))
 
@@ -40,6 +41,23 @@ def test_what_may_not_be_meant_is_told(told, monkeypatch):
     (line,) = told(layout=[1, 8])
     assert line.startswith("it went in 1 processes with 8 images at a time, and goes on in 2 with 4")
     assert [line for line in told(step=0) if "run.precision=bf16" in line]
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_files_that_nobody_reads_are_told(tmp_path, monkeypatch, divided):
+    images = make_folder(tmp_path / "images")
+    if divided:
+        shutil.copytree(images, tmp_path / "divided" / "train")
+        images = shutil.copytree(images, tmp_path / "divided" / "val").parent
+    for number, name in enumerate(("a.CR2", "b.cr2", "notes.txt", "README", ".hidden", "._c.cr2")):
+        each = sorted(path for path in images.rglob("*") if path.is_dir() and not any(path.glob("*/")))
+        (each[number % len(each)] / name).touch()
+    recipe = small_recipe()
+    learner = SimpleNamespace(module=torch.nn.Linear(2, 2), about_teacher="")
+    splits, alone = open_splits(recipe, images), World(0, 1, torch.device("cpu"))
+    _, line = announcements(recipe, splits, alone, learner, 3, 12, 6, [1, recipe.micro_batches(1)[0]])
+    assert line.startswith("4 files are passed over")
+    assert "(.cr2, " in line
 
 
 def test_sums_over_gpus_that_may_differ_are_told(told, monkeypatch):

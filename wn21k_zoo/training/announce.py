@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from wn21k_zoo.training.algorithms import about_precision
@@ -41,6 +42,7 @@ def announcements(
     """
     is_gpu, micro = world.device.type == "cuda", recipe.micro_batches(world.size)[0]
     yield _described(recipe, splits, world, step, total, imaged)
+    yield from _passed_over(splits)
     if not step and (advice := about_precision(recipe.run.precision, world.device)):
         yield advice
     if learner.about_teacher:
@@ -71,6 +73,18 @@ def _described(recipe: Recipe, splits: Splits, world: World, step: int, total: i
         f"{recipe.name}: {len(splits.train):,} images for training, {len(splits.validation):,} for validation"
         f"{_validated(splits)}, {classes}; {begin} of {recipe.data.batch_size} images on {ranks}"
     )
+
+
+def _passed_over(splits: Splits) -> Iterator[str]:
+    """Files of a user's folder that nobody reads."""
+    if not isinstance(splits.train, FolderDataset) or not isinstance(splits.validation, FolderDataset):
+        return
+    total = Counter(splits.train.passed_over)
+    if is_divided(splits.train.root):  # else both count all of it
+        total.update(splits.validation.passed_over)
+    if total:
+        kinds = ", ".join(suffix or "none" for suffix, _ in total.most_common(3))
+        yield f"{total.total():,} files are passed over, whose names do not end as those of images do ({kinds})"
 
 
 def _validated(splits: Splits) -> str:

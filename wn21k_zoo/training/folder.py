@@ -15,10 +15,11 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,7 @@ class _Listing:
     names: _Names
     targets: NDArray[np.int32]
     hashes: NDArray[np.uint64]
+    passed_over: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -72,6 +74,7 @@ class FolderDataset:
         class_names: Names of the class folders (NFC) in byte order; a target is an index of it.
         targets: Of each image, [n] int32.
         left_out: Images whose classes a label space lacks.
+        passed_over: How many files there are, by suffix, whose names are not those of images; also of other splits.
     """
 
     root: Path
@@ -82,6 +85,7 @@ class FolderDataset:
     _numbers: NDArray[np.int64]
     _hashes: NDArray[np.uint64]
     left_out: int = 0
+    passed_over: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -292,8 +296,9 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
 def _listing(root: Path, folders: Sequence[Sequence[str]]) -> _Listing:
     """What is in the folders of each class."""
     texts, lengths, hashes = [], [], []
+    passed_over = Counter[str]()
     for of_class in folders:
-        names = [os.fsencode(name) for folder in of_class for name in _images(root, folder)]
+        names = [os.fsencode(name) for folder in of_class for name in _images(root, folder, passed_over)]
         texts.append(b"".join(names))
         lengths.append(np.fromiter(map(len, names), np.int64, len(names)))
         hashes.append(np.frombuffer(b"".join(map(_hash, names)), ">u8"))
@@ -302,6 +307,7 @@ def _listing(root: Path, folders: Sequence[Sequence[str]]) -> _Listing:
         names=_Names(np.frombuffer(b"".join(texts), np.uint8), ends),
         targets=np.repeat(np.arange(len(folders), dtype=np.int32), [len(each) for each in lengths]),
         hashes=np.concatenate(hashes).astype(np.uint64),
+        passed_over=dict(passed_over.most_common()),
     )
 
 
@@ -332,6 +338,7 @@ def _dataset(
         _names=listing.names,
         _numbers=numbers,
         _hashes=listing.hashes[numbers],
+        passed_over=listing.passed_over,
     )
 
 
@@ -387,13 +394,19 @@ def _composed_bytes(name: bytes) -> bytes:
     return name if name.isascii() else os.fsencode(composed(os.fsdecode(name)))
 
 
-def _images(root: Path, below: str) -> list[str]:
-    """Without hidden ones, such as the ._photo.jpg beside each photo.jpg that macOS copies to other file systems."""
-    found = (
-        f"{below}/{name}"
-        for name, _ in files_below(root / below)
-        if _is_image(name) and not any(map(is_hidden, name.split("/")))
-    )
+def _images(root: Path, below: str, passed_over: Counter[str]) -> list[str]:
+    """Without hidden ones, such as the ._photo.jpg beside each photo.jpg that macOS copies to other file systems.
+
+    Other files are counted in ``passed_over``.
+    """
+    found = []
+    for name, _ in files_below(root / below):
+        if any(map(is_hidden, name.split("/"))):
+            continue
+        if _is_image(name):
+            found.append(f"{below}/{name}")
+        else:
+            passed_over[PurePosixPath(name).suffix.lower()] += 1
     names = sorted(found, key=composed)
     if any(name.lower().endswith((".heic", ".heif")) for name in names) and find_spec("pillow_heif") is None:
         raise MissingExtraError(f"{root / below} has HEIF photographs, which", "heif")
