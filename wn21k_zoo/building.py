@@ -20,7 +20,7 @@ from wn21k_zoo.errors import (
     Wn21kError,
     first_line,
 )
-from wn21k_zoo.files import expanded, parse_json
+from wn21k_zoo.files import expanded, is_run, parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.on_disk import Fetched
 
@@ -32,7 +32,6 @@ __all__ = [
     "FOLDER_PREFIX",
     "HUB_PREFIX",
     "LABELS_FILE",
-    "RECIPE_FILE",
     "WEIGHT_FILES",
     "about_run",
     "as_folder",
@@ -43,7 +42,6 @@ __all__ = [
     "fetch_from_hub",
     "hub_source",
     "is_repo_id",
-    "is_run",
     "looks_like_path",
     "pretrained_config",
     "read_config",
@@ -54,7 +52,6 @@ HUB_PREFIX = "hf-hub:"
 FOLDER_PREFIX = "local-dir:"
 CONFIG_FILE = "config.json"
 LABELS_FILE = "wn21k_labels.json"
-RECIPE_FILE = "recipe.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # Of a pretrained configuration: where weights come from by hand, and what belongs to the architecture.
@@ -240,11 +237,6 @@ def build_from_folder(
             raise
         reason = first_line(error.__cause__ or error)
         raise ModelError(f"{folder / CONFIG_FILE} does not fit {architecture}: {reason}") from error
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run of training."""
-    return (folder / RECIPE_FILE).is_file()
 
 
 def about_run(folder: Path) -> str | None:

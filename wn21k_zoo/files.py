@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import json
@@ -16,17 +17,23 @@ from typing import IO, Any
 from wn21k_zoo.errors import DataOutputError, Wn21kError, first_line
 
 __all__ = [
+    "RECIPE_FILE",
     "atomic_file",
     "check_writable",
     "expanded",
     "in_package",
     "is_hidden",
+    "is_run",
     "parse_json",
     "replace",
     "sha256_of",
     "visible",
     "write_whole",
 ]
+
+
+RECIPE_FILE = "recipe.json"
+"""Of a run of training."""
 
 
 def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
@@ -79,8 +86,8 @@ def write_whole(path: Path, content: bytes | str, kind: type[Wn21kError] | None 
     except OSError as error:
         if kind is None:
             raise
-        why = error.strerror or first_line(error)
-        raise kind(f"{path} cannot be written: {why}; make room, or choose another place.") from error
+        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
+        raise kind(f"{path} cannot be written: {error.strerror or first_line(error)}; {advice}.") from error
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -131,6 +138,11 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run of training."""
+    return (folder / RECIPE_FILE).is_file()
 
 
 def in_package(package: str, path: str) -> Path | None:

@@ -111,7 +111,8 @@ def check_target(folder: str | os.PathLike[str], dtype: str | None, force: bool)
         raise InvalidArgumentError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}.")
     if target.exists() and not target.is_dir():
         raise InvalidArgumentError(f"{target} is a file; name a folder.")
-    others = [path for path in target.glob("*") if not path.name.startswith(".")]  # but .git, .DS_Store
+    there = target.iterdir() if target.is_dir() else ()
+    others = [path for path in there if not path.name.startswith(".")]  # but .git, .DS_Store
     if others and not force:
         raise InvalidArgumentError(
             f"{target} is not empty; choose another folder, or replace it with force=True (--force)."

@@ -103,11 +103,12 @@ def test_plot_export_evaluate(run, data, tmp_path):
 
 
 def test_evaluate_as_csv(run, data):
-    lines = wn21k("evaluate", run, data, "-j", 0, "-f", "csv").stdout.splitlines()
+    lines = wn21k("evaluate", run, data, "-j", 0, "-f", "csv", "--image-size", 48).stdout.splitlines()
     assert lines[0] == "figure,value"
     figures = dict(line.split(",", 1) for line in lines[1:])
     assert 0 <= float(figures["semantic_top1"]) <= 100
     assert figures["classes"].isdigit()
+    assert figures["input_size"] == "3 x 48 x 48"
 
 
 def test_a_plot_lies_in_its_run(run, tmp_path, monkeypatch):

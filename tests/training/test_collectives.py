@@ -16,10 +16,11 @@ from wn21k_zoo.training import distributed
 from wn21k_zoo.training.checkpoint_writer import copied
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World, join
-from wn21k_zoo.training.engine import Preempted
+from wn21k_zoo.training.engine import Preempted, train
 from wn21k_zoo.training.learner import Learner, check_finite
 from wn21k_zoo.training.splits import open_splits
 from wn21k_zoo.training.state import RunFolder
+from wn21k_zoo.training.train import main
 
 from .checks import assert_close_weights, assert_same_weights, final, lines, needs_compiler, run, run_told
 from .runs import small_recipe
@@ -88,7 +89,7 @@ def test_in_a_programs_own_process_group_its_gpu_is_taken(monkeypatch):
 
 
 @pytest.mark.parametrize(("chosen", "found"), [(None, "^NVLS,NVLSTree"), ("Ring", "Ring")])
-def test_sums_that_are_to_be_the_same_are_chosen_before_a_group_is_made(monkeypatch, chosen, found):
+def test_sums_that_are_to_be_the_same_are_chosen_before_a_group_is_made(data, tmp_path, monkeypatch, chosen, found):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "NCCL_ALGO": chosen}.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     seen = []
@@ -102,6 +103,15 @@ def test_sums_that_are_to_be_the_same_are_chosen_before_a_group_is_made(monkeypa
         with pytest.raises(TrainingError, match="cannot be reached"), join("cpu", deterministic):
             pass
     assert seen == [chosen, found]
+    recipe = recipe_for_two()
+    recipe.run.deterministic = True
+    with pytest.raises(TrainingError, match="cannot be reached"):
+        train(recipe, data, tmp_path / "run", device="cpu")
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    arguments = ["--recipe", tmp_path / "recipe.json", "--data", data, "--output", tmp_path / "run", "--device", "cpu"]
+    assert main([str(argument) for argument in arguments]) == 1
+    assert seen[2:] == [found, found]
+    assert os.environ.get("NCCL_ALGO") == chosen
 
 
 @pytest.mark.parametrize("world", ["cpu", GPU], indirect=True)

@@ -181,6 +181,18 @@ def test_position_embeddings_are_resampled_to_the_size_of_the_images(data, tmp_p
         evaluate(vit, data, label_space=ClassNames(WNIDS), **how)  # the caller's stays as it is
 
 
+def test_any_network_and_size_may_be_tried(run, data):
+    with pytest.raises(InvalidArgumentError, match=r"small does not take images of 8 pixels: .*image_size"):
+        evaluate(run, data, workers=0, image_size=8)
+    how = {"split": "all", "workers": 0, "head": "softmax", "label_space": ClassNames(WNIDS)}
+    half = timm.create_model("test_resnet", num_classes=len(WNIDS)).bfloat16()
+    half.fc.float()
+    assert evaluate(half, data, **how, image_size=32)["input_size"] == [3, 32, 32]
+    half.global_pool.register_forward_hook(lambda *_: [][1])
+    with pytest.raises(InvalidArgumentError, match=r"does not take images of 32 pixels: IndexError"):
+        evaluate(half, data, **how, image_size=32)
+
+
 def test_numbers_out_of_range(run, data):
     for wrong in ({"max_bad": -1}, {"max_bad": 1.5}, {"batch_size": 0}, {"batch_size": 2.5}, {"workers": -1}):
         with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):

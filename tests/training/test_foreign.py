@@ -193,6 +193,16 @@ def test_links_in_a_tar_are_no_images():
     assert [target for _, _, target in index_tar(file, "x.tar", CLASSES).tolist()] == [4]
 
 
+@pytest.mark.parametrize("rest", [b"", b"\0" * 10240, tar_bytes({"n02084071_1.jpg": b"b"})])
+def test_what_stands_behind_the_end_of_a_tar(rest):
+    whole = tar_bytes({"n02123045_1.jpg": b"a"})
+    assert [target for _, _, target in index_tar(io.BytesIO(whole + rest), "x.tar", CLASSES).tolist()] == [4]
+    cut = whole.rstrip(b"\0")
+    cut += b"\0" * (-len(cut) % 512)  # without its end
+    with pytest.raises(DataError, match=r"x\.tar is no WebDataset tar that can be read: .*no header"):
+        index_tar(io.BytesIO(cut + b"rubbish" * 100 + rest), "x.tar", CLASSES)
+
+
 def test_what_macos_lays_beside_tars_is_no_shard(tmp_path):
     (tmp_path / "imagenet-train-0000.tar").write_bytes(tar_bytes({f"{WNIDS[0]}_1.jpg": jpeg(0, 40, 40)}))
     (tmp_path / "._imagenet-train-0000.tar").write_bytes(b"x")

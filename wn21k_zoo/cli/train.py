@@ -129,7 +129,7 @@ def plan(
 
 def _run_of(recipe: str) -> RunFolder | None:
     """The folder of a run that is given for a recipe, and knows what it is trained on."""
-    from wn21k_zoo.building import RECIPE_FILE
+    from wn21k_zoo.files import RECIPE_FILE
     from wn21k_zoo.training.state import RunFolder
 
     place = Path(recipe)
@@ -218,7 +218,7 @@ def _expanded(runs: list[Path]) -> list[Path]:
 
 def _runs_in(folder: Path) -> list[Path]:
     """The folder itself, or, where it is no run and has some, those."""
-    from wn21k_zoo.building import RECIPE_FILE, is_run
+    from wn21k_zoo.files import RECIPE_FILE, is_run
 
     if is_run(folder) or not folder.is_dir():
         return [folder]
@@ -364,7 +364,8 @@ def evaluate(
 def _print_figures(figures: dict[str, Any], format: Format | None) -> None:  # noqa: A002
     if printed_as_json(figures, format):
         return
-    shown = {name: value for name, value in figures.items() if not isinstance(value, (dict, list))}
+    shown = {**figures, "input_size": " x ".join(map(str, figures["input_size"]))}
+    shown = {name: value for name, value in shown.items() if not isinstance(value, (dict, list))}
     shown |= {f"level {depth}": value for depth, value in figures.get("levels", {}).items()}
     if choose_format(format) is Format.table:
         shown = {name.replace("_", " "): _readable(value) for name, value in shown.items()}

@@ -140,18 +140,29 @@ def join(device: str | torch.device = "auto", deterministic: bool = False) -> It
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         yield World(0, 1, chosen)
         return
-    if deterministic:
-        os.environ.setdefault(NCCL_ALGORITHMS, _DETERMINISTIC)
-    try:
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(minutes=30),
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise TrainingError(f"The other processes cannot be reached: {first_line(error)}") from error
-    yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    with _same_sums() if deterministic else contextlib.nullcontext():
+        try:
+            dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo",
+                timeout=datetime.timedelta(minutes=30),
+                device_id=chosen if chosen.type == "cuda" else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise TrainingError(f"The other processes cannot be reached: {first_line(error)}") from error
+        yield World(dist.get_rank(), dist.get_world_size(), chosen)
     dist.destroy_process_group()  # not after an error: it might wait for ranks that wait for this one
+
+
+@contextlib.contextmanager
+def _same_sums() -> Iterator[None]:
+    """Within, NCCL takes no algorithms whose sums differ from time to time, unless somebody chose them."""
+    before = os.environ.get(NCCL_ALGORITHMS)
+    os.environ.setdefault(NCCL_ALGORITHMS, _DETERMINISTIC)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[NCCL_ALGORITHMS]
 
 
 def _of_the_group(chosen: torch.device) -> World:
@@ -159,9 +170,9 @@ def _of_the_group(chosen: torch.device) -> World:
         chosen = torch.device("cpu")
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", torch.cuda.current_device())
-    if (known := dist.get_backend_config()) and f"{chosen.type}:" not in known:
+    if dist.get_world_size() > 1 and f"{chosen.type}:" not in (known := dist.get_backend_config()):
         raise TrainingError(
-            f"The program's process group has no backend for {chosen.type} (it has {known}); name another device, or "
-            "make the group with one."
+            f"The program's process group has no backend for {chosen.type} (it has {known}); make the group with one, "
+            "or compute on a device that it has."
         )
     return World(dist.get_rank(), dist.get_world_size(), chosen)

@@ -119,8 +119,15 @@ def evaluate(
     module = subject.module.to(chosen)
     if not isinstance(model, nn.Module):  # one of the caller's stays as it is
         module.to(memory_format=layout)
+    own = dtype_of(module)  # of a network of the caller's
+    dtype = dtypes[precision] or (own if own in (torch.bfloat16, torch.float16) else None)
+
+    def run(images: Tensor) -> Any:
+        with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
+            return module(images.double() if own == torch.float64 else images)
+
     if image_size is not None:
-        take_size(subject, image_size, chosen, resample=not isinstance(model, nn.Module))
+        take_size(subject, image_size, run, chosen, resample=not isinstance(model, nn.Module))
     evaluation = Evaluation(tree, subject.head, classes_with_images(dataset), device=chosen, over_ranks=False)
     loader = Loader(
         dataset,
@@ -132,15 +139,12 @@ def evaluate(
         max_bad=max_bad,
         names=predictions is not None,
     )
-    own = dtype_of(module)  # of a network of the caller's
-    dtype = dtypes[precision] or (own if own in (torch.bfloat16, torch.float16) else None)
     total, begin = len(loader), time.perf_counter()
     with torch.inference_mode(), evaluating(module), _rows(predictions, subject.class_names) as write:
         for number, batch in enumerate(loader, start=1):
             if len(batch):  # else all its images are damaged
                 images = batch.images.contiguous(memory_format=layout)
-                with torch.autocast(chosen.type, dtype) if dtype is not None else contextlib.nullcontext():
-                    logits = module(images.double() if own == torch.float64 else images)
+                logits = run(images)
                 check_logits(logits, len(batch), subject.classes, subject.name)
                 write(batch, *evaluation.update(logits, batch.targets))
             progress(number, total)

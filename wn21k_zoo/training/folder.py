@@ -74,7 +74,8 @@ class FolderDataset:
         class_names: Names of the class folders (NFC) in byte order; a target is an index of it.
         targets: Of each image, [n] int32.
         left_out: Images whose classes a label space lacks.
-        passed_over: How many files there are, by suffix, whose names are not those of images; also of other splits.
+        passed_over: How many files there are, by suffix, whose names are not those of images; where it
+            is not divided into folders for its splits, in all of it.
     """
 
     root: Path

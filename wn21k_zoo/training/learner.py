@@ -314,7 +314,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         for weight, own in self.optimizer.state.items():
             for name, value in own.items():  # as it lies there, which may be otherwise than on another device
-                if value.dim() and value.shape == weight.shape:
+                if value.dim() and value.shape == weight.shape and value.stride() != weight.stride():
                     own[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
         self._schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])

@@ -55,14 +55,17 @@ class Counts(nn.Module):
         """Add to each column, in the rows that are named, whole numbers, [B] each.
 
         First among themselves: torch before 2.13 loses on MPS what is scattered into a column of another tensor
-        (https://github.com/pytorch/pytorch/issues/163327), and adds up there in 32 bits.
+        (https://github.com/pytorch/pytorch/issues/163327), and adds up there in 32 bits, enough for a batch of two
+        thousand images.
         """
         empty = torch.zeros(len(self.counts), dtype=torch.int64, device=self.counts.device)
         self.counts += torch.stack([empty.scatter_add(0, rows_b, each.long()) for each in columns_b], 1)
 
     def _total(self) -> list[int]:
         total = self.counts
-        if self.over_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
+        distributed = torch.distributed
+        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        if self.over_ranks and several:
             total = total.clone()
             torch.distributed.all_reduce(total)
         return [int(value) for value in total.flatten().tolist()]

@@ -177,7 +177,7 @@ def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_
     try:
         with evaluating(module):
             logits = module(torch.zeros(1, 3, size, size, device=device))
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
             raise
         raise wrong_size(what, size, error) from error

@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from wn21k_zoo.building import RECIPE_FILE, is_run
 from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
-from wn21k_zoo.files import expanded, parse_json, visible
+from wn21k_zoo.files import RECIPE_FILE, expanded, is_run, parse_json, visible
 from wn21k_zoo.training.recipe import ELSEWHERE, Model, Recipe, Section
 
 __all__ = ["listed_in", "load_recipe", "override", "shipped_recipes"]

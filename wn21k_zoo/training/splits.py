@@ -142,7 +142,7 @@ def training_augmentation(recipe: Recipe) -> Augmentation:
     return RandomCrop(size, scale=0.25) if recipe.data.augmentation == "finetune" else Squash(size)
 
 
-def evaluation_resize(recipe: Recipe) -> Augmentation:
-    """What a recipe does with images in evaluation: squash, or crop the centre."""
-    crop = recipe.data.crop_pct
-    return CenterCrop(recipe.data.size, crop) if crop else Squash(recipe.data.size)
+def evaluation_resize(recipe: Recipe, size: int | None = None) -> Augmentation:
+    """What a recipe does with images in evaluation, at its size or another: squash, or crop the centre."""
+    size, crop = size or recipe.data.size, recipe.data.crop_pct
+    return CenterCrop(size, crop) if crop else Squash(size)

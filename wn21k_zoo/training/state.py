@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 
-from wn21k_zoo.building import RECIPE_FILE, is_run
 from wn21k_zoo.errors import RecipeError, RunError, UnknownLabelSpaceError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import expanded, parse_json
+from wn21k_zoo.files import RECIPE_FILE, expanded, is_run, parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.status import STATUS_FILE, make_folder, read_status, write_status, write_text
@@ -101,7 +100,7 @@ class RunFolder:
         """
         make_folder(self.checkpoints)
         for left in self.checkpoints.glob("*.tmp*"):
-            with contextlib.suppress(PermissionError):
+            with contextlib.suppress(OSError):
                 left.unlink(missing_ok=True)
         write_text(self.path / RECIPE_FILE, recipe.to_json())
         write_text(self.path / DATA_FILE, json.dumps(dict(data), indent=1) + "\n")

@@ -11,9 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wn21k_zoo.building import RECIPE_FILE
 from wn21k_zoo.errors import RunError, first_line
-from wn21k_zoo.files import parse_json, write_whole
+from wn21k_zoo.files import RECIPE_FILE, parse_json, write_whole
 
 __all__ = ["STATUS_FILE", "make_folder", "mark_preempted", "read_status", "write_status", "write_text"]
 

@@ -12,14 +12,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image as PILImage
+from torch import Tensor
 
 from wn21k_zoo import building
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import InvalidArgumentError, UnknownModelError, first_line, is_out_of_memory, whole_number
-from wn21k_zoo.files import expanded
+from wn21k_zoo.files import expanded, is_run
 from wn21k_zoo.labels import ClassNames, LabelSpace
 from wn21k_zoo.models import LabelSpaceLike, ModelLike, load_model
-from wn21k_zoo.running import dtype_of, evaluating
+from wn21k_zoo.running import evaluating
 from wn21k_zoo.training.augment import Image
 from wn21k_zoo.training.data import Augmentation
 from wn21k_zoo.training.export import TRAINED_ON, load_run
@@ -72,21 +73,21 @@ def open_subject(
 ) -> Subject:
     """The model of :func:`wn21k_zoo.training.evaluate.evaluate`, with its arguments and what they raise."""
     size = None if image_size is None else whole_number("image_size", image_size, 1)
-    if isinstance(model, (str, os.PathLike)) and building.is_run(expanded(model, UnknownModelError)):
+    if isinstance(model, (str, os.PathLike)) and is_run(expanded(model, UnknownModelError)):
         if label_space is not None or head is not None:
             raise InvalidArgumentError(
                 f"{model} is a run and says what its classes and head are; leave out label_space and head."
             )
         trained = load_run(model, which)
         recipe = trained.recipe
-        recipe.data.size = size or recipe.data.size
+        pixels = size or recipe.data.size
         return Subject(
             name=recipe.name,
             module=Normalized(trained.module, recipe.model.mean, recipe.model.std),
             classes=trained.space or ClassNames(trained.class_names),
             head=recipe.loss.head,
-            resize=evaluation_resize(recipe),
-            input_size=[3, recipe.data.size, recipe.data.size],
+            resize=evaluation_resize(recipe, pixels),
+            input_size=[3, pixels, pixels],
             trained_on=trained.trained_on,
         )
     if which != "best":
@@ -136,12 +137,13 @@ def _own_resize(config: dict[str, Any]) -> _OwnResize:
     return _OwnResize(create_transform(**config, use_prefetcher=True))  # bytes, not normalised
 
 
-def take_size(subject: Subject, size: int, device: torch.device, resample: bool) -> None:
+def take_size(subject: Subject, size: int, run: Callable[[Tensor], Any], device: torch.device, resample: bool) -> None:
     """See that a network takes images of a size.
 
     Args:
         subject: Whose network.
         size: Width and height in pixels.
+        run: From images to logits, as in the evaluation.
         device: Where it is.
         resample: Whether its position embeddings may be changed to those of the size, where it can do that.
 
@@ -153,8 +155,8 @@ def take_size(subject: Subject, size: int, device: torch.device, resample: bool)
         if resample and callable(getattr(network, "set_input_size", None)):
             cast(Any, network).set_input_size(img_size=size)
         with torch.inference_mode(), evaluating(network):
-            network(torch.zeros(1, 3, size, size, device=device, dtype=dtype_of(network)))
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            run(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
             raise
         raise InvalidArgumentError(
