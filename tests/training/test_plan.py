@@ -40,6 +40,14 @@ def test_a_speed_that_is_none(speed):
         plan(presets.in21k("resnet50"), images_per_second=speed)
 
 
+def test_a_plan_of_fewer_steps_than_epochs_have():
+    recipe = small_recipe(schedule={"epochs": 2, "max_steps": 7})
+    figures = plan(recipe, images=80, images_per_second=10)
+    assert (figures.steps_per_epoch, figures.steps, figures.epochs, figures.images_seen) == (10, 7, 0.7, 56)
+    recipe.schedule.max_steps = 21
+    assert plan(recipe, images=80).steps == 20
+
+
 def test_a_plan_counts_what_a_run_does():
     recipe = presets.in21k("resnet50")
     for gpus, accumulation in ((1, 8), (8, 1), (16, 1)):

@@ -18,7 +18,7 @@ from wn21k_zoo.training.teacher import Translated, build_teacher, digest_of
 from wn21k_zoo.tree import SemanticTree
 
 from .checks import lines, run
-from .runs import small_recipe
+from .runs import make_folder, small_recipe
 
 # mammal, person, plant; feline, canine; lion
 WNIDS = ("n01861778", "n00007846", "n00017222", "n02120997", "n02083346", "n02129165")
@@ -217,6 +217,21 @@ def test_a_teacher_that_does_not_say_how_it_is_read_is_asked_for(tmp_path):
     student.loss.teacher, student.loss.distillation_weight = None, 0.0
     with pytest.raises(RecipeError, match=r"there is no loss\.teacher\."):
         student.check()
+
+
+def test_a_teacher_of_classes_that_are_no_synsets_is_refused(tmp_path):
+    names = ("cat", "dog", "house")
+    module = timm.create_model("test_convnext", num_classes=len(names))
+    save_for_hf(module, tmp_path / "folder", model_config={"label_names": list(names)})
+    recipe = small_recipe(data={"label_space": None}, loss={"kind": "single_label"}, schedule={"max_steps": 1})
+    run(recipe, make_folder(tmp_path / "images", names=names), tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*.pt")
+    for teacher in (tmp_path / "folder", checkpoint):
+        student = small_recipe(loss={"teacher": str(teacher), "distillation_weight": 1.0})
+        with pytest.raises(
+            RecipeError, match=rf"The classes of loss\.teacher .*{teacher.name} are not known to be synsets"
+        ):
+            build_teacher(student, TREE.label_space, Levels(TREE, "level"))
 
 
 def test_a_teachers_digest_is_of_all_its_weights_and_buffers():
