@@ -13,7 +13,7 @@ from timm.data import create_transform
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 
 stats = pytest.importorskip("scipy.stats")
-pytest.importorskip("cv2")
+cv2 = pytest.importorskip("cv2")
 
 from wn21k_zoo.training import crops  # noqa: E402
 from wn21k_zoo.training.augment import OPERATIONS, Operation, Squash  # noqa: E402
@@ -143,6 +143,16 @@ def test_what_is_made_smaller_is_averaged_and_what_is_made_larger_is_smooth():
         found = RandomCrop(16, scale=1.0)(image, Random(seed))
         assert min(np.abs(each - means).max() for each in (found, found[:, ::-1])) <= 1
         assert len(np.unique(RandomCrop(16, scale=1.0)(steps, Random(seed)))) > 2
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (8, 64)])
+def test_a_part_that_is_smaller_in_one_direction_is_averaged_there(monkeypatch, shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    monkeypatch.setattr(crops, "_part", lambda *_: (0, 0, *shape))
+    found = RandomCrop(16)(image, Random(3))
+    ways = [cv2.resize(image, (16, 16), interpolation=way) for way in (cv2.INTER_AREA, cv2.INTER_LINEAR)]
+    same = [any(np.array_equal(found, each) for each in (way, way[:, ::-1])) for way in ways]
+    assert same == [True, False]
 
 
 def test_what_is_erased_is_noise_of_its_own():

@@ -42,7 +42,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_run_leaves_what_it_should(data, tmp_path):
+    begin = time.perf_counter()
     figures = run(small_recipe(), data, tmp_path / "run")
+    assert figures["images"] / figures["images_per_second"] < time.perf_counter() - begin
     folder = RunFolder(tmp_path / "run")
     assert folder.status() == {"state": "finished", "step": 12, "total": 12}
     assert folder.recipe() == small_recipe()
