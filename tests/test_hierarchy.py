@@ -141,6 +141,28 @@ def test_the_path_follows_the_tree_to_the_best_child(indices, seed):
     assert not tree.children(nodes[-1])
 
 
+@settings(max_examples=50, deadline=None)
+@given(classes, seeds)
+def test_what_leaves_have_of_any_scores_is_one(indices, seed):
+    tree = SemanticTree.from_label_space(space_of(indices))
+    hierarchy = Hierarchy(tree)
+    scores = torch.from_numpy(np.random.default_rng(seed).random((3, len(tree)), np.float32))
+    mass = hierarchy.leaf_mass(scores)
+    leaves = torch.tensor([not tree.children(int(index)) for index in hierarchy.order])
+    torch.testing.assert_close(mass.sum(1), torch.ones(3))
+    assert (mass[:, ~leaves] == 0).all()
+    mass = dict(zip((tree.wnids[index] for index in hierarchy.order), mass[0].tolist(), strict=True))
+    score = dict(zip((tree.wnids[index] for index in hierarchy.order), scores[0].tolist(), strict=True))
+    for wnid in (tree.wnids[index] for index in hierarchy.order[leaves.numpy()]):
+        expected, node = 1.0, tree[wnid]
+        while node is not None:
+            above = tree.parent(node)
+            siblings = tree.children(above) if above is not None else tree.roots
+            expected *= score[node.wnid] / sum(score[each.wnid] for each in siblings)
+            node = above
+        assert mass[wnid] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
 def test_ties_and_zeros():
     tree = SemanticTree.from_wnids(["n02123597", "n02123045", "n02121808", "n02084071"])
     hierarchy = Hierarchy(tree)
