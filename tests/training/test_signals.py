@@ -103,3 +103,8 @@ def test_other_ranks_wait_until_the_leading_one_is_done(tmp_path, state):
     rescue(begin + 0.4)
     assert (time.monotonic() - begin >= 0.4) == (state == "running")
     assert read_status(tmp_path)["state"] == state
+
+
+def test_a_failure_of_a_run_before_does_not_keep_the_mark_away(tmp_path):
+    Rescue(a_run(tmp_path, "failed"), ALONE)(time.monotonic() + 5)
+    assert read_status(tmp_path)["state"] == "preempted"

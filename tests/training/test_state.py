@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import time
 import weakref
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from wn21k_zoo.errors import RunError
+from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import checkpoint_writer
 from wn21k_zoo.training.checkpoint_writer import CheckpointWriter
 from wn21k_zoo.training.state import FORMAT, RunFolder, read_checkpoint
@@ -312,3 +314,40 @@ def test_of_damaged_checkpoints_the_last_stay(data, tmp_path):
         (tmp_path / "status.json").unlink()
         run(small_recipe(), data, tmp_path)
     assert [path.name for path in folder.checkpoints.glob("*.damaged")] == ["step-00000999.damaged"]
+
+
+def test_classes_of_a_shipped_label_space_are_known_by_its_name(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.begin(small_recipe(), {"label_space": "imagenet1k", "class_names": None})
+    assert folder.classes()[1] == LabelSpace.load("imagenet1k").wnids
+
+
+def test_a_run_without_a_checkpoint_may_be_begun_anew(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.begin(small_recipe(), {})
+    folder.check(small_recipe(optimizer={"lr": 0.1}), {"classes": "others"})
+    assert folder.begun() is None
+
+
+def test_the_best_is_there_on_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(checkpoint_writer.os, "link", refused)
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    writer = CheckpointWriter(folder, keep=2)
+    for step in (6, 12):
+        writer.save({"format": FORMAT, "step": step}, best=True, wait=True)
+        assert read_checkpoint(folder.best) == {"format": FORMAT, "step": step}
+    writer.close()
+
+
+def test_the_last_checkpoint_is_there_when_it_is_closed(tmp_path, monkeypatch):
+    folder, save = RunFolder(tmp_path), torch.save
+    folder.checkpoints.mkdir()
+    monkeypatch.setattr(torch, "save", lambda *given: time.sleep(0.3) or save(*given))
+    writer = CheckpointWriter(folder, keep=2)
+    writer.save({"format": FORMAT, "step": 1})
+    writer.close()
+    assert folder.newest_step() == 1
