@@ -24,6 +24,7 @@ __all__ = [
     "in_package",
     "is_hidden",
     "is_run",
+    "make_folder",
     "parse_json",
     "replace",
     "sha256_of",
@@ -88,6 +89,18 @@ def write_whole(path: Path, content: bytes | str, kind: type[Wn21kError] | None 
             raise
         advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
         raise kind(f"{path} cannot be written: {error.strerror or first_line(error)}; {advice}.") from error
+
+
+def make_folder(folder: Path, kind: type[Wn21kError], advice: str) -> None:
+    """Make a folder, where it is not there yet.
+
+    Raises:
+        Wn21kError: Of that kind, with the advice: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise kind(f"{folder} cannot be made: {first_line(error)}; {advice}") from None
 
 
 def parse_json(text: str | bytes) -> Any:

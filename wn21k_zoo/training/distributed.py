@@ -162,7 +162,7 @@ def _same_sums() -> Iterator[None]:
         yield
     finally:
         if before is None:
-            del os.environ[NCCL_ALGORITHMS]
+            os.environ.pop(NCCL_ALGORITHMS, None)
 
 
 def _of_the_group(chosen: torch.device) -> World:

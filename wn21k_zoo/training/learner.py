@@ -365,7 +365,7 @@ def _settle(network: DistributedDataParallel, size: int, device: torch.device) -
     between: to other bits where there are three ranks or more. It changes no weights and no statistics.
     """
     with warnings.catch_warnings():
-        # Of parameters such as a class token; what it says costs nothing that can be measured.
+        # Of parameters such as a class token, whose gradients DDP then copies; they are small.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         network.eval()(torch.zeros(1, 3, size, size, device=device)).sum().backward()
     network.zero_grad(set_to_none=True)

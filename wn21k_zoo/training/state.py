@@ -29,7 +29,7 @@ from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.files import RECIPE_FILE, expanded, is_run, parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.recipe import Recipe
-from wn21k_zoo.training.status import STATUS_FILE, make_folder, read_status, write_status, write_text
+from wn21k_zoo.training.status import STATUS_FILE, make_run_folder, read_status, write_status, write_text
 
 __all__ = ["DATA_FILE", "FORMAT", "RunFolder", "names_of", "read_checkpoint", "read_lines", "score"]
 
@@ -98,7 +98,7 @@ class RunFolder:
         Raises:
             RunError: The folder cannot be written.
         """
-        make_folder(self.checkpoints)
+        make_run_folder(self.checkpoints)
         for left in self.checkpoints.glob("*.tmp*"):
             with contextlib.suppress(OSError):
                 left.unlink(missing_ok=True)
@@ -112,7 +112,7 @@ class RunFolder:
         Raises:
             RunError: One does.
         """
-        make_folder(self.path)
+        make_run_folder(self.path)
         busy = f"Another run is writing to {self.path}; wait for it, or name another output folder."
         with exclusive(self.path / ".lock", RunError, "name another output folder.", busy=busy, seconds=2):
             yield

@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wn21k_zoo.errors import RunError, first_line
-from wn21k_zoo.files import RECIPE_FILE, parse_json, write_whole
+from wn21k_zoo.errors import RunError
+from wn21k_zoo.files import RECIPE_FILE, make_folder, parse_json, write_whole
 
-__all__ = ["STATUS_FILE", "make_folder", "mark_preempted", "read_status", "write_status", "write_text"]
+__all__ = ["STATUS_FILE", "make_run_folder", "mark_preempted", "read_status", "write_status", "write_text"]
 
 STATUS_FILE = "status.json"
 
@@ -28,16 +28,13 @@ def read_status(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def make_folder(path: Path) -> None:
+def make_run_folder(path: Path) -> None:
     """Make a folder of a run, where it is not there yet.
 
     Raises:
         RunError: It cannot be made.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{path} cannot be made: {first_line(error)}; name another output folder.") from None
+    make_folder(path, RunError, "name another output folder.")
 
 
 def write_status(folder: Path, state: str, step: int, **more: Any) -> None:
@@ -87,5 +84,5 @@ def mark_preempted(folder: Path, step: int | None = None) -> None:
     except OSError:  # a file
         return
     kept = {key: value for key, value in status.items() if key == "total"}
-    make_folder(folder)
+    make_run_folder(folder)
     write_status(folder, "preempted", status.get("step", 0) if step is None else step, **kept)

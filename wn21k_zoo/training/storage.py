@@ -20,7 +20,7 @@ import platformdirs
 
 from wn21k_zoo.errors import DataError, DiskSpaceError, InvalidArgumentError, Wn21kError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import expanded, replace, sha256_of
+from wn21k_zoo.files import expanded, make_folder, replace, sha256_of
 
 __all__ = ["Stage", "Storage", "data_cache_dir", "default_stage", "make_cache_folder", "open_storage"]
 
@@ -39,10 +39,7 @@ def make_cache_folder(folder: Path) -> None:
     Raises:
         DataError: It cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be made: {first_line(error)}; set WN21K_DATA_CACHE to another one.") from None
+    make_folder(folder, DataError, "set WN21K_DATA_CACHE to another one.")
 
 
 @dataclass(frozen=True)
