@@ -27,7 +27,7 @@ from wn21k_zoo.errors import (
 from wn21k_zoo.labels import ClassNames, LabelSpace
 from wn21k_zoo.models import LoadedModel
 from wn21k_zoo.prediction import error_to_dict, json_schema
-from wn21k_zoo.reading import largest
+from wn21k_zoo.reading import TreeReader, largest
 from wn21k_zoo.running import _RUNNING
 
 CAT = "sample:cat"
@@ -378,6 +378,14 @@ def test_largest():
     assert largest(values, 99, above=0.1).tolist() == [1, 2, 4]
     assert largest(values, 4).tolist() == [1, 2, 4, 0]
     assert largest(values, 99).tolist() == [1, 2, 4, 0, 3]
+    many = np.tile(np.array([0.5, 0.25], np.float32), 100)  # sorted in a stable way, whatever their number
+    assert largest(many, 150).tolist() == [*range(0, 200, 2), *range(1, 100, 2)]
+
+
+def test_labels_of_no_probability_are_not_listed():
+    tree = SemanticTree.from_wnids(["n02121808", "n02084071", "n00017222"])
+    (found,) = TreeReader(tree, tree.label_space, "softmax", "cpu")(torch.tensor([[200.0, 0.0, 0.0]]), 5)
+    assert [[label.wnid for label in level.labels] for level in found["levels"]] == [["n02121808"]]
 
 
 def test_changed_weights_are_never_loaded(tmp_path):

@@ -264,6 +264,7 @@ def test_bad_published_files(tmp_path, monkeypatch):
         "none": {"class_list": None, "class_tree_list": []},
         "number": {**good, "class_tree_list": 5},
         "words": {**good, "class_tree_list": [["a"], [1]]},
+        "mixed": {**good, "class_tree_list": [[0], [1, "a"]]},
         "hostile": {**good, "class_list": Hostile()},
     }.items():
         torch.save(content, f"{name}.pth")

@@ -501,3 +501,10 @@ def test_figures_of_another_step_are_not_those_of_a_checkpoint(run):
     state = folder.newest()
     assert Trained(folder, state).figures["step"] == state["step"]
     assert Trained(folder, state | {"figures": state["figures"] | {"step": 1}}).figures == {}
+
+
+def test_only_a_folder_is_known_again_by_its_classes(shards, tmp_path):
+    recipe = small_recipe(loss={"kind": "single_label"}, schedule={"max_steps": 1}, data={"label_space": "fall11"})
+    train(recipe, shards, tmp_path / "run", ALONE, workers=0)
+    config = json.loads((export_run(tmp_path / "run", tmp_path / "model") / "config.json").read_text())
+    assert "trained_on" not in config

@@ -224,6 +224,11 @@ def test_what_is_no_data_set(tmp_path):
     (tmp_path / "archives" / f"{WNIDS[0]}.tar").touch()
     with pytest.raises(DataError, match="`wn21k data prepare` makes shards of archives of classes"):
         open_dataset(tmp_path / "archives")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "photo.tar").touch()
+    with pytest.raises(DataError) as error:
+        open_dataset(tmp_path / "others")
+    assert "archives of classes" not in str(error.value)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="is a file; name a folder of class folders"):
         open_folder(tmp_path / "file")
@@ -294,3 +299,9 @@ def test_more_damaged_files_than_allowed_end_the_epoch(tmp_path):
         open_folder(tmp_path, "all"), batch_size=4, training=False, augmentation=CenterCrop(8), max_bad=0.02
     )
     assert sum(len(batch) for batch in loader) == 40
+
+
+def test_a_class_called_train_beside_val_is_explained(tmp_path):
+    make_folder(tmp_path, names=("train", "val"), images=2)
+    with pytest.raises(DataError, match="a class cannot be called train beside one called val or test"):
+        open_folder(tmp_path)

@@ -163,3 +163,9 @@ def test_moments_lie_as_the_weights_do_wherever_they_were_made(data):
                 assert value.stride() == weight.stride()
                 laid_out_anew += value.stride() != before.stride()
     assert laid_out_anew > 10
+
+
+def test_batch_statistics_over_ranks_need_gpus(data):
+    recipe = small_recipe("test_efficientnet", model={"sync_batchnorm": True})
+    with pytest.raises(RecipeError, match=r"model\.sync_batchnorm needs GPUs"):
+        Learner(recipe, open_splits(recipe, data), World(0, 2, torch.device("cpu")), 12)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from tests.training.published_losses import CLOSE, LOSSES, ORDERS, WAYS, loss_values
 from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
+from wn21k_zoo.training import losses
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import (
     MultiLabelLoss,
@@ -319,3 +320,27 @@ def test_logits_are_of_a_floating_type():
                 loss_of(logits, torch.tensor([0, 1]))
     with pytest.raises(InvalidArgumentError, match="label_smoothing must be"):
         SemanticSoftmaxLoss(SMALL, "a")
+
+
+def test_negatives_below_the_clip_count_nothing_whatever_the_exponent():
+    loss_of = MultiLabelLoss(SMALL, gamma_negative=0, gamma_positive=0, clip=0.1)
+    logits = torch.full((1, len(SMALL)), -9.0)
+    logits[0, SMALL.class_tree_list[3]] = 30.0
+    assert loss_of(logits, torch.tensor([3])).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_losses_have_no_state():
+    """A checkpoint with a loss in it loads whatever the version made of its constants."""
+    for loss_of in (SemanticSoftmaxLoss(SMALL), SingleLabelLoss(SMALL), MultiLabelLoss(SMALL)):
+        assert not loss_of.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_compilers_are_told_of_the_loss_is_so(order, dtype):
+    levels = SemanticSoftmaxLoss(SMALL, order=order).levels
+    places = (levels.columns, levels.positions) if order == "published" else (None, None)
+    bounds = [where.start for where in levels.slices], [where.stop for where in levels.slices]
+    logits = torch.randn(3, len(SMALL), dtype=dtype)
+    given = (logits, levels.ancestors[:3], *places, *bounds, list(levels.weights), 0.2)
+    torch.library.opcheck(losses._semantic_softmax, given, test_utils=("test_schema", "test_faketensor"))

@@ -58,3 +58,13 @@ def test_with_both_each_has_half_of_the_batches():
 def test_one_image_stays_as_it_is():
     for ways in ((1.0, 0.0), (0.0, 1.0)):
         torch.testing.assert_close(mix(IMAGES[2:3], *ways)[0], IMAGES[2:3])
+
+
+def test_a_rectangle_may_touch_every_edge():
+    touched = set()
+    for seed in range(100):
+        torch.manual_seed(seed)
+        others = (mix(IMAGES, 0.0, 1.0)[0] != IMAGES)[0, 0]
+        edges = {"top": others[0], "bottom": others[-1], "left": others[:, 0], "right": others[:, -1]}
+        touched |= {edge for edge, part in edges.items() if part.any()}
+    assert touched == {"top", "bottom", "left", "right"}

@@ -159,3 +159,12 @@ def test_what_cannot_be_frozen_is_refused():
         small_recipe(model={"freeze_backbone": True}).check()
     with pytest.raises(RecipeError, match="no classifier to train alone"):
         freeze_backbone(timm.create_model("test_convnext", num_classes=0))
+
+
+def test_a_recipe_is_left_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    recipe = small_recipe(model={"start": "model"}, loss={"teacher": "model"})
+    before = recipe.model_copy(deep=True)
+    assert resolved(recipe) != before
+    assert recipe == before

@@ -1,6 +1,7 @@
 """Images one by one, for the loaders of others."""
 
 import io
+import os
 import pickle
 
 import numpy as np
@@ -98,3 +99,13 @@ def test_what_was_read_from_last_stays_open(shards, monkeypatch):
     for number in (0, 1, 0, 2, 0, 1):
         assert one[number][1] == number
     assert opened == [0, 1, 2, 1]
+
+
+def test_a_fork_opens_shards_of_its_own(shards, monkeypatch):
+    dataset, opened = open_dataset(shards), []
+    monkeypatch.setattr(type(dataset), "open", lambda self, number: opened.append(number) or (io.BytesIO(), number))
+    one = OpenShards(dataset, 2)
+    assert one[0][1] == 0
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert one[0][1] == 0
+    assert opened == [0, 0]

@@ -1,7 +1,9 @@
 """A process that is told to stop, and what is rescued of a run that does not come to its end."""
 
+import io
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -108,3 +110,13 @@ def test_other_ranks_wait_until_the_leading_one_is_done(tmp_path, state):
 def test_a_failure_of_a_run_before_does_not_keep_the_mark_away(tmp_path):
     Rescue(a_run(tmp_path, "failed"), ALONE)(time.monotonic() + 5)
     assert read_status(tmp_path)["state"] == "preempted"
+
+
+def test_a_terminal_has_its_cursor_back(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    Rescue(a_run(tmp_path), ALONE)(time.monotonic() + 5)
+    assert "\x1b[?25h" in sys.stderr.getvalue()

@@ -15,7 +15,7 @@ from wn21k_zoo.errors import RunError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import checkpoint_writer
 from wn21k_zoo.training.checkpoint_writer import CheckpointWriter
-from wn21k_zoo.training.state import FORMAT, RunFolder, read_checkpoint
+from wn21k_zoo.training.state import FORMAT, RunFolder, read_checkpoint, read_lines
 
 from .checks import assert_same_weights, final, run
 from .runs import (
@@ -351,3 +351,32 @@ def test_the_last_checkpoint_is_there_when_it_is_closed(tmp_path, monkeypatch):
     writer.save({"format": FORMAT, "step": 1})
     writer.close()
     assert folder.newest_step() == 1
+
+
+def test_what_could_not_be_written_is_said_by_the_next(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    writer = CheckpointWriter(folder, keep=2)
+    monkeypatch.setattr(torch, "save", full)
+    writer.write({"format": FORMAT, "step": 1})
+    with pytest.raises(RunError, match="No space left"):
+        writer.save({"format": FORMAT, "step": 2})
+
+
+def test_the_best_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    folder, calls, fsync, link = RunFolder(tmp_path), [], os.fsync, os.link
+    folder.checkpoints.mkdir()
+    monkeypatch.setattr(os, "fsync", lambda *given: calls.append("fsync") or fsync(*given))
+    monkeypatch.setattr(os, "link", lambda *given: calls.append("link") or link(*given))
+    CheckpointWriter(folder, keep=2).save({"format": FORMAT, "step": 6}, best=True, wait=True)
+    assert calls[:2] == ["fsync", "link"]
+
+
+def test_damaged_bytes_of_the_lines_are_left_out(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_bytes(b'{"kind": "train", "step": 6}\n{"kind": "tr\xff\x00')
+    assert read_lines(folder.metrics) == [{"kind": "train", "step": 6}]

@@ -241,3 +241,9 @@ def test_a_teachers_digest_is_of_all_its_weights_and_buffers():
         change += 1
         digests.add(digest_of(module))
     assert len(digests) == 4
+
+
+def test_a_random_teacher_takes_images_of_the_size_of_the_recipe(tmp_path):
+    recipe = small_recipe("vit_tiny_patch16_224", loss={"teacher": f"random:{tmp_path}", "distillation_weight": 1.0})
+    teacher, _, _ = build_teacher(recipe, TREE.label_space, Levels(TREE, "level"))
+    assert teacher(torch.rand(2, 3, 32, 32)).shape == (2, len(WNIDS))
