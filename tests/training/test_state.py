@@ -375,7 +375,7 @@ def test_the_best_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         synced.add(os.fstat(descriptor).st_ino)
 
     def checking(source, target):
-        linked.append(os.stat(source).st_ino in synced)
+        linked.append(Path(source).stat().st_ino in synced)
         link(source, target)
 
     folder.checkpoints.mkdir()
