@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from wn21k_zoo.errors import NonFiniteError, first_line
 from wn21k_zoo.training.distributed import World
@@ -94,14 +96,29 @@ def in_ninth_step(action):
     Criterion.forward = changed
 
 
+class Measured(nn.Module):
+    """A network that counts what it gives."""
+
+    def __init__(self, evaluation):
+        super().__init__()
+        self.evaluation, self.scale = evaluation, nn.Parameter(torch.ones(()))
+
+    def forward(self, logits, targets):
+        self.evaluation.update(logits * self.scale, targets)
+        return logits * self.scale
+
+
 def measure_on_rank(store, rank, world_size, results):
-    """Counts every world_size-th row of a batch and puts what all ranks say together."""
+    """Counts every world_size-th row of two batches, in a network under DDP, and puts what all ranks say together."""
     joined(store, rank, world_size)
     tree = SemanticTree.from_wnids(WNIDS)
     generator = torch.Generator().manual_seed(3)
     logits, targets = torch.randn(101, 6, generator=generator), torch.randint(0, 6, (101,), generator=generator)
     evaluation = Evaluation(tree, "semantic_softmax", range(6))
-    evaluation.update(logits[rank::world_size], targets[rank::world_size])
+    measured = Measured(evaluation)
+    network = DistributedDataParallel(measured) if world_size > 1 else measured
+    for batch in (slice(0, 50), slice(50, None)):
+        network(logits[batch][rank::world_size], targets[batch][rank::world_size])
     evaluation.compute()  # as a second time, the counts of this rank are its own still
     results.put(evaluation.compute())
     if world_size > 1:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from dataclasses import dataclass
+from itertools import islice
 
 import cv2
 import numpy as np
@@ -232,6 +233,18 @@ def test_a_look_at_a_batch_costs_an_evaluation_nothing(shards):
     assert sum(map(len, looked_at)) == sum(map(len, looked_at)) == 8
     looked_at.load_state_dict({"epoch": 0, "samples_seen": 6})
     assert sum(map(len, looked_at)) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_who_counts_batches_misses_no_epoch(shards, workers):
+    """Trainers of others take as many as ``len`` says, and never ask for the one after the last."""
+    counting, asking = loader(shards, workers=workers), loader(shards)
+    for epoch in range(3):
+        same(batches(islice(counting, len(counting))), batches(asking))
+        assert counting.state_dict()["epoch"] == epoch
+    going_on = loader(shards)
+    going_on.load_state_dict(counting.state_dict())
+    same(batches(going_on), batches(asking))
 
 
 def test_what_cannot_be_is_refused(shards, tmp_path):

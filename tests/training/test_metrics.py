@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -352,3 +353,30 @@ def test_confidences_that_are_none_are_told(value):
     metric.update(torch.tensor([value, 0.5]), torch.tensor([True, True]), counted)
     with pytest.raises(InvalidArgumentError, match="confidences of 1 images are not in"):
         metric.compute()
+
+
+def test_counts_go_where_a_metric_goes_and_nowhere_else():
+    metric, targets = SemanticAccuracy(TREE), torch.arange(3)
+    metric.update(torch.eye(len(TREE))[:3], targets)
+    before = metric.compute()
+    assert metric.half().compute() == metric.double().compute() == before
+    assert not metric.state_dict()
+    assert "counts" not in dict(metric.named_buffers())  # which DDP would overwrite
+    assert metric.to("meta").counts.device.type == "meta"
+    shared = ClassAccuracy(3)
+    other = copy.copy(shared)  # as a process has it that was given the memory
+    shared.update(targets, targets)
+    assert (shared.compute(), other.compute()) == ({"balanced_top1": 100.0}, {"balanced_top1": 0.0})
+    shared.reset()
+    assert shared.per_class() == {}
+
+
+def test_all_count_where_nothing_else_is_said():
+    targets, everything = torch.arange(3), torch.ones(3, dtype=torch.bool)
+    for metric, predictions in ((ClassAccuracy(3), targets.flip(0)), (Calibration(), torch.tensor([0.1, 0.5, 0.9]))):
+        second = targets if isinstance(metric, ClassAccuracy) else everything
+        metric.update(predictions, second)
+        once = metric.compute()
+        metric.reset()
+        metric.update(predictions, second, everything)
+        assert metric.compute() == once

@@ -208,6 +208,7 @@ def test_tensorboard_has_every_step_of_a_resumed_run(data, tmp_path, stop_at):
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [*range(1, 13)]
     assert [event.step for event in events.Scalars("evaluation/top1")] == [6, 12]
+    assert [event.step for event in events.Scalars("evaluation/level_01")] == [6, 12]
 
 
 def test_what_a_start_said_is_known_after_a_resume_by_the_runs_own_recipe(data, tmp_path, stop_at):

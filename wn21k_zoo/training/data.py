@@ -64,7 +64,7 @@ class LoaderState(TypedDict):
     samples_seen: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """What one rank gets of one batch; ``images, targets = batch`` unpacks the two that training needs.
 
@@ -89,8 +89,9 @@ class Batch:
 class Loader:
     """Batches of a data set for one rank.
 
-    In training, iterating gives the rest of the current epoch and then stands at the beginning of the next; all ranks
-    get equally many full batches, and what is left of an epoch at its end, less than a batch, is left out. In
+    In training, iterating gives the rest of the current epoch, or the next one where nothing is left, and then stands
+    at the beginning of the next; all ranks get equally many full batches, and what is left of an epoch at its end, less
+    than a batch, is left out. In
     evaluation it gives all samples, unless :meth:`load_state_dict` came just before, in their own order, each exactly
     once over all ranks; a rank's last batch may be smaller, or missing.
 
@@ -200,11 +201,16 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         if not self.training and not self._told:
             self._plan.samples_seen = 0
+        elif self.training and next(iter(self._plan), None) is None:  # who counts batches never asks for one too many
+            self._begin_next_epoch()
         self._told = False
         self._bad_of_epoch = self._seen_of_epoch = 0
         for seen, batch in self._on_device(self._loaded()):
             self._plan.samples_seen = seen
             yield batch
+        self._begin_next_epoch()
+
+    def _begin_next_epoch(self) -> None:
         self._plan.epoch, self._plan.samples_seen = self._plan.epoch + 1, 0
 
     def state_dict(self) -> LoaderState:

@@ -9,7 +9,8 @@ Shape suffixes: B batch, N classes, K levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Self, TypedDict
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "HierarchicalDistances",
     "LeafAccuracy",
     "SemanticAccuracy",
+    "SemanticFigures",
 ]
 
 
@@ -45,11 +47,20 @@ class Counts(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.register_buffer("counts", torch.zeros(shape, dtype=torch.int64), persistent=False)
+        # No buffer: in a network under DDP rank 0's counts would take the place of all others' before each forward.
+        self.counts = torch.zeros(shape, dtype=torch.int64)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.counts = fn(self.counts)
+        return self
 
     def reset(self) -> None:
         """Forget all."""
-        self.counts.zero_()
+        self.counts = torch.zeros_like(self.counts)
+
+    def _count(self, more: Tensor) -> None:
+        self.counts = self.counts + more  # not in place: a program's processes may share what they were given
 
     def _add(self, rows_b: Tensor, *columns_b: Tensor) -> None:
         """Add to each column, in the rows that are named, whole numbers, [B] each.
@@ -59,7 +70,7 @@ class Counts(nn.Module):
         thousand images.
         """
         empty = torch.zeros(len(self.counts), dtype=torch.int64, device=self.counts.device)
-        self.counts += torch.stack([empty.scatter_add(0, rows_b, each.long()) for each in columns_b], 1)
+        self._count(torch.stack([empty.scatter_add(0, rows_b, each.long()) for each in columns_b], 1))
 
     def _total(self) -> list[int]:
         total = self.counts
@@ -81,7 +92,7 @@ class BrokenRows(Counts):
     def update(self, logits_bn: Tensor) -> None:
         """Count a batch of logits [B, N]."""
         broken = ~logits_bn.isfinite().all(1)
-        self.counts += torch.stack([broken.sum(), torch.ones_like(broken, dtype=torch.int64).sum()])
+        self._count(torch.stack([broken.sum(), torch.ones_like(broken, dtype=torch.int64).sum()]))
 
     def check(self) -> None:
         """See that there were none, over all ranks.
@@ -111,6 +122,13 @@ def _out_of_range(images: int, num_classes: int) -> InvalidArgumentError:
         f"The targets or predictions of {images:,} images are no classes, which are 0 to {num_classes - 1}; do the "
         "data and the tree speak the same label space?"
     )
+
+
+class SemanticFigures(TypedDict):
+    """What :class:`SemanticAccuracy` computes, in percent; ``levels`` is by depth."""
+
+    semantic_top1: float
+    levels: dict[int, float]
 
 
 class SemanticAccuracy(Counts):
@@ -146,9 +164,9 @@ class SemanticAccuracy(Counts):
         largest = torch.stack([each.values for each in best], 1)
         broken = _is_broken(largest).any(1)  # -inf: all of a level are masked
         levels = torch.stack([(predicted == ancestors).sum(0), (ancestors >= 0).sum(0)], 1)
-        self.counts += torch.cat([levels, torch.stack([broken.sum(), (~there).sum()])[None]])
+        self._count(torch.cat([levels, torch.stack([broken.sum(), (~there).sum()])[None]]))
 
-    def compute(self) -> dict[str, float | dict[int, float]]:
+    def compute(self) -> SemanticFigures:
         """Percentages over all ranks: ``semantic_top1``, and ``levels``: depth -> percent where something was valid."""
         *total, broken, impossible = self._total()
         if impossible:
@@ -199,7 +217,7 @@ class LeafAccuracy(Counts):
         largest = chosen.topk(min(5, len(self.classes)), 1)
         best, broken = self.classes[largest.indices], _is_broken(largest.values[:, 0])
         hits = best == targets_b[:, None]
-        self.counts += torch.stack([hits[:, :1].sum(), hits.sum(), self.has(targets_b).sum(), broken.sum()])
+        self._count(torch.stack([hits[:, :1].sum(), hits.sum(), self.has(targets_b).sum(), broken.sum()]))
         return best[:, 0]
 
     def has(self, targets_b: Tensor) -> Tensor:
@@ -226,10 +244,11 @@ class ClassAccuracy(Counts):
         super().__init__(num_classes, 2)
 
     @torch.no_grad()
-    def update(self, predictions_b: Tensor, targets_b: Tensor, counted_b: Tensor) -> None:
-        """Count a batch of class indices, [B] int64 each, where [B] bool says so."""
+    def update(self, predictions_b: Tensor, targets_b: Tensor, counted_b: Tensor | None = None) -> None:
+        """Count a batch of class indices, [B] int64 each; or only those of [B] bool."""
         rows = targets_b.clamp(0, len(self.counts) - 1)
-        counted_b = counted_b & (rows == targets_b)  # what is beyond is not counted
+        there = rows == targets_b  # what is beyond is not counted
+        counted_b = there if counted_b is None else counted_b & there
         self._add(rows, counted_b, counted_b & (predictions_b == targets_b))
 
     def per_class(self) -> dict[int, tuple[int, int]]:
@@ -298,7 +317,7 @@ class HierarchicalDistances(Counts):
         each = torch.stack(
             [torch.ones_like(common), wrong, errors, common, self.depths[predictions_b] + 1, lengths, ~there]
         )
-        self.counts += (each * counted).sum(1)
+        self._count((each * counted).sum(1))
 
     def compute(self) -> dict[str, float]:
         """Errors in levels, the rest in percent, over all ranks."""
@@ -330,9 +349,10 @@ class Calibration(Counts):
         self.bins = bins
 
     @torch.no_grad()
-    def update(self, confidence_b: Tensor, right_b: Tensor, counted_b: Tensor) -> None:
-        """Count a batch: confidences in [0, 1], whether each prediction was right, and which images count, [B] each."""
+    def update(self, confidence_b: Tensor, right_b: Tensor, counted_b: Tensor | None = None) -> None:
+        """Count a batch: confidences in [0, 1], whether predictions were right, [B] each; or only those of [B] bool."""
         confidence_b = confidence_b.float()
+        counted_b = torch.ones_like(right_b) if counted_b is None else counted_b
         there = (confidence_b > -_ROUNDING) & (confidence_b < 1 + _ROUNDING)  # not NaN either
         confidence_b = confidence_b.where(there, 0)
         at = (confidence_b * self.bins).long().clamp_(0, self.bins - 1).where(there, self.bins)

@@ -100,7 +100,8 @@ class Reporter:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in values.items():
+            levels = {f"level_{depth:02}": value for depth, value in values.get("levels", {}).items()}
+            for name, value in (values | levels).items():
                 if isinstance(value, (int, float)) and name not in ("step", "epoch"):
                     self._board.add_scalar(f"{values['kind']}/{name}", value, values["step"])
 
