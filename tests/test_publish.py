@@ -30,9 +30,11 @@ from wn21k_zoo.errors import (
     OfflineError,
     PublishError,
     UnknownModelError,
+    UnresolvedLabelSpaceError,
     WeightsNotFoundError,
 )
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.training.weights import classes_of
 
 MOBILENET = "mobilenetv3_large_100.miil_in21k"
 FILES = {"README.md", "config.json", "model.safetensors", "wn21k_labels.json"}
@@ -121,6 +123,32 @@ def test_a_semantic_head_here(mobilenet, photographs):
     predictor = wn21k_zoo.Predictor(mobilenet, device="cpu")
     assert (predictor.label_space.name, predictor.head) == ("imagenet21k_p_fall11", "semantic_softmax")
     assert len(predictor(photographs[0]).levels) == 11
+
+
+@pytest.mark.filterwarnings("default")  # of transformers' own
+@pytest.mark.parametrize("which", ["folder", "mobilenet"])
+def test_what_transformers_saves_is_read_as_what_it_was(which, request, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    place = request.getfixturevalue(which)
+    module = transformers.AutoModelForImageClassification.from_pretrained(place)
+    module.save_pretrained(tmp_path)
+    transformers.AutoImageProcessor.from_pretrained(place).save_pretrained(tmp_path)
+    assert not (tmp_path / "wn21k_labels.json").exists()
+    found, expected = (models.load_model(each) for each in (tmp_path, place))
+    assert (found.label_space, found.head) == (expected.label_space, expected.head)
+    assert found.data_config == expected.data_config
+    expected_state = expected.module.state_dict()
+    assert all(torch.equal(value, expected_state[key]) for key, value in found.module.state_dict().items())
+    assert classes_of(str(tmp_path)) == expected.label_space.wnids
+    config = json.loads((tmp_path / "config.json").read_text())
+    names = ["a", *config["label_names"][1:]]  # as if it had got another head
+    (tmp_path / "config.json").write_text(json.dumps({**config, "label_names": names}))
+    assert models.load_model(tmp_path, label_space="own").label_space.names == tuple(names)
+    with pytest.raises(UnresolvedLabelSpaceError):
+        models.load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "head": "none"}))
+    with pytest.raises(ModelError, match=r"config\.json is damaged, export the model again: .*there is no head 'none'"):
+        models.load_model(tmp_path)
 
 
 def test_ofa_in_timm_after_our_import_and_here(tmp_path, photographs):

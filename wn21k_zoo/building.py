@@ -224,9 +224,10 @@ def build_from_folder(
     Raises:
         ModelError, InvalidArgumentError: It cannot be built, or the weights do not fit.
     """
-    from timm.models._hub import load_model_config_from_path
+    from timm.models._hub import _parse_model_cfg
 
-    settings, architecture, arguments = load_model_config_from_path(folder)
+    stated = {key: value for key, value in read_config(folder).items() if value is not None}  # as transformers has it
+    settings, architecture, arguments = _parse_model_cfg(stated, {})
     settings = {key: value for key, value in settings.items() if key not in ("source", "file")}
     settings.update(_weights(weights) if weights is not None else {}, architecture=architecture)
     settings.update(overlay or {})

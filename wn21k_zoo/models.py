@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args
 
 from wn21k_zoo import download, registry
 from wn21k_zoo.building import (
+    CONFIG_FILE,
     HUB_PREFIX,
     LABELS_FILE,
     as_folder,
@@ -55,6 +56,7 @@ __all__ = [
     "create_transform",
     "load_model",
     "read_labels",
+    "stated_in",
 ]
 
 ModelLike = Union[str, os.PathLike[str], "nn.Module"]
@@ -231,9 +233,9 @@ def _load_folder(
     config = read_config(folder)
     weights = weights or weights_in(folder)
     known = _checkpoint_of_config(config)
-    if labels is not None and space != "own":
-        stated_space, stated_head = read_labels(labels)
-        space, head = space or stated_space, head or stated_head
+    stated = read_labels(labels) if labels is not None else stated_in(config, folder)
+    if stated is not None and space != "own":
+        space, head = space or stated[0], head or stated[1]
     if space == "own" or (space is None and config.get("label_space") == "own"):
         space = _own_names(config, folder)
     elif space is None:
@@ -246,7 +248,7 @@ def _load_folder(
         label_space=space,
         head=_head_of(known, space, name, head),
         data_config=_published_data_config(
-            known if labels is None else None,  # what we exported says itself how it is to be prepared
+            known if stated is None else None,  # what we exported says itself how it is to be prepared
             timm.data.resolve_model_data_config(module),
         ),
         owned=True,
@@ -279,13 +281,32 @@ def read_labels(path: Path) -> tuple[LabelSpace, Head]:
     """
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    return _outputs(content, path)
+
+
+def stated_in(config: Mapping[str, Any], folder: Path) -> tuple[LabelSpace, Head] | None:
+    """The same of a configuration that we wrote, unless the network got other classes since."""
+    if "wnids" not in config:
+        return None
+    space, head = _outputs(config, folder / CONFIG_FILE)
+    return (space, head) if tuple(config.get("label_names") or ()) == space.unique_names else None
+
+
+def _outputs(content: Mapping[str, Any], path: Path) -> tuple[LabelSpace, Head]:
+    try:
         name, wnids, head = str(content["label_space"]), tuple(content["wnids"]), content["head"]
         if head not in HEADS:
             raise ValueError(f"there is no head {head!r}")
         shipped = LabelSpace.load(name) if name in LABEL_SPACES else None
         return shipped if shipped is not None and shipped.wnids == wnids else LabelSpace(name, wnids), head
-    except (OSError, ValueError, KeyError, TypeError, Wn21kError) as error:
-        raise ModelError(f"{path} is damaged, export the model again: {first_line(error)}") from error
+    except (ValueError, KeyError, TypeError, Wn21kError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ModelError:
+    return ModelError(f"{path} is damaged, export the model again: {first_line(error)}")
 
 
 def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, folder: Path) -> Classes:

@@ -95,8 +95,7 @@ def export_folder(
     target = check_target(folder, dtype, force)
     checkpoint, module = _load(os.fspath(model), record)
     space = LabelSpace.load(checkpoint.label_space)
-    config = folder_config(checkpoint, module, space.unique_names, space.definitions)
-    labels = folder_labels(checkpoint, space)
+    config, labels = synset_config(checkpoint, module, space), folder_labels(checkpoint, space)
     return write_export(target, module, config, labels, _card(checkpoint), dtype)
 
 
@@ -360,6 +359,15 @@ def folder_config(
     }
 
 
+def synset_config(checkpoint: Checkpoint, module: nn.Module, space: LabelSpace) -> dict[str, Any]:
+    """The same for classes that are synsets, and how outputs are read: programs of others copy this file alone."""
+    return folder_config(checkpoint, module, space.unique_names, space.definitions) | _outputs(checkpoint, space)
+
+
+def _outputs(checkpoint: Checkpoint, space: LabelSpace) -> dict[str, Any]:
+    return {"label_space": space.name, "head": checkpoint.head, "wnids": list(space.wnids)}
+
+
 def folder_labels(checkpoint: Checkpoint, space: LabelSpace) -> dict[str, Any]:
     """What timm does not ask for: the head's kind, the wnids, and a tree."""
     own = checkpoint.head == "semantic_softmax"
@@ -370,10 +378,8 @@ def folder_labels(checkpoint: Checkpoint, space: LabelSpace) -> dict[str, Any]:
             "softmax over the outputs of each depth. tree: nodes with the index of each one's parent, -1 for a root; a "
             "node's depth is the number of its ancestors."
         ),
-        "label_space": space.name,
         "digest": space.digest,
-        "head": checkpoint.head,
-        "wnids": list(space.wnids),
+        **_outputs(checkpoint, space),
         "tree": {"name": tree.name, "wnids": list(tree.wnids), "parents": tree.parents.tolist()},
     }
 

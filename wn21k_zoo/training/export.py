@@ -201,7 +201,7 @@ def export_run(
     checkpoint = trained.checkpoint(name)
     labels: dict[str, Any] | None = None
     if (space := trained.space) is not None:
-        config = publish.folder_config(checkpoint, trained.module, space.unique_names, space.definitions)
+        config = publish.synset_config(checkpoint, trained.module, space)
         labels = publish.folder_labels(checkpoint, space)
     else:
         config = publish.folder_config(checkpoint, trained.module, trained.class_names)
