@@ -247,3 +247,21 @@ def test_sources():
     assert images.describe_source(pathlib.Path("x.png")) == "x.png"
     assert images.describe_source("sample:cat") == "sample:cat"
     assert images.describe_source(RED) is None
+
+
+def test_a_file_object_that_must_be_awaited():
+    class Upload:
+        def __init__(self, seekable):
+            self.seekable = lambda: seekable
+
+        async def read(self, size=-1):
+            return b""
+
+    for seekable in (True, False):
+        with pytest.raises(UnsupportedImageError, match=r"is read asynchronously; give `await file\.read\(\)`"):
+            load_image(Upload(seekable))
+
+
+def test_an_encoded_image_is_not_repeated():
+    with pytest.raises(ImageNotFoundError, match="A text of 100,000 characters is no path"):
+        load_image("a" * 100_000)

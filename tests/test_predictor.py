@@ -1,5 +1,7 @@
 import dataclasses
+import io
 import json
+import math
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from wn21k_zoo.errors import (
     ImageNotFoundError,
     ImageTooLargeError,
     InvalidArgumentError,
+    ModelError,
     TreeError,
     UnknownTreeError,
     Wn21kError,
@@ -370,6 +373,45 @@ def test_a_failing_transform_is_the_images_error():
     predictor = fixed("imagenet1k", "softmax", torch.zeros(1000))
     predictor.transform = lambda image: 1 / 0
     assert isinstance(predictor(CAT, errors="return"), ImageError)
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+def test_outputs_that_were_computed_elsewhere(head):
+    logits = torch.randn(3, 1000)
+    predictor = fixed("imagenet1k", head, logits[0])
+    expected = dataclasses.replace(predictor(np.zeros((4, 4, 3), np.uint8)), source=None)
+    for outputs in (logits, logits.numpy(), logits.tolist(), logits.double().numpy()):
+        found = predictor.read(outputs)
+        assert len(found) == 3
+        assert found[0].top_k[0].wnid == expected.top_k[0].wnid
+        assert found[0].label == expected.label
+    assert predictor.read(logits[:0]) == []
+    for wrong in (logits[0], logits[:, 1:], 1.0):
+        with pytest.raises(InvalidArgumentError, match=r"outputs must have the shape \[images, 1000\]"):
+            predictor.read(wrong)
+    with pytest.raises(InvalidArgumentError, match="a tensor or an array of numbers"):
+        predictor.read([["a"]])
+    with pytest.raises(ModelError, match="gives NaN or infinite outputs"):
+        predictor.read(logits * math.nan)
+
+
+def test_a_prediction_is_whole_however_it_is_written(embedded):
+    prediction = embedded(CAT)
+    assert dataclasses.asdict(prediction).keys() == prediction.to_dict().keys()
+    assert dataclasses.asdict(prediction)["label"] == prediction.to_dict()["label"]
+    assert dataclasses.replace(prediction, threshold=1.0).label is None
+
+
+def test_a_predictor_can_be_saved(embedded):
+    file = io.BytesIO()
+    torch.save(embedded, file)  # with a protocol of pickle that knows no layouts
+    file.seek(0)
+    assert torch.load(file, weights_only=False)(CAT).label == embedded(CAT).label
+
+
+def test_what_holds_an_image_is_none(embedded):
+    with pytest.raises(InvalidArgumentError, match="A dict is no image"):
+        embedded({"image": CAT})
 
 
 def test_largest():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,6 +121,8 @@ def test_a_tree_can_be_copied_whatever_was_asked_of_it(fall11):
         assert (copied.name, copied.label_space, copied.digest) == (fall11.name, fall11.label_space, fall11.digest)
         assert not copied.parents.flags.writeable
         assert not copied.difference(fall11)
+        assert copied == fall11
+        assert hash(copied) == hash(fall11)
 
 
 def test_what_a_tree_gives_cannot_change_it(fall11):
@@ -297,3 +300,12 @@ def test_label_space_of_a_tree_is_kept():
     assert tree.label_space is space
     assert tree.name == "mine"
     assert tree.parents.tolist() == [1, -1]
+
+
+def test_trees_are_equal_that_say_the_same():
+    wnids = ["n02121808", "n02123045"]
+    tree = SemanticTree.from_wnids(wnids)
+    assert tree == SemanticTree.from_wnids(wnids)
+    assert tree not in (SemanticTree.from_wnids(wnids, name="other"), SemanticTree.from_wnids(wnids[::-1]), "tree")
+    assert tree != SemanticTree(tree.label_space, np.array([-1, -1]))
+    assert yaml.unsafe_load(yaml.dump(tree)) == tree

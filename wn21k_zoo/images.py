@@ -5,6 +5,7 @@ A URL is fetched only when the caller allows it (:mod:`wn21k_zoo.urls`).
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import warnings
@@ -53,6 +54,7 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 SAMPLES = MappingProxyType({"cat": "chelsea.png", "coffee": "coffee.png", "rocket": "rocket.jpg"})
 
+_LONGEST_PATH = 4096  # of Linux, in bytes; others take less
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -128,6 +130,8 @@ def _from_name(name: str, shown: str | None, *, allow_url: bool) -> Image.Image:
     if os.path.isdir(name):  # noqa: PTH112 - these two take any name, an impossible one too
         raise ImageDecodeError(f"{name} is a directory, not an image; name image files in it.")
     if "\0" in name or not os.path.exists(name):  # noqa: PTH110
+        if len(name) > _LONGEST_PATH:  # base64, say
+            raise ImageNotFoundError(f"A text of {len(name):,} characters is no path; give what it encodes, as bytes.")
         raise ImageNotFoundError(
             f"There is no file {name!r}." if not name.isprintable() else f"There is no file {name}."
         )
@@ -145,11 +149,19 @@ def _sample(name: str) -> Path:
 
 def _seekable(file: Any, name: str | None) -> BinaryIO:
     try:
-        if getattr(file, "seekable", lambda: False)() and isinstance(file.read(0), bytes):
+        content = file.read(0) if getattr(file, "seekable", lambda: False)() else None
+        if isinstance(content, bytes):
             return file  # type: ignore[no-any-return]
-        content = file.read()
+        if not inspect.isawaitable(content):
+            content = file.read()
     except (OSError, ValueError) as error:
         raise ImageDecodeError(f"{name or 'The file object'} cannot be read ({first_line(error)}).") from error
+    if inspect.isawaitable(content):
+        if inspect.iscoroutine(content):
+            content.close()
+        raise UnsupportedImageError(
+            f"{name or 'The file object'} is read asynchronously; give `await file.read()`, or what lies below (.file)."
+        )
     if not isinstance(content, bytes):
         raise UnsupportedImageError(f"{name or 'The file object'} is open as text; open it with mode 'rb'.")
     return io.BytesIO(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from wn21k_zoo.checkpoints import Head
@@ -96,6 +96,8 @@ class Prediction:
         head: Kind of its head.
         tree: Name of the tree that the labels belong to; that of the label space where the classes are no synsets.
         threshold: Confidence that :attr:`label` must reach.
+        label: The deepest label on the path whose confidence reaches the threshold, or None when even the root's does
+            not: a coarser label that is likely right rather than a fine one that is a guess.
         levels: For each depth that has more than one class, its best labels.
         path: From the root of highest confidence, each time to the child of highest p, to a leaf or to where all
             children score 0.
@@ -109,18 +111,15 @@ class Prediction:
     head: str
     tree: str
     threshold: float
+    label: Label | None = field(init=False)
     levels: tuple[Level, ...]
     path: tuple[Label, ...]
     top_k: tuple[Output, ...]
     unmapped: float
 
-    @property
-    def label(self) -> Label | None:
-        """The deepest label on the path whose confidence reaches the threshold, or None when even the root's does not.
-
-        A coarser label that is likely right rather than a fine one that is a guess.
-        """
-        return next((label for label in reversed(self.path) if label.confidence >= self.threshold), None)
+    def __post_init__(self) -> None:
+        likely = (label for label in reversed(self.path) if label.confidence >= self.threshold)
+        object.__setattr__(self, "label", next(likely, None))
 
     def labels(self, threshold: float | None = None) -> tuple[Label, ...]:
         """Every level's most probable label whose probability is above the threshold, as in the published demo.

@@ -116,8 +116,7 @@ class Predictor:
         self.device = chosen_device or (select_device() if model.owned else device_of(model.module))
         self.batch_size = chosen_batch_size or (8 if self.device.type == "cpu" else 32)
         self.module = model.module.to(self.device) if model.owned or chosen_device else model.module
-        # The layout in which convolutions are fastest (benchmarks/predict.py); a caller's module is left as it is.
-        self._memory_format = memory_format(self.device, channels_last=model.owned)
+        self._owned = model.owned
         if model.owned:
             self.module.to(memory_format=self._memory_format)
         self.transform = transform or _own_transform(model)
@@ -169,6 +168,38 @@ class Predictor:
             results.append(result)
         return results if several else results[0]
 
+    def read(self, outputs: Any) -> list[Prediction]:
+        """Predictions of outputs that were computed elsewhere, such as by ONNX Runtime with an export of the network.
+
+        Args:
+            outputs: Of the head before any softmax or sigmoid, [B, N]: a tensor or an array.
+
+        Raises:
+            InvalidArgumentError: They are not that.
+            ModelError: Some are NaN or infinite.
+        """
+        import torch
+
+        try:
+            logits = torch.as_tensor(outputs).to(self.device, torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidArgumentError(
+                f"outputs must be a tensor or an array of numbers: {first_line(error)}"
+            ) from error
+        classes = len(self.label_space)
+        if logits.ndim != 2 or logits.shape[1] != classes:
+            raise InvalidArgumentError(
+                f"outputs must have the shape [images, {classes}], one for each class of {self.label_space.name}; they "
+                f"have {list(logits.shape)}."
+            )
+        predictions = []
+        for found in self._read(logits):
+            prediction = self._prediction(found, None)
+            if isinstance(prediction, Wn21kError):
+                raise prediction
+            predictions.append(prediction)
+        return predictions
+
     def stream(self, images: Iterable[ImageLike], *, read_ahead: bool = True) -> Iterator[Result]:
         """Predictions in the order of the images, each error in its place, holding only a few batches in memory.
 
@@ -204,6 +235,11 @@ class Predictor:
         return (
             f"Predictor({self.name!r}, label_space={self.label_space.name!r}, tree={self._tree_name!r}, {self.device})"
         )
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        """The layout in which convolutions are fastest (benchmarks/predict.py); a caller's module is left as it is."""
+        return memory_format(self.device, channels_last=self._owned)
 
     @property
     def _tree_name(self) -> str:
@@ -262,14 +298,17 @@ class Predictor:
                 with evaluating(self.module):
                     logits = self.module(pixels.contiguous(memory_format=self._memory_format))
                 check_logits(logits, len(tensors), self.label_space, self.name)
-                finite = logits.isfinite().all(dim=-1)
-                found = iter(self._reader(logits[finite], self.top_k))
-                return [next(found) if usable else None for usable in finite.tolist()]
+                return self._read(logits)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, Wn21kError):
                 raise
             hint = " Try a smaller batch size." if is_out_of_memory(error) else ""
             raise ModelError(f"{self.name} cannot be run on these images: {first_line(error)}{hint}") from error
+
+    def _read(self, logits: torch.Tensor) -> list[dict[str, Any] | None]:
+        finite = logits.isfinite().all(dim=-1)
+        found = iter(self._reader(logits[finite], self.top_k))
+        return [next(found) if usable else None for usable in finite.tolist()]
 
     def _prediction(self, found: dict[str, Any] | None, source: str | None) -> Result:
         if found is None:
@@ -372,6 +411,8 @@ class _Workers(ThreadPoolExecutor):
 
 
 def _is_several(images: Any) -> bool:
+    if isinstance(images, Mapping):
+        raise InvalidArgumentError(f"A {type(images).__name__} is no image; give what it holds, such as row['image'].")
     dimensions = getattr(images, "ndim", None)
     if isinstance(dimensions, int):
         kind = getattr(getattr(images, "dtype", None), "kind", None)  # of a column of a table, or of an array

@@ -217,8 +217,18 @@ class SemanticTree:
         return self._find(node) is not None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What is derived from these is derived anew.
-        return functools.partial(type(self), name=self.name), (self.label_space, self.parents)
+        # What is derived from these is derived anew; by a function with a name, which YAML needs.
+        return _rebuilt, (type(self), self.label_space, self.parents, self.name)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SemanticTree):
+            return NotImplemented
+        return (self.name, self.label_space) == (other.name, other.label_space) and np.array_equal(
+            self.parents, other.parents
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.label_space))
 
     def __repr__(self) -> str:
         return f"SemanticTree({self.name!r}, {len(self):,} classes, {len(self.levels)} levels)"
@@ -497,3 +507,7 @@ def _match_rank(text: str, folded_name: str) -> int:
     if any(lemma.startswith(text) for lemma in lemmas):
         return 1
     return 2 if f" {text}" in folded_name else 3
+
+
+def _rebuilt(kind: type[SemanticTree], label_space: LabelSpace, parents: NDArray[np.int32], name: str) -> SemanticTree:
+    return kind(label_space, parents, name=name)

@@ -119,6 +119,11 @@ def test_it_can_be_published(exported):
     }  # fmt: skip
 
 
+def test_its_card_says_what_one_softmax_is_worth(exported):
+    (line,) = (line for line in (exported / "README.md").read_text().splitlines() if line.startswith("pipeline("))
+    assert line.endswith("# with one softmax over all outputs, which this head is not made for")
+
+
 def test_export_leaves_what_is_not_its_own(run, exported, tmp_path):
     with pytest.raises(InvalidArgumentError, match="is not empty"):
         export_run(run, exported)

@@ -241,6 +241,7 @@ def test_targets_of_a_label_space_by_the_names_of_the_folders(tmp_path):
     space = LabelSpace.load("fall11")
     folder = open_folder(make_folder(tmp_path / "x", names=WNIDS[3:])).mapped_to(space)
     assert {space.wnids[target] for target in folder.targets} == set(WNIDS[3:])
+    assert open_folder(tmp_path / "x", label_space="fall11").targets.tolist() == folder.targets.tolist()
     more = make_folder(tmp_path / "x", images=4, names=(OUTSIDE,))
     assert len(open_folder(more, "all").mapped_to(space)) == len(open_folder(more, "all")) - 4
     assert open_folder(more, "all").mapped_to(space).left_out == 4

@@ -276,6 +276,14 @@ def test_images_are_those_with_bytes_and_may_be_missing(tmp_path):
     assert index["size"].tolist() == [1, 0, 0]
 
 
+def test_paths_in_place_of_images_are_refused():
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array([{"bytes": None, "path": "a"}] * 3, kind), "synset": ["n02123045"] * 3})
+    with pytest.raises(DataError, match=r"x\.parquet holds paths of images and not the images"):
+        index_parquet(parquet(table), "x.parquet", CLASSES)
+    assert len(index_parquet(parquet(table, write_statistics=False), "x", CLASSES)) == 3  # nobody can tell
+
+
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())])
 def test_columns_of_text_of_any_kind(kind):
     try:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from wn21k_zoo.errors import BadImagesError, DataError
+from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError
 from wn21k_zoo.training.data import Loader, Squash, TorchDataset, open_dataset, open_folder
 from wn21k_zoo.training.open_shards import OpenShards
 
@@ -109,3 +109,20 @@ def test_a_fork_opens_shards_of_its_own(shards, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: -1)
     assert one[0][1] == 0
     assert opened == [0, 0]
+
+
+def test_torchvisions_names(shards, tmp_path):
+    folder = open_folder(make_folder(tmp_path / "images", images=4), "all")
+    for dataset in (open_dataset(shards), folder):
+        one = TorchDataset(dataset)
+        assert one.classes == dataset.class_names
+        assert one.targets.tolist() == [target for _, target in one]
+        assert repr(one).startswith(f"TorchDataset({type(dataset).__name__}(")
+
+
+@pytest.mark.parametrize("taker", [TorchDataset, lambda dataset: Loader(dataset, batch_size=1)])
+def test_what_is_no_data_set_of_ours(taker):
+    with pytest.raises(InvalidArgumentError, match=r"takes what open_dataset or open_folder gives, .*'shards'"):
+        taker("shards")
+    with pytest.raises(InvalidArgumentError, match="no list"):
+        taker([1])

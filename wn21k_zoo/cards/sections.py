@@ -21,7 +21,7 @@ from wn21k_zoo.registry import TIMM_PREFIX
 from wn21k_zoo.synsets import load_nouns
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["SECTIONS", "in_millions", "parameter_count", "summary"]
+__all__ = ["SECTIONS", "in_millions", "parameter_count", "softmax_caution", "summary"]
 
 ISSUES = "https://github.com/Alibaba-MIIL/ImageNet21K/issues"
 PERSON = "n00007846"
@@ -210,6 +210,12 @@ def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def softmax_caution(checkpoint: Checkpoint) -> str:
+    """A comment for programs that take one softmax over all outputs, whatever the head."""
+    suits = checkpoint.head != "semantic_softmax"
+    return "" if suits else "  # with one softmax over all outputs, which this head is not made for"
+
+
 def _usage(checkpoint: Checkpoint) -> str:
     name = checkpoint.name
     extras = [source.extra for source in checkpoint.sources if isinstance(source, PackageSource)]
@@ -219,16 +225,11 @@ def _usage(checkpoint: Checkpoint) -> str:
         timm += f'\nmodel = timm.create_model("{name}", pretrained=True)  # timm itself, without our checks of the file'
     own = checkpoint.architecture in ARCHITECTURES
     timm_needs = "import wn21k_zoo.timm_models  # timm lacks the architecture\n" if own else ""
-    caution = (
-        "  # with one softmax over all outputs, which this head is not made for"
-        if checkpoint.head == "semantic_softmax"
-        else ""
-    )
     transformers = (
         "In transformers, which takes the folder or `ORG/NAME`:",
         "python",
-        "from transformers import pipeline\n\n"
-        f'classify = pipeline("image-classification", "DIR")\nfound = classify("photo.jpg"){caution}',
+        'from transformers import pipeline\n\nclassify = pipeline("image-classification", "DIR")\n'
+        f'found = classify("photo.jpg"){softmax_caution(checkpoint)}',
     )
     doors = (
         (

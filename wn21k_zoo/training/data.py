@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -30,7 +29,7 @@ from wn21k_zoo.training.dataset import ImageDataset, ShardedDataset, open_datase
 from wn21k_zoo.training.extra import cv2
 from wn21k_zoo.training.failures import worker_gone
 from wn21k_zoo.training.folder import FolderDataset, is_class_folder, open_folder, open_folders
-from wn21k_zoo.training.open_shards import TorchDataset
+from wn21k_zoo.training.open_shards import AnyDataset, TorchDataset, check_dataset
 from wn21k_zoo.training.order import SampleOrder
 from wn21k_zoo.training.storage import Stage
 from wn21k_zoo.training.workers import Augmentation, Reader, Task, begin_worker, forks_from_a_server, shielded
@@ -131,7 +130,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: AnyDataset,
         *,
         batch_size: int,
         training: bool = True,
@@ -146,10 +145,7 @@ class Loader:
         accumulation: int = 1,
         names: bool = False,
     ) -> None:
-        if not hasattr(dataset, "lengths"):
-            named = isinstance(dataset, (str, os.PathLike))
-            what = f"such as open_dataset({str(dataset)!r})" if named else f"no {type(dataset).__name__}"
-            raise InvalidArgumentError(f"Loader takes what open_dataset or open_folder gives, {what}.")
+        check_dataset(dataset, "Loader")
         batch_size, window = whole_number("batch_size", batch_size, 1), whole_number("window", window, 1)
         accumulation, workers = whole_number("accumulation", accumulation, 1), whole_number("workers", workers, 0)
         world_size, seed = whole_number("world_size", world_size, 1), whole_number("seed", seed, 0)
@@ -193,6 +189,9 @@ class Loader:
             # What a fork server starts would inherit its signal mask, not ours.
             multiprocessing_context="spawn" if workers and forks_from_a_server() else None,
         )
+
+    def __repr__(self) -> str:
+        return f"Loader({self.dataset!r}, batches of {self.batch_size}, {self.device}, {self.state_dict()})"
 
     def __len__(self) -> int:
         """Batches of a whole epoch for this rank."""

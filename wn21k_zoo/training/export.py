@@ -17,6 +17,7 @@ from torch import nn
 from wn21k_zoo import convert, publish, registry
 from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.building import LABELS_FILE
+from wn21k_zoo.cards.sections import softmax_caution
 from wn21k_zoo.checkpoints import Checkpoint, Metric
 from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
 from wn21k_zoo.files import expanded
@@ -240,6 +241,8 @@ def _card(checkpoint: Checkpoint, trained: Trained) -> str:
     ours = ["```python", "import wn21k_zoo", "", 'wn21k_zoo.predict("photo.jpg", model="FOLDER")', "```"]
     own = ["import wn21k_zoo.timm_models"] if checkpoint.architecture in ARCHITECTURES else []
     timms = ["```python", "import timm", *own, "", 'timm.create_model("local-dir:FOLDER", pretrained=True)', "```"]
+    pipeline = f'pipeline("image-classification", "FOLDER")("photo.jpg"){softmax_caution(checkpoint)}'
+    transformers = [] if own else ["", "```python", "from transformers import pipeline", "", pipeline, "```"]
     table = markdown_table(("figure", "percent", "images", "protocol"), figures) if figures else "Not evaluated."
     header = ModelCardData(
         library_name="timm", pipeline_tag="image-classification", tags=["image-classification", "timm"]
@@ -262,6 +265,7 @@ def _card(checkpoint: Checkpoint, trained: Trained) -> str:
         *ours,
         "",
         *timms,
+        *transformers,
         "",
         "## Recipe",
         "",

@@ -243,18 +243,25 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def open_folder(place: str | os.PathLike[str], split: str = "train") -> FolderDataset:
+def open_folder(
+    place: str | os.PathLike[str], split: str = "train", *, label_space: str | LabelSpace | None = None
+) -> FolderDataset:
     """The images of a split.
 
     Args:
         place: The folder.
         split: ``train``, ``validation``, or ``all``.
+        label_space: Targets are indices in it, by the wnids that folders are named by, and images of other synsets left
+            out: a name, a text file of wnids or a label space. Default: in the sorted names of the folders.
 
     Raises:
-        DataError: It holds no classes or images, or classes for validation that it has none to train on.
+        DataError: It holds no classes or images, or classes for validation that it has none to train on; with a label
+            space also as :meth:`FolderDataset.mapped_to`.
         MissingExtraError: It has HEIF photographs.
+        UnknownLabelSpaceError, LabelSpaceError, UnknownSynsetError: As :meth:`LabelSpace.find`.
     """
-    return open_folders(place, (split,))[0]
+    (dataset,) = open_folders(place, (split,))
+    return dataset if label_space is None else dataset.mapped_to(LabelSpace.find(label_space))
 
 
 def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[:2]) -> list[FolderDataset]:

@@ -95,11 +95,12 @@ def index_parquet(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDA
     none.
 
     Raises:
-        DataError: It has no label column whose values or names are synsets.
+        DataError: It has no label column whose values or names are synsets, or paths in place of images.
     """
     try:
         parquet = pq.ParquetFile(file)
         column, names = _label_column(parquet.schema_arrow, name)
+        _check_embedded(parquet, name)
         values = parquet.read(columns=[column])[column]
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{name} is no Parquet file that can be read: {first_line(error)}") from None
@@ -114,6 +115,16 @@ def index_parquet(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDA
     index = np.zeros(len(rows), INDEX_DTYPE)
     index["offset"], index["target"] = rows, targets[rows]
     return index
+
+
+def _check_embedded(parquet: pq.ParquetFile, name: str) -> None:
+    """See that the images are there, where the file's statistics can tell."""
+    groups = [parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups)]
+    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    bytes_of = [chunk for chunk in chunks if chunk.path_in_schema.endswith(".bytes")]
+    known = all(chunk.statistics is not None and chunk.statistics.has_null_count for chunk in bytes_of)
+    if bytes_of and known and all(chunk.statistics.null_count == chunk.num_values for chunk in bytes_of):
+        raise DataError(f"{name} holds paths of images and not the images; write it anew with their bytes in it.")
 
 
 def _synset(*texts: object) -> str:

@@ -73,6 +73,10 @@ class Levels(nn.Module):
         Raises:
             InvalidArgumentError: There is not.
         """
+        if not isinstance(logits, Tensor):
+            raise InvalidArgumentError(
+                f"{name} must be a tensor, no {type(logits).__name__}; torch.as_tensor makes one."
+            )
         if not logits.is_floating_point():
             raise InvalidArgumentError(f"{name} must be of a floating type, not {logits.dtype}.")
         if logits.ndim != 2 or logits.shape[1] != self.num_classes or not len(logits):
@@ -90,10 +94,14 @@ class Levels(nn.Module):
             InvalidArgumentError: They do not, or are not.
         """
         self.check_width(logits_bn)
+        if not isinstance(targets_b, Tensor):
+            raise InvalidArgumentError(f"targets must be a tensor, no {type(targets_b).__name__}.")
         if targets_b.shape != logits_bn.shape[:1] or targets_b.dtype != torch.int64:
+            mixed = targets_b.shape == logits_bn.shape and targets_b.is_floating_point()
+            advice = "; of mixed images add up the losses of both targets, by their shares" if mixed else ""
             raise InvalidArgumentError(
                 f"targets must be class indices, int64 of the shape [{len(logits_bn)}]; they are {targets_b.dtype} of "
-                f"{list(targets_b.shape)}."
+                f"{list(targets_b.shape)}{advice}."
             )
         if targets_b.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_range(targets_b)

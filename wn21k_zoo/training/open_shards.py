@@ -7,18 +7,35 @@ import operator
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from wn21k_zoo.errors import BadImagesError, DataError
-from wn21k_zoo.training.dataset import ImageDataset, Images
+from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError
+from wn21k_zoo.training.dataset import ImageDataset, Images, ShardedDataset
 from wn21k_zoo.training.decode import UndecodableError, decode
+from wn21k_zoo.training.folder import FolderDataset
 
-__all__ = ["OpenShards", "TorchDataset"]
+__all__ = ["AnyDataset", "OpenShards", "TorchDataset", "check_dataset"]
+
+AnyDataset: TypeAlias = ImageDataset | ShardedDataset | FolderDataset
+"""Ours are named, since for pyright a cached property is not what a protocol calls a property."""
+
+
+def check_dataset(dataset: object, taker: str) -> None:
+    """See that images can be read from it.
+
+    Raises:
+        InvalidArgumentError: It is something else, such as the name of a folder.
+    """
+    if not hasattr(dataset, "lengths"):
+        named = isinstance(dataset, (str, os.PathLike))
+        what = f"such as open_dataset({str(dataset)!r})" if named else f"no {type(dataset).__name__}"
+        raise InvalidArgumentError(f"{taker} takes what open_dataset or open_folder gives, {what}.")
 
 
 class OpenShards:
@@ -77,18 +94,36 @@ class TorchDataset(Dataset[tuple[Any, int]]):
         transform: Called with a PIL image, RGB, upright and on white, such as a transform of torchvision, timm or
             :func:`wn21k_zoo.create_transform`; may be set later. Default: none.
 
+    Raises:
+        InvalidArgumentError: That is no data set of ours.
+
     Example:
         >>> dataset = TorchDataset(open_folder("photos"), wn21k_zoo.create_transform("resnet50.miil_in21k", True))
         >>> loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)
     """
 
-    def __init__(self, dataset: ImageDataset, transform: Callable[[Image.Image], Any] | None = None) -> None:
+    def __init__(self, dataset: AnyDataset, transform: Callable[[Image.Image], Any] | None = None) -> None:
+        check_dataset(dataset, "TorchDataset")
         self.dataset, self.transform = dataset, transform
         self._starts = np.cumsum([0, *dataset.lengths], dtype=np.int64)
         self._shards = OpenShards(dataset, 4)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The name of each class, as torchvision calls them."""
+        return self.dataset.class_names
+
+    @cached_property
+    def targets(self) -> NDArray[np.int64]:
+        """The class of each image, [len(self)], for torch's WeightedRandomSampler, say; no image is read for them."""
+        indexes = [self.dataset.index(shard)["target"] for shard in range(len(self.dataset.lengths))]
+        return np.concatenate(indexes).astype(np.int64)
+
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __repr__(self) -> str:
+        return f"TorchDataset({self.dataset!r}, {self.transform!r})"
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """An image, transformed, and the index of its class.
