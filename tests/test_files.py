@@ -1,14 +1,21 @@
+import json
 import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from wn21k_zoo import files
-from wn21k_zoo.files import atomic_file
+from wn21k_zoo.building import read_config
+from wn21k_zoo.errors import DataOutputError
+from wn21k_zoo.files import atomic_file, check_writable, is_hidden, parse_json, text_of
+from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.messages import on_terminal, say
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be synchronised there")
@@ -85,3 +92,71 @@ def test_two_processes_or_threads_write_files_of_different_names(tmp_path):
         assert f".{os.getpid()}-" in one.name
         assert Path(one.name).name.startswith(".file.")
         assert one.name.endswith(".tmp")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # the last two as programs of Windows write
+def test_texts_that_others_write(tmp_path, encoding):
+    (tmp_path / "mine.txt").write_text("n02121808 # Katze, größer\n", encoding=encoding)
+    assert LabelSpace.from_file(tmp_path / "mine.txt").wnids == ("n02121808",)
+    text = '{"architecture": "größer"}'
+    assert parse_json(text_of(text.encode(encoding))) == parse_json(text.encode(encoding)) == json.loads(text)
+    (tmp_path / "config.json").write_text(text, encoding=encoding)
+    assert read_config(tmp_path)["architecture"] == "größer"
+
+
+@pytest.mark.parametrize("seconds", [0.1, 60])
+def test_on_windows_a_name_is_waited_for(tmp_path, monkeypatch, seconds):
+    source, target, refused = tmp_path / "new", tmp_path / "old", []
+    source.write_bytes(b"new")
+    rename = Path.replace
+
+    def busy(self, to):
+        if len(refused) < 5:
+            refused.append(to)
+            raise PermissionError(13, "Access is denied")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "replace", busy)
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="nt"))
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: clock.append(clock[-1] + seconds))
+    clock = [0.0]
+    monkeypatch.setattr(files.time, "monotonic", lambda: clock[-1])
+    if seconds < 1:
+        with pytest.raises(PermissionError):
+            files.replace(source, target, patience=seconds)
+        assert len(refused) == 3
+    else:
+        files.replace(source, target, patience=seconds)
+        assert target.read_bytes() == b"new"
+    monkeypatch.undo()
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "there").write_bytes(b"content")
+    for name in ("there", "new"):
+        check_writable(tmp_path / name)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("there", b"content")]
+
+    def refused(*_, **__):  # as of a file that another program has open on Windows, or a folder that is not ours
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    with pytest.raises(DataOutputError, match="new cannot be written: Permission denied; name another file"):
+        check_writable(tmp_path / "new")
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(DataOutputError, match="there cannot be written: Permission denied; name another file"):
+        check_writable(tmp_path / "there")
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._a.jpg", "__MACOSX", "$RECYCLE.BIN", "Thumbs.db", "lost+found"])
+def test_what_systems_put_into_folders_is_nobodys(name):
+    assert is_hidden(name)
+    assert not is_hidden(name.strip("._$")[:-1])
+
+
+def test_without_a_console_nothing_is_said(monkeypatch, capsys):
+    say("a line")
+    assert capsys.readouterr().err == "wn21k: a line\n"
+    monkeypatch.setattr(sys, "stderr", None)
+    say("a line")
+    assert not on_terminal()

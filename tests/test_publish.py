@@ -209,15 +209,15 @@ def test_refusals_leave_nothing(folder, tmp_path):
 
 def test_a_former_export_is_replaced_or_stays(folder, tmp_path, monkeypatch):
     place = damaged_copy(folder, tmp_path, config_json="former")
-    rename = Path.rename
+    replace = Path.replace
 
     def fail_once(self, target):
         if target == place / "config.json":
-            monkeypatch.setattr(Path, "rename", rename)
+            monkeypatch.setattr(Path, "replace", replace)
             raise OSError(39, "Directory not empty")
-        return rename(self, target)
+        return replace(self, target)
 
-    monkeypatch.setattr(Path, "rename", fail_once)
+    monkeypatch.setattr(Path, "replace", fail_once)
     with pytest.raises(PublishError, match="not empty"):
         publish.export_folder(EMBEDDED, place, force=True)
     assert (place / "config.json").read_text() == "former"

@@ -254,7 +254,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ModelError: It has none, or a damaged one.
     """
     try:
-        config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG_FILE).read_bytes())
     except FileNotFoundError as error:
         needed = f"has no {CONFIG_FILE}; a folder as timm or the Hub writes it is needed."
         raise ModelError(f"{folder} {about_run(folder) or needed}") from error

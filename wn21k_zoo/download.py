@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from wn21k_zoo.errors import (
     WeightsNotFoundError,
 )
 from wn21k_zoo.exclusive import exclusive
+from wn21k_zoo.messages import on_terminal, say
 from wn21k_zoo.on_disk import Fetched, Remote, filenames_of, find_file, find_verified
 from wn21k_zoo.transfer import Expected, Patience, RefusedError, difference, head, read_text, transfer
 
@@ -311,16 +311,16 @@ def _make_folder(folder: Path) -> None:
 def _lock(place: Path, name: str) -> contextlib.AbstractContextManager[None]:
     """Within, only this process fetches a file."""
 
-    def say() -> None:
+    def waiting() -> None:
         if _shows_progress():
-            sys.stderr.write(f"wn21k: waiting for another process that fetches {name}\n")
+            say(f"waiting for another process that fetches {name}")
 
-    return exclusive(cache.lock_path(place), CacheError, "set WN21K_CACHE to another disk.", seconds=1, waiting=say)
+    return exclusive(cache.lock_path(place), CacheError, "set WN21K_CACHE to another disk.", seconds=1, waiting=waiting)
 
 
 def _shows_progress() -> bool:
     switched_off = hub.switched_on("HF_HUB_DISABLE_PROGRESS_BARS")
-    return sys.stderr is not None and sys.stderr.isatty() and not switched_off
+    return on_terminal() and not switched_off
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
 import importlib.util
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from wn21k_zoo.errors import DataOutputError, Wn21kError, first_line
 
 __all__ = [
     "RECIPE_FILE",
+    "THE_SYSTEMS",
     "atomic_file",
     "check_writable",
     "expanded",
@@ -28,6 +31,7 @@ __all__ = [
     "parse_json",
     "replace",
     "sha256_of",
+    "text_of",
     "visible",
     "write_whole",
 ]
@@ -35,6 +39,11 @@ __all__ = [
 
 RECIPE_FILE = "recipe.json"
 """Of a run of training."""
+
+THE_SYSTEMS = (
+    "__macosx", "$recycle.bin", "system volume information", "desktop.ini", "thumbs.db", "lost+found", "@eadir",
+)  # fmt: skip
+"""What systems put into folders, in small letters; more of it begins with a dot."""
 
 
 def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
@@ -110,18 +119,37 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: It is none, or has too many brackets in each other.
     """
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
     except RecursionError:
         raise ValueError("it has too many brackets in each other") from None
 
 
-def replace(source: Path, target: Path) -> None:
-    """Give a file its name; on Windows it may have to wait for who has the former one open, such as a virus scanner."""
-    for seconds in (0.05, 0.2, 1.0) if os.name == "nt" else ():
+def text_of(content: bytes) -> str:
+    """A text in UTF-8, or in what programs of Windows write: with a mark at its beginning, in UTF-16 maybe.
+
+    Raises:
+        UnicodeDecodeError: It is none.
+    """
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if marked else "utf-8-sig")
+
+
+def replace(source: Path, target: Path, patience: float = 1.0) -> None:
+    """Give a file or folder its name.
+
+    On Windows it may have to wait for who has the former one open, or what is in it, such as a virus scanner.
+
+    Args:
+        source: What is renamed.
+        target: To what.
+        patience: For about so many seconds.
+    """
+    end = time.monotonic() + patience
+    while os.name == "nt" and time.monotonic() < end:
         try:
             source.replace(target)
         except PermissionError:
-            time.sleep(seconds)
+            time.sleep(0.05)
         else:
             return
     source.replace(target)
@@ -134,8 +162,8 @@ def sha256_of(path: Path) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is nothing that somebody made: thumbnails, ``._NAME`` of macOS, its folder in zips."""
-    return name.startswith(".") or name == "__MACOSX"
+    """Whether a file or folder is nothing that somebody made: thumbnails, ``._NAME`` of macOS, a disk's recycle bin."""
+    return name.startswith(".") or name.casefold() in THE_SYSTEMS
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
@@ -176,5 +204,11 @@ def check_writable(path: Path) -> None:
         raise DataOutputError(f"{path} is a folder; name a file.")
     if not path.absolute().parent.is_dir():
         raise DataOutputError(f"{path} cannot be written: there is no folder {path.absolute().parent}.")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise DataOutputError(f"{path} cannot be written: permission denied; name another file.")
+    real = Path(os.path.realpath(path))
+    try:  # os.access knows nothing of Windows, where another program may have the file open as well
+        if real.is_file():
+            real.open("ab").close()
+        if real.is_file() or not real.exists():
+            tempfile.TemporaryFile(dir=real.parent).close()
+    except OSError as error:
+        raise DataOutputError(f"{path} cannot be written: {error.strerror}; name another file.") from None

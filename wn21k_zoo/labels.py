@@ -30,7 +30,7 @@ from wn21k_zoo.errors import (
     did_you_mean,
     first_line,
 )
-from wn21k_zoo.files import expanded
+from wn21k_zoo.files import expanded, text_of
 from wn21k_zoo.synsets import load_nouns
 
 __all__ = ["LABEL_SPACES", "LABEL_SPACE_ALIASES", "ClassNames", "LabelSpace"]
@@ -104,7 +104,7 @@ class LabelSpace:
             UnknownSynsetError: A word is not a noun synset of WordNet 3.0.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+            lines = text_of(Path(path).read_bytes()).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise LabelSpaceError(f"{path} cannot be read as a list of wnids ({first_line(error)}).") from error
         words = (line.split("#")[0].split() for line in lines)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,7 +35,7 @@ from wn21k_zoo.errors import (
     WeightsNotFoundError,
     first_line,
 )
-from wn21k_zoo.files import expanded
+from wn21k_zoo.files import expanded, is_hidden, replace
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.registry import TIMM_PREFIX
 from wn21k_zoo.tree import SemanticTree
@@ -111,7 +111,7 @@ def check_target(folder: str | os.PathLike[str], dtype: str | None, force: bool)
     if target.exists() and not target.is_dir():
         raise InvalidArgumentError(f"{target} is a file; name a folder.")
     there = target.iterdir() if target.is_dir() else ()
-    others = [path for path in there if not path.name.startswith(".")]  # but .git, .DS_Store
+    others = [path for path in there if not is_hidden(path.name)]  # but .git, .DS_Store
     if others and not force:
         raise InvalidArgumentError(
             f"{target} is not empty; choose another folder, or replace it with force=True (--force)."
@@ -144,9 +144,9 @@ def write_export(
         _write_json(config, temporary / CONFIG_FILE)
         if labels is not None:
             _write_json(labels, temporary / LABELS_FILE)
-        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8", newline="\n")
         if record is not None:
-            (temporary / RECORD_FILE).write_text(record, encoding="utf-8")
+            (temporary / RECORD_FILE).write_text(record, encoding="utf-8", newline="\n")
         build_from_folder(temporary, temporary / WEIGHT_FILES[0])  # what was written can be read
     return target
 
@@ -301,7 +301,7 @@ def _whole_folder(target: Path) -> Iterator[Path]:
         if exists:
             _replace_files(target, temporary)
         else:
-            temporary.rename(target)
+            replace(temporary, target, patience=10)
     except (OSError, SafetensorError) as error:
         raise PublishError(f"{target} cannot be written ({first_line(error)}); choose another place.") from error
     finally:
@@ -316,12 +316,12 @@ def _replace_files(target: Path, temporary: Path) -> None:
     try:
         for name in (CONFIG_FILE, *(name for name in _WRITTEN if name != CONFIG_FILE)):
             if (target / name).is_file():
-                (target / name).rename(former / name)
+                replace(target / name, former / name)
         for path in new:
-            path.rename(target / path.name)
+            replace(path, target / path.name)
     except OSError:
         for path in former.iterdir():
-            path.replace(target / path.name)
+            replace(path, target / path.name)
         raise
 
 
@@ -339,7 +339,7 @@ def _write_weights(module: nn.Module, path: Path, dtype: str | None) -> None:
 
 
 def _write_json(content: Any, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def folder_config(
@@ -386,7 +386,7 @@ def folder_labels(checkpoint: Checkpoint, space: LabelSpace) -> dict[str, Any]:
 
 def _card(checkpoint: Checkpoint) -> str:
     if checkpoint not in CHECKPOINTS:
-        checkpoint = replace(checkpoint, metrics=())
+        checkpoint = dataclasses.replace(checkpoint, metrics=())
     checkout = cards.find_checkout()
     prose = cards.known_prose(checkpoint.name, checkout / cards.FOLDER if checkout else None)
     return cards.render_card(checkpoint, prose)

@@ -1,4 +1,5 @@
 import csv
+import errno
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -16,7 +18,7 @@ from typer.testing import CliRunner
 
 from wn21k_zoo import SemanticTree
 from wn21k_zoo.checkpoints import CHECKPOINTS
-from wn21k_zoo.cli.app import app
+from wn21k_zoo.cli.app import _is_closed_pipe, app
 from wn21k_zoo.cli.output import CSV_COLUMNS
 from wn21k_zoo.prediction import json_schema
 
@@ -399,3 +401,10 @@ def test_what_no_file_system_takes_is_one_line(command, tmp_path, monkeypatch):
     assert "x" * 300 in messages[0] or "loop" in messages[0]
     assert "unexpected" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+def test_who_has_had_enough_is_known_by_windows_word_for_it_too(monkeypatch):
+    invalid, other = OSError(errno.EINVAL, "Invalid argument"), OSError(errno.EINVAL, "Invalid argument", "a.jpg")
+    assert [_is_closed_pipe(error) for error in (BrokenPipeError(), invalid, other)] == [True, False, False]
+    monkeypatch.setattr("wn21k_zoo.cli.app.os", SimpleNamespace(name="nt"))
+    assert [_is_closed_pipe(error) for error in (BrokenPipeError(), invalid, other)] == [True, True, False]

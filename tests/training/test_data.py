@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import types
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -23,7 +25,7 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.data import Loader, Squash, open_dataset
 from wn21k_zoo.training.options import PrepareOptions
 from wn21k_zoo.training.shards import read_info
-from wn21k_zoo.training.workers import randomness
+from wn21k_zoo.training.workers import allow_open_files, check_main, randomness
 
 from .archives import WNIDS
 from .loading import SIZE, Noisy, batches, loader, same
@@ -444,3 +446,48 @@ def test_numbers_of_numpy_are_those_of_python(shards):
 
 def test_options_of_numpys_numbers_can_be_recorded():
     assert json.dumps(PrepareOptions(size=np.int64(128)).recorded()) == json.dumps(PrepareOptions(size=128).recorded())
+
+
+def test_a_program_that_processes_would_begin_anew_is_told(tmp_path, monkeypatch):
+    main = types.ModuleType("__main__")
+    main.__file__ = str(tmp_path / "main.py")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    check_main()  # there is no such file
+    Path(main.__file__).write_text("train()")
+    with pytest.raises(
+        DataError, match=r'main\.py: put what it runs under `if __name__ == "__main__":`, or take workers=0'
+    ):
+        check_main()
+    main.__spec__ = object()  # python -m
+    check_main()
+    main.__spec__ = None
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "fork")
+    check_main()
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    Path(main.__file__).write_text('if __name__ == "__main__":\n    train()')
+    check_main()
+
+
+def test_many_files_may_be_open():
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))  # as macOS has it
+        allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(4096, before[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    allow_open_files()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= before[0]
+
+
+def test_a_process_that_ends_as_it_begins_is_one_line(shards, monkeypatch):
+    one = loader(shards, workers=1)
+
+    def broken(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
+    with pytest.raises(DataError, match="A process that loads images is gone"):
+        next(iter(one))

@@ -1,5 +1,7 @@
 import os
+import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +11,7 @@ from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.crops import CenterCrop
 from wn21k_zoo.training.data import Loader, is_class_folder, open_dataset, open_folder, open_folders
-from wn21k_zoo.training.folder import is_divided
+from wn21k_zoo.training.folder import is_among, is_divided
 
 from .archives import OUTSIDE, jpeg
 from .runs import WNIDS, make_folder
@@ -306,3 +308,28 @@ def test_a_class_called_train_beside_val_is_explained(tmp_path):
     make_folder(tmp_path, names=("train", "val"), images=2)
     with pytest.raises(DataError, match="a class cannot be called train beside one called val or test"):
         open_folder(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are texts there")
+def test_a_name_that_is_no_text_is_told(tmp_path):
+    make_folder(tmp_path, names=("cats", "dogs"), images=2)
+    (tmp_path / "cats").rename(os.fsdecode(os.fsencode(tmp_path) + b"/c\xe4ts"))
+    with pytest.raises(DataError, match=r"a folder 'c\\udce4ts', whose name is no UTF-8; rename it"):
+        open_folder(tmp_path)
+
+
+def test_a_run_is_not_among_the_images_by_whatever_name(tmp_path, monkeypatch):
+    make_folder(tmp_path / "photos", names=("cats", "dogs"), images=2)
+    assert is_among(tmp_path / "photos" / "run", tmp_path / "photos")
+    assert not is_among(tmp_path / "photos" / ".run", tmp_path / "photos")
+    assert not is_among(tmp_path / "run", tmp_path / "photos")
+    exists, samefile = Path.exists, Path.samefile
+    small = lambda path: Path(str(path).replace("PHOTOS", "photos"))  # noqa: E731 - a disk for which these are the same
+    monkeypatch.setattr(Path, "exists", lambda self, **options: exists(small(self), **options))
+    monkeypatch.setattr(Path, "samefile", lambda self, other: samefile(small(self), small(other)))
+    assert is_among(tmp_path / "PHOTOS" / "run", tmp_path / "photos")
+
+
+def test_the_root_of_a_disk_has_no_classes_of_the_systems(tmp_path):
+    make_folder(tmp_path, names=("cats", "dogs", "$RECYCLE.BIN", "System Volume Information"), images=2)
+    assert open_folder(tmp_path).class_names == ("cats", "dogs")

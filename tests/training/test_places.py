@@ -179,7 +179,7 @@ def test_classes_of_ones_own_with_their_ancestors(data, tmp_path, monkeypatch):
     again.data.label_space = str(tmp_path / "mine.txt")
     with pytest.raises(RunError, match="holds a run on other data"):
         run(again, data, tmp_path / "run")
-    (tmp_path / "mine.txt").write_bytes(b"\xff\xfe\x00\x81")
+    (tmp_path / "mine.txt").write_bytes(b"\xff\xff\x00\x81")
     with pytest.raises(RecipeError, match=r"data\.label_space: .*cannot be read as a list of wnids"):
         run(again, data, tmp_path / "other")
     with pytest.raises(LabelSpaceError):

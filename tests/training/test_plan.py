@@ -66,9 +66,9 @@ def test_a_plan_counts_what_a_run_does():
             plan(recipe, images=few)
     assert plan(small_recipe(), images=1000).hours is None
     assert plan(small_recipe(), images=800, gpus=1, images_per_second=10).hours == 0.044  # 1,600 images
-    small = override(small_recipe("test_vit"), ['model.arguments={"img_size": 32}'])
+    small = override(small_recipe("test_vit"), ["model.arguments.img_size=32"])
     assert plan(small, images=1000).steps > 0
-    with pytest.raises(RecipeError, match=r'does not take images of 32 pixels: .*arguments={"img_size": 32}'):
+    with pytest.raises(RecipeError, match=r"does not take images of 32 pixels: .*arguments\.img_size=32"):
         plan(small_recipe("vit_tiny_patch16_224"), images=1000)
     with pytest.raises(RecipeError, match="test_vit cannot be built"):
         plan(override(small, ['model.arguments={"no_such": 1}']), images=1000)

@@ -381,7 +381,7 @@ def test_what_follows_a_recipe_is_its_argument(tmp_path):
         load_recipe(f"{mine}:f")
     with pytest.raises(RecipeError, match="in1k takes no argument"):
         load_recipe(f"{FOLDER / 'resnet50.py'}:in1k:x")
-    (tmp_path / "recipe.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "recipe.json").write_bytes(b"\xff\xff")
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(str(tmp_path / "recipe.json"))
 
@@ -644,3 +644,13 @@ def test_a_list_runs_no_file(tmp_path):
 def test_a_drive_of_windows_is_no_name_of_a_recipe(where):
     with pytest.raises(RecipeError, match=re.escape(f"{where} is no file")):
         load_recipe(where)
+
+
+def test_one_argument_of_the_network_alone():
+    recipe = override(small_recipe(model={"arguments": {"depth": 2}}), ["model.arguments.img_size=32"])
+    assert recipe.model.arguments == {"depth": 2, "img_size": 32}
+    recipe = override(recipe, ["model.arguments.act_layer=gelu", "model.arguments.drop_path_rate=.1"])
+    assert recipe.model.arguments == {"depth": 2, "img_size": 32, "act_layer": "gelu", "drop_path_rate": 0.1}
+    for wrong in ("model.arguments.", "model.arguments.img_size", "model.arguments.a.b=1"):
+        with pytest.raises(RecipeError):
+            override(recipe, [wrong])

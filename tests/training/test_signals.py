@@ -120,3 +120,14 @@ def test_a_terminal_has_its_cursor_back(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     Rescue(a_run(tmp_path), ALONE)(time.monotonic() + 5)
     assert "\x1b[?25h" in sys.stderr.getvalue()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no signal to stand for another")
+def test_windows_way_to_end_a_program_is_as_sigterm(monkeypatch):
+    monkeypatch.setattr("wn21k_zoo.training.signals._ENDS", (signal.SIGTERM, signal.SIGUSR1))  # for SIGBREAK
+    before = signal.getsignal(signal.SIGUSR1)
+    signals = Signals(patience=300)
+    with signals.listening(), signals.patient(lambda until: None):
+        signal.raise_signal(signal.SIGUSR1)
+        assert (signals.number, signals.code) == (signal.SIGTERM, 143)
+    assert signal.getsignal(signal.SIGUSR1) == before

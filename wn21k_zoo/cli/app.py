@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated, Any
@@ -11,8 +12,9 @@ from typer.core import TyperGroup
 
 from wn21k_zoo import __version__
 from wn21k_zoo.cli import cache, cards, convert, data, predict, publish, train, tree, zoo
-from wn21k_zoo.cli.output import log_as_messages, say
+from wn21k_zoo.cli.output import log_as_messages
 from wn21k_zoo.errors import exit_code_of, message_of
+from wn21k_zoo.messages import say
 
 __all__ = ["app"]
 
@@ -24,16 +26,22 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             say("interrupted")
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # whoever reads stdout has had enough (wn21k ... | head)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
         except Exception as error:
+            if _is_closed_pipe(error):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(0) from None
             is_control_flow = type(error).__module__.startswith(("typer", "click"))
             if is_control_flow or ctx.params.get("debug"):
                 raise
             unexpected = f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)"
             say(message_of(error) or unexpected)
             raise typer.Exit(exit_code_of(error)) from None
+
+
+def _is_closed_pipe(error: Exception) -> bool:
+    """Whether who reads stdout has had enough (wn21k ... | head), for Windows maybe an argument that is invalid."""
+    invalid = isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename is None
+    return isinstance(error, BrokenPipeError) or (os.name == "nt" and invalid)
 
 
 app = typer.Typer(

@@ -10,8 +10,9 @@ import typer
 
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, LOCK_FILE
-from wn21k_zoo.cli.output import FormatOption, at_home, print_table, say, warnings_as_messages
+from wn21k_zoo.cli.output import FormatOption, at_home, print_table, warnings_as_messages
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
+from wn21k_zoo.messages import say
 
 __all__ = ["app", "register"]
 

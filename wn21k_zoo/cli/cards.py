@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 from wn21k_zoo import registry
-from wn21k_zoo.cli.output import at_home, say
+from wn21k_zoo.cli.output import at_home
 from wn21k_zoo.errors import InvalidArgumentError, RecordError
 from wn21k_zoo.files import write_whole
+from wn21k_zoo.messages import say
 
 __all__ = ["app"]
 

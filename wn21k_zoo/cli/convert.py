@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from wn21k_zoo.cli.output import at_home, say
+from wn21k_zoo.cli.output import at_home
 from wn21k_zoo.errors import InvalidArgumentError
+from wn21k_zoo.messages import say
 
 __all__ = ["register"]
 

@@ -17,8 +17,8 @@ from wn21k_zoo.cli.output import (
     print_table,
     printed_as_json,
     progress_bar,
-    say,
 )
+from wn21k_zoo.messages import say
 
 if TYPE_CHECKING:
     from wn21k_zoo.training.options import PrepareOptions

@@ -18,6 +18,7 @@ import typer
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 from wn21k_zoo.files import expanded
+from wn21k_zoo.messages import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,6 @@ __all__ = [
     "print_table",
     "printed_as_json",
     "progress_bar",
-    "say",
     "warnings_as_messages",
 ]
 
@@ -74,12 +74,6 @@ FormatOption = Annotated[
 HeadOption = Annotated[
     Head | None, typer.Option("--head", help="How to read the outputs of a folder's model, when it does not say.")
 ]
-
-
-def say(message: str) -> None:
-    """One line on stderr."""
-    sys.stderr.write(f"wn21k: {message}\n")
-    sys.stderr.flush()
 
 
 class _Messages(logging.Handler):

@@ -20,10 +20,10 @@ from wn21k_zoo.cli.output import (
     ResultWriter,
     choose_format,
     console,
-    say,
     warnings_as_messages,
 )
 from wn21k_zoo.errors import ImageNotFoundError, InvalidArgumentError, Wn21kError
+from wn21k_zoo.messages import on_terminal, say
 
 if TYPE_CHECKING:
     from wn21k_zoo.predictor import Predictor
@@ -100,7 +100,7 @@ def predict(
         results = ((source, _why_not(source)) for source in sources)
         raise typer.Exit(_write(results, chosen, None, len(list(sources)), quiet=quiet))
     with warnings_as_messages(quiet):
-        if sys.stderr.isatty() and not quiet:
+        if on_terminal() and not quiet:
             say("loading the model")  # a line, not a spinner: a download draws its own progress bar below it
         from wn21k_zoo.predictor import Predictor
 
@@ -169,7 +169,7 @@ def _write(
 
 @contextmanager
 def _progress(total: int | None, hidden: bool) -> Iterator[Callable[[], None]]:
-    if hidden or total == 1 or not sys.stderr.isatty():
+    if hidden or total == 1 or not on_terminal():
         yield lambda: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wn21k_zoo.cli.output import FormatOption, print_table, say
+from wn21k_zoo.cli.output import FormatOption, print_table
+from wn21k_zoo.messages import say
 
 __all__ = ["register"]
 

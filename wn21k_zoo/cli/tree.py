@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from wn21k_zoo.cli.output import FormatOption, at_home, console, print_json, print_table, say
+from wn21k_zoo.cli.output import FormatOption, at_home, console, print_json, print_table
 from wn21k_zoo.errors import InvalidArgumentError, TreeError, UnknownSynsetError, Wn21kError
+from wn21k_zoo.messages import say
 from wn21k_zoo.tree import Node, SemanticTree
 
 __all__ = ["app"]

@@ -122,7 +122,7 @@ class CheckpointWriter:
             link(source, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
-        replace(temporary, self._folder.best)
+        replace(temporary, self._folder.best, patience=60)  # it is read by evaluations, and this is a thread of its own
 
 
 def _bytes_of(value: Any) -> int:

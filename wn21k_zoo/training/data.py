@@ -32,7 +32,16 @@ from wn21k_zoo.training.folder import FolderDataset, is_class_folder, open_folde
 from wn21k_zoo.training.open_shards import AnyDataset, TorchDataset, check_dataset
 from wn21k_zoo.training.order import SampleOrder
 from wn21k_zoo.training.storage import Stage
-from wn21k_zoo.training.workers import Augmentation, Reader, Task, begin_worker, forks_from_a_server, shielded
+from wn21k_zoo.training.workers import (
+    Augmentation,
+    Reader,
+    Task,
+    allow_open_files,
+    begin_worker,
+    check_main,
+    forks_from_a_server,
+    shielded,
+)
 
 __all__ = [
     "Augmentation",
@@ -233,17 +242,20 @@ class Loader:
         def there() -> contextlib.AbstractContextManager[Any]:
             return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
-        with shielded(), there():
-            loaded = iter(self._batches)
-        while True:
-            with there():
-                try:
+        if self._batches.num_workers:
+            check_main()
+            allow_open_files()
+        try:
+            with shielded(), there():
+                loaded = iter(self._batches)
+            while True:
+                with there():
                     raw = next(loaded, None)
-                except (ConnectionError, EOFError) as error:
-                    raise worker_gone(error) from error
-            if raw is None:
-                return
-            yield raw
+                if raw is None:
+                    return
+                yield raw
+        except (ConnectionError, EOFError) as error:
+            raise worker_gone(error) from error
 
     def _on_device(self, loaded: Iterator[dict[str, Any]]) -> Iterator[tuple[int, Batch]]:
         """Convert each batch, the next one while the one before is worked on where the device has streams."""

@@ -141,11 +141,12 @@ def join(device: str | torch.device = "auto", deterministic: bool = False) -> It
         yield World(0, 1, chosen)
         return
     with _same_sums() if deterministic else contextlib.nullcontext():
+        nccl = chosen.type == "cuda" and dist.is_nccl_available()  # Windows has none
         try:
             dist.init_process_group(
-                "nccl" if chosen.type == "cuda" else "gloo",
+                "nccl" if nccl else "gloo",
                 timeout=datetime.timedelta(minutes=30),
-                device_id=chosen if chosen.type == "cuda" else None,
+                device_id=chosen if nccl else None,
             )
         except (RuntimeError, ValueError) as error:
             raise TrainingError(f"The other processes cannot be reached: {first_line(error)}") from error

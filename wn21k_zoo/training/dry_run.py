@@ -82,7 +82,7 @@ def count(
                     f"{str(error).rstrip('.')}: get the whole file, or count without the rest by --allow-truncated."
                 ) from None
 
-    with tempfile.TemporaryDirectory(prefix="wn21k-") as spool:
+    with tempfile.TemporaryDirectory(prefix="wn21k-", ignore_cleanup_errors=True) as spool:
         for one in tasks.run(count_class, waiting(Path(spool))):
             counts.append(one)
             images += one.train + one.validation

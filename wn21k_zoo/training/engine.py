@@ -27,6 +27,7 @@ from wn21k_zoo.errors import (
     Wn21kError,
     first_line,
 )
+from wn21k_zoo.messages import say
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.algorithms import choose_algorithms, torch_as_it_was
 from wn21k_zoo.training.announce import announcements
@@ -134,7 +135,7 @@ def train(
             if signals is not None or not told.told:
                 raise
             if world.leads:
-                sys.stderr.write("wn21k: stopped with a checkpoint; begun again it goes on\n")
+                say("stopped with a checkpoint; begun again it goes on")
             raise KeyboardInterrupt from None
 
 
@@ -181,7 +182,7 @@ class _Run:
         finished = self.step >= self.total and self.folder.status().get("state") == "finished"
         if self.world.broadcast(finished):
             if leads:
-                sys.stderr.write(f"wn21k: finished before, at step {self.step:,}; nothing to do\n")
+                say(f"finished before, at step {self.step:,}; nothing to do")
             return self.figures
         if leads:
             self.folder.cut(self.step, self.evaluated)
@@ -228,7 +229,7 @@ class _Run:
             self.folder.set_status("finished", self.step, total=self.total)
             is_trial = self.recipe.name.endswith("_debug")
             export = "" if is_trial else f"; wn21k train export {self.folder.path} DIR makes a model of it"
-            sys.stderr.write(f"wn21k: finished{export}\n")
+            say(f"finished{export}")
         return self.figures
 
     def _failed(self, end: Exception, problem: Exception) -> None:
@@ -248,7 +249,7 @@ class _Run:
                 try:
                     action()
                 except RunError as error:  # whose reason is another one
-                    sys.stderr.write(f"wn21k: {error}\n")
+                    say(str(error))
                 except RuntimeError as error:
                     if is_of_a_worker(error):  # torch says so amid anything, once for each
                         continue

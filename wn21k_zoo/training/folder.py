@@ -360,10 +360,12 @@ def is_among(path: Path, place: str | os.PathLike[str]) -> bool:
     """Whether a folder would be one of the classes of a folder of classes, or be looked through for their images."""
     if not is_class_folder(place):
         return False
-    root = expanded(place, DataError).absolute()
-    for mine, theirs in ((path.absolute(), root), (path.resolve(), root.resolve())):  # also through links
-        if mine.is_relative_to(theirs):
-            parts = mine.relative_to(theirs).parts
+    root = expanded(place, DataError)
+    for mine in (path.absolute(), path.resolve()):  # also through links, and in other letters where that is the same
+        for above in (mine, *mine.parents):
+            if not (above.exists() and above.samefile(root)):
+                continue
+            parts = mine.relative_to(above).parts
             if not parts:
                 return True
             if not any(map(is_hidden, parts)):
@@ -388,9 +390,20 @@ def _classes(folder: Path, at_least: int = 2) -> list[str]:
         count = "two" if at_least == 2 else "one"
         named = "; a class cannot be called train beside one called val or test" if folder.name == "train" else ""
         raise DataError(f"{folder} has {len(names)} folders; a folder per class is needed, at least {count}{named}.")
+    if unreadable := [name for name in names if not is_text(name)]:
+        raise DataError(f"{folder} has a folder {min(unreadable)!r}, whose name is no UTF-8; rename it.")
     if len({composed(name) for name in names}) < len(names):
         raise DataError(f"{folder} has two folders whose names look alike (two forms of Unicode); make one of them.")
     return sorted(names, key=lambda name: os.fsencode(composed(name)))
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written: Linux takes any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def composed(name: str) -> str:

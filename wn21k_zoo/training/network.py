@@ -190,5 +190,5 @@ def wrong_size(what: str, size: int, error: Exception) -> RecipeError:
     """What is said of a network that does not take images of a size."""
     return RecipeError(
         f"{what} does not take images of {size} pixels: {first_line(error).rstrip('.')}; set data.size, or "
-        f'model.arguments={{"img_size": {size}}} where the architecture takes that.'
+        f"model.arguments.img_size={size} where the architecture takes that."
     )

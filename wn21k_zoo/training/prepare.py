@@ -29,7 +29,7 @@ from typing import Any
 
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import expanded, parse_json, write_whole
+from wn21k_zoo.files import THE_SYSTEMS, expanded, parse_json, replace, write_whole
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.dry_run import check_space_before, check_space_during
 from wn21k_zoo.training.extra import cv2
@@ -43,10 +43,7 @@ from wn21k_zoo.training.tasks import Engine
 __all__ = ["PrepareOptions", "Progress", "prepare"]
 
 _WORK_DONE = ".work.done"
-_THE_SYSTEMS = (  # nobody puts these into a folder
-    ".DS_Store", "._*", ".fseventsd", ".Spotlight-V100", ".TemporaryItems", ".Trash*", ".nfs*", "lost+found",
-    "System Volume Information", "$RECYCLE.BIN", "desktop.ini", "Thumbs.db",
-)  # fmt: skip
+_HIDDEN = (".DS_Store", "._*", ".fseventsd", ".Spotlight-V100", ".TemporaryItems", ".Trash*", ".nfs*")  # nobody's
 
 
 def prepare(
@@ -108,7 +105,8 @@ def prepare(
         info = _finish(output, results, shards, options, recorded)
         progress(Progress(stage="manifest", done=1, total=1, images=0))
     # Half a folder of work is no work that could go on: another name first.
-    (output / WORK_FOLDER).rename(output / _WORK_DONE)
+    with contextlib.suppress(PermissionError):  # of Windows, where somebody looks into it; it is of no use, and no harm
+        replace(output / WORK_FOLDER, output / _WORK_DONE, patience=10)
     shutil.rmtree(output / _WORK_DONE, ignore_errors=True)
     return info
 
@@ -149,7 +147,7 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
     """The output folder, ours alone, with room to work in and without what killed tasks left."""
     work = output / WORK_FOLDER
     state = work / OPTIONS_FILE
-    if output.exists() and not work.is_dir() and any(not _is_the_systems(entry) for entry in output.iterdir()):
+    if output.exists() and not work.is_dir() and any(not _is_the_systems(entry.name) for entry in output.iterdir()):
         raise DataOutputError(f"{output} is not empty and not an output of `wn21k data prepare`; name a new folder.")
     folders = (work / "classes", work / "shards", work / "spool")
     try:
@@ -177,8 +175,8 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
         raise DataOutputError(f"{output} cannot be written ({error.strerror}); name a folder that can.") from None
 
 
-def _is_the_systems(entry: Path) -> bool:
-    return any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in _THE_SYSTEMS)
+def _is_the_systems(name: str) -> bool:
+    return name.casefold() in THE_SYSTEMS or any(fnmatch.fnmatchcase(name, pattern) for pattern in _HIDDEN)
 
 
 def _prepare_classes(

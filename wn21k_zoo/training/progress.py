@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from typing import IO, TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wn21k_zoo.errors import RunError, first_line
+from wn21k_zoo.messages import on_terminal, say
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.state import RunFolder
 
@@ -40,9 +40,9 @@ class Reporter:
         self._total, self._begin, self._first = total, time.perf_counter(), first
         if folder is None:
             return
-        self._file = folder.metrics.open("a", encoding="utf-8")
+        self._file = folder.metrics.open("a", encoding="utf-8", newline="\n")
         self._board = _tensorboard(folder, first)
-        if sys.stderr.isatty():
+        if on_terminal():
             self._bar = _bar()
             self._task = self._bar.add_task("train", total=total, completed=first, now="")
             self._bar.start()
@@ -82,8 +82,7 @@ class Reporter:
         if self._bar is not None:
             self._bar.console.print(f"wn21k: {text}", markup=False, highlight=False)
         else:
-            sys.stderr.write(f"wn21k: {text}\n")
-            sys.stderr.flush()
+            say(text)
 
     def close(self) -> None:
         """The end."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
-from wn21k_zoo.files import RECIPE_FILE, expanded, is_run, parse_json, visible
+from wn21k_zoo.files import RECIPE_FILE, expanded, is_run, parse_json, text_of, visible
 from wn21k_zoo.training.recipe import ELSEWHERE, Model, Recipe, Section
 
 __all__ = ["listed_in", "load_recipe", "override", "shipped_recipes"]
@@ -97,7 +97,7 @@ def _divided(where: str) -> tuple[Path, str | None, str | None]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return text_of(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {first_line(error)}.") from None
 
@@ -162,7 +162,7 @@ def _functions_in(path: Path) -> dict[str, Callable[..., Recipe]]:
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """A copy with fields changed as ``section.field=value``; null is None, and none where a field can be that.
 
-    Lists and objects are JSON.
+    Lists and objects are JSON; of ``model.arguments`` also ``model.arguments.NAME=value``.
 
     Raises:
         RecipeError: No such field, or a value that it cannot have.
@@ -171,9 +171,13 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     for setting in settings:
         path, equals, text = setting.partition("=")
         *sections, field = path.strip().split(".")
+        owner: Any = None
         target: Any = changed
         for section in sections:
-            target = _field(target, section, path)
+            owner, target = target, _field(target, section, path)
+        if isinstance(target, dict) and equals and field:
+            setattr(owner, sections[-1], {**target, field: _value(text.strip())})
+            continue
         if not equals or not field or isinstance(_field(target, field, path), Section):
             raise RecipeError(f"--set {setting}: write section.field=value, such as optimizer.lr=1e-3.")
         _set(target, field, text.strip())
@@ -205,11 +209,14 @@ def _set(target: Section, field: str, text: str) -> None:
         except RecipeError:
             setattr(target, field, text)
         return
+    setattr(target, field, _value(text))
+
+
+def _value(text: str) -> Any:
     try:
-        value = parse_json(text)
+        return parse_json(text)
     except ValueError:
-        value = _as_python(text)
-    setattr(target, field, value)
+        return _as_python(text)
 
 
 def _as_python(text: str) -> Any:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from wn21k_zoo.errors import first_line
+from wn21k_zoo.messages import on_terminal, say
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.state import RunFolder
 from wn21k_zoo.training.status import mark_preempted
@@ -48,13 +49,13 @@ class Rescue:
                 time.sleep(0.1)
             return
         self.keep(until)
-        if sys.stderr.isatty():
+        if on_terminal():
             sys.stderr.write("\x1b[?25h\n")  # the bar hides the cursor
         if self._failed():  # on another rank, for whose sake torchrun ends this one
             return
         step = self._folder.newest_step()
         mark_preempted(self._folder.path, step)
-        sys.stderr.write(f"wn21k: told to stop, it left what it was in; begun again it goes on at step {step:,}\n")
+        say(f"told to stop, it left what it was in; begun again it goes on at step {step:,}")
 
     def keep(self, until: float) -> None:
         """Write the checkpoint that can be had; one that is not written until then is left."""
@@ -74,4 +75,4 @@ class Rescue:
                 if self.save is not None:
                     self.save()
         except Exception as error:
-            sys.stderr.write(f"wn21k: {first_line(error)}\n")
+            say(first_line(error))

@@ -6,18 +6,21 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 from wn21k_zoo.errors import first_line
+from wn21k_zoo.messages import say
 
 __all__ = ["LIMIT_SECONDS", "GiveUp", "Signals"]
 
 PATIENCE_SECONDS = 10.0
 LIMIT_SECONDS = 26.0  # torchrun kills its processes 30 seconds after it was told to end them
+
+# Ctrl-Break, the end of a console or of a session are Windows' way to say so.
+_ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGBREAK") if hasattr(signal, name))
 
 GiveUp = Callable[[float], None]
 """What to do at last, until a time of :func:`time.monotonic`."""
@@ -59,7 +62,7 @@ class Signals:
         """Within, SIGTERM ends the process: at once, or when a run has come to its end; for the main thread."""
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
-        before = signal.signal(signal.SIGTERM, self._note)
+        before = {number: signal.signal(number, self._note) for number in _ENDS}
         wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         thread = threading.Thread(target=self._watch, args=(ours,), daemon=True)
         thread.start()
@@ -68,7 +71,8 @@ class Signals:
         finally:
             self._over.set()
             signal.set_wakeup_fd(wakeup)
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             theirs.shutdown(socket.SHUT_RDWR)  # ends the thread; to close it is not enough while a child has it, too
             thread.join()
             theirs.close()
@@ -98,10 +102,10 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.number = number
+        self.number = signal.SIGTERM if number in _ENDS else number
 
     def _watch(self, heard: socket.socket) -> None:
-        while signal.SIGTERM not in (numbers := heard.recv(4096)):
+        while not {*_ENDS} & {*(numbers := heard.recv(4096))}:
             if not numbers:
                 return
         told = time.monotonic()
@@ -112,7 +116,6 @@ class Signals:
         try:
             self._give_up(told + LIMIT_SECONDS)
         except Exception as error:
-            sys.stderr.write(f"wn21k: {first_line(error)}\n")
+            say(first_line(error))
         finally:
-            sys.stderr.flush()
             os._exit(self.code)

@@ -26,7 +26,7 @@ import torch
 
 from wn21k_zoo.errors import RecipeError, RunError, UnknownLabelSpaceError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import RECIPE_FILE, expanded, is_run, parse_json
+from wn21k_zoo.files import RECIPE_FILE, expanded, is_hidden, is_run, parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.status import STATUS_FILE, make_run_folder, read_status, write_status, write_text
@@ -82,7 +82,7 @@ class RunFolder:
         if not self.path.is_dir():
             return
         try:
-            names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
+            names = {entry.name for entry in self.path.iterdir() if not is_hidden(entry.name)}
         except OSError as error:
             raise RunError(f"{self.path} cannot be read: {first_line(error)}; name another output folder.") from None
         if (foreign := names - _OURS) and RECIPE_FILE not in names:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import RunError
-from wn21k_zoo.files import RECIPE_FILE, make_folder, parse_json, write_whole
+from wn21k_zoo.files import RECIPE_FILE, is_hidden, make_folder, parse_json, write_whole
 
 __all__ = ["STATUS_FILE", "make_run_folder", "mark_preempted", "read_status", "write_status", "write_text"]
 
@@ -76,7 +76,7 @@ def mark_preempted(folder: Path, step: int | None = None) -> None:
     if status.get("state") == "finished":
         return
     try:
-        names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+        names = {entry.name for entry in folder.iterdir() if not is_hidden(entry.name)}
         if names and not status and RECIPE_FILE not in names:
             return
     except FileNotFoundError:

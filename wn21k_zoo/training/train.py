@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from wn21k_zoo.errors import RecipeError, RunError, exit_code_of, message_of
 from wn21k_zoo.files import expanded
+from wn21k_zoo.messages import say
 from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.status import mark_preempted
 
@@ -51,10 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
             if (what := message_of(error)) is None:
                 raise
             rank = os.environ.get("RANK", "0")
-            sys.stderr.write(f"wn21k: {f'rank {rank}: ' if rank != '0' else ''}{what}\n")
+            say(f"{f'rank {rank}: ' if rank != '0' else ''}{what}")
             return exit_code_of(error)
         except KeyboardInterrupt:
-            sys.stderr.write("wn21k: interrupted\n")
+            say("interrupted")
             return 130
 
 
@@ -75,7 +76,7 @@ def _run(chosen: argparse.Namespace, signals: Signals) -> int:
             train(recipe, chosen.data, chosen.output, world, workers=chosen.workers, signals=signals)
         except Preempted as end:
             if world.leads:
-                sys.stderr.write("wn21k: stopped with a checkpoint; the same command goes on\n")
+                say("stopped with a checkpoint; the same command goes on")
             return end.code
     return 0
 
@@ -84,7 +85,7 @@ def _leave(output: str) -> None:
     """What a process leaves that is told to stop before its run begins."""
     if os.environ.get("RANK", "0") == "0":
         mark_preempted(expanded(output, RunError))
-        sys.stderr.write("wn21k: told to stop before the run began; the same command begins it\n")
+        say("told to stop before the run began; the same command begins it")
 
 
 def _end(code: int) -> NoReturn:
@@ -98,8 +99,8 @@ def _end(code: int) -> NoReturn:
     logging.shutdown()
     for child in multiprocessing.active_children():  # they load images, and nobody wants these now
         child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(code)
 
 

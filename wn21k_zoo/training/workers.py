@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,20 @@ from wn21k_zoo.training.extra import cv2
 from wn21k_zoo.training.open_shards import OpenShards
 from wn21k_zoo.training.order import SampleOrder
 
-__all__ = ["Augmentation", "Reader", "Task", "begin_worker", "forks_from_a_server", "randomness", "shielded"]
+__all__ = [
+    "Augmentation",
+    "Reader",
+    "Task",
+    "allow_open_files",
+    "begin_worker",
+    "check_main",
+    "forks_from_a_server",
+    "randomness",
+    "shielded",
+]
 
 Augmentation = Callable[[NDArray[np.uint8], random.Random], NDArray[np.uint8]]
+_OPEN_FILES = 4096
 Task = tuple[int, int, int, int]  # epoch, first position, end, samples seen after the whole batch
 
 
@@ -36,7 +49,9 @@ def begin_worker(worker: int) -> None:
     if _SHIELD:
         threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
     else:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for name in ("SIGINT", "SIGBREAK"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
     cv2.setNumThreads(0)  # the workers are the parallelism; and OpenCV's threads do not survive a fork
     torch.set_num_threads(1)
 
@@ -49,6 +64,36 @@ _SHIELD = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else
 def forks_from_a_server() -> bool:
     """Whether processes begin as copies of a server, which may have been started deaf to nothing."""
     return multiprocessing.get_start_method() == "forkserver"
+
+
+def check_main() -> None:
+    """See that a program may start processes that read it: it would start them without end, or wait for ever.
+
+    Raises:
+        DataError: It is a file in which nothing is under ``if __name__ == "__main__":``.
+    """
+    if multiprocessing.get_start_method() == "fork":
+        return
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    if getattr(main, "__spec__", None) is None and file and Path(file).is_file():
+        if b"__main__" in Path(file).read_bytes():
+            return
+        raise DataError(
+            f'Processes that load images read {file}: put what it runs under `if __name__ == "__main__":`, or take '
+            "workers=0."
+        )
+
+
+def allow_open_files() -> None:
+    """Let this process have as many files open as it may: macOS says 256 at first, and each worker needs some 15."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager
