@@ -3,7 +3,6 @@ import os
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,9 +117,9 @@ def test_on_windows_a_name_is_waited_for(tmp_path, monkeypatch, seconds):
 
     monkeypatch.setattr(Path, "replace", busy)
     monkeypatch.setattr(files, "os", SimpleNamespace(name="nt"))
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: clock.append(clock[-1] + seconds))
     clock = [0.0]
-    monkeypatch.setattr(files.time, "monotonic", lambda: clock[-1])
+    time = SimpleNamespace(sleep=lambda seconds: clock.append(clock[-1] + seconds), monotonic=lambda: clock[-1])
+    monkeypatch.setattr(files, "time", time)
     if seconds < 1:
         with pytest.raises(PermissionError):
             files.replace(source, target, patience=seconds)
@@ -136,22 +135,40 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
     for name in ("there", "new"):
         check_writable(tmp_path / name)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("there", b"content")]
+    allowed, opened = [], Path.open
 
-    def refused(*_, **__):  # as of a file that another program has open on Windows, or a folder that is not ours
-        raise PermissionError(13, "Permission denied")
+    def refused(self, mode):
+        if mode != allowed[-1]:
+            raise PermissionError(13, "Permission denied")
+        return opened(self, mode)
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
-    with pytest.raises(DataOutputError, match="new cannot be written: Permission denied; name another file"):
-        check_writable(tmp_path / "new")
     monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(DataOutputError, match="there cannot be written: Permission denied; name another file"):
-        check_writable(tmp_path / "there")
+    # A folder that is not ours, and on Windows a file that another program has open.
+    for mode, names in (("ab", ("there", "new")), ("xb", ("there",))):
+        allowed.append(mode)
+        for name in names:
+            with pytest.raises(
+                DataOutputError, match=f"{name} cannot be written: Permission denied; name another file"
+            ):
+                check_writable(tmp_path / name)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no such name here")  # noqa: PTH110
+def test_stdout_can_be_written_wherever_it_goes(tmp_path):
+    code = "from pathlib import Path; from wn21k_zoo.files import check_writable; check_writable(Path('/dev/stdout'))"
+    with (tmp_path / "out").open("wb") as out:
+        for stdout in (subprocess.PIPE, out):
+            subprocess.run([sys.executable, "-c", code], check=True, stdout=stdout)
 
 
 @pytest.mark.parametrize("name", [".DS_Store", "._a.jpg", "__MACOSX", "$RECYCLE.BIN", "Thumbs.db", "lost+found"])
 def test_what_systems_put_into_folders_is_nobodys(name):
     assert is_hidden(name)
-    assert not is_hidden(name.strip("._$")[:-1])
+
+
+@pytest.mark.parametrize("name", ["Lost+Found", "thumbs", "bin", "System", "a.jpg"])
+def test_what_is_called_nearly_so_is_somebodys(name):
+    assert not is_hidden(name)
 
 
 def test_without_a_console_nothing_is_said(monkeypatch, capsys):

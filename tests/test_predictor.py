@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jsonschema
 import numpy as np
+import pydantic
 import pytest
 import timm
 import torch
@@ -22,7 +23,6 @@ from wn21k_zoo.errors import (
     ImageNotFoundError,
     ImageTooLargeError,
     InvalidArgumentError,
-    ModelError,
     TreeError,
     UnknownTreeError,
     Wn21kError,
@@ -380,7 +380,10 @@ def test_outputs_that_were_computed_elsewhere(head):
     logits = torch.randn(3, 1000)
     predictor = fixed("imagenet1k", head, logits[0])
     expected = dataclasses.replace(predictor(np.zeros((4, 4, 3), np.uint8)), source=None)
-    for outputs in (logits, logits.numpy(), logits.tolist(), logits.double().numpy()):
+    frozen = logits.numpy().copy()
+    frozen.flags.writeable = False
+    kinds = (logits.clone().requires_grad_() * 1, logits.numpy(), logits.tolist(), logits.double().numpy(), frozen)
+    for outputs in (*kinds, logits.numpy().astype(">f4"), logits.flip(0).numpy()[::-1]):
         found = predictor.read(outputs)
         assert len(found) == 3
         assert found[0].top_k[0].wnid == expected.top_k[0].wnid
@@ -391,8 +394,8 @@ def test_outputs_that_were_computed_elsewhere(head):
             predictor.read(wrong)
     with pytest.raises(InvalidArgumentError, match="a tensor or an array of numbers"):
         predictor.read([["a"]])
-    with pytest.raises(ModelError, match="gives NaN or infinite outputs"):
-        predictor.read(logits * math.nan)
+    with pytest.raises(InvalidArgumentError, match="Row 1 of the outputs is NaN or infinite"):
+        predictor.read(logits * torch.tensor([1.0, math.nan, 1.0])[:, None])
 
 
 def test_a_prediction_is_whole_however_it_is_written(embedded):
@@ -400,6 +403,9 @@ def test_a_prediction_is_whole_however_it_is_written(embedded):
     assert dataclasses.asdict(prediction).keys() == prediction.to_dict().keys()
     assert dataclasses.asdict(prediction)["label"] == prediction.to_dict()["label"]
     assert dataclasses.replace(prediction, threshold=1.0).label is None
+    adapter = pydantic.TypeAdapter(type(prediction))
+    assert adapter.dump_python(prediction)["label"] == prediction.to_dict()["label"]
+    assert adapter.validate_json(adapter.dump_json(prediction)) == prediction
 
 
 def test_a_predictor_can_be_saved(embedded):

@@ -21,11 +21,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import wn21k_zoo
-from wn21k_zoo import convert, models, publish, timm_models
+from wn21k_zoo import convert, create_transform, models, publish, timm_models
 from wn21k_zoo.cli.app import app
 from wn21k_zoo.errors import (
     ConversionError,
     InvalidArgumentError,
+    LabelSpaceError,
     ModelError,
     OfflineError,
     PublishError,
@@ -140,15 +141,23 @@ def test_what_transformers_saves_is_read_as_what_it_was(which, request, tmp_path
     expected_state = expected.module.state_dict()
     assert all(torch.equal(value, expected_state[key]) for key, value in found.module.state_dict().items())
     assert classes_of(str(tmp_path)) == expected.label_space.wnids
-    config = json.loads((tmp_path / "config.json").read_text())
-    names = ["a", *config["label_names"][1:]]  # as if it had got another head
-    (tmp_path / "config.json").write_text(json.dumps({**config, "label_names": names}))
-    assert models.load_model(tmp_path, label_space="own").label_space.names == tuple(names)
-    with pytest.raises(UnresolvedLabelSpaceError):
+    assert str(create_transform(tmp_path)) == str(create_transform(place))
+
+
+@pytest.mark.filterwarnings("default")  # of transformers' own
+@pytest.mark.parametrize("which", ["folder", "mobilenet"])
+def test_what_got_other_classes_since_is_not_what_it_was(which, request, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    module = transformers.AutoModelForImageClassification.from_pretrained(
+        request.getfixturevalue(which), num_labels=3, ignore_mismatched_sizes=True
+    )
+    module.save_pretrained(tmp_path)
+    with pytest.raises((LabelSpaceError, UnresolvedLabelSpaceError)):
         models.load_model(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "head": "none"}))
-    with pytest.raises(ModelError, match=r"config\.json is damaged, export the model again: .*there is no head 'none'"):
-        models.load_model(tmp_path)
+    names = models.ClassNames(("cats", "dogs", "cows"))
+    assert models.load_model(tmp_path, label_space=names).head == "softmax"
+    with pytest.raises(InvalidArgumentError, match="Nothing says how the outputs"):
+        models.load_model(tmp_path, label_space=("n02121808", "n02123045", "n02084071"))  # a cat, a tabby, a dog
 
 
 def test_ofa_in_timm_after_our_import_and_here(tmp_path, photographs):
@@ -260,18 +269,21 @@ def damaged_copy(folder, tmp_path, without=(), **contents):
     return place
 
 
-@pytest.mark.parametrize(
-    "labels",
-    ["{", "{}", '{"label_space": "x", "wnids": ["n1"], "head": "softmax"}', '{"label_space": "x", "wnids": []}'],
-)
-def test_damaged_labels(folder, tmp_path, labels):
-    place = damaged_copy(folder, tmp_path, wn21k_labels_json=labels)
-    with pytest.raises(ModelError, match="is damaged, export"):
+@pytest.mark.parametrize("wrong", [{"wnids": ["n1"]}, {"wnids": []}, {"wnids": 5}, {"head": "none"}, {"head": [1]}])
+def test_what_an_export_states_may_be_damaged(folder, tmp_path, wrong):
+    config = json.loads((folder / "config.json").read_text()) | wrong
+    place = damaged_copy(folder, tmp_path, config_json=json.dumps(config))
+    with pytest.raises(ModelError, match=r"config\.json is damaged, export the model again"):
         models.load_model(place)
+    assert models.load_model(place, label_space="imagenet1k", head="softmax").head == "softmax"  # who knows better
+    assert len(models.load_model(place, label_space="own").label_space) == 1000
 
 
-def test_without_the_labels_the_names_are_recognised(mobilenet, tmp_path):
-    loaded = models.load_model(damaged_copy(mobilenet, tmp_path, without=["wn21k_labels.json"]))
+@pytest.mark.parametrize("left", [{}, {"wnids": None}, {"head": None}, {"wnids": ["mine"], "head": None}])
+def test_where_nothing_is_stated_the_names_are_recognised(mobilenet, tmp_path, left):
+    config = json.loads((mobilenet / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("label_space", "wnids", "head")} | left
+    loaded = models.load_model(damaged_copy(mobilenet, tmp_path, config_json=json.dumps(config)))
     assert (loaded.label_space.name, loaded.head) == ("imagenet21k_p_fall11", "semantic_softmax")
 
 

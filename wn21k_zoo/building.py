@@ -13,8 +13,6 @@ from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource
 from wn21k_zoo.errors import (
     InvalidArgumentError,
     ModelError,
-    OfflineError,
-    RemoteNotFoundError,
     UnknownModelError,
     WeightsNotFoundError,
     Wn21kError,
@@ -305,10 +303,8 @@ def _build(name: str, architecture: str, pretrained: bool, config: Mapping[str, 
     return module
 
 
-def fetch_from_hub(
-    name: str, cache_dir: str | os.PathLike[str] | None = None
-) -> tuple[Fetched, Fetched, Fetched | None]:
-    """Configuration, weights and, where it was exported by us, labels of ``hf-hub:ORG/NAME[@REVISION]``, verified.
+def fetch_from_hub(name: str, cache_dir: str | os.PathLike[str] | None = None) -> tuple[Fetched, Fetched]:
+    """Configuration and weights of ``hf-hub:ORG/NAME[@REVISION]``, verified.
 
     Raises:
         UnknownModelError: That is no name of a repository.
@@ -316,12 +312,7 @@ def fetch_from_hub(
     """
     source = hub_source(name)
     config = download.fetch_file(source, (CONFIG_FILE,), cache_dir=cache_dir)
-    weights = download.fetch_file(source, WEIGHT_FILES, cache_dir=cache_dir)
-    try:
-        labels = download.fetch_file(source, (LABELS_FILE,), cache_dir=cache_dir)
-    except (RemoteNotFoundError, OfflineError):
-        labels = None
-    return config, weights, labels
+    return config, download.fetch_file(source, WEIGHT_FILES, cache_dir=cache_dir)
 
 
 def hub_source(name: str) -> HubSource:
@@ -333,7 +324,7 @@ def hub_source(name: str) -> HubSource:
     repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
     if not is_repo_id(repo_id):
         raise UnknownModelError(f"{name!r} is no Hub repository; write hf-hub:ORG/NAME.")
-    return HubSource(repo_id=repo_id, filenames=(CONFIG_FILE, *WEIGHT_FILES, LABELS_FILE), revision=revision or None)
+    return HubSource(repo_id=repo_id, filenames=(CONFIG_FILE, *WEIGHT_FILES), revision=revision or None)
 
 
 def is_repo_id(text: str) -> bool:

@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -41,9 +40,10 @@ RECIPE_FILE = "recipe.json"
 """Of a run of training."""
 
 THE_SYSTEMS = (
-    "__macosx", "$recycle.bin", "system volume information", "desktop.ini", "thumbs.db", "lost+found", "@eadir",
+    "__MACOSX", "$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information", "desktop.ini", "Desktop.ini", "Thumbs.db",
+    "lost+found", "@eaDir",
 )  # fmt: skip
-"""What systems put into folders, in small letters; more of it begins with a dot."""
+"""What systems put into folders; more of it begins with a dot."""
 
 
 def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
@@ -64,7 +64,7 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
 
     A link stays one, to the new file; what is no regular file, such as /dev/stdout, is written as it comes.
     """
-    if path.exists() and (not path.is_file() or path.is_relative_to("/dev")):
+    if _is_special(path):
         with path.open("wb") as file:
             yield file
         return
@@ -82,6 +82,11 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
         raise
     if sync:
         _sync_folder(path.parent)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe or a device, such as /dev/stdout, wherever that goes."""
+    return path.exists() and (not path.is_file() or path.is_relative_to("/dev"))
 
 
 def write_whole(path: Path, content: bytes | str, kind: type[Wn21kError] | None = None, sync: bool = True) -> None:
@@ -163,7 +168,7 @@ def sha256_of(path: Path) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is nothing that somebody made: thumbnails, ``._NAME`` of macOS, a disk's recycle bin."""
-    return name.startswith(".") or name.casefold() in THE_SYSTEMS
+    return name.startswith(".") or name in THE_SYSTEMS
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
@@ -204,11 +209,14 @@ def check_writable(path: Path) -> None:
         raise DataOutputError(f"{path} is a folder; name a file.")
     if not path.absolute().parent.is_dir():
         raise DataOutputError(f"{path} cannot be written: there is no folder {path.absolute().parent}.")
+    if _is_special(path):
+        return
     real = Path(os.path.realpath(path))
     try:  # os.access knows nothing of Windows, where another program may have the file open as well
-        if real.is_file():
+        if real.exists():
             real.open("ab").close()
-        if real.is_file() or not real.exists():
-            tempfile.TemporaryFile(dir=real.parent).close()
+        trial = real.with_name(f".{real.name}.{os.getpid()}.tmp")
+        trial.open("xb").close()  # tempfile would try again and again there
+        trial.unlink()
     except OSError as error:
         raise DataOutputError(f"{path} cannot be written: {error.strerror}; name another file.") from None

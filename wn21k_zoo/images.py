@@ -54,7 +54,7 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 SAMPLES = MappingProxyType({"cat": "chelsea.png", "coffee": "coffee.png", "rocket": "rocket.jpg"})
 
-_LONGEST_PATH = 4096  # of Linux, in bytes; others take less
+_SHOWN = 500  # characters of a name
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -130,8 +130,11 @@ def _from_name(name: str, shown: str | None, *, allow_url: bool) -> Image.Image:
     if os.path.isdir(name):  # noqa: PTH112 - these two take any name, an impossible one too
         raise ImageDecodeError(f"{name} is a directory, not an image; name image files in it.")
     if "\0" in name or not os.path.exists(name):  # noqa: PTH110
-        if len(name) > _LONGEST_PATH:  # base64, say
-            raise ImageNotFoundError(f"A text of {len(name):,} characters is no path; give what it encodes, as bytes.")
+        if len(name) > _SHOWN or name.startswith("data:"):  # base64, say
+            raise ImageNotFoundError(
+                f"There is no file {name[:20]!r} (and {max(0, len(name) - 20):,} more characters); if it is an encoded "
+                "image, give its bytes."
+            )
         raise ImageNotFoundError(
             f"There is no file {name!r}." if not name.isprintable() else f"There is no file {name}."
         )
@@ -149,9 +152,11 @@ def _sample(name: str) -> Path:
 
 def _seekable(file: Any, name: str | None) -> BinaryIO:
     try:
-        content = file.read(0) if getattr(file, "seekable", lambda: False)() else None
-        if isinstance(content, bytes):
-            return file  # type: ignore[no-any-return]
+        content = getattr(file, "seekable", lambda: False)()
+        if content and not inspect.isawaitable(content):
+            content = file.read(0)
+            if isinstance(content, bytes):
+                return file  # type: ignore[no-any-return]
         if not inspect.isawaitable(content):
             content = file.read()
     except (OSError, ValueError) as error:

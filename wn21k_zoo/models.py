@@ -15,7 +15,6 @@ from wn21k_zoo import download, registry
 from wn21k_zoo.building import (
     CONFIG_FILE,
     HUB_PREFIX,
-    LABELS_FILE,
     as_folder,
     build_checkpoint,
     build_from_folder,
@@ -38,7 +37,6 @@ from wn21k_zoo.errors import (
     Wn21kError,
     first_line,
 )
-from wn21k_zoo.files import parse_json
 from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace
 from wn21k_zoo.on_disk import find_local
 from wn21k_zoo.synsets import WNID_PATTERN
@@ -55,8 +53,7 @@ __all__ = [
     "choose_default",
     "create_transform",
     "load_model",
-    "read_labels",
-    "stated_in",
+    "stated_outputs",
 ]
 
 ModelLike = Union[str, os.PathLike[str], "nn.Module"]
@@ -130,11 +127,10 @@ def load_model(
         return _from_module(model, space, head)
     name = os.fspath(model)
     if name.startswith(HUB_PREFIX):
-        config, weights, found = fetch_from_hub(name, cache_dir)
-        return _load_folder(name, config.path.parent, weights.path, found.path if found else None, space, head)
+        config, weights = fetch_from_hub(name, cache_dir)
+        return _load_folder(name, config.path.parent, weights.path, space, head)
     if (folder := as_folder(model)) is not None:
-        labels = folder / LABELS_FILE
-        return _load_folder(str(folder), folder, None, labels if labels.is_file() else None, space, head)
+        return _load_folder(str(folder), folder, None, space, head)
     checkpoint = registry.resolve_checkpoint(name)
     if space is not None or head is not None:
         raise InvalidArgumentError(
@@ -204,8 +200,8 @@ def create_transform(
     if folder is None:
         return build_transform(registry.resolve_checkpoint(os.fspath(name)).data_config, training=training)
     config = read_config(folder)
-    known = None if (folder / LABELS_FILE).is_file() else _checkpoint_of_config(config)
     own = resolve_data_config(pretrained_cfg=config.get("pretrained_cfg", config))
+    known = None if _is_export(config) else _checkpoint_of_config(config)
     return build_transform(_published_data_config(known, own), training=training)
 
 
@@ -225,16 +221,15 @@ def _default_is_reachable() -> bool:
     return download.is_reachable(registry.get_checkpoint(DEFAULT_CHECKPOINT))
 
 
-def _load_folder(
-    name: str, folder: Path, weights: Path | None, labels: Path | None, space: Given, head: Head | None
-) -> LoadedModel:
+def _load_folder(name: str, folder: Path, weights: Path | None, space: Given, head: Head | None) -> LoadedModel:
     import timm
 
     config = read_config(folder)
     weights = weights or weights_in(folder)
     known = _checkpoint_of_config(config)
-    stated = read_labels(labels) if labels is not None else stated_in(config, folder)
-    if stated is not None and space != "own":
+    asked = space == "own" or (space is not None and head is not None)
+    stated = None if asked else stated_outputs(config, folder)
+    if stated is not None and (space is None or _speak_alike(space, stated[0])):
         space, head = space or stated[0], head or stated[1]
     if space == "own" or (space is None and config.get("label_space") == "own"):
         space = _own_names(config, folder)
@@ -248,7 +243,7 @@ def _load_folder(
         label_space=space,
         head=_head_of(known, space, name, head),
         data_config=_published_data_config(
-            known if stated is None else None,  # what we exported says itself how it is to be prepared
+            None if _is_export(config) else known,  # an export says itself how images are to be prepared
             timm.data.resolve_model_data_config(module),
         ),
         owned=True,
@@ -273,40 +268,32 @@ def _checkpoint_of_config(config: Mapping[str, Any]) -> Checkpoint | None:
     return checkpoint if num_classes == len(LabelSpace.load(checkpoint.label_space)) else None
 
 
-def read_labels(path: Path) -> tuple[LabelSpace, Head]:
-    """What ``wn21k_labels.json`` of an exported folder says about its outputs.
+def stated_outputs(config: Mapping[str, Any], folder: Path) -> tuple[LabelSpace, Head] | None:
+    """Classes and head that a configuration of an export states, None where it is none or has got other classes since.
+
+    Programs of others keep what it states when they save the network again. That classes are others can be seen by
+    their number or names; where both are the same, nobody can tell.
 
     Raises:
         ModelError: It is damaged.
     """
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-    return _outputs(content, path)
-
-
-def stated_in(config: Mapping[str, Any], folder: Path) -> tuple[LabelSpace, Head] | None:
-    """The same of a configuration that we wrote, unless the network got other classes since."""
-    if "wnids" not in config:
+    if not _is_export(config):
         return None
-    space, head = _outputs(config, folder / CONFIG_FILE)
-    return (space, head) if tuple(config.get("label_names") or ()) == space.unique_names else None
-
-
-def _outputs(content: Mapping[str, Any], path: Path) -> tuple[LabelSpace, Head]:
     try:
-        name, wnids, head = str(content["label_space"]), tuple(content["wnids"]), content["head"]
+        name, wnids, head = str(config["label_space"]), tuple(config["wnids"]), config["head"]
         if head not in HEADS:
             raise ValueError(f"there is no head {head!r}")
-        shipped = LabelSpace.load(name) if name in LABEL_SPACES else None
-        return shipped if shipped is not None and shipped.wnids == wnids else LabelSpace(name, wnids), head
-    except (ValueError, KeyError, TypeError, Wn21kError) as error:
-        raise _damaged(path, error) from error
+        space = LabelSpace(name, wnids)
+        if name in LABEL_SPACES and (shipped := LabelSpace.load(name)).wnids == wnids:
+            space = shipped
+    except (ValueError, TypeError, Wn21kError) as error:
+        raise ModelError(f"{folder / CONFIG_FILE} is damaged, export the model again: {first_line(error)}") from error
+    names, num_classes = config.get("label_names"), config.get("num_classes", len(space))
+    return (space, head) if num_classes == len(space) and tuple(names or ()) == space.unique_names else None
 
 
-def _damaged(path: Path, error: Exception) -> ModelError:
-    return ModelError(f"{path} is damaged, export the model again: {first_line(error)}")
+def _is_export(config: Mapping[str, Any]) -> bool:
+    return all(config.get(key) is not None for key in ("label_space", "head", "wnids"))
 
 
 def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, folder: Path) -> Classes:
@@ -370,9 +357,11 @@ def _from_module(module: Any, space: Given, head: Head | None) -> LoadedModel:
 
 def _speaks(known: Checkpoint | None, space: Classes) -> bool:
     """Whether the outputs of a checkpoint stand for these classes in this order."""
-    if known is None or isinstance(space, ClassNames):
-        return False
-    return LabelSpace.load(known.label_space).wnids == space.wnids
+    return known is not None and _speak_alike(space, LabelSpace.load(known.label_space))
+
+
+def _speak_alike(space: Given, other: LabelSpace) -> bool:
+    return isinstance(space, LabelSpace) and space.wnids == other.wnids
 
 
 def _head_of(known: Checkpoint | None, space: Classes, name: str, head: Head | None) -> Head:

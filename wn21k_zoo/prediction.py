@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from wn21k_zoo.checkpoints import Head
@@ -97,7 +97,8 @@ class Prediction:
         tree: Name of the tree that the labels belong to; that of the label space where the classes are no synsets.
         threshold: Confidence that :attr:`label` must reach.
         label: The deepest label on the path whose confidence reaches the threshold, or None when even the root's does
-            not: a coarser label that is likely right rather than a fine one that is a guess.
+            not: a coarser label that is likely right rather than a fine one that is a guess. It follows from path and
+            threshold, whatever is given.
         levels: For each depth that has more than one class, its best labels.
         path: From the root of highest confidence, each time to the child of highest p, to a leaf or to where all
             children score 0.
@@ -111,7 +112,7 @@ class Prediction:
     head: str
     tree: str
     threshold: float
-    label: Label | None = field(init=False)
+    label: Label | None = None
     levels: tuple[Level, ...]
     path: tuple[Label, ...]
     top_k: tuple[Output, ...]

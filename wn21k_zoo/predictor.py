@@ -175,13 +175,14 @@ class Predictor:
             outputs: Of the head before any softmax or sigmoid, [B, N]: a tensor or an array.
 
         Raises:
-            InvalidArgumentError: They are not that.
-            ModelError: Some are NaN or infinite.
+            InvalidArgumentError: They are not that, or some are NaN or infinite.
         """
+        import numpy as np
         import torch
 
         try:
-            logits = torch.as_tensor(outputs).to(self.device, torch.float32)
+            given = outputs if isinstance(outputs, torch.Tensor) else torch.from_numpy(np.array(outputs, np.float32))
+            logits = given.detach().to(self.device, torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(
                 f"outputs must be a tensor or an array of numbers: {first_line(error)}"
@@ -193,11 +194,10 @@ class Predictor:
                 f"have {list(logits.shape)}."
             )
         predictions = []
-        for found in self._read(logits):
-            prediction = self._prediction(found, None)
-            if isinstance(prediction, Wn21kError):
-                raise prediction
-            predictions.append(prediction)
+        for row, found in enumerate(self._read(logits)):
+            if found is None:
+                raise InvalidArgumentError(f"Row {row} of the outputs is NaN or infinite.")
+            predictions.append(self._made(found, None))
         return predictions
 
     def stream(self, images: Iterable[ImageLike], *, read_ahead: bool = True) -> Iterator[Result]:
@@ -315,6 +315,9 @@ class Predictor:
             return ModelError(
                 f"{self.name} gives NaN or infinite outputs for {source or 'this image'}; are its weights right?"
             )
+        return self._made(found, source)
+
+    def _made(self, found: dict[str, Any], source: str | None) -> Prediction:
         return Prediction(
             source=source,
             model=self.name,

@@ -74,9 +74,10 @@ def export_folder(
 ) -> Path:
     """Write ``model.safetensors``, ``config.json``, ``wn21k_labels.json`` and a card.
 
-    The configuration has readable label names, the wnid appended where several classes share a name, and states the
-    preprocessing as timm and transformers honour it. ``wn21k_labels.json`` has what they do not ask for: the head's
-    kind, the wnids, and a tree as the index of each node's parent. The folder appears only when it is whole.
+    The configuration has readable label names, the wnid appended where several classes share a name, states the
+    preprocessing as timm and transformers honour it, and, for this package, wnids and the head's kind.
+    ``wn21k_labels.json`` has these for other programs, and a tree as the index of each node's parent. The folder
+    appears only when it is whole.
 
     Args:
         model: A record's name, a timm name with a known label space, or a published weight file.

@@ -404,7 +404,13 @@ def test_what_no_file_system_takes_is_one_line(command, tmp_path, monkeypatch):
 
 
 def test_who_has_had_enough_is_known_by_windows_word_for_it_too(monkeypatch):
-    invalid, other = OSError(errno.EINVAL, "Invalid argument"), OSError(errno.EINVAL, "Invalid argument", "a.jpg")
-    assert [_is_closed_pipe(error) for error in (BrokenPipeError(), invalid, other)] == [True, False, False]
+    class Closed(io.StringIO):
+        def flush(self):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    errors = (BrokenPipeError(), OSError(errno.EINVAL, "Invalid argument"), ValueError())
+    assert [_is_closed_pipe(error) for error in errors] == [True, False, False]
     monkeypatch.setattr("wn21k_zoo.cli.app.os", SimpleNamespace(name="nt"))
-    assert [_is_closed_pipe(error) for error in (BrokenPipeError(), invalid, other)] == [True, True, False]
+    assert [_is_closed_pipe(error) for error in errors] == [True, False, False]  # it is of something else
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert [_is_closed_pipe(error) for error in errors] == [True, True, False]

@@ -29,8 +29,11 @@ FILES = {
     "run/data.json": ("train compare run", "train export run out", "train plan run"),
     "run/status.json": ("train compare run",),
     "run/checkpoints/best.pt": ("train export run out",),
-    "exported/config.json": ("info ./exported", "publish exported --repo a/b --dry-run"),
-    "exported/wn21k_labels.json": ("info ./exported", "predict sample:cat -m ./exported"),
+    "exported/config.json": (
+        "info ./exported",
+        "predict sample:cat -m ./exported",
+        "publish exported --repo a/b --dry-run",
+    ),
     "exported/model.safetensors": ("publish exported --repo a/b --dry-run", "predict sample:cat -m ./exported"),
     "shards/_info.json": ("data info shards", "data verify shards", "data show shards -o out.png"),
     "shards/manifest.parquet": ("data info shards", "data verify shards"),

@@ -25,7 +25,7 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.data import Loader, Squash, open_dataset
 from wn21k_zoo.training.options import PrepareOptions
 from wn21k_zoo.training.shards import read_info
-from wn21k_zoo.training.workers import allow_open_files, check_main, randomness
+from wn21k_zoo.training.workers import allow_open_files, randomness, warn_of_main
 
 from .archives import WNIDS
 from .loading import SIZE, Noisy, batches, loader, same
@@ -448,25 +448,25 @@ def test_options_of_numpys_numbers_can_be_recorded():
     assert json.dumps(PrepareOptions(size=np.int64(128)).recorded()) == json.dumps(PrepareOptions(size=128).recorded())
 
 
-def test_a_program_that_processes_would_begin_anew_is_told(tmp_path, monkeypatch):
-    main = types.ModuleType("__main__")
+def test_a_program_that_processes_may_run_anew_is_told(tmp_path, monkeypatch, caplog):
+    main, told = types.ModuleType("__main__"), []
     main.__file__ = str(tmp_path / "main.py")
     monkeypatch.setitem(sys.modules, "__main__", main)
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
-    check_main()  # there is no such file
-    Path(main.__file__).write_text("train()")
-    with pytest.raises(
-        DataError, match=r'main\.py: put what it runs under `if __name__ == "__main__":`, or take workers=0'
+    for method, spec, text in (
+        ("spawn", None, None),  # no such file
+        ("spawn", None, "train()"),
+        ("spawn", object(), "train()"),  # python -m
+        ("fork", None, "train()"),
+        ("spawn", None, 'if __name__ == "__main__":\n    train()'),
     ):
-        check_main()
-    main.__spec__ = object()  # python -m
-    check_main()
-    main.__spec__ = None
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "fork")
-    check_main()
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
-    Path(main.__file__).write_text('if __name__ == "__main__":\n    train()')
-    check_main()
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda method=method: method)
+        main.__spec__ = spec
+        if text is not None:
+            Path(main.__file__).write_text(text)
+        caplog.clear()
+        warn_of_main.__wrapped__()
+        told.append("main.py; if they end, or nothing happens, put what it runs under" in caplog.text)
+    assert told == [False, True, False, False, False]
 
 
 def test_many_files_may_be_open():
@@ -475,11 +475,13 @@ def test_many_files_may_be_open():
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))  # as macOS has it
         allow_open_files()
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(4096, before[0])
+        hard = 4096 if before[1] == resource.RLIM_INFINITY else before[1]
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(4096, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    allow_open_files()
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= before[0]
+    if before[0] >= 4096 or before[0] == resource.RLIM_INFINITY:
+        allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 
 
 def test_a_process_that_ends_as_it_begins_is_one_line(shards, monkeypatch):

@@ -372,11 +372,13 @@ def test_counts_go_where_a_metric_goes_and_nowhere_else():
 
 
 def test_all_count_where_nothing_else_is_said():
-    targets, everything = torch.arange(3), torch.ones(3, dtype=torch.bool)
-    for metric, predictions in ((ClassAccuracy(3), targets.flip(0)), (Calibration(), torch.tensor([0.1, 0.5, 0.9]))):
-        second = targets if isinstance(metric, ClassAccuracy) else everything
-        metric.update(predictions, second)
-        once = metric.compute()
-        metric.reset()
-        metric.update(predictions, second, everything)
-        assert metric.compute() == once
+    all_three = torch.ones(3, dtype=torch.bool)
+    for kind, predictions, truth in (
+        (lambda: ClassAccuracy(3), torch.tensor([2, 1, 0]), torch.arange(3)),
+        (Calibration, torch.tensor([0.1, 0.5, 0.9]), all_three),
+        (Calibration, torch.tensor([0.1, 0.5, 0.9]), all_three.float()),
+    ):
+        short, long = kind(), kind()
+        short.update(predictions, truth)
+        long.update(predictions, truth, all_three)
+        assert short.compute() == long.compute()

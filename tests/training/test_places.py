@@ -208,12 +208,12 @@ def test_a_class_may_be_called_train(tmp_path):
 def test_a_start_that_is_damaged_is_told_and_keeps_its_head_otherwise(data, tmp_path):
     run(small_recipe(schedule=SHORT), data, tmp_path / "first")
     exported = export_run(tmp_path / "first", tmp_path / "exported")
-    for name in ("wn21k_labels.json", "config.json"):
-        whole = (exported / name).read_text()
-        (exported / name).write_text(whole[:-20])
-        with pytest.raises(ModelError, match=name):
+    whole = (exported / "config.json").read_text()
+    for damaged in (whole[:-20], whole.replace('"head": "', '"head": "no ')):
+        (exported / "config.json").write_text(damaged)
+        with pytest.raises(ModelError, match=r"config\.json"):
             run(small_recipe(model={"start": str(exported)}), data, tmp_path / "run")
-        (exported / name).write_text(whole)
+    (exported / "config.json").write_text(whole)
     assert not RunFolder(tmp_path / "run").steps()
     run(small_recipe(model={"start": str(exported)}, schedule=SHORT), data, tmp_path / "run")
 

@@ -649,8 +649,8 @@ def test_a_drive_of_windows_is_no_name_of_a_recipe(where):
 def test_one_argument_of_the_network_alone():
     recipe = override(small_recipe(model={"arguments": {"depth": 2}}), ["model.arguments.img_size=32"])
     assert recipe.model.arguments == {"depth": 2, "img_size": 32}
-    recipe = override(recipe, ["model.arguments.act_layer=gelu", "model.arguments.drop_path_rate=.1"])
+    recipe = override(recipe, ["model.arguments. act_layer =gelu", "model.arguments.drop_path_rate=.1"])
     assert recipe.model.arguments == {"depth": 2, "img_size": 32, "act_layer": "gelu", "drop_path_rate": 0.1}
-    for wrong in ("model.arguments.", "model.arguments.img_size", "model.arguments.a.b=1"):
+    for wrong in ("model.arguments.", "model.arguments.img_size", "model.arguments.a.b=1", "model.arguments.a-b=1"):
         with pytest.raises(RecipeError):
             override(recipe, [wrong])

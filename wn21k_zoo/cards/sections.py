@@ -212,7 +212,7 @@ def _bullets(lines: Iterable[str]) -> str:
 
 def softmax_caution(checkpoint: Checkpoint) -> str:
     """A comment for programs that take one softmax over all outputs, whatever the head."""
-    suits = checkpoint.head != "semantic_softmax"
+    suits = checkpoint.head == "softmax"
     return "" if suits else "  # with one softmax over all outputs, which this head is not made for"
 
 

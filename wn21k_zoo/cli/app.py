@@ -40,8 +40,15 @@ class _Group(TyperGroup):
 
 def _is_closed_pipe(error: Exception) -> bool:
     """Whether who reads stdout has had enough (wn21k ... | head), for Windows maybe an argument that is invalid."""
-    invalid = isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename is None
-    return isinstance(error, BrokenPipeError) or (os.name == "nt" and invalid)
+    if isinstance(error, BrokenPipeError):
+        return True
+    if os.name != "nt" or not isinstance(error, OSError) or error.errno != errno.EINVAL:
+        return False
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
 
 
 app = typer.Typer(

@@ -54,7 +54,7 @@ def download(
         for name in dict.fromkeys(wanted):
             try:
                 if name.startswith(HUB_PREFIX):
-                    found = [one for one in fetch_from_hub(name, cache_dir) if one is not None]
+                    found = list(fetch_from_hub(name, cache_dir))
                 else:
                     found = [fetch(registry.resolve_checkpoint(name), cache_dir=cache_dir)]
             except Wn21kError as error:

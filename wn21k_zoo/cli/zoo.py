@@ -17,7 +17,6 @@ import typer
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, Checkpoint
 from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, print_json, print_table, printed_as_json
-from wn21k_zoo.files import parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
 
@@ -118,23 +117,19 @@ def info(
 
 def _of_folder(folder: Path) -> dict[str, Any]:
     """What a folder says of the model in it."""
-    from wn21k_zoo import building
+    from wn21k_zoo import building, models
 
     config = building.read_config(folder)
-    try:
-        labels = parse_json((folder / building.LABELS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        labels = None
-    labels = labels if isinstance(labels, dict) else {}
+    stated = models.stated_outputs(config, folder)
     names = [str(each) for each in config.get("label_names") or []]
-    own = "own" if names and not any(map(WNID_PATTERN.fullmatch, names)) else None
+    is_own = config.get("label_space") == "own" or (names and not any(map(WNID_PATTERN.fullmatch, names)))
     local = next((folder / each for each in building.WEIGHT_FILES if (folder / each).is_file()), None)
-    space = labels.get("label_space") or config.get("label_space") or own
+    space = stated[0].name if stated is not None else "own" if is_own else None
     return {
         "name": folder.name,
         "architecture": config["architecture"],
         "label_space": space,
-        "head": labels.get("head") or ("softmax" if space == "own" else None),  # as predict reads them
+        "head": stated[1] if stated is not None else "softmax" if space == "own" else None,  # as predict reads them
         "num_classes": config.get("num_classes"),
         "first_classes": "; ".join(names[:3]) or None,
         **{key: value for key, value in config.get("pretrained_cfg", {}).items() if key != "label_names"},

@@ -38,9 +38,9 @@ from wn21k_zoo.training.workers import (
     Task,
     allow_open_files,
     begin_worker,
-    check_main,
     forks_from_a_server,
     shielded,
+    warn_of_main,
 )
 
 __all__ = [
@@ -76,6 +76,8 @@ class LoaderState(TypedDict):
 class Batch:
     """What one rank gets of one batch; ``images, targets = batch`` unpacks the two that training needs.
 
+    Not frozen, so that Lightning and the like may move it.
+
     ``images``: [n, 3, size, size] on the device, channels_last, floating point in [0, 1]. ``targets``: class indices,
     [n] int64. ``samples``: numbers of the samples in the data set, [n] int64, on the CPU. ``names``: of the images,
     where the loader was asked for them. ``n`` is smaller than the batch size where samples were damaged, and in the
@@ -99,9 +101,8 @@ class Loader:
 
     In training, iterating gives the rest of the current epoch, or the next one where nothing is left, and then stands
     at the beginning of the next; all ranks get equally many full batches, and what is left of an epoch at its end, less
-    than a batch, is left out. In
-    evaluation it gives all samples, unless :meth:`load_state_dict` came just before, in their own order, each exactly
-    once over all ranks; a rank's last batch may be smaller, or missing.
+    than a batch, is left out. In evaluation it gives all samples, unless :meth:`load_state_dict` came just before, in
+    their own order, each exactly once over all ranks; a rank's last batch may be smaller, or missing.
 
     A damaged sample is logged with shard and key, counted in ``bad_samples`` and left out; its batch is smaller by one,
     or empty, so that no other rank waits.
@@ -115,7 +116,8 @@ class Loader:
         seed: Of order and augmentation.
         rank: Of this process.
         world_size: Number of ranks.
-        workers: Processes that decode and augment; 0: this one.
+        workers: Processes that decode and augment; 0: this one. For them this one may have 4096 files open, where its
+            limit was lower and may be raised.
         device: Batches come as tensors there, the next one on its way while one is worked on.
         window: So many shards are mixed with each other.
         max_bad: Share of an epoch's samples that may be damaged; ten of a thousand always may, for 0.01.
@@ -243,7 +245,7 @@ class Loader:
             return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
         if self._batches.num_workers:
-            check_main()
+            warn_of_main()
             allow_open_files()
         try:
             with shielded(), there():

@@ -352,6 +352,7 @@ class Calibration(Counts):
     def update(self, confidence_b: Tensor, right_b: Tensor, counted_b: Tensor | None = None) -> None:
         """Count a batch: confidences in [0, 1], whether predictions were right, [B] each; or only those of [B] bool."""
         confidence_b = confidence_b.float()
+        right_b = right_b.bool()
         counted_b = torch.ones_like(right_b) if counted_b is None else counted_b
         there = (confidence_b > -_ROUNDING) & (confidence_b < 1 + _ROUNDING)  # not NaN either
         confidence_b = confidence_b.where(there, 0)

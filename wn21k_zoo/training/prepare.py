@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -42,6 +43,7 @@ from wn21k_zoo.training.tasks import Engine
 
 __all__ = ["PrepareOptions", "Progress", "prepare"]
 
+_LOG = logging.getLogger(__name__)
 _WORK_DONE = ".work.done"
 _HIDDEN = (".DS_Store", "._*", ".fseventsd", ".Spotlight-V100", ".TemporaryItems", ".Trash*", ".nfs*")  # nobody's
 
@@ -104,9 +106,11 @@ def prepare(
         progress(Progress(stage="manifest", done=0, total=1, images=0))
         info = _finish(output, results, shards, options, recorded)
         progress(Progress(stage="manifest", done=1, total=1, images=0))
-    # Half a folder of work is no work that could go on: another name first.
-    with contextlib.suppress(PermissionError):  # of Windows, where somebody looks into it; it is of no use, and no harm
+    try:
+        # Half a folder of work is no work that could go on: another name first.
         replace(output / WORK_FOLDER, output / _WORK_DONE, patience=10)
+    except PermissionError:  # on Windows, while somebody looks into it
+        _LOG.warning("%s is of no use any more, and could not be removed; remove it", output / WORK_FOLDER)
     shutil.rmtree(output / _WORK_DONE, ignore_errors=True)
     return info
 
@@ -176,7 +180,7 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
 
 
 def _is_the_systems(name: str) -> bool:
-    return name.casefold() in THE_SYSTEMS or any(fnmatch.fnmatchcase(name, pattern) for pattern in _HIDDEN)
+    return name in THE_SYSTEMS or any(fnmatch.fnmatchcase(name, pattern) for pattern in _HIDDEN)
 
 
 def _prepare_classes(

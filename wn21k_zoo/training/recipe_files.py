@@ -170,12 +170,12 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     changed = recipe.model_copy(deep=True)
     for setting in settings:
         path, equals, text = setting.partition("=")
-        *sections, field = path.strip().split(".")
+        *sections, field = (part.strip() for part in path.split("."))
         owner: Any = None
         target: Any = changed
         for section in sections:
             owner, target = target, _field(target, section, path)
-        if isinstance(target, dict) and equals and field:
+        if isinstance(target, dict) and equals and field.isidentifier():
             setattr(owner, sections[-1], {**target, field: _value(text.strip())})
             continue
         if not equals or not field or isinstance(_field(target, field, path), Section):

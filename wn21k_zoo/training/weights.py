@@ -18,7 +18,7 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.models import read_labels, stated_in
+from wn21k_zoo.models import stated_outputs
 from wn21k_zoo.training.folder import composed
 from wn21k_zoo.training.recipe import RANDOM, RESERVED, Recipe
 
@@ -68,11 +68,9 @@ def classes_of(start: str) -> tuple[str, ...] | None:
     Raises:
         ModelError, UnknownModelError: What says so is damaged, or cannot be had.
     """
-    if (labels := _file_of(start, building.LABELS_FILE)) is not None:
-        return read_labels(labels)[0].wnids
     if (folder := building.configured_folder(start)) is not None:
         config = building.read_config(folder)
-        if (stated := stated_in(config, folder)) is not None:
+        if (stated := stated_outputs(config, folder)) is not None:
             return stated[0].wnids
         names = config.get("label_names")
         return tuple(composed(str(name)) for name in names) if names else None

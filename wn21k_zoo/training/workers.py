@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import multiprocessing
 import os
 import random
@@ -32,13 +34,14 @@ __all__ = [
     "Task",
     "allow_open_files",
     "begin_worker",
-    "check_main",
     "forks_from_a_server",
     "randomness",
     "shielded",
+    "warn_of_main",
 ]
 
 Augmentation = Callable[[NDArray[np.uint8], random.Random], NDArray[np.uint8]]
+_LOG = logging.getLogger(__name__)
 _OPEN_FILES = 4096
 Task = tuple[int, int, int, int]  # epoch, first position, end, samples seen after the whole batch
 
@@ -66,22 +69,21 @@ def forks_from_a_server() -> bool:
     return multiprocessing.get_start_method() == "forkserver"
 
 
-def check_main() -> None:
-    """See that a program may start processes that read it: it would start them without end, or wait for ever.
+@functools.cache
+def warn_of_main() -> None:
+    """Say once that processes read the program that starts them, where nothing in it seems to keep it from running.
 
-    Raises:
-        DataError: It is a file in which nothing is under ``if __name__ == "__main__":``.
+    They end then, and before Python 3.13 those of macOS may leave it waiting for ever.
     """
-    if multiprocessing.get_start_method() == "fork":
-        return
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
-    if getattr(main, "__spec__", None) is None and file and Path(file).is_file():
-        if b"__main__" in Path(file).read_bytes():
-            return
-        raise DataError(
-            f'Processes that load images read {file}: put what it runs under `if __name__ == "__main__":`, or take '
-            "workers=0."
+    if multiprocessing.get_start_method() == "fork" or getattr(main, "__spec__", None) is not None or not file:
+        return
+    if Path(file).is_file() and b"__main__" not in Path(file).read_bytes():
+        _LOG.warning(
+            "processes that load images read %s; if they end, or nothing happens, put what it runs under `if __name__ "
+            '== "__main__":`',
+            file,
         )
 
 
