@@ -218,7 +218,7 @@ def test_text_files(tmp_path):
     tree = SemanticTree.from_file(file)
     assert tree.class_tree_list == [[0], [1, 0]]
     assert tree.name == "pets"
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xff\x00\x81")
     for bad in (tmp_path / "none.txt", tmp_path, tmp_path / "binary.txt"):
         with pytest.raises(LabelSpaceError, match="cannot be read as a list of wnids"):
             SemanticTree.from_file(bad)

@@ -72,9 +72,9 @@ def _run_in_processes(
         for task in tasks:
             running.add(pool.submit(function, *task))
             if len(running) >= 2 * workers:
-                done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        yield from (future.result() for future in concurrent.futures.as_completed(running))
+                yield from _done(running)
+        while running:
+            yield from _done(running)
     except concurrent.futures.process.BrokenProcessPool:
         raise DataError(
             "A worker process died. If the machine was out of memory, take fewer workers (--workers); in a script of "
@@ -85,6 +85,15 @@ def _run_in_processes(
         pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
+
+
+def _done(running: set[concurrent.futures.Future[Result]]) -> Iterator[Result]:
+    """What is done first, and then no longer among what runs; in short waits, between which Windows hears of Ctrl-C."""
+    done: set[concurrent.futures.Future[Result]] = set()
+    while not done:
+        done, _ = concurrent.futures.wait(running, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED)
+    running -= done
+    yield from (future.result() for future in done)
 
 
 def _begin_worker() -> None:
