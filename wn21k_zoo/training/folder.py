@@ -390,14 +390,14 @@ def _classes(folder: Path, at_least: int = 2) -> list[str]:
         count = "two" if at_least == 2 else "one"
         named = "; a class cannot be called train beside one called val or test" if folder.name == "train" else ""
         raise DataError(f"{folder} has {len(names)} folders; a folder per class is needed, at least {count}{named}.")
-    if unreadable := [name for name in names if not is_text(name)]:
+    if unreadable := [name for name in names if not _is_text(name)]:
         raise DataError(f"{folder} has a folder {min(unreadable)!r}, whose name is no UTF-8; rename it.")
     if len({composed(name) for name in names}) < len(names):
         raise DataError(f"{folder} has two folders whose names look alike (two forms of Unicode); make one of them.")
     return sorted(names, key=lambda name: os.fsencode(composed(name)))
 
 
-def is_text(name: str) -> bool:
+def _is_text(name: str) -> bool:
     """Whether a name can be written: Linux takes any bytes."""
     try:
         name.encode()
