@@ -29,7 +29,6 @@ __all__ = [
     "CONFIG_FILE",
     "FOLDER_PREFIX",
     "HUB_PREFIX",
-    "LABELS_FILE",
     "WEIGHT_FILES",
     "about_run",
     "as_folder",
@@ -49,7 +48,6 @@ __all__ = [
 HUB_PREFIX = "hf-hub:"
 FOLDER_PREFIX = "local-dir:"
 CONFIG_FILE = "config.json"
-LABELS_FILE = "wn21k_labels.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # Of a pretrained configuration: where weights come from by hand, and what belongs to the architecture.

@@ -16,7 +16,6 @@ from wn21k_zoo import cards, convert, hub, registry
 from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.building import (
     CONFIG_FILE,
-    LABELS_FILE,
     WEIGHT_FILES,
     about_run,
     build_checkpoint,
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "LABELS_FILE",
     "check_repo_id",
     "check_target",
     "export_folder",
@@ -52,10 +52,12 @@ __all__ = [
     "folder_labels",
     "plan_upload",
     "publish_folder",
+    "synset_config",
     "write_export",
 ]
 
 CARD_FILE = "README.md"
+LABELS_FILE = "wn21k_labels.json"
 DTYPES = ("float32", "float16", "bfloat16")
 _TEMPORARY = ".wn21k-export-"
 # What of a folder is uploaded: what we wrote, and nothing that happens to lie there.

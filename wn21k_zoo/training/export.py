@@ -16,7 +16,6 @@ from torch import nn
 
 from wn21k_zoo import convert, publish, registry
 from wn21k_zoo.architectures import ARCHITECTURES
-from wn21k_zoo.building import LABELS_FILE
 from wn21k_zoo.cards.sections import softmax_caution
 from wn21k_zoo.checkpoints import Checkpoint, Metric
 from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
@@ -249,7 +248,7 @@ def _card(checkpoint: Checkpoint, trained: Trained) -> str:
     )
     recipe = trained.recipe.model_copy(deep=True)
     if isinstance(recipe.data.label_space, tuple):  # thousands of lines, maybe
-        recipe.data.label_space = f"{len(recipe.data.label_space):,} wnids, those of {LABELS_FILE}"
+        recipe.data.label_space = f"{len(recipe.data.label_space):,} wnids, those of {publish.LABELS_FILE}"
     parts = [
         "---",
         header.to_yaml().strip(),
