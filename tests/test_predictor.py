@@ -323,6 +323,38 @@ def test_the_same_lazy_image_and_file_object_may_stand_several_times(embedded, p
             assert result.path[0].confidence == pytest.approx(expected.path[0].confidence, abs=1e-4)
 
 
+@pytest.mark.parametrize("read_ahead", [True, False])
+@pytest.mark.parametrize("kind", ["array", "grey", "tensor", "bytearray", "memoryview"])
+def test_a_source_may_write_the_next_image_into_the_same_memory(embedded, kind, read_ahead):
+    frames = [np.full((40, 60, 3), value, np.uint8) for value in (0, 120, 255, 0, 120, 255)]
+    if kind == "grey":
+        frames = [frame[:, :, 0] for frame in frames]
+    elif kind in ("bytearray", "memoryview"):
+        frames = [np.frombuffer(_as_bmp(frame), np.uint8) for frame in frames]
+
+    def camera():
+        buffer = frames[0].copy()
+        given = {"tensor": lambda: torch.from_numpy(buffer).permute(2, 0, 1), "memoryview": lambda: buffer.data}
+        kept = bytearray(buffer.size) if kind == "bytearray" else None
+        for frame in frames:
+            buffer[:] = frame
+            if kept is not None:
+                kept[:] = frame.tobytes()
+            yield given.get(kind, lambda: buffer if kept is None else kept)()
+
+    predictor = Predictor(EMBEDDED, device="cpu", batch_size=6)
+    seen = [result.top_k[0].probability for result in predictor.stream(camera(), read_ahead=read_ahead)]
+    alone = [predictor(frame if frame.ndim > 1 else frame.tobytes()).top_k[0].probability for frame in frames[:3]]
+    assert seen == pytest.approx(alone * 2, abs=1e-4)
+    assert len({round(probability, 3) for probability in alone}) == 3
+
+
+def _as_bmp(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "BMP")
+    return file.getvalue()
+
+
 def test_a_very_long_image_is_refused_before_it_grows(embedded):
     with pytest.raises(ImageTooLargeError, match="shorter side"):
         embedded(Image.new("RGB", (30_000, 1)))

@@ -2,7 +2,9 @@ from collections import Counter
 
 import pytest
 import timm
+import torch
 
+import wn21k_zoo.timm_models  # noqa: F401 - registers our names
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.errors import UnknownModelError, UnresolvedLabelSpaceError
@@ -49,6 +51,25 @@ def test_every_record_is_found(checkpoint):
     assert checkpoint.name in registry.list_checkpoints()
     assert registry.resolve_checkpoint(f"wn21k_{checkpoint.name}") is checkpoint
     assert registry.find_record(checkpoint.architecture, checkpoint.name.partition(".")[2]) is checkpoint
+
+
+@pytest.mark.parametrize("stem", sorted({checkpoint.name.partition(".")[0] for checkpoint in CHECKPOINTS}))
+def test_a_name_of_ours_without_a_tag_is_the_model_that_timm_makes_of_it(stem):
+    checkpoint = registry.resolve_checkpoint(f"wn21k_{stem}")
+    with torch.device("meta"):
+        stated = timm.create_model(f"wn21k_{stem}").pretrained_cfg
+    assert checkpoint is registry.records_of(stem)[0]
+    assert (stated["tag"], stated["num_classes"]) == (
+        checkpoint.name.partition(".")[2],
+        len(LabelSpace.load(checkpoint.label_space)),
+    )
+
+
+def test_our_prefix_is_of_our_records_alone():
+    with pytest.raises(UnknownModelError, match="Did you mean .*resnet50.miil_in21k"):
+        registry.resolve_checkpoint("wn21k_resnet50.mil_in21k")
+    with pytest.raises(UnknownModelError, match="convnext_tiny"):
+        registry.resolve_checkpoint("wn21k_convnext_tiny.in12k")
 
 
 def test_patterns():

@@ -56,9 +56,10 @@ print(before[:2] == after[:2], set(after[2]) - set(before[2]))
     assert done.stdout.split(maxsplit=1) == ["True", "{'timm_models'}\n"]
 
 
+@pytest.mark.parametrize("create", [timm.create_model, wn21k_zoo.create_model])
 @pytest.mark.parametrize("name", [f"wn21k_{EMBEDDED}", "wn21k_efficientnet_lite0"])
-def test_pretrained(name, embedded):
-    module = timm.create_model(name, pretrained=True).eval()
+def test_pretrained(name, create, embedded):
+    module = create(name, pretrained=True).eval()
     with torch.inference_mode():
         torch.testing.assert_close(module(IMAGE), embedded.module(IMAGE), rtol=1e-4, atol=1e-4)
     assert not {"state_dict", "file"} & set(module.pretrained_cfg)

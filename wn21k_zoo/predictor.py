@@ -246,8 +246,9 @@ class Predictor:
         return self.tree.name if self.tree is not None else self.label_space.name
 
     def _submit(self, workers: ThreadPoolExecutor, image: ImageLike) -> Future[torch.Tensor]:
-        if hasattr(image, "getbands") or hasattr(image, "read"):
-            # A PIL image and a file object have a state that two threads must not share, so they are read here.
+        if not isinstance(image, (str, os.PathLike, bytes)):
+            # Read here: a file object has a state that two threads must not share, and a camera's loop may write the
+            # next image into the same array before a worker has read this one.
             try:
                 image = _loaded(image)
             except Wn21kError as error:

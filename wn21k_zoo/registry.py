@@ -22,6 +22,7 @@ __all__ = [
     "get_checkpoint",
     "is_known",
     "list_checkpoints",
+    "records_of",
     "resolve_checkpoint",
 ]
 
@@ -67,8 +68,15 @@ def resolve_checkpoint(name: str) -> Checkpoint:
         UnknownModelError: Neither we nor timm have pretrained weights of that name.
         UnresolvedLabelSpaceError: timm has them, but the classes of their head are not a known label space.
     """
-    name = name.removeprefix(TIMM_PREFIX)  # what timm calls our records
+    if name.startswith(TIMM_PREFIX):  # what timm calls our records
+        name = name.removeprefix(TIMM_PREFIX)
+        return records_of(name)[0] if records_of(name) else get_checkpoint(name)
     return _BY_NAME[name] if name in _BY_NAME else _from_timm(name)
+
+
+def records_of(stem: str) -> tuple[Checkpoint, ...]:
+    """Our records whose names are ``STEM.TAG``, the one that ``wn21k_STEM`` means first."""
+    return tuple(checkpoint for checkpoint in CHECKPOINTS if checkpoint.name.partition(".")[0] == stem)
 
 
 def find_record(architecture: str, tag: str) -> Checkpoint | None:

@@ -30,8 +30,8 @@ def _default_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _entry_point(name: str) -> Callable[..., Any]:
     """The function that timm calls for ``wn21k_<name>``, with or without a tag."""
-    tags = {checkpoint.name.partition(".")[2]: checkpoint for checkpoint in CHECKPOINTS if _stem(checkpoint) == name}
-    architecture = next(iter(tags.values())).architecture
+    records = registry.records_of(name)
+    architecture = records[0].architecture
 
     def create(
         pretrained: bool = False,
@@ -49,21 +49,18 @@ def _entry_point(name: str) -> Callable[..., Any]:
                 cache_dir=cache_dir,
                 **kwargs,
             )
-        checkpoint = registry.get_checkpoint(f"{name}.{pretrained_cfg or next(iter(tags))}")
+        checkpoint = registry.get_checkpoint(f"{name}.{pretrained_cfg}") if pretrained_cfg else records[0]
         return build_checkpoint(checkpoint, pretrained, cache_dir=cache_dir, overlay=pretrained_cfg_overlay, **kwargs)
 
     create.__name__ = create.__qualname__ = f"{TIMM_PREFIX}{name}"
-    create.__doc__ = f"{architecture} with the weights {', '.join(tags)}: wn21k info {name}.TAG tells about each."
+    names = ", ".join(record.name for record in records)
+    create.__doc__ = f"{architecture} with the weights of {names}: wn21k info NAME tells about each."
     return create
-
-
-def _stem(checkpoint: Checkpoint) -> str:
-    return checkpoint.name.partition(".")[0]
 
 
 # register_model looks for this name in the module of the function.
 default_cfgs = generate_default_cfgs(
     {f"{TIMM_PREFIX}{checkpoint.name}": _default_config(checkpoint) for checkpoint in CHECKPOINTS}
 )
-for _name in dict.fromkeys(_stem(checkpoint) for checkpoint in CHECKPOINTS):
+for _name in dict.fromkeys(checkpoint.name.partition(".")[0] for checkpoint in CHECKPOINTS):
     globals()[f"{TIMM_PREFIX}{_name}"] = register_model(_entry_point(_name))
