@@ -227,3 +227,20 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
         with pytest.raises(ConversionError, match="cannot be written"):
             convert.save_safetensors(found, place)
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "folder"]
+
+
+def test_a_file_of_weights_is_as_any_other(tmp_path):
+    shared = torch.arange(6.0)
+    state = {"one": shared, "other": shared, "part": shared.view(2, 3).t(), "one_more": torch.zeros(())}
+    (tmp_path / "link").symlink_to(tmp_path / "out.safetensors")
+    (tmp_path / "plain").touch()
+    convert.write_safetensors(state, tmp_path / "link", more="said")
+    found = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "out.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with safetensors.safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "more": "said"}
+    with pytest.raises(OSError, match="directory"):
+        convert.write_safetensors(state, tmp_path)

@@ -1,8 +1,10 @@
+import contextlib
 import json
 import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +71,19 @@ def test_what_goes_to_stdout_goes_there(tmp_path, piped):
         done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE if piped else out)
     assert (done.stdout or (tmp_path / "out").read_bytes()) == b"rows"
     assert os.path.lexists("/dev/stdout")
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no such disk here")  # noqa: S108
+def test_a_file_in_shared_memory_is_whole_or_not_there():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "status.json"
+        path.write_bytes(b"former")
+        with contextlib.suppress(ZeroDivisionError), atomic_file(path) as file:
+            file.write(b"n")
+            assert path.read_bytes() == b"former"
+            raise ZeroDivisionError
+        assert path.read_bytes() == b"former"
+        assert [entry.name for entry in Path(folder).iterdir()] == ["status.json"]
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])

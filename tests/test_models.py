@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from hub_server import COMMIT, hub_server
 from PIL import Image
 from timm.models import save_for_hf
 
-from wn21k_zoo import ClassNames, FallbackModelWarning, Predictor, models, predict, registry, running
+from wn21k_zoo import ClassNames, FallbackModelWarning, Predictor, cache, models, predict, registry, running
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT
 from wn21k_zoo.errors import (
     DownloadError,
@@ -349,11 +350,23 @@ def test_default_without_a_network(monkeypatch):
         predict(CAT)
 
 
-def test_the_default_is_looked_for_in_the_named_cache(tmp_path):
+def test_the_default_is_looked_for_in_the_named_cache(tmp_path, monkeypatch):
     record = registry.get_checkpoint(DEFAULT_CHECKPOINT)
     place = tmp_path / "hub" / record.sources[0].repo_id.replace("/", "--") / "model.safetensors"
     place.parent.mkdir(parents=True)
     place.touch()
+    monkeypatch.setattr(models, "_default_is_reachable", lambda: False)
+    with pytest.warns(FallbackModelWarning):  # it cannot be verified, so that nothing would take it
+        assert models.choose_default(tmp_path) == EMBEDDED_CHECKPOINT
+    receipt = cache.Receipt(
+        source=record.sources[0].key,
+        filename="model.safetensors",
+        revision=None,
+        num_bytes=0,
+        sha256=hashlib.sha256(b"").hexdigest(),
+        checked_against="the Hub",
+    )
+    cache.write_receipt(place, receipt)
     assert models.choose_default(tmp_path) == DEFAULT_CHECKPOINT
 
 

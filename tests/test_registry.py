@@ -66,7 +66,7 @@ def test_a_name_of_ours_without_a_tag_is_the_model_that_timm_makes_of_it(stem):
 
 
 def test_our_prefix_is_of_our_records_alone():
-    with pytest.raises(UnknownModelError, match="Did you mean .*resnet50.miil_in21k"):
+    with pytest.raises(UnknownModelError, match=r"Did you mean .*resnet50\.miil_in21k"):
         registry.resolve_checkpoint("wn21k_resnet50.mil_in21k")
     with pytest.raises(UnknownModelError, match="convnext_tiny"):
         registry.resolve_checkpoint("wn21k_convnext_tiny.in12k")

@@ -81,6 +81,7 @@ def test_search(fall11):
     assert fall11.search("10")[0].index == 10
     assert fall11.search(10)[0].index == 10
     assert fall11.search("99999") == ()
+    assert fall11.search("9" * 5000) == ()
     assert fall11.search("no such thing at all") == ()
     found = fall11.search("Tabby Cat")
     assert found[0].wnid == "n02123045"

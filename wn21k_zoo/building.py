@@ -280,7 +280,7 @@ def _weights(path: Path, record: Checkpoint | None = None) -> dict[str, Any]:
     """How timm is told of a weight file: pickles are read by us, published layouts converted."""
     if record is not None and path.suffix != ".safetensors":
         return {"state_dict": convert.convert_file(path, record.architecture).state_dict}
-    if path.suffix in (".pth", ".pt", ".bin", ".tar", ".pth.tar"):
+    if path.suffix in (".pth", ".pt", ".bin", ".tar"):
         return {"state_dict": convert.read_state_dict(path)}
     return {"file": str(path)}
 

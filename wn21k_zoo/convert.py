@@ -19,7 +19,7 @@ from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.architectures.ofa import STAGE_DEPTHS
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.errors import ConversionError, UnknownModelError, did_you_mean, first_line
-from wn21k_zoo.files import replace
+from wn21k_zoo.files import atomic_file
 from wn21k_zoo.registry import TIMM_PREFIX
 
 if TYPE_CHECKING:
@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
     StateDict = dict[str, torch.Tensor]
 
-__all__ = ["Converted", "build", "convert_file", "convert_state_dict", "read_state_dict", "save_safetensors"]
+__all__ = [
+    "Converted",
+    "build",
+    "convert_file",
+    "convert_state_dict",
+    "read_state_dict",
+    "save_safetensors",
+    "write_safetensors",
+]
 
 # How a file may wrap its state dict, and what training in several processes puts before each name.
 _WRAPPERS = ("state_dict", "model")
@@ -152,18 +160,24 @@ def save_safetensors(converted: Converted, path: str | os.PathLike[str]) -> None
     Raises:
         ConversionError: It cannot be written.
     """
+    metadata = {"architecture": converted.architecture, "num_classes": str(converted.num_classes)}
+    try:
+        write_safetensors(converted.state_dict, Path(path), **metadata)
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be written ({first_line(error)}); choose another place.") from error
+
+
+def write_safetensors(state: StateDict, path: Path, **metadata: str) -> None:
+    """Write tensors, also such as share memory, to a file that appears at ``path`` only when it is whole.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     import safetensors.torch
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    metadata = {"format": "pt", "architecture": converted.architecture, "num_classes": str(converted.num_classes)}
-    try:
-        safetensors.torch.save_file(converted.state_dict, temporary, metadata=metadata)
-        replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ConversionError(f"{path} cannot be written ({first_line(error)}); choose another place.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    own = {name: value.contiguous().clone() for name, value in state.items()}  # the format has none that share memory
+    with atomic_file(path) as file:
+        file.write(safetensors.torch.save(own, {"format": "pt", **metadata}))
 
 
 def _fit(found: StateDict, architecture: str) -> tuple[StateDict | None, tuple[int, str]]:

@@ -133,10 +133,10 @@ def fetch_file(
     raise _offline(source, filenames[0], root, f"wn21k download {name}", [])
 
 
-def is_reachable(checkpoint: Checkpoint, seconds: float = PROBE_SECONDS) -> bool:
-    """Whether the first source on the Hub answers one request within ``seconds``, look-up of the name included."""
+def is_reachable(checkpoint: Checkpoint) -> bool:
+    """Whether the first source on the Hub answers one request soon, look-up of the name included."""
     source = next((source for source in checkpoint.sources if isinstance(source, HubSource)), None)
-    return source is not None and not hub.is_offline() and hub.answers(source, seconds)
+    return source is not None and not hub.is_offline() and hub.answers(source, PROBE_SECONDS)
 
 
 def _fetch_one(

@@ -39,6 +39,7 @@ __all__ = [
 RECIPE_FILE = "recipe.json"
 """Of a run of training."""
 
+_OF_STREAMS = (Path("/dev"), Path("/dev/fd"))  # not /dev/shm, which is a disk in memory
 THE_SYSTEMS = (
     "__MACOSX", "$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information", "desktop.ini", "Desktop.ini", "Thumbs.db",
     "lost+found", "@eaDir",
@@ -86,7 +87,7 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
 
 def _is_special(path: Path) -> bool:
     """Whether it is a pipe or a device, such as /dev/stdout, wherever that goes."""
-    return path.exists() and (not path.is_file() or path.is_relative_to("/dev"))
+    return path.exists() and (not path.is_file() or path.parent in _OF_STREAMS)
 
 
 def write_whole(path: Path, content: bytes | str, kind: type[Wn21kError] | None = None, sync: bool = True) -> None:

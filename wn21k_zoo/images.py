@@ -38,6 +38,7 @@ __all__ = [
     "SAMPLES",
     "AnimatedImageWarning",
     "ImageLike",
+    "check_resized",
     "describe_source",
     "load_image",
 ]
@@ -115,6 +116,25 @@ def describe_source(image: object) -> str | None:
         return str(os.fspath(image))
     name = getattr(image, "filename", None) or getattr(image, "name", None)
     return name if isinstance(name, str) and name else None
+
+
+def check_resized(size: tuple[int, int], short_side: float, name: str) -> None:
+    """Refuse a very long image before its shorter side is resized, which would make an enormous one.
+
+    Args:
+        size: Width and height in pixels.
+        short_side: To what its shorter side is to be resized.
+        name: What messages call it.
+
+    Raises:
+        ImageTooLargeError: It would have over 89 megapixels.
+    """
+    pixels = short_side**2 * max(size) / min(size)
+    if pixels > MAX_PIXELS:
+        raise ImageTooLargeError(
+            f"{name} is {size[0]} by {size[1]} pixels: with its shorter side resized to {short_side:.0f} it would have "
+            f"{pixels / 1e6:.0f} megapixels; crop it first."
+        )
 
 
 def _from_name(name: str, shown: str | None, *, allow_url: bool) -> Image.Image:

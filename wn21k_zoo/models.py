@@ -53,6 +53,7 @@ __all__ = [
     "choose_default",
     "create_transform",
     "load_model",
+    "short_side",
     "stated_outputs",
 ]
 
@@ -214,6 +215,13 @@ def build_transform(data_config: Mapping[str, Any], training: bool = False) -> A
         settings.pop("crop_pct", None)
         settings.pop("crop_mode", None)
     return timm.data.create_transform(**settings, is_training=training)
+
+
+def short_side(data_config: Mapping[str, Any]) -> float | None:
+    """To how many pixels the shorter side is resized before the crop; None where an image's aspect does not matter."""
+    if not data_config or data_config.get("crop_mode", "center") != "center":
+        return None
+    return float(max(data_config["input_size"][1:]) / data_config["crop_pct"])
 
 
 @functools.cache

@@ -72,11 +72,12 @@ def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None 
             return _package_path(source)
         for filename in filenames_of(source):
             place = root / cache.relative_path(source, filename)
-            if place.is_file():
+            pinned = source.sha256 if filename == filenames_of(source)[0] else None
+            if place.is_file() and (pinned or cache.read_receipt(place)):  # else it cannot be verified
                 return place
             if not isinstance(source, HubSource) or (path := hub.find_in_cache(source, filename)) is None:
                 continue
-            if source.sha256 or hub.expected_of_etag(path.resolve().name).stated_by:  # else it cannot be verified
+            if source.sha256 or hub.expected_of_etag(path.resolve().name).stated_by:
                 return path
     return None
 

@@ -20,7 +20,6 @@ from wn21k_zoo.building import looks_like_path
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import (
     ImageError,
-    ImageTooLargeError,
     InvalidArgumentError,
     ModelError,
     Wn21kError,
@@ -29,7 +28,7 @@ from wn21k_zoo.errors import (
     is_out_of_memory,
     whole_number,
 )
-from wn21k_zoo.images import MAX_PIXELS, describe_source, load_image
+from wn21k_zoo.images import check_resized, describe_source, load_image
 from wn21k_zoo.labels import ClassNames
 from wn21k_zoo.models import LabelSpaceLike, LoadedModel
 from wn21k_zoo.prediction import Prediction
@@ -120,7 +119,7 @@ class Predictor:
         if model.owned:
             self.module.to(memory_format=self._memory_format)
         self.transform = transform or _own_transform(model)
-        self._short_side = None if transform else _short_side(model.data_config or {})
+        self._short_side = None if transform else models.short_side(model.data_config or {})
         self.tree: SemanticTree | None = None
         self._reader: TreeReader | NamesReader
         if isinstance(model.label_space, ClassNames):
@@ -259,23 +258,13 @@ class Predictor:
 
     def _prepare(self, image: ImageLike) -> torch.Tensor:
         rgb = _loaded(image, allow_url=self.allow_url)
-        self._check_shape(rgb, describe_source(image) or "The image")
+        name = describe_source(image) or "The image"
+        if self._short_side is not None:
+            check_resized(rgb.size, self._short_side, name)
         try:
             return self.transform(rgb)
         except Exception as error:  # a transform can be the user's own
-            name = describe_source(image) or "The image"
             raise ImageError(f"{name} could not be preprocessed ({first_line(error)}).") from error
-
-    def _check_shape(self, image: Any, name: str) -> None:
-        """Resizing the shorter side of a very long image would make an enormous one."""
-        if self._short_side is None:
-            return
-        pixels = self._short_side**2 * max(image.size) / min(image.size)
-        if pixels > MAX_PIXELS:
-            raise ImageTooLargeError(
-                f"{name} is {image.size[0]} by {image.size[1]} pixels: with its shorter side resized to "
-                f"{self._short_side:.0f} it would have {pixels / 1e6:.0f} megapixels; crop it first."
-            )
 
     def _predict_batch(self, batch: list[tuple[str | None, Future[torch.Tensor]]]) -> Iterator[Result]:
         outcomes: list[torch.Tensor | Wn21kError] = []
@@ -439,13 +428,6 @@ def _loaded(image: ImageLike, *, allow_url: bool = False) -> Any:
         return load_image(image, allow_url=allow_url)
     except Warning as warning:
         raise ImageError(str(warning)) from warning
-
-
-def _short_side(data_config: Mapping[str, Any]) -> float | None:
-    """To how many pixels the shorter side is resized before the crop; None where an image's aspect does not matter."""
-    if data_config.get("crop_mode", "center") != "center":
-        return None
-    return float(max(data_config["input_size"][1:]) / data_config["crop_pct"]) if data_config else None
 
 
 def _own_transform(model: LoadedModel) -> Callable[[Any], torch.Tensor]:

@@ -289,8 +289,6 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     It lies beside a target that is new, and takes its place; and within one that is there, which may be a mount point
     or the current folder.
     """
-    from safetensors import SafetensorError
-
     exists = target.is_dir()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +303,7 @@ def _whole_folder(target: Path) -> Iterator[Path]:
             _replace_files(target, temporary)
         else:
             replace(temporary, target, patience=10)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise PublishError(f"{target} cannot be written ({first_line(error)}); choose another place.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -329,16 +327,14 @@ def _replace_files(target: Path, temporary: Path) -> None:
 
 
 def _write_weights(module: nn.Module, path: Path, dtype: str | None) -> None:
-    import safetensors.torch
     import torch
 
     kind = getattr(torch, dtype) if dtype else None
     state = {
-        key: (value.to(kind) if kind is not None and value.is_floating_point() else value).contiguous()
+        key: value.to(kind) if kind is not None and value.is_floating_point() else value
         for key, value in module.state_dict().items()
     }
-    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors writes files that nobody else may read
+    convert.write_safetensors(state, path)
 
 
 def _write_json(content: Any, path: Path) -> None:

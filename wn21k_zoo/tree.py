@@ -394,7 +394,8 @@ class SemanticTree:
         if text in self.label_space.index:
             return (self[text],)
         if text.isdecimal():
-            return (self[int(text)],) if int(text) < len(self) else ()
+            index = int(text[:20])  # Python reads no number of thousands of digits
+            return (self[index],) if index < len(self) else ()
         ranked = []
         for index, name in enumerate(self.label_space.names):
             folded = name.casefold()

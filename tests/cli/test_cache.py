@@ -261,3 +261,11 @@ def test_convert(tmp_path, monkeypatch):
         assert done.stderr.count("\n") == 1
     assert call("convert", "in.pth", "-o", "out.safetensors", "--force").exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.safetensors"]
+
+
+def test_verify_tells_of_the_others_beside_a_wrong_name(tmp_path):
+    done = call("verify", EMBEDDED, "nosuch", EMBEDDED, "--cache-dir", str(tmp_path))
+    assert done.exit_code == 1
+    assert [row["status"] for row in rows(done)] == ["ok", "ok"]
+    assert "No model is called 'nosuch'" in done.stderr
+    assert (call("verify", "nosuch").exit_code, call("verify", "nosuch").stdout) == (1, "")

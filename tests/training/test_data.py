@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError
+from wn21k_zoo.errors import BadImagesError, DataError, ImageTooLargeError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.data import Loader, Squash, open_dataset
 from wn21k_zoo.training.options import PrepareOptions
@@ -216,7 +216,7 @@ class Failing:
         return Squash(SIZE)(image, random)
 
 
-@pytest.mark.parametrize("error", [OSError, cv2.error])
+@pytest.mark.parametrize("error", [OSError, cv2.error, ImageTooLargeError])
 def test_a_file_that_cannot_be_read_or_changed_is_a_bad_sample(shards, error):
     one = loader(shards, augmentation=Failing(error))
     assert sum(len(batch) for batch in one) + one.bad_samples == 64
@@ -225,7 +225,7 @@ def test_a_file_that_cannot_be_read_or_changed_is_a_bad_sample(shards, error):
 
 def test_too_many_damaged_samples_end_it(damaged):
     folder, _ = damaged
-    with pytest.raises(BadImagesError, match=r"wn21k data verify"):
+    with pytest.raises(BadImagesError, match=r"Raise max_bad .*it goes on.*wn21k data verify"):
         batches(loader(folder, batch_size=4, max_bad=0.001, seed=1))
 
 

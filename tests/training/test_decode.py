@@ -6,10 +6,16 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import EMBEDDED
 from PIL import Image
 
+from wn21k_zoo.errors import ImageTooLargeError
 from wn21k_zoo.images import load_image
+from wn21k_zoo.models import load_model
+from wn21k_zoo.training.crops import CenterCrop
 from wn21k_zoo.training.decode import UndecodableError, decode
+from wn21k_zoo.training.encode import BadImageError, store_image
+from wn21k_zoo.training.subject import open_subject
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
 ORIENTATION = 0x0112
@@ -27,6 +33,13 @@ def rotated(orientation):
     return exif
 
 
+def with_preview(data):
+    """A JPEG with another one, whole, in its metadata."""
+    preview = encoded(Image.fromarray(NOISE[:8, :8, :3]), "JPEG")
+    return data[:2] + b"\xff\xe2" + (len(preview) + 2).to_bytes(2, "big") + preview + data[2:]
+
+
+FILM = b"\0\0\0\x18ftypmp42" + bytes(100_000)  # phones put seconds of film behind a photograph
 FILES = {
     "JPEG": encoded(Image.fromarray(NOISE[..., :3]), "JPEG"),
     "grey JPEG": encoded(Image.fromarray(NOISE[..., 0]), "JPEG"),
@@ -44,6 +57,8 @@ FILES = {
     "JPEG rotated by XMP": encoded(
         Image.fromarray(NOISE[..., :3]), "JPEG", xmp=b"<x><tiff:Orientation>6</tiff:Orientation></x>"
     ),
+    "JPEG with a film": with_preview(encoded(Image.fromarray(NOISE[..., :3]), "JPEG")) + FILM,
+    "JPEG rotated 6 with a film": encoded(Image.fromarray(NOISE[..., :3]), "JPEG", exif=rotated(6)) + FILM,
     "JPEG with damaged EXIF": encoded(Image.fromarray(NOISE[..., :3]), "JPEG", exif=b"Exif\0\0II*\0" + b"\xff" * 8),
 }
 
@@ -55,6 +70,31 @@ def test_it_is_what_a_prediction_sees(name):
     assert pixels.flags.writeable
     expected = np.asarray(load_image(FILES[name]))
     np.testing.assert_allclose(pixels, expected, rtol=0, atol=int(name == "CMYK JPEG"))  # rounded otherwise
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("name", [name for name in FILES if "XMP" not in name])  # which OpenCV does not read
+def test_what_a_prediction_takes_is_stored(name):
+    height, width = np.asarray(load_image(FILES[name])).shape[:2]
+    stored = store_image(FILES[name], 500, "squash", 95)
+    assert decode(stored.data).shape == (height, width, 3) == (stored.stored_height, stored.stored_width, 3)
+
+
+@pytest.mark.parametrize("resize", ["squash", "short-edge", "none"])
+def test_a_very_long_image(resize):
+    data = encoded(Image.new("RGB", (60_000, 2)), "PNG")
+    pixels = decode(data)
+    loaded = load_model(EMBEDDED)
+    own = open_subject(loaded.module, "best", "imagenet1k", None, None, None).resize
+    for crop in (CenterCrop(224, 0.875), own):
+        with pytest.raises(ImageTooLargeError, match="shorter side"):
+            crop(pixels, None)
+        assert crop(pixels[:, :600], None).shape == (224, 224, 3)
+    if resize == "short-edge":
+        with pytest.raises(BadImageError, match="too long"):
+            store_image(data, 64, resize, 95)
+    else:
+        store_image(data, 64, resize, 95)
 
 
 def test_upright_photographs_do_not_take_the_slow_way(monkeypatch):
@@ -70,6 +110,7 @@ def test_upright_photographs_do_not_take_the_slow_way(monkeypatch):
         (b"no image at all", "is not an image"),
         (FILES["JPEG"][:-200], "truncated"),
         (FILES["JPEG rotated 6"][:-200], "truncated"),
+        (with_preview(FILES["JPEG rotated 6"])[:-200] + bytes(10_000), "truncated"),
         (FILES["PNG"][:-200], "truncated or damaged"),
         (FILES["JPEG"][:200] + b"\xff\xd9", "cannot be decoded"),
     ],

@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import io
 import json
 import shutil
@@ -15,7 +16,7 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.data import Loader, open_dataset
 from wn21k_zoo.training.inspect import contact_sheet, describe, verify_shards
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
-from wn21k_zoo.training.shards import MANIFEST_FILE, index_path, read_index, read_info, write_index
+from wn21k_zoo.training.shards import INFO_FILE, MANIFEST_FILE, index_path, read_index, read_info, write_index
 
 from .archives import WNIDS, jpeg, make_classes, nested_tar, write_folder
 
@@ -109,6 +110,33 @@ def test_verify_finds_nothing_where_nothing_is_wrong(prepared):
     for kind, expected in (("table", ""), ("json", "[]\n"), ("jsonl", ""), ("csv", "file,key,problem\n")):
         done = run("verify", prepared, "-f", kind)
         assert (done.exit_code, done.stdout) == (0, expected)
+
+
+def test_verify_names_a_damaged_image_that_had_a_twin(tmp_path):
+    images = {f"{WNIDS[0]}_{number}.JPEG": jpeg(min(number, 2)) for number in range(4)}  # the last two are equal
+    (tmp_path / "source.tar").write_bytes(nested_tar({WNIDS[0]: images}))
+    options = PrepareOptions(min_images=0, val_per_class=0, size=512)
+    prepare(tmp_path / "source.tar", tmp_path / "out", options, workers=1)
+    (shard,) = read_info(tmp_path / "out").splits["train"]
+    index = read_index(index_path(tmp_path / "out" / shard.name))
+    hashes = manifest_hashes(tmp_path / "out")
+    twins = [key for key, digest in hashes.items() if list(hashes.values()).count(digest) == 2]
+    with (tmp_path / "out" / shard.name).open("r+b") as file:
+        for entry in index:
+            file.seek(int(entry["offset"]))
+            if hashlib.sha256(file.read(int(entry["size"]))).hexdigest() == hashes[twins[0]]:
+                file.seek(int(entry["offset"]) + 50)
+                file.write(b"damage")
+                break
+    _, *damages = verify_shards(tmp_path / "out")
+    assert {damage.key: damage.problem for damage in damages} == dict.fromkeys(
+        twins, "the image is damaged, or one of 2 that were equal"
+    )
+
+
+def manifest_hashes(folder):
+    rows = pq.read_table(folder / "manifest.parquet", columns=["key", "sha256"]).to_pylist()
+    return {row["key"]: row["sha256"] for row in rows}
 
 
 def test_verify_names_the_damaged_image(copy):
@@ -223,3 +251,14 @@ def test_prepare_on_the_command_line(tmp_path, prepared):
     wrong = run("prepare", source, tmp_path / "out", "--label-space", "fal11")
     assert (wrong.exit_code, "Did you mean fall11" in wrong.stderr) == (1, True)
     assert run("prepare", source, tmp_path / "out", "--quality", "101").exit_code == 2
+
+
+@pytest.mark.parametrize("whole", [0.5, 0.99, "version", "lists"])
+def test_a_damaged_description_of_ours_is_not_read_as_of_others(copy, whole):
+    text = (copy / INFO_FILE).read_text()
+    damaged = {"version": text.replace("version 1", "version 9"), "lists": text.replace('"filenames"', '"names"')}
+    (copy / INFO_FILE).write_text(damaged[whole] if isinstance(whole, str) else text[: int(whole * len(text))])
+    with pytest.raises(DataError, match=r"_info\.json of .* is damaged .*get it anew"):
+        open_dataset(copy)
+    (copy / INFO_FILE).write_text('{"splits": {"train": {}}}')  # timm's
+    assert open_dataset(copy).label_space.name == "imagenet21k_p_fall11"

@@ -249,6 +249,36 @@ def test_stopped_after_any_task_it_goes_on_where_it_was(tmp_path, stop_at, refer
     assert contents(tmp_path / "out") == contents(reference)
 
 
+def test_shards_of_a_class_that_is_another_now_are_made_anew(tmp_path):
+    def stop_at_manifest(progress):
+        if progress.stage == "manifest":
+            raise StoppedError
+
+    def stop_after_a_class(progress):
+        if progress.stage == "classes" and progress.images:
+            raise StoppedError
+
+    others = make_classes()
+    others[WNIDS[0]] = {name: jpeg(50 + number) for number, name in enumerate(others[WNIDS[0]])}
+    for classes, stop in ((make_classes(), stop_at_manifest), (others, stop_after_a_class)):
+        source = write_layout("nested.tar", tmp_path / "nested.tar", classes)
+        with pytest.raises(StoppedError):
+            prepare(source, tmp_path / "out", OPTIONS, workers=1, progress=stop)
+    prepare(source, tmp_path / "out", OPTIONS, workers=1)
+    prepare(source, tmp_path / "anew", OPTIONS, workers=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+
+
+def test_threads_of_opencv_are_left_as_they_were(tmp_path):
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(2)
+        prepared(tmp_path, make_classes())
+        assert cv2.getNumThreads() == 2
+    finally:
+        cv2.setNumThreads(before)
+
+
 def test_without_resume_nothing_of_the_former_run_is_left(tmp_path, reference):
     source = write_layout("nested.tar", tmp_path / "nested.tar", make_classes())
 

@@ -75,6 +75,7 @@ def test_every_recipe_can_be_had_and_goes_together(where):
         assert spoken.digest == LabelSpace.load(recipe.data.label_space).digest
     small = recipe.debug()
     small.check()
+    assert (small.debug().model.start, small.debug().loss.teacher) == (small.model.start, small.loss.teacher)
     assert small.schedule.max_steps == 2
     assert all(name is None or name.startswith(RANDOM) for name in (small.model.start, small.loss.teacher))
 

@@ -329,6 +329,16 @@ def test_a_run_without_a_checkpoint_may_be_begun_anew(tmp_path):
     assert folder.begun() is None
 
 
+def test_checkpoints_without_their_recipe_are_not_gone_on_with(data, tmp_path):
+    run(small_recipe(), data, tmp_path)
+    for name in ("recipe.json", "status.json"):
+        (tmp_path / name).unlink()
+    before = [path.read_bytes() for path in RunFolder(tmp_path).steps()]
+    with pytest.raises(RunError, match=r"has checkpoints and no recipe\.json"):
+        run(small_recipe(optimizer={"lr": 0.1}), data, tmp_path)
+    assert [path.read_bytes() for path in RunFolder(tmp_path).steps()] == before
+
+
 def test_the_best_is_there_on_a_file_system_without_hard_links(tmp_path, monkeypatch):
     def refused(*_):
         raise OSError(95, "Operation not supported")

@@ -92,9 +92,15 @@ def verify(
     from wn21k_zoo.on_disk import find_verified
 
     rows: list[dict[str, Any]] = []
+    failed = False
     if names:
         for name in names:
-            found, damages = find_verified(registry.resolve_checkpoint(name), cache_dir)
+            try:
+                found, damages = find_verified(registry.resolve_checkpoint(name), cache_dir)
+            except Wn21kError as error:
+                failed = True
+                say(str(error))
+                continue
             if found is not None:
                 rows.append({"file": str(found.path), "status": "ok", "checked_against": found.checked_against})
             rows += [{"file": damage, "status": "damaged", "checked_against": None} for damage in damages]
@@ -106,8 +112,9 @@ def verify(
             rows.append({"file": str(entry.path), "status": status, "checked_against": entry.receipt.checked_against})
         if not rows:
             say(f"nothing in the cache {cache.cache_dir(cache_dir)}")
-    print_table(rows, ("file", "status", "checked_against"), format)
-    if any(row["status"] != "ok" for row in rows):
+    if rows or not failed:
+        print_table(rows, ("file", "status", "checked_against"), format)
+    if failed or any(row["status"] != "ok" for row in rows):
         raise typer.Exit(1)
 
 

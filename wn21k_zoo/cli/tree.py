@@ -169,7 +169,7 @@ def build(
 
 def _node(tree: SemanticTree, text: str) -> Node:
     if text.isdecimal():
-        return tree[int(text)]
+        return tree[int(text[:20])]  # Python reads no number of thousands of digits
     try:
         return tree[text]
     except Wn21kError:

@@ -29,11 +29,13 @@ _REPLACED = "a later file has the same name"
 
 def prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is_split: bool) -> ClassResult:
     """One class of the source to a tar of records and a manifest part in ``folder``: a task."""
+    threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # the workers are the parallelism
     try:
         with disk_full_as_error(folder):
             return _prepare_class(source, options, folder, is_split)
     finally:
+        cv2.setNumThreads(threads)  # of the caller's process, where there is no other
         if source.spooled:
             source.path.unlink(missing_ok=True)
 

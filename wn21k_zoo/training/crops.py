@@ -12,6 +12,7 @@ from random import Random
 import numpy as np
 
 from wn21k_zoo.errors import InvalidArgumentError, check_share, whole_number
+from wn21k_zoo.images import check_resized
 from wn21k_zoo.training.augment import OPERATIONS, Image, resize
 from wn21k_zoo.training.extra import cv2
 
@@ -93,9 +94,14 @@ class CenterCrop:
             raise InvalidArgumentError(f"crop_pct is {self.crop_pct}; it must be in (0, 1].")
 
     def __call__(self, image: Image, random: Random) -> Image:
-        """Crop: [height, width, 3] to [size, size, 3]; nothing is drawn from ``random``."""
+        """Crop: [height, width, 3] to [size, size, 3]; nothing is drawn from ``random``.
+
+        Raises:
+            ImageTooLargeError: The image is so long that it would be enormous before the crop.
+        """
         height, width = image.shape[:2]
         wanted, shorter = math.floor(self.size / self.crop_pct), min(height, width)
+        check_resized((width, height), wanted, "The image")
         resized = resize(image, wanted * height // shorter, wanted * width // shorter)
         top, left = (round((side - self.size) / 2) for side in resized.shape[:2])
         return np.ascontiguousarray(resized[top : top + self.size, left : left + self.size])

@@ -301,16 +301,16 @@ class Loader:
             return
         # Of the whole epoch, not of its beginning, where all that is damaged may lie; but not where most of it is.
         if bad > self.max_bad * share or bad > max(0.5, self.max_bad) * self._seen_of_epoch:
-            shard, key, reason = raw["bad"][-1] if raw["bad"] else ("", "", "")
+            shard, key, reason = raw["bad"][-1]
             raise BadImagesError(
                 f"{bad:,} of the first {self._seen_of_epoch:,} samples of an epoch of {share:,.0f} are damaged, and "
                 f"{self.max_bad:.1%} may be (the last: {shard}, {key}: {reason}). "
+                + "Raise max_bad (of a run: data.max_bad, and it goes on); or "
                 + (
-                    f"Remove such files ({len(self._named)} were named above)"
+                    f"remove such files ({len(self._named)} were named above), but a run begins anew without them."
                     if isinstance(self.dataset, FolderDataset)
-                    else "`wn21k data verify` tells which shards are"
+                    else "get the shards anew that `wn21k data verify` names."
                 )
-                + "; or raise max_bad (of a recipe: data.max_bad)."
             )
 
 

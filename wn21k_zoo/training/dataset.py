@@ -31,6 +31,7 @@ from wn21k_zoo.training.shards import (
     DatasetInfo,
     Shard,
     index_path,
+    is_of_others,
     read_index,
     write_index,
 )
@@ -269,8 +270,10 @@ def open_dataset(
     storage = open_storage(place)
     stage = stage or default_stage()
     try:
-        info = _ours(storage.read_text(INFO_FILE))
+        info = _ours(storage.read_text(INFO_FILE), storage.url)
         names = storage.names() if info is None else []
+    except DataError:
+        raise
     except Exception as error:  # each storage has its own
         raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from error
     if info is not None:
@@ -307,13 +310,15 @@ def open_dataset(
     return _dataset(storage, split, space, stage, [_ShardRef(name=name) for name in mine], indexes)
 
 
-def _ours(text: str | None) -> DatasetInfo | None:
-    if text is None:
+def _ours(text: str | None, url: str) -> DatasetInfo | None:
+    if text is None or is_of_others(text):
         return None
     try:
         return DatasetInfo.from_json(text)
-    except ValueError:
-        return None  # timm's _info.json, say
+    except ValueError as error:  # its classes would be others without it
+        raise DataError(
+            f"{INFO_FILE} of {url} is damaged ({error}); get it anew, or run `wn21k data prepare` again."
+        ) from None
 
 
 def _open_ours(

@@ -7,7 +7,8 @@ and JPEG of quality 95; else the file is copied. Left open there and decided her
 - an image without the end-of-image mark is truncated, and counts as bad (OpenCV would paint the rest grey);
 - a small file that is no plain JPEG (PNG or CMYK under a JPEG name, rotated by EXIF) is encoded anew at its own size,
   upright, so that every decoder sees the same; plain ones are copied bit by bit;
-- more than 179 million pixels (Pillow's limit against decompression bombs) count as bad.
+- more than 179 million pixels (Pillow's limit against decompression bombs) count as bad, and so do images that would be
+  longer than a JPEG can be.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ METADATA_WITHIN = 65536
 
 _MAX_PIXELS = 178_956_970
 _ORIENTATION = 0x0112
+_BEGIN_OF_SCAN = b"\xda"
 _END_OF_IMAGE = b"\xff\xd9"
+_MAX_SIDE = 65_500  # libjpeg's limit
 _EXIF = b"Exif\x00\x00"
 
 
@@ -75,6 +78,8 @@ def store_image(data: bytes, size: int, resize: Resize, quality: int) -> StoredI
         resized = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)
     else:
         scale = size / min(height, width)
+        if scale * max(height, width) > _MAX_SIDE:
+            raise BadImageError("too long")
         resized = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
     stored = _encode(resized, quality)
     new_height, new_width = resized.shape[:2]
@@ -82,8 +87,16 @@ def store_image(data: bytes, size: int, resize: Resize, quality: int) -> StoredI
 
 
 def is_cut_off(data: bytes) -> bool:
-    """Whether a JPEG lacks its end; behind that, cameras and servers put what they like."""
-    return _END_OF_IMAGE not in data[-4096:]
+    """Whether a JPEG lacks its end; behind that, cameras and servers put what they like, a film for example."""
+    return _END_OF_IMAGE not in data[-4096:] and data.find(_END_OF_IMAGE, _begin_of_scan(data)) < 0
+
+
+def _begin_of_scan(data: bytes) -> int:
+    """Where the pixels of a JPEG begin: behind its metadata, whose preview has an end of its own."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != _BEGIN_OF_SCAN:
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return at
 
 
 def _inspect(data: bytes) -> tuple[str, str, int]:

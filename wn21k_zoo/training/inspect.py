@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,11 +286,14 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
     if digest != shard.sha256:
         yield Damage(shard.name, None, f"has sha256 {digest}, expected {shard.sha256}")
     names = manifest.names.take(rows)
-    hashes = dict(zip(names["sha256"].to_pylist(), names["key"].to_pylist(), strict=True))
+    whole: Counter[str] = Counter()
     with path.open("rb") as file:
         for entry in index:
             with contextlib.suppress(OSError, ValueError, OverflowError):  # it may be the index that is damaged
                 file.seek(int(entry["offset"]))
-                hashes.pop(hashlib.sha256(file.read(int(entry["size"]))).hexdigest(), None)
-    for key in sorted(hashes.values()):
-        yield Damage(shard.name, key, "the image is damaged")
+                whole[hashlib.sha256(file.read(int(entry["size"]))).hexdigest()] += 1
+    wanted = Counter(names["sha256"].to_pylist())
+    for key, digest in sorted(zip(names["key"].to_pylist(), names["sha256"].to_pylist(), strict=True)):
+        if whole[digest] < wanted[digest]:
+            equal = f", or one of {wanted[digest]} that were equal" if wanted[digest] > 1 else ""
+            yield Damage(shard.name, key, f"the image is damaged{equal}")

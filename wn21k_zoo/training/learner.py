@@ -226,8 +226,8 @@ class Learner:
         model = self._recipe.model
         if model.sync_batchnorm and not model.freeze_backbone and self._world.size > 1:
             raise BadImagesError(
-                "All images of a batch are damaged, and model.sync_batchnorm needs one: remove those that are named "
-                "above, or raise data.batch_per_device."
+                "All images of a batch are damaged, and model.sync_batchnorm needs one: raise data.batch_per_device, "
+                "and the run goes on; or remove those that are named above and begin anew."
             )
         size = self._recipe.data.size
         # Until it has gone backward: gradient checkpointing computes it again there.

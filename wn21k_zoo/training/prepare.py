@@ -203,6 +203,8 @@ def _prepare_classes(
                 positions[one.name], last = one.position - last, one.position
                 before = results.get(one.name)
                 if before is None or before.source_bytes != one.num_bytes:
+                    for receipt in (work / "shards").iterdir():  # the shards will not be of the same classes
+                        receipt.unlink()
                     yield one, options, work / "classes", source.is_split
         except CutOffError as error:
             cut_off.append(error)
@@ -214,8 +216,6 @@ def _prepare_classes(
         images += result.images
         done += positions[result.name]
         tasks.progress(Progress(stage="classes", done=known + done, total=source.num_bytes, images=images))
-        for receipt in (work / "shards").iterdir():  # the shards are no longer those of these classes
-            receipt.unlink()
         if source.sequential and len(results) % 50 == 0:
             check_space_during(results.values(), done, source.num_bytes, output)
         if images > 10_000:

@@ -232,7 +232,8 @@ class Schedule(Section):
         max_steps: End after so many steps at the latest; the schedule is shortened to match.
         warmup: Share of the steps in which the rate rises.
         start_divisor: It begins with lr / start_divisor.
-        end_divisor: It ends with the first rate / end_divisor (one_cycle), or lr / end_divisor (cosine).
+        end_divisor: It ends with the first rate / end_divisor (one_cycle); the step after the last would have
+            lr / end_divisor (cosine).
     """
 
     name: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
@@ -418,8 +419,8 @@ class Recipe(Section):
         small.model.compile = small.model.sync_batchnorm = False
         if (arguments := sized(self.model.architecture, self.model.arguments, 32)) is not None:
             small.data.size, small.model.arguments = 32, arguments
-        small.model.start = small.model.start and f"{RANDOM}{small.model.start}"
-        small.loss.teacher = small.loss.teacher and f"{RANDOM}{small.loss.teacher}"
+        small.model.start = small.model.start and f"{RANDOM}{small.model.start.removeprefix(RANDOM)}"
+        small.loss.teacher = small.loss.teacher and f"{RANDOM}{small.loss.teacher.removeprefix(RANDOM)}"
         return small
 
     def to_json(self) -> str:

@@ -43,6 +43,7 @@ __all__ = [
     "Shard",
     "encode_record",
     "index_path",
+    "is_of_others",
     "is_unfinished",
     "read_index",
     "read_info",
@@ -58,6 +59,7 @@ OPTIONS_FILE = "options.json"  # in the folder of work, as long as that is not d
 INDEX_FOLDER = "__index__"  # Hugging Face datasets takes no folder of such a name for data
 BLOCK = tarfile.BLOCKSIZE
 END_OF_TAR = bytes(2 * BLOCK)
+_FORMAT = "wn21k_zoo shards, version 1"
 
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("target", "<i4")])
 """One entry per sample: where the image's bytes begin in the tar, how many they are, and its class index."""
@@ -124,7 +126,7 @@ class DatasetInfo:
             for split, shards in self.splits.items()
         }
         whole = {
-            "format": "wn21k_zoo shards, version 1",
+            "format": _FORMAT,
             "label_space": self.label_space,
             "label_digest": self.label_digest,
             **({} if self.wnids is None else {"wnids": self.wnids}),
@@ -142,6 +144,8 @@ class DatasetInfo:
         """
         whole = parse_json(text)
         try:
+            if whole["format"] != _FORMAT:
+                raise TypeError(f"its format is {whole['format']!r}, not {_FORMAT!r}")
             if not isinstance(whole["label_space"], str) or not isinstance(whole["preparation"], dict):
                 raise TypeError("label_space is no name, or preparation no object")
             return DatasetInfo(
@@ -153,6 +157,15 @@ class DatasetInfo:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(first_line(error)) from None
+
+
+def is_of_others(text: str) -> bool:
+    """Whether an ``_info.json`` is of another program, such as timm; one that is damaged may be ours."""
+    try:
+        whole = parse_json(text)
+    except ValueError:
+        return False
+    return not (isinstance(whole, dict) and str(whole.get("format")).startswith(_FORMAT.partition(",")[0]))
 
 
 def _wnids_of(entry: Any) -> tuple[str, ...] | None:

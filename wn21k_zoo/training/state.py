@@ -135,9 +135,15 @@ class RunFolder:
         """The recipe of a run that has a checkpoint, None where there is none.
 
         Raises:
-            RunError: It is damaged.
+            RunError: It is damaged, or not there.
         """
-        return self.recipe() if self.steps() and is_run(self.path) else None
+        if not self.steps():
+            return None
+        if not is_run(self.path):
+            raise RunError(
+                f"{self.path} has checkpoints and no {RECIPE_FILE}; put that back, or name another output folder."
+            )
+        return self.recipe()
 
     def start_arguments(self) -> dict[str, Any] | None:
         """With which arguments the start of a run that has a checkpoint says its network is built; None before.

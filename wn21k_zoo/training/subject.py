@@ -18,8 +18,9 @@ from wn21k_zoo import building
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import InvalidArgumentError, UnknownModelError, first_line, is_out_of_memory, whole_number
 from wn21k_zoo.files import expanded, is_run
+from wn21k_zoo.images import check_resized
 from wn21k_zoo.labels import ClassNames, LabelSpace
-from wn21k_zoo.models import LabelSpaceLike, ModelLike, load_model
+from wn21k_zoo.models import LabelSpaceLike, ModelLike, load_model, short_side
 from wn21k_zoo.running import evaluating
 from wn21k_zoo.training.augment import Image
 from wn21k_zoo.training.data import Augmentation
@@ -124,9 +125,12 @@ class _OwnResize:
     """The preprocessing that a model's configuration states, up to its bytes."""
 
     transform: Callable[[PILImage.Image], Any]
+    short_side: float | None
 
     def __call__(self, image: Image, random: Random) -> Image:
         del random
+        if self.short_side is not None:
+            check_resized((image.shape[1], image.shape[0]), self.short_side, "The image")
         pixels = np.asarray(self.transform(PILImage.fromarray(image)), np.uint8)
         return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
@@ -134,7 +138,8 @@ class _OwnResize:
 def _own_resize(config: dict[str, Any]) -> _OwnResize:
     from timm.data import create_transform
 
-    return _OwnResize(create_transform(**config, use_prefetcher=True))  # bytes, not normalised
+    transform = create_transform(**config, use_prefetcher=True)  # bytes, not normalised
+    return _OwnResize(transform, short_side(config))
 
 
 def take_size(subject: Subject, size: int, run: Callable[[Tensor], Any], device: torch.device, resample: bool) -> None:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
-from wn21k_zoo.errors import DataError, Wn21kError
+from wn21k_zoo.errors import DataError, ImageError, Wn21kError
 from wn21k_zoo.training.dataset import ImageDataset
 from wn21k_zoo.training.decode import UndecodableError, decode
 from wn21k_zoo.training.extra import cv2
@@ -167,7 +167,7 @@ class Reader(Dataset[dict[str, Any]]):
                     decode(file.read(int(entry["offset"]), int(entry["size"]))),
                     randomness(self.order.seed, epoch, sample),
                 )
-            except (UndecodableError, OSError, cv2.error) as error:
+            except (UndecodableError, ImageError, OSError, cv2.error) as error:
                 bad.append((self.dataset.shard_name(shard), file.key(int(entry["offset"])), str(error)))
                 continue
             if images is None:
