@@ -42,6 +42,7 @@ __all__ = [
     "looks_like_path",
     "pretrained_config",
     "read_config",
+    "settings_of",
     "weights_in",
 ]
 
@@ -270,6 +271,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         if names and key == "label_names":
             raise ModelError(f"{folder / CONFIG_FILE}: label_names is not a list, nor has a name for each index.")
     return config
+
+
+def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The pretrained configuration in what :func:`read_config` gives; timm's former files are nothing else."""
+    return config.get("pretrained_cfg") or config
 
 
 def _names_weights(config: Mapping[str, Any]) -> bool:

@@ -30,7 +30,7 @@ from wn21k_zoo.errors import (
     WeightsNotFoundError,
 )
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.messages import on_terminal, say
+from wn21k_zoo.messages import bars, on_terminal, say
 from wn21k_zoo.on_disk import Fetched, Remote, filenames_of, find_file, find_verified
 from wn21k_zoo.transfer import Expected, Patience, RefusedError, difference, head, read_text, transfer
 
@@ -328,12 +328,10 @@ def _progress_bar(name: str) -> Iterator[Any]:
     if not _shows_progress():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(), Speed())
-    # redirect_stdout would draw whatever a program prints meanwhile on stderr
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), redirect_stdout=False) as bar:
+    with bars(*columns, TimeRemainingColumn()) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

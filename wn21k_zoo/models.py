@@ -21,6 +21,7 @@ from wn21k_zoo.building import (
     configured_folder,
     fetch_from_hub,
     read_config,
+    settings_of,
     weights_in,
 )
 from wn21k_zoo.checkpoints import DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT, Checkpoint, Head
@@ -201,7 +202,7 @@ def create_transform(
     if folder is None:
         return build_transform(registry.resolve_checkpoint(os.fspath(name)).data_config, training=training)
     config = read_config(folder)
-    own = resolve_data_config(pretrained_cfg=config.get("pretrained_cfg", config))
+    own = resolve_data_config(pretrained_cfg=settings_of(config))
     known = None if _is_export(config) else _checkpoint_of_config(config)
     return build_transform(_published_data_config(known, own), training=training)
 
@@ -265,7 +266,7 @@ def _published_data_config(known: Checkpoint | None, own: Mapping[str, Any]) -> 
 
 def _checkpoint_of_config(config: Mapping[str, Any]) -> Checkpoint | None:
     """The checkpoint that a folder is a copy of, when its configuration names one and has as many classes."""
-    settings = config.get("pretrained_cfg", config)
+    settings = settings_of(config)
     try:
         checkpoint = registry.find_record(config["architecture"], settings["tag"]) or registry.resolve_checkpoint(
             f"{config['architecture']}.{settings['tag']}"

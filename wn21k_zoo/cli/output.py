@@ -18,7 +18,7 @@ import typer
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 from wn21k_zoo.files import expanded
-from wn21k_zoo.messages import say
+from wn21k_zoo.messages import bars, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,12 +93,11 @@ def choose_format(chosen: Format | None) -> Format:
     return chosen or (Format.table if sys.stdout.isatty() else Format.jsonl)
 
 
-def console(stderr: bool = False) -> Console:
+def console() -> Console:
     """A rich console; in a pipe or a file it is 120 columns wide."""
     from rich.console import Console
 
-    file = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if file.isatty() else 120, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 @contextmanager
@@ -167,30 +166,29 @@ def print_table(
 def progress_bar() -> Iterator[Callable[[Progress], None]]:
     """A bar per stage on stderr, with images/s and the time left."""
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("{task.description:>8}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    bars = Bars(*columns, console=console(stderr=True), redirect_stdout=False)
+    shown = bars(*columns)
     tasks: dict[str, Any] = {}
     try:
 
         def show(progress: Progress) -> None:
             if progress.stage not in tasks:
-                bars.start()  # not before there is something to show
-                tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, speed="")
+                shown.start()  # not before there is something to show
+                tasks[progress.stage] = shown.add_task(progress.stage, total=progress.total, speed="")
             task = tasks[progress.stage]
-            elapsed = bars.tasks[task].elapsed or 0
+            elapsed = shown.tasks[task].elapsed or 0
             speed = f"{progress.images:,} images, {progress.images / elapsed:,.0f}/s" if elapsed > 0.1 else ""
             speed = speed if progress.images else ""
-            bars.update(task, completed=progress.done, total=progress.total, speed=speed)
+            shown.update(task, completed=progress.done, total=progress.total, speed=speed)
 
         yield show
     finally:
         if tasks:
-            bars.stop()
+            shown.stop()
 
 
 def at_home(path: Path | None) -> Path | None:

@@ -19,11 +19,10 @@ from wn21k_zoo.cli.output import (
     HeadOption,
     ResultWriter,
     choose_format,
-    console,
     warnings_as_messages,
 )
 from wn21k_zoo.errors import ImageNotFoundError, InvalidArgumentError, Wn21kError
-from wn21k_zoo.messages import on_terminal, say
+from wn21k_zoo.messages import bars, on_terminal, say
 
 if TYPE_CHECKING:
     from wn21k_zoo.predictor import Predictor
@@ -172,11 +171,10 @@ def _progress(total: int | None, hidden: bool) -> Iterator[Callable[[], None]]:
     if hidden or total == 1 or not on_terminal():
         yield lambda: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # rich would draw what goes to stdout above the bar, on stderr: data stays on stdout.
-    with Progress(*columns, console=console(stderr=True), transient=True, redirect_stdout=False) as progress:
+    with bars(*columns, transient=True) as progress:
         task = progress.add_task("predict", total=total)
         yield lambda: progress.advance(task)
 

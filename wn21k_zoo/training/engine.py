@@ -155,14 +155,7 @@ class _Run:
         self.device = world.device
         choose_algorithms(recipe.run.deterministic)
         self.micro, self.group = recipe.micro_batches(world.size)
-        images = recipe.data.batch_size
-        if len(splits.train) < images:
-            raise RecipeError(
-                f"The data has {len(splits.train):,} training images, fewer than data.batch_size {images}; lower it."
-            )
-        self.steps_per_epoch = len(splits.train) // images
-        self.total = recipe.schedule.epochs * self.steps_per_epoch
-        self.total = min(self.total, recipe.schedule.max_steps or self.total)
+        self.steps_per_epoch, self.total = recipe.steps(len(splits.train))
         begun = world.any(world.leads and bool(folder.steps()))
         self.learner = Learner(recipe, splits, world, self.total, begun)
         world.agree("teachers", self.learner.teacher_digest)

@@ -99,14 +99,8 @@ def plan(
         what = space.name if space and space.is_shipped else "your data"
         raise RecipeError(f"How many images {what} has is not known; give --data or --images.")
     micro, group = recipe.micro_batches(gpus)
-    per_epoch = images // recipe.data.batch_size
-    if not per_epoch:
-        raise RecipeError(f"{images:,} images are fewer than data.batch_size {recipe.data.batch_size}; lower it.")
-    epochs: float = recipe.schedule.epochs
-    steps = per_epoch * recipe.schedule.epochs
-    if recipe.schedule.max_steps is not None and recipe.schedule.max_steps < steps:
-        steps = recipe.schedule.max_steps
-        epochs = _rounded(steps / per_epoch)
+    per_epoch, steps = recipe.steps(images)
+    is_whole = steps == per_epoch * recipe.schedule.epochs
     seen = steps * recipe.data.batch_size
     speed, assumed = (
         (images_per_second, "as given, of each GPU (a run tells the sum)")
@@ -129,7 +123,7 @@ def plan(
     return Plan(
         steps_per_epoch=per_epoch,
         steps=steps,
-        epochs=epochs,
+        epochs=recipe.schedule.epochs if is_whole else _rounded(steps / per_epoch),
         images_seen=seen,
         batch_per_gpu=micro,
         accumulation=group,

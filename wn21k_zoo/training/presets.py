@@ -257,7 +257,7 @@ def _described(start: str) -> tuple[str, str, int, Any, Any, float | None]:
         name, size = checkpoint.name, checkpoint.input_size[1]
         return name, checkpoint.architecture, size, checkpoint.mean, checkpoint.std, crop
     config = building.read_config(folder)
-    settings = config.get("pretrained_cfg") or config
+    settings = building.settings_of(config)
     if missing := [key for key in ("input_size", "mean", "std") if key not in settings]:
         raise ModelError(f"{folder / building.CONFIG_FILE}: {missing[0]} is not stated.")
     crop = None if settings.get("crop_mode") == "squash" else settings.get("crop_pct", 0.875)

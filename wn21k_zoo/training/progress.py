@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wn21k_zoo.errors import RunError, first_line
-from wn21k_zoo.messages import on_terminal, say
+from wn21k_zoo.messages import bars, on_terminal, say
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.state import RunFolder
 
@@ -173,21 +173,13 @@ def _tensorboard(folder: RunFolder, first: int) -> Any:
 
 
 def _bar() -> Progress:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    return Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
+    return bars(*columns)
 
 
 def _duration(seconds: float) -> str:

@@ -400,6 +400,20 @@ class Recipe(Section):
             )
         return micro, mine // micro
 
+    def steps(self, images: int) -> tuple[int, int]:
+        """Of an epoch of so many training images, and of the run.
+
+        Raises:
+            RecipeError: They are not enough for one step.
+        """
+        of_epoch = images // self.data.batch_size
+        if not of_epoch:
+            raise RecipeError(
+                f"{images:,} training images are fewer than data.batch_size {self.data.batch_size}; lower it."
+            )
+        of_run = self.schedule.epochs * of_epoch
+        return of_epoch, min(of_run, self.schedule.max_steps or of_run)
+
     @property
     def bound(self) -> str:
         """The field that lets one image alone go through the network, where that is so."""

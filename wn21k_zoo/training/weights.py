@@ -119,7 +119,7 @@ def _whole(name: str | None) -> str | None:
 
 def _arguments_in(config: dict[str, Any]) -> dict[str, Any]:
     """What a configuration says of how its network is built, besides the architecture; as timm takes it."""
-    settings, arguments = config.get("pretrained_cfg") or config, config.get("model_args")
+    settings, arguments = building.settings_of(config), config.get("model_args")
     found: dict[str, Any] = {}
     if isinstance(settings, dict):
         if settings.get("fixed_input_size") and isinstance(settings.get("input_size"), list):
