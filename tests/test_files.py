@@ -1,4 +1,6 @@
 import contextlib
+import errno
+import io
 import json
 import os
 import stat
@@ -9,14 +11,19 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import platformdirs
 import pytest
+from conftest import EMBEDDED
 
-from wn21k_zoo import files
+from wn21k_zoo import files, registry
 from wn21k_zoo.building import read_config
-from wn21k_zoo.errors import DataOutputError
-from wn21k_zoo.files import atomic_file, check_writable, is_hidden, parse_json, text_of
+from wn21k_zoo.cache import cache_dir
+from wn21k_zoo.download import fetch
+from wn21k_zoo.errors import CacheError, DataError, DataOutputError
+from wn21k_zoo.files import atomic_file, check_writable, is_hidden, local_path, parse_json, text_of
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.messages import on_terminal, say
+from wn21k_zoo.messages import bars, on_terminal, say
+from wn21k_zoo.training.storage import data_cache_dir
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be synchronised there")
@@ -192,3 +199,70 @@ def test_without_a_console_nothing_is_said(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", None)
     say("a line")
     assert not on_terminal()
+
+
+class Closed(io.StringIO):
+    """A terminal that is gone, or a log whose disk is full."""
+
+    def write(self, text=""):
+        raise OSError(errno.EIO, "Input/output error")
+
+    flush = write
+
+
+def test_what_nobody_can_read_ends_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Closed())
+    say("a line")
+    with bars("{task.description}") as shown:
+        shown.update(shown.add_task("work", total=2), advance=1)
+        shown.console.print("a line")
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/run", "gs:/x", "hdfs://a/b", "file:///tmp/x"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_url_is_no_place_to_write_to(text, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataOutputError, match="is a URL; name a path of this machine"):
+        local_path(kind(text), DataOutputError)
+    scheme = text.partition("/")[0]
+    Path(scheme).mkdir()
+    assert local_path(kind(text), DataOutputError) == Path(text)
+
+
+@pytest.mark.parametrize("text", ["s3:x", "C:/x", "~/x", "a/b:/c", "x"])
+def test_what_is_no_url_may_be_written(text):
+    assert local_path(text, DataOutputError) == Path(text).expanduser()
+
+
+def test_who_has_no_home_is_told_what_to_set(monkeypatch):
+    def homeless(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(platformdirs, "user_cache_path", homeless)
+    for name in ("WN21K_CACHE", "WN21K_DATA_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(CacheError, match=r"no home folder.*set WN21K_CACHE"):
+        cache_dir()
+    with pytest.raises(DataError, match=r"no home folder.*set WN21K_DATA_CACHE"):
+        data_cache_dir()
+    assert fetch(registry.get_checkpoint(EMBEDDED)).path.is_file()  # which needs no cache
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such limit")
+def test_what_a_full_disk_hides_on_closing_is_told(tmp_path):
+    code = f"""
+import resource, signal
+from pathlib import Path
+from wn21k_zoo.files import atomic_file
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    with atomic_file(Path({str(tmp_path / "rows")!r})) as file:
+        file.write(bytes(5000))
+        raise KeyError("of the caller")
+except KeyError:
+    print("told")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("told\n", "")
+    assert not [*tmp_path.iterdir()]

@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 
 from wn21k_zoo.checkpoints import HubSource, URLSource
 from wn21k_zoo.errors import CacheError, first_line
-from wn21k_zoo.files import parse_json, replace
+from wn21k_zoo.files import parse_json, replace, user_cache
 
 __all__ = [
     "PART_SUFFIX",
@@ -86,13 +86,11 @@ def cache_dir(folder: str | os.PathLike[str] | None = None) -> Path:
     """The cache's folder: the argument, ``WN21K_CACHE``, or the user's cache folder of this system.
 
     Raises:
-        CacheError: It is in the home folder of somebody who has none.
+        CacheError: It is in the home folder of somebody who has none; ``WN21K_CACHE`` then names another.
     """
-    import platformdirs
-
     chosen = folder or os.environ.get("WN21K_CACHE")
     if not chosen:
-        return platformdirs.user_cache_path("wn21k_zoo")
+        return user_cache(CacheError, "WN21K_CACHE")
     try:
         return Path(chosen).expanduser().absolute()
     except RuntimeError as error:

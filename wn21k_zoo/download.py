@@ -63,10 +63,10 @@ def fetch(
         CacheError: The cache cannot be written, or its disk has too little space.
         MissingExtraError: It is in an extra that is not installed.
     """
-    root = cache.cache_dir(cache_dir)
-    found, damages = find_verified(checkpoint, root)
+    found, damages = find_verified(checkpoint, cache_dir)
     if found is not None:
         return found
+    root = cache.cache_dir(cache_dir)
     remote = [source for source in checkpoint.sources if not isinstance(source, PackageSource)]
     if not remote:
         raise WeightsNotFoundError(f"{checkpoint.name} has no source that is known.")

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -26,11 +27,13 @@ __all__ = [
     "in_package",
     "is_hidden",
     "is_run",
+    "local_path",
     "make_folder",
     "parse_json",
     "replace",
     "sha256_of",
     "text_of",
+    "user_cache",
     "visible",
     "write_whole",
 ]
@@ -39,6 +42,7 @@ __all__ = [
 RECIPE_FILE = "recipe.json"
 """Of a run of training."""
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+")  # longer than a drive
 _OF_STREAMS = (Path("/dev"), Path("/dev/fd"))  # not /dev/shm, which is a disk in memory
 THE_SYSTEMS = (
     "__MACOSX", "$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information", "desktop.ini", "Desktop.ini", "Thumbs.db",
@@ -59,6 +63,33 @@ def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
         raise kind(f"{os.fspath(place)}: whose home folder that is, is not known; write the whole path.") from None
 
 
+def local_path(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
+    """The same of what is to be written; a URL would become a folder such as ``s3:`` here.
+
+    Raises:
+        Wn21kError: Of that kind: it is a URL, or there is no such user.
+    """
+    text = os.fspath(place)
+    scheme, is_url, _ = text.partition(":/")  # a Path has one slash of two
+    if is_url and _SCHEME.fullmatch(scheme) and not Path(f"{scheme}:").is_dir():
+        raise kind(f"{text} is a URL; name a path of this machine, and copy from there what is to be elsewhere.")
+    return expanded(place, kind)
+
+
+def user_cache(kind: type[Wn21kError], variable: str) -> Path:
+    """The user's cache folder of this system.
+
+    Raises:
+        Wn21kError: Of that kind: the user has none.
+    """
+    import platformdirs
+
+    try:
+        return platformdirs.user_cache_path("wn21k_zoo")
+    except RuntimeError:
+        raise kind(f"This user has no home folder, and so no cache; set {variable} to a folder.") from None
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
     """A file that is at ``path``, complete and, with ``sync``, on the disk, after the block; not there if that fails.
@@ -73,7 +104,12 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
-            yield file
+            try:
+                yield file
+            except BaseException:
+                with contextlib.suppress(OSError):  # it would hide the error
+                    file.close()
+                raise
             file.flush()
             if sync:
                 os.fsync(file.fileno())

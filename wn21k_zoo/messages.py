@@ -1,11 +1,17 @@
-"""Lines and bars on stderr, for people; a program without a console, such as a service of Windows, has none."""
+"""Lines and bars on stderr, for people; a program without a console, such as a service of Windows, has none.
+
+A terminal that is closed, or a log whose disk is full, ends nothing: the work counts, not the words.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from typing import IO
+
     from rich.progress import Progress
 
 __all__ = ["bars", "on_terminal", "say"]
@@ -14,8 +20,9 @@ __all__ = ["bars", "on_terminal", "say"]
 def say(message: str) -> None:
     """One line on stderr."""
     if sys.stderr is not None:
-        sys.stderr.write(f"wn21k: {message}\n")
-        sys.stderr.flush()
+        stream = _Lossy(sys.stderr)
+        stream.write(f"wn21k: {message}\n")
+        stream.flush()
 
 
 def on_terminal() -> bool:
@@ -28,6 +35,26 @@ def bars(*columns: Any, **options: Any) -> Progress:
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True, width=None if on_terminal() else 120)
+    file = cast("IO[str]", _Lossy(sys.stderr)) if sys.stderr is not None else None
+    console = Console(file=file, stderr=True, width=None if on_terminal() else 120)
     # rich would draw what a program prints meanwhile above the bar, on stderr: data stays on stdout.
     return Progress(*columns, console=console, redirect_stdout=False, **options)
+
+
+class _Lossy:
+    """A stream, of which what cannot be written is lost."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -53,11 +53,11 @@ def find_verified(
         ChecksumError: A file in a Python package is not the published one.
         MissingExtraError: That package is not installed.
     """
-    root = cache.cache_dir(cache_dir)
     damages: list[str] = []
     for source in checkpoint.sources:
         if isinstance(source, PackageSource):
             return _from_package(source), damages
+        root = cache.cache_dir(cache_dir)
         for filename in filenames_of(source):
             if (found := find_file(source, filename, root, damages)) is not None:
                 return found, damages
@@ -66,10 +66,10 @@ def find_verified(
 
 def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
     """Where the weights of a checkpoint are on this machine, not yet verified; opens no connection."""
-    root = cache.cache_dir(cache_dir)
     for source in checkpoint.sources:
         if isinstance(source, PackageSource):
             return _package_path(source)
+        root = cache.cache_dir(cache_dir)
         for filename in filenames_of(source):
             place = root / cache.relative_path(source, filename)
             pinned = source.sha256 if filename == filenames_of(source)[0] else None

@@ -34,7 +34,7 @@ from wn21k_zoo.errors import (
     WeightsNotFoundError,
     first_line,
 )
-from wn21k_zoo.files import expanded, is_hidden, replace
+from wn21k_zoo.files import expanded, is_hidden, local_path, replace
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.registry import TIMM_PREFIX
 from wn21k_zoo.tree import SemanticTree
@@ -108,7 +108,7 @@ def check_target(folder: str | os.PathLike[str], dtype: str | None, force: bool)
     Raises:
         InvalidArgumentError: The folder exists or holds what no export writes; the dtype is another.
     """
-    target = Path(os.path.realpath(expanded(folder, InvalidArgumentError)))  # also of links in a circle
+    target = Path(os.path.realpath(local_path(folder, InvalidArgumentError)))  # also of links in a circle
     if dtype is not None and dtype not in DTYPES:
         raise InvalidArgumentError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}.")
     if target.exists() and not target.is_dir():

@@ -352,8 +352,9 @@ def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
         requests.exceptions.InvalidURL,
         requests.exceptions.MissingSchema,
         urllib3.exceptions.LocationParseError,
-    ) as e:
-        raise DownloadError(f"{url} is no URL; check HF_ENDPOINT and WN21K_MIRROR.") from e
+    ) as error:
+        names = "HF_ENDPOINT, WN21K_MIRROR and HTTPS_PROXY"
+        raise DownloadError(f"{url} is no URL, or the proxy's is none; check {names}.") from error
     except requests.TooManyRedirects as error:
         raise DownloadError(f"{url} redirects more than {MAX_REDIRECTS} times.") from error
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:

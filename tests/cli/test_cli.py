@@ -101,6 +101,34 @@ def test_stdin_and_globs(folder):
     assert "No file matches" in run("predict", folder / "*.webp", *MODEL).stderr
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_linked_folders_are_walked_once(folder, tmp_path_factory):
+    linked = tmp_path_factory.mktemp("linked")
+    (linked / "class").symlink_to(folder)
+    (folder / "below" / "round").symlink_to(linked)
+    results = [json.loads(line) for line in run("predict", linked, *MODEL).stdout.splitlines()]
+    assert [result["source"] for result in results] == [
+        str(linked / "class" / "b.png"),
+        str(linked / "class" / "below" / "a.JPG"),
+    ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of Unix")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("command", ["list", "info resnet50.miil_in21k", "tree search dog", "predict -"])
+def test_closed_streams_are_no_error(closed, command):
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"exec {sys.executable} -m wn21k_zoo {command} --offline {closed}"],
+        capture_output=True,
+        text=True,
+        input="",
+        check=False,
+    )
+    assert done.returncode == int(command == "predict -")  # which no image is named to
+    assert "unexpected" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_what_is_hidden_in_a_folder_is_left_alone(folder):
     for name in (".thumbnails/a.png", "__MACOSX/a.png", "._b.png", "deeper/c.png", ".d.png"):
         (folder / name).parent.mkdir(exist_ok=True)

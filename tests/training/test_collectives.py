@@ -6,12 +6,14 @@ is that of the first, and what they wait for is there at once.
 
 import math
 import os
+import threading
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from wn21k_zoo.errors import TrainingError
+from wn21k_zoo.messages import say
 from wn21k_zoo.training import distributed
 from wn21k_zoo.training.checkpoint_writer import copied
 from wn21k_zoo.training.data import Batch
@@ -190,3 +192,28 @@ def test_what_a_checkpoint_holds_can_be_read_beside_a_step(data, device):
         for key, value in expected[part].items():
             assert torch.equal(value, state[part][key]), key
     assert any((learner.module.module.state_dict()[key].cpu() != value).any() for key, value in state["model"].items())
+
+
+@pytest.mark.parametrize("text", ["", "two", "-1", "1.5"])
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+def test_what_another_launcher_left_is_named(monkeypatch, name, text):
+    monkeypatch.setenv(name, text)
+    with pytest.raises(TrainingError, match=f"{name} is set to '{text}', which is no number; unset it"), join("cpu"):
+        pass
+
+
+def test_who_waits_for_others_says_so(monkeypatch, capfd):
+    said = threading.Event()
+    monkeypatch.setattr("wn21k_zoo.training.distributed._LONG", 0.01)
+    monkeypatch.setattr("wn21k_zoo.training.distributed.say", lambda message: (say(message), said.set()))
+
+    def waits(*_, **__):
+        assert said.wait(30)
+        raise RuntimeError("in vain")
+
+    monkeypatch.setattr(dist, "init_process_group", waits)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match="in vain"), join("cpu"):
+        pass
+    assert "waiting for all of 2 processes at host:7" in capfd.readouterr().err

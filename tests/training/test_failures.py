@@ -1,4 +1,7 @@
+import concurrent.futures
+import errno
 import math
+import os
 import sys
 import types
 
@@ -15,6 +18,7 @@ from wn21k_zoo.errors import (
     TrainingError,
 )
 from wn21k_zoo.training import engine
+from wn21k_zoo.training.data import Loader
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.folder import open_folder
@@ -22,6 +26,7 @@ from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.network import Normalized
 from wn21k_zoo.training.optimization import Criterion
 from wn21k_zoo.training.state import RunFolder
+from wn21k_zoo.training.tasks import run_tasks
 
 from .checks import FAST, assert_close_weights, assert_same_weights, final, lines, run
 from .runs import (
@@ -179,6 +184,42 @@ def test_a_process_that_loads_images_and_is_gone_is_one_line(data, tmp_path, mon
     monkeypatch.setattr(Criterion, "forward", gone)
     with pytest.raises(DataError, match=r"A process that loads images is gone: .*take fewer workers"):
         run(small_recipe(), data, tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_that_cannot_be_shared_is_said(tmp_path, workers):
+    folder = make_folder(tmp_path / "photos")
+    with pytest.raises(DataError, match=r"is full.*--shm-size.*--workers"):
+        [*Loader(open_folder(folder), batch_size=4, workers=workers, augmentation=full)]
+
+
+def full(image, random):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_what_fails_in_a_process_that_loads_images_is_no_process_that_is_gone(tmp_path):
+    folder = make_folder(tmp_path / "photos")
+    with pytest.raises(RuntimeError, match=r"(?s)Caught RuntimeError in DataLoader worker.*of the caller"):
+        [*Loader(open_folder(folder), batch_size=4, workers=1, augmentation=broken)]
+
+
+def broken(image, random):
+    raise RuntimeError("of the caller")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's, of its half-made iterator
+def test_processes_that_cannot_be_started_are_told(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    folder = make_folder(tmp_path / "photos")
+    loader = Loader(open_folder(folder), batch_size=4, workers=1)
+    monkeypatch.setattr(torch.multiprocessing, "Queue", refused)
+    with pytest.raises(DataError, match=r"cannot be started here: .*Read-only.*--workers 0"):
+        next(iter(loader))
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", refused)
+    with pytest.raises(DataError, match=r"cannot be started here: .*Read-only.*--workers 1"):
+        [*run_tasks(abs, [(1,)], workers=2)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Pictures of runs and of calibration."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -43,3 +46,25 @@ def test_a_picture_is_named_as_one_in_either_case(tmp_path):
     assert plot_runs([tmp_path], tmp_path / "x.PNG").is_file()
     with pytest.raises(DataOutputError, match="pictures are PNG"):
         plot_runs([tmp_path], tmp_path / "x.pdf")
+
+
+def test_a_backend_of_a_notebook_is_not_asked_for(tmp_path):
+    code = f"""
+import os
+from pathlib import Path
+from wn21k_zoo.training.plots import plot_reliability
+bins = [{{"images": 1, "confidence": 50.0, "accuracy": 100.0}}]
+figures = {{"model": "a", "calibration_error": 50.0, "reliability": bins}}
+plot_reliability(figures, Path({str(tmp_path / "x.png")!r}))
+print(os.environ["MPLBACKEND"])
+"""
+    backend = "module://matplotlib_inline_that_is_not_here"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MPLBACKEND": backend},
+    )
+    assert (done.stdout.strip(), done.stderr) == (backend, "")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

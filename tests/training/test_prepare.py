@@ -43,6 +43,7 @@ from wn21k_zoo.training.options import disk_full_as_error
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import MANIFEST_FILE, encode_record, index_path, read_index, read_info
 from wn21k_zoo.training.sources import ClassSource
+from wn21k_zoo.training.tasks import _quota
 
 from .archives import (
     LAYOUTS,
@@ -267,6 +268,24 @@ def test_shards_of_a_class_that_is_another_now_are_made_anew(tmp_path):
     prepare(source, tmp_path / "out", OPTIONS, workers=1)
     prepare(source, tmp_path / "anew", OPTIONS, workers=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "250000 100000\n"}, 3),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "nonsense"}, None),
+        ({}, None),
+    ],
+)
+def test_a_container_has_the_processors_that_it_is_given(tmp_path, files, cores):
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert _quota(tmp_path) == cores
 
 
 def test_threads_of_opencv_are_left_as_they_were(tmp_path):

@@ -131,3 +131,16 @@ def test_windows_way_to_end_a_program_is_as_sigterm(monkeypatch):
         signal.raise_signal(signal.SIGUSR1)
         assert (signals.number, signals.code) == (signal.SIGTERM, 143)
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_end_of_a_terminal_is_as_sigterm_but_under_nohup(ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        signals = Signals(patience=300)
+        with signals.listening(), signals.patient(lambda until: None):
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.number == (0 if ignored else signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -156,12 +156,14 @@ def show(
 ) -> None:
     """Write a contact sheet as PNG."""
     from wn21k_zoo.errors import DataOutputError
+    from wn21k_zoo.files import atomic_file
     from wn21k_zoo.training.inspect import contact_sheet
 
     sheet = contact_sheet(folder, synset, split, count)
     place = output or Path(f"{synset or split}.png")
     try:
-        sheet.save(place, "PNG")
+        with atomic_file(place) as file:
+            sheet.save(file, "PNG")
     except OSError as error:
         raise DataOutputError(f"{place} cannot be written: {error.strerror}; name another with --output.") from None
     typer.echo(str(place))

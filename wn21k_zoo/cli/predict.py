@@ -201,12 +201,17 @@ def _expand(paths: list[str]) -> Iterator[str]:
 
 
 def _images_below(root: str) -> Iterator[str]:
-    """Those that are not hidden, as in training."""
+    """Those that are not hidden, as in training; links are followed, and each folder is walked once."""
     from wn21k_zoo.files import is_hidden
     from wn21k_zoo.images import IMAGE_SUFFIXES
 
-    for folder, below, names in os.walk(root):
+    seen: set[str] = set()
+    for folder, below, names in os.walk(root, followlinks=True):
         below[:] = [name for name in below if not is_hidden(name)]
+        if (place := os.path.realpath(folder)) in seen:
+            below.clear()
+            continue
+        seen.add(place)
         for name in names:
             if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name):
                 yield os.path.join(folder, name)  # noqa: PTH118 - keeps the path as the user wrote it

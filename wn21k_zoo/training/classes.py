@@ -42,8 +42,11 @@ def prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is
 
 def finished_classes(folder: Path) -> list[ClassResult]:
     """Results of all classes that are finished in ``folder``."""
-    parts = visible(folder, "*.parquet")
-    return [ClassResult(**json.loads(pq.read_schema(part).metadata[_RESULT_KEY])) for part in parts]
+    results = []
+    for part in visible(folder, "*.parquet"):
+        with part.open("rb") as file:
+            results.append(ClassResult(**json.loads(pq.read_schema(file).metadata[_RESULT_KEY])))
+    return results
 
 
 def decide(source: ClassSource, images: int, options: PrepareOptions, is_split: bool) -> Decision:

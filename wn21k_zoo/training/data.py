@@ -27,11 +27,12 @@ from wn21k_zoo.errors import (
 from wn21k_zoo.training.augment import PublishedAugmentation, Squash
 from wn21k_zoo.training.dataset import ImageDataset, ShardedDataset, open_dataset
 from wn21k_zoo.training.extra import cv2
-from wn21k_zoo.training.failures import worker_gone
+from wn21k_zoo.training.failures import is_of_a_worker, worker_gone
 from wn21k_zoo.training.folder import FolderDataset, is_class_folder, open_folder, open_folders
 from wn21k_zoo.training.open_shards import AnyDataset, TorchDataset, check_dataset
 from wn21k_zoo.training.order import SampleOrder
 from wn21k_zoo.training.storage import Stage
+from wn21k_zoo.training.tasks import no_processes
 from wn21k_zoo.training.workers import (
     Augmentation,
     Reader,
@@ -247,6 +248,7 @@ class Loader:
         if self._batches.num_workers:
             warn_of_main()
             allow_open_files()
+        loaded = None
         try:
             with shielded(), there():
                 loaded = iter(self._batches)
@@ -256,8 +258,14 @@ class Loader:
                 if raw is None:
                     return
                 yield raw
-        except (ConnectionError, EOFError) as error:
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_of_a_worker(error):
+                raise
             raise worker_gone(error) from error
+        except OSError as error:
+            if loaded is not None:
+                raise
+            raise no_processes(error, "none (--workers 0)") from error
 
     def _on_device(self, loaded: Iterator[dict[str, Any]]) -> Iterator[tuple[int, Batch]]:
         """Convert each batch, the next one while the one before is worked on where the device has streams."""

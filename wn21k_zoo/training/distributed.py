@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,9 +15,12 @@ import torch
 import torch.distributed as dist
 
 from wn21k_zoo.errors import RunError, TrainingError, Wn21kError, first_line
+from wn21k_zoo.messages import say
 from wn21k_zoo.running import select_device
 
-__all__ = ["NCCL_ALGORITHMS", "World", "join"]
+__all__ = ["NCCL_ALGORITHMS", "World", "join", "launched"]
+
+_LONG = 30.0  # seconds
 
 # Sums that switches compute differ from time to time (https://github.com/NVIDIA/nccl/issues/1497); NCCL reads this when
 # a process group is made, and torch sets it of itself only where it was deterministic before.
@@ -103,6 +107,32 @@ class World:
             raise TrainingError("The leading process stopped; its message says why.")
 
 
+def launched(name: str, default: int) -> int:
+    """A number of torchrun's variables.
+
+    Raises:
+        TrainingError: It is set to something else.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise TrainingError(f"{name} is set to {text!r}, which is no number; unset it, or start by torchrun.")
+    return int(text)
+
+
+@contextlib.contextmanager
+def _told_of_waiting(size: int) -> Iterator[None]:
+    """Within, who waits for the others for long is told for what."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+    message = f"waiting for all of {size} processes at {place}, which WORLD_SIZE, RANK and MASTER_ADDR are set for"
+    timer = threading.Timer(_LONG, say, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 @contextlib.contextmanager
 def join(device: str | torch.device = "auto", deterministic: bool = False) -> Iterator[World]:
     """Within, this process belongs to its world: that of torchrun's variables, or itself alone.
@@ -121,7 +151,7 @@ def join(device: str | torch.device = "auto", deterministic: bool = False) -> It
     if dist.is_available() and dist.is_initialized():
         yield _of_the_group(select_device(device))
         return
-    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    size, local = launched("WORLD_SIZE", 1), launched("LOCAL_RANK", 0)
     if str(device) in ("auto", "cuda") and torch.cuda.is_available() and local < torch.cuda.device_count():
         torch.cuda.set_device(local)  # first of all, or each rank would take memory of the first GPU
     chosen = select_device(device)
@@ -143,11 +173,12 @@ def join(device: str | torch.device = "auto", deterministic: bool = False) -> It
     with _same_sums() if deterministic else contextlib.nullcontext():
         nccl = chosen.type == "cuda" and dist.is_nccl_available()  # Windows has none
         try:
-            dist.init_process_group(
-                "nccl" if nccl else "gloo",
-                timeout=datetime.timedelta(minutes=30),
-                device_id=chosen if nccl else None,
-            )
+            with _told_of_waiting(size):
+                dist.init_process_group(
+                    "nccl" if nccl else "gloo",
+                    timeout=datetime.timedelta(minutes=30),
+                    device_id=chosen if nccl else None,
+                )
         except (RuntimeError, ValueError) as error:
             raise TrainingError(f"The other processes cannot be reached: {first_line(error)}") from error
         yield World(dist.get_rank(), dist.get_world_size(), chosen)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError
-from wn21k_zoo.files import atomic_file, check_writable, expanded
+from wn21k_zoo.files import atomic_file, check_writable, local_path
 from wn21k_zoo.models import LabelSpaceLike, ModelLike
 from wn21k_zoo.running import check_logits, device_of, dtype_of, evaluating, memory_format, select_device
 from wn21k_zoo.training.data import (
@@ -107,7 +107,7 @@ def evaluate(
     if precision not in dtypes:
         raise InvalidArgumentError(f"precision is {precision!r}; it can be {', '.join(dtypes)}.")
     if predictions is not None:
-        check_writable(expanded(predictions, DataOutputError))
+        check_writable(local_path(predictions, DataOutputError))
     chosen = device_of(model) if isinstance(model, nn.Module) and device == "auto" else select_device(device)
     subject = open_subject(model, which, label_space, head, cache_dir, image_size)
     if split is None:
@@ -181,7 +181,7 @@ def _rows(
     if place is None:
         yield lambda batch, predictions, confidences: None
         return
-    path = expanded(place, DataOutputError)
+    path = local_path(place, DataOutputError)
 
     @contextlib.contextmanager
     def told() -> Iterator[None]:

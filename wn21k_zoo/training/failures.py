@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["explained", "is_of_a_worker", "not_deterministic", "worker_gone"]
 
+_SHARED_MEMORY = "shared memory"  # as torch and its allocator call it
+
 
 def explained(problem: Exception, recipe: Recipe, world: World, images: int) -> Exception:
     """What users can do something about as an error of ours; anything else as it is.
@@ -48,12 +50,23 @@ def explained(problem: Exception, recipe: Recipe, world: World, images: int) -> 
 
 
 def is_of_a_worker(problem: Exception) -> bool:
-    """Whether torch says by it that a process of a loader is gone; it does so amid anything that the program does."""
-    return isinstance(problem, RuntimeError) and "DataLoader worker" in str(problem)
+    """Whether torch says by it that a process of a loader is gone, or has no memory to share.
+
+    It says the first amid anything that the program does. What else failed in a process is as it would be here.
+    """
+    text = str(problem)
+    is_gone = "DataLoader worker" in text and not text.startswith("Caught ")
+    return isinstance(problem, RuntimeError) and (is_gone or _SHARED_MEMORY in text)
 
 
 def worker_gone(problem: Exception) -> DataError:
     """What is said of that."""
+    if _SHARED_MEMORY in str(problem):
+        return DataError(
+            "/dev/shm, through which processes hand over images, is full: make it larger (docker run --shm-size=8g or "  # noqa: S108
+            "--ipc=host; in Kubernetes an emptyDir with medium: Memory there), or take fewer workers (--workers), 0 "
+            "for none. A training run then goes on where it was."
+        )
     return DataError(
         f"A process that loads images is gone: {first_line(problem).rstrip('. ')}. If the machine was out of memory, "
         'take fewer workers (--workers); a script of your own must be under `if __name__ == "__main__":`. A training '

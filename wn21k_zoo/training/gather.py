@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from wn21k_zoo.files import atomic_file, visible, write_whole
 from wn21k_zoo.training.extra import pa, pc, pq
-from wn21k_zoo.training.manifest import MANIFEST_SCHEMA, ClassResult
+from wn21k_zoo.training.manifest import MANIFEST_SCHEMA, ClassResult, read_table
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
 from wn21k_zoo.training.shards import (
     END_OF_TAR,
@@ -129,7 +129,7 @@ def _samples(
     for part, result in enumerate(results):
         tell()
         if getattr(result, split):
-            table = pq.read_table(work / "classes" / f"{result.name}.parquet", columns=["split", *columns])
+            table = read_table(work / "classes" / f"{result.name}.parquet", columns=["split", *columns])
             yield part, table.filter(pc.equal(table["split"], split))
 
 
@@ -174,7 +174,7 @@ def write_manifest(output: Path, results: list[ClassResult]) -> None:
     ):
         waiting: list[pa.Table] = []
         for number, result in enumerate(results, start=1):
-            table = pq.read_table(work / "classes" / f"{result.name}.parquet")
+            table = read_table(work / "classes" / f"{result.name}.parquet")
             table = table.append_column("shard", pa.array(_shard_of_each(table, bounds), pa.string()))
             waiting.append(table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA))
             if sum(map(len, waiting)) >= _ROW_GROUP or number == len(results):  # one per class would be 21,841

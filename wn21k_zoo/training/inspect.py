@@ -22,6 +22,7 @@ from wn21k_zoo.errors import DataError, UnknownSynsetError, did_you_mean
 from wn21k_zoo.files import expanded, sha256_of, visible
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.extra import pc, pq
+from wn21k_zoo.training.manifest import read_table
 from wn21k_zoo.training.shards import MANIFEST_FILE, DatasetInfo, Shard, index_path, read_index, read_info
 from wn21k_zoo.tree import SemanticTree
 
@@ -222,13 +223,13 @@ class _Manifest:
     @classmethod
     def read(cls, path: Path, space: LabelSpace) -> _Manifest:
         columns = ["synset", "split", "shard"]
-        table = pq.read_table(path, columns=columns, filters=pc.field("shard").is_valid(), read_dictionary=columns)
+        table = read_table(path, columns=columns, filters=pc.field("shard").is_valid(), read_dictionary=columns)
         synsets, splits, shards = (table[column].unify_dictionaries().combine_chunks() for column in columns)
         targets = np.array([space.index.get(wnid, 0) for wnid in synsets.dictionary.to_pylist()], np.int32)
         numbers = shards.indices.to_numpy()
         order = np.argsort(numbers, kind="stable")
         ends = np.cumsum(np.bincount(numbers, minlength=len(shards.dictionary)))
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             for group in range(file.num_row_groups):  # whether they can be read; they take much memory
                 file.read_row_group(group, columns=_NAMES)
         return cls(
@@ -241,7 +242,7 @@ class _Manifest:
     @functools.cached_property
     def names(self) -> Any:
         """Hash and key of each row, a table."""
-        return pq.read_table(self.path, columns=_NAMES, filters=pc.field("shard").is_valid())
+        return read_table(self.path, columns=_NAMES, filters=pc.field("shard").is_valid())
 
 
 def _compare_counts(info: DatasetInfo, manifest: _Manifest, found: list[Damage]) -> None:

@@ -7,14 +7,24 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.markdown import markdown_table
-from wn21k_zoo.training.extra import pa
+from wn21k_zoo.training.extra import pa, pq
 
-__all__ = ["MANIFEST_SCHEMA", "PART_SCHEMA", "PUBLISHED_TOTALS", "ClassResult", "Decision", "classes_csv", "summary"]
+__all__ = [
+    "MANIFEST_SCHEMA",
+    "PART_SCHEMA",
+    "PUBLISHED_TOTALS",
+    "ClassResult",
+    "Decision",
+    "classes_csv",
+    "read_table",
+    "summary",
+]
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -101,6 +111,12 @@ class ClassResult:
     def bad(self) -> int:
         """Images that should have been used and cannot be."""
         return sum(self.reasons.values()) if self.is_wanted else 0
+
+
+def read_table(path: Path, **options: Any) -> pa.Table:
+    """A Parquet file of ours; Arrow itself would take a path such as ``s3:x`` for a URL, and none that is no UTF-8."""
+    with path.open("rb") as file:
+        return pq.read_table(file, **options)
 
 
 def classes_csv(results: Iterable[ClassResult]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import DataOutputError, MissingExtraError, RunError
-from wn21k_zoo.files import check_writable
+from wn21k_zoo.files import atomic_file, check_writable
 from wn21k_zoo.training.state import RunFolder, names_of, read_lines
 
 __all__ = ["check_picture", "plot_reliability", "plot_runs"]
@@ -109,10 +110,14 @@ def check_picture(path: Path) -> None:
 
 
 def _figure_class() -> Any:
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's may not be installed here, and none is needed
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("A plot", "plot") from error
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return Figure
 
 
@@ -123,7 +128,8 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 
 def _save(figure: Any, output: Path) -> Path:
     try:
-        figure.savefig(output, dpi=120, format="png")
+        with atomic_file(output) as file:
+            figure.savefig(file, dpi=120, format="png")
     except OSError as error:
         raise DataOutputError(f"{output} cannot be written: {error.strerror}; name another file.") from None
     return output

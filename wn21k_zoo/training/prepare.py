@@ -30,7 +30,7 @@ from typing import Any
 
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import THE_SYSTEMS, expanded, parse_json, replace, write_whole
+from wn21k_zoo.files import THE_SYSTEMS, expanded, local_path, parse_json, replace, write_whole
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.dry_run import check_space_before, check_space_during
 from wn21k_zoo.training.extra import cv2
@@ -84,7 +84,7 @@ def prepare(
         DiskSpaceError: Too little space; what is finished is kept.
         BadImagesError: More than ``max_bad`` of the images are bad; what is finished is kept.
     """
-    source, output = expanded(source, DataSourceError), expanded(output, DataOutputError)
+    source, output = expanded(source, DataSourceError), local_path(output, DataOutputError)
     options = options or PrepareOptions()
     if output.exists() and not output.is_dir():
         raise DataOutputError(f"{output} is a file; name a folder for the output.")

@@ -19,8 +19,8 @@ __all__ = ["LIMIT_SECONDS", "GiveUp", "Signals"]
 PATIENCE_SECONDS = 10.0
 LIMIT_SECONDS = 26.0  # torchrun kills its processes 30 seconds after it was told to end them
 
-# Ctrl-Break, the end of a console or of a session are Windows' way to say so.
-_ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGBREAK") if hasattr(signal, name))
+# The end of a terminal or of a session; Ctrl-Break is Windows' way to say so.
+_ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 
 GiveUp = Callable[[float], None]
 """What to do at last, until a time of :func:`time.monotonic`."""
@@ -59,10 +59,17 @@ class Signals:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, SIGTERM ends the process: at once, or when a run has come to its end; for the main thread."""
+        """Within, SIGTERM, or its terminal's end, ends the process: at once, or when a run has come to its end.
+
+        For the main thread.
+        """
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
-        before = {number: signal.signal(number, self._note) for number in _ENDS}
+        before = {
+            number: signal.signal(number, self._note)
+            for number in _ENDS
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN  # nohup
+        }
         wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         thread = threading.Thread(target=self._watch, args=(ours,), daemon=True)
         thread.start()

@@ -21,7 +21,7 @@ from wn21k_zoo.training.data import (
     open_dataset,
     open_folders,
 )
-from wn21k_zoo.training.distributed import World
+from wn21k_zoo.training.distributed import World, launched
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.tasks import count_cores
 from wn21k_zoo.tree import SemanticTree
@@ -108,8 +108,7 @@ def open_loaders(recipe: Recipe, splits: Splits, world: World, workers: int | No
     """
     micro, accumulation = recipe.micro_batches(world.size)
     if workers is None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = min(16, max(1, count_cores() // local))
+        workers = min(16, max(1, count_cores() // max(1, launched("LOCAL_WORLD_SIZE", 1))))
     common: dict[str, Any] = {
         "rank": world.rank,
         "world_size": world.size,

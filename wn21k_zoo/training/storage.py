@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import platformdirs
-
 from wn21k_zoo.errors import DataError, DiskSpaceError, InvalidArgumentError, Wn21kError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import expanded, make_folder, replace, sha256_of
+from wn21k_zoo.files import expanded, make_folder, replace, sha256_of, user_cache
 
 __all__ = ["Stage", "Storage", "data_cache_dir", "default_stage", "make_cache_folder", "open_storage"]
 
@@ -30,7 +28,7 @@ _GB = 10**9
 def data_cache_dir() -> Path:
     """Folder for staged shards and indexes: ``WN21K_DATA_CACHE``, else the user's cache folder."""
     named = os.environ.get("WN21K_DATA_CACHE")
-    return expanded(named, DataError).absolute() if named else platformdirs.user_cache_path("wn21k_zoo") / "data"
+    return expanded(named, DataError).absolute() if named else user_cache(DataError, "WN21K_DATA_CACHE") / "data"
 
 
 def make_cache_folder(folder: Path) -> None:

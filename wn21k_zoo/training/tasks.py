@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -11,11 +12,12 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from wn21k_zoo.errors import DataError, MissingExtraError, Wn21kError, first_line
 
-__all__ = ["Engine", "count_cores", "run_tasks"]
+__all__ = ["Engine", "count_cores", "no_processes", "run_tasks"]
 
 Engine = Literal["local", "ray"]
 Result = TypeVar("Result")
@@ -55,8 +57,26 @@ def run_tasks(
 
 
 def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use; of a container those that it is given (``docker --cpus``)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _quota(Path("/sys/fs/cgroup")) or cores))
+
+
+def _quota(groups: Path) -> int | None:
+    """Processors of a control group, rounded up: version 2, else 1; None where there is no limit, or no such thing."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # max is no number
+            quota, period = (int(word) for file in files for word in (groups / file).read_text().split())
+            return math.ceil(quota / period) if quota > 0 else None
+    return None
+
+
+def no_processes(problem: OSError, instead: str) -> DataError:
+    """What is said where none can be started."""
+    return DataError(
+        f"Processes cannot be started here: {first_line(problem)}; see that /dev/shm is there and can be written, or "
+        f"take {instead}."
+    )
 
 
 def _run_in_processes(
@@ -66,7 +86,10 @@ def _run_in_processes(
     others = set(multiprocessing.active_children())
     if sys.platform == "win32":
         workers = min(workers, 61)  # it cannot wait for more
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    try:
+        pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    except OSError as error:
+        raise no_processes(error, "one (--workers 1)") from error
     running: set[concurrent.futures.Future[Result]] = set()
     try:
         for task in tasks:

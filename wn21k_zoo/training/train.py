@@ -64,13 +64,13 @@ def _run(chosen: argparse.Namespace, signals: Signals) -> int:
 
     recipe = override(load_recipe(chosen.recipe), chosen.set)
     # After the recipe, whose extra has all that the others need.
-    from wn21k_zoo.training.distributed import join
+    from wn21k_zoo.training.distributed import join, launched
     from wn21k_zoo.training.engine import Preempted, train
 
     if chosen.workers is not None and chosen.workers < 0:
         raise RecipeError("--workers must be at least 0.")
     if chosen.debug:
-        recipe = recipe.debug(int(os.environ.get("WORLD_SIZE", "1")))
+        recipe = recipe.debug(launched("WORLD_SIZE", 1))
     with join("cpu" if chosen.debug else chosen.device, recipe.run.deterministic) as world:
         try:
             train(recipe, chosen.data, chosen.output, world, workers=chosen.workers, signals=signals)
@@ -94,7 +94,7 @@ def _end(code: int) -> NoReturn:
     A thread of gloo that still holds a tensor then may abort a process whose run is finished, and torchrun says it
     failed (https://github.com/pytorch/pytorch/pull/179291). All files are closed by now.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
     logging.shutdown()
     for child in multiprocessing.active_children():  # they load images, and nobody wants these now

@@ -59,9 +59,10 @@ def begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-# Ctrl-C and many a scheduler's SIGTERM reach all processes at once. One that still needs batches for its last step must
-# find its workers alive; only its own word ends them.
-_SHIELD = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set()  # Linux
+# Ctrl-C, the end of a terminal and many a scheduler's SIGTERM reach all processes at once. One that still needs batches
+# for its last step must find its workers alive; only its own word ends them.
+_LINUX = hasattr(signal, "sigwaitinfo")
+_SHIELD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} if _LINUX else set()
 
 
 def forks_from_a_server() -> bool:
