@@ -19,7 +19,7 @@ from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.architectures.ofa import STAGE_DEPTHS
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.errors import ConversionError, UnknownModelError, did_you_mean, first_line
-from wn21k_zoo.files import atomic_file
+from wn21k_zoo.files import replace
 from wn21k_zoo.registry import TIMM_PREFIX
 
 if TYPE_CHECKING:
@@ -175,9 +175,25 @@ def write_safetensors(state: StateDict, path: Path, **metadata: str) -> None:
     """
     import safetensors.torch
 
-    own = {name: value.contiguous().clone() for name, value in state.items()}  # the format has none that share memory
-    with atomic_file(path) as file:
-        file.write(safetensors.torch.save(own, {"format": "pt", **metadata}))
+    own: StateDict = {}
+    seen: set[int] = set()
+    for name, value in state.items():
+        own[name] = value.contiguous()
+        if (place := own[name].untyped_storage().data_ptr()) in seen:
+            own[name] = own[name].clone()  # the format has no tensors that share memory
+        seen.add(place)
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        safetensors.torch.save_file(own, temporary, {"format": "pt", **metadata})
+        temporary.chmod(mode)  # it makes files that nobody else may read
+        replace(temporary, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _fit(found: StateDict, architecture: str) -> tuple[StateDict | None, tuple[int, str]]:

@@ -42,7 +42,7 @@ __all__ = [
 RECIPE_FILE = "recipe.json"
 """Of a run of training."""
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+")  # longer than a drive
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):[/\\]+(.*)", re.DOTALL)  # a Path has one slash of two; C:/ is a drive
 _OF_STREAMS = (Path("/dev"), Path("/dev/fd"))  # not /dev/shm, which is a disk in memory
 THE_SYSTEMS = (
     "__MACOSX", "$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information", "desktop.ini", "Desktop.ini", "Thumbs.db",
@@ -69,10 +69,10 @@ def local_path(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
     Raises:
         Wn21kError: Of that kind: it is a URL, or there is no such user.
     """
-    text = os.fspath(place)
-    scheme, is_url, _ = text.partition(":/")  # a Path has one slash of two
-    if is_url and _SCHEME.fullmatch(scheme) and not Path(f"{scheme}:").is_dir():
-        raise kind(f"{text} is a URL; name a path of this machine, and copy from there what is to be elsewhere.")
+    if (url := _URL.fullmatch(os.fspath(place))) and not Path(f"{url[1]}:").is_dir():
+        raise kind(
+            f"{url[1]}://{url[2]} is a URL; name a path of this machine, and copy from there what is to be elsewhere."
+        )
     return expanded(place, kind)
 
 

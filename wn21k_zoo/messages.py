@@ -6,7 +6,10 @@ A terminal that is closed, or a log whose disk is full, ends nothing: the work c
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
-__all__ = ["bars", "on_terminal", "say"]
+__all__ = ["bars", "forget_unheard", "on_terminal", "say"]
 
 
 def say(message: str) -> None:
@@ -27,7 +30,16 @@ def say(message: str) -> None:
 
 def on_terminal() -> bool:
     """Whether stderr is one, where a bar can move."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:  # it is closed
+        return False
+
+
+def forget_unheard() -> None:
+    """At the end of a process: what its streams hold and cannot be written would make another exit code of it."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        _Lossy(stream).flush()
 
 
 def bars(*columns: Any, **options: Any) -> Progress:
@@ -42,19 +54,33 @@ def bars(*columns: Any, **options: Any) -> Progress:
 
 
 class _Lossy:
-    """A stream, of which what cannot be written is lost."""
+    """A stream, of which what cannot be written is lost, and all that comes after it.
+
+    Else it would stay in the stream's buffer, and fail again wherever that is flushed, as each start of a process does.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
+        with self._closed():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with self._closed():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _closed(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError:  # whoever reads it is slow
+            pass
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+                self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

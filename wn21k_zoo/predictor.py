@@ -245,9 +245,10 @@ class Predictor:
         return self.tree.name if self.tree is not None else self.label_space.name
 
     def _submit(self, workers: ThreadPoolExecutor, image: ImageLike) -> Future[torch.Tensor]:
-        if not isinstance(image, (str, os.PathLike, bytes)):
-            # Read here: a file object has a state that two threads must not share, and a camera's loop may write the
-            # next image into the same array before a worker has read this one.
+        # A source may write the next image into the same memory before a worker has read this one.
+        if isinstance(image, (bytearray, memoryview)):
+            image = bytes(image)
+        elif not isinstance(image, (str, os.PathLike, bytes)):  # a file object has a state that threads must not share
             try:
                 image = _loaded(image)
             except Wn21kError as error:

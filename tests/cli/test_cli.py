@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from wn21k_zoo import SemanticTree
 from wn21k_zoo.checkpoints import CHECKPOINTS
+from wn21k_zoo.cli import main
 from wn21k_zoo.cli.app import _is_closed_pipe, app
 from wn21k_zoo.cli.output import CSV_COLUMNS
 from wn21k_zoo.prediction import json_schema
@@ -106,17 +107,20 @@ def test_linked_folders_are_walked_once(folder, tmp_path_factory):
     linked = tmp_path_factory.mktemp("linked")
     (linked / "class").symlink_to(folder)
     (folder / "below" / "round").symlink_to(linked)
+    (folder / "below" / "up").symlink_to(linked.parent)
+    (linked / "again").symlink_to(folder / "below")
+    shutil.copytree(folder / "below", linked / "own", symlinks=True)
+    (linked / "a_link").symlink_to(linked / "own")
     results = [json.loads(line) for line in run("predict", linked, *MODEL).stdout.splitlines()]
-    assert [result["source"] for result in results] == [
-        str(linked / "class" / "b.png"),
-        str(linked / "class" / "below" / "a.JPG"),
-    ]
+    found = {str(Path(result["source"]).relative_to(linked)) for result in results}
+    assert len(found) == len(results)
+    assert found in ({"class/b.png", "class/below/a.JPG", "own/a.JPG"}, {"again/a.JPG", "own/a.JPG"})
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell of Unix")
 @pytest.mark.parametrize(
     ("command", "closed"),
-    [("list", ">&-"), ("info resnet50.miil_in21k", "2>&-"), ("predict -", "<&-"), ("tree search dog", "<&- >&- 2>&-")],
+    [("list", ">&-"), ("info resnet50.miil_in21k", "2>&-"), ("tree search dog", "<&- >&- 2>&-")],
 )
 def test_closed_streams_are_no_error(closed, command):
     done = subprocess.run(
@@ -126,9 +130,34 @@ def test_closed_streams_are_no_error(closed, command):
         input="",
         check=False,
     )
-    assert done.returncode == int(command == "predict -")  # which no image is named to
-    assert "unexpected" not in done.stderr
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_stdin_names_no_image(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "argv", ["wn21k", "predict", "-", *MODEL])
+    with pytest.raises(SystemExit) as end:
+        main()
+    sys.stdin.close()
+    assert end.value.code == 1
+    assert "stdin named no image" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+@pytest.mark.parametrize(
+    ("code", "processes"),
+    [
+        ("from wn21k_zoo.cli import main; main()", "1"),
+        ("from wn21k_zoo.messages import say; from wn21k_zoo.training.train import _end; say('done'); _end(0)", "2"),
+    ],
+)
+def test_a_log_whose_disk_is_full_changes_no_exit_code(code, processes, tmp_path):
+    environment = {**os.environ, "WORLD_SIZE": processes, "WN21K_CACHE": str(tmp_path)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", code, "cache", "list"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, env=environment, check=False)
+    assert done.returncode == 0
 
 
 def test_what_is_hidden_in_a_folder_is_left_alone(folder):

@@ -42,6 +42,16 @@ def test_plan():
     assert "images_seen" in wn21k("train", "plan", f"{RECIPES}/resnet50.py:in1k", "-f", "table").stdout
 
 
+def test_plan_of_a_fine_tuning_from_a_folder(tmp_path):
+    settings = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
+    config = {"architecture": "test_resnet", "num_classes": 2, "pretrained_cfg": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shown = json.loads(wn21k("train", "plan", f"finetune:{tmp_path}", "--images", 1000).stdout)
+    assert shown["steps_per_epoch"] == 1000 // 32
+    done = wn21k("train", "plot", "s3://bucket/run")
+    assert (done.exit_code, "holds no run" in done.stderr) == (1, True)
+
+
 def test_plan_of_data_that_is_there(data, run):
     recipe = json.loads((run / "recipe.json").read_text())
     planned = json.loads(wn21k("train", "plan", run, "--data", data, "--gpus", 1).stdout)

@@ -194,12 +194,18 @@ def test_what_a_checkpoint_holds_can_be_read_beside_a_step(data, device):
     assert any((learner.module.module.state_dict()[key].cpu() != value).any() for key, value in state["model"].items())
 
 
-@pytest.mark.parametrize("text", ["", "two", "-1", "1.5"])
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("text", ["", "two", "1.5"])
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "RANK"])
 def test_what_another_launcher_left_is_named(monkeypatch, name, text):
     monkeypatch.setenv(name, text)
     with pytest.raises(TrainingError, match=f"{name} is set to '{text}', which is no number; unset it"), join("cpu"):
         pass
+
+
+def test_of_what_says_that_there_is_none_this_process_is_alone(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "-1")
+    with join("cpu") as world:
+        assert (world.rank, world.size) == (0, 1)
 
 
 def test_who_waits_for_others_says_so(monkeypatch, capfd):

@@ -58,6 +58,7 @@ FILES = {
         Image.fromarray(NOISE[..., :3]), "JPEG", xmp=b"<x><tiff:Orientation>6</tiff:Orientation></x>"
     ),
     "JPEG with a film": with_preview(encoded(Image.fromarray(NOISE[..., :3]), "JPEG")) + FILM,
+    "JPEG with fill bytes and a film": b"\xff\xd8\xff" + encoded(Image.fromarray(NOISE[..., :3]), "JPEG")[2:] + FILM,
     "JPEG rotated 6 with a film": encoded(Image.fromarray(NOISE[..., :3]), "JPEG", exif=rotated(6)) + FILM,
     "JPEG with damaged EXIF": encoded(Image.fromarray(NOISE[..., :3]), "JPEG", exif=b"Exif\0\0II*\0" + b"\xff" * 8),
 }
@@ -78,6 +79,9 @@ def test_what_a_prediction_takes_is_stored(name):
     height, width = np.asarray(load_image(FILES[name])).shape[:2]
     stored = store_image(FILES[name], 500, "squash", 95)
     assert decode(stored.data).shape == (height, width, 3) == (stored.stored_height, stored.stored_width, 3)
+    assert len(stored.data) < 5000  # no film
+    if stored.action == "copied":
+        assert FILES[name].startswith(stored.data)
 
 
 @pytest.mark.parametrize("resize", ["squash", "short-edge", "none"])

@@ -1,6 +1,7 @@
-import concurrent.futures
+import concurrent.futures.process
 import errno
 import math
+import multiprocessing.queues
 import os
 import sys
 import types
@@ -21,6 +22,7 @@ from wn21k_zoo.training import engine
 from wn21k_zoo.training.data import Loader
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.evaluate import evaluate
+from wn21k_zoo.training.failures import is_of_a_worker, worker_gone
 from wn21k_zoo.training.folder import open_folder
 from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.network import Normalized
@@ -197,6 +199,22 @@ def full(image, random):
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
 
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out "
+         "of shared memory. Please try to raise your shared memory limit.", "--shm-size"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", "out of memory"),
+        ("No valid triton configs. OutOfResources: out of resource: shared memory, Required: 200000", None),
+        ("unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)", None),
+        ("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: of the caller", None),
+    ],
+)  # fmt: skip
+def test_what_torch_says_of_memory_and_processes(text, what):
+    assert is_of_a_worker(RuntimeError(text)) == (what is not None)
+    assert what is None or what in str(worker_gone(RuntimeError(text)))
+
+
 def test_what_fails_in_a_process_that_loads_images_is_no_process_that_is_gone(tmp_path):
     folder = make_folder(tmp_path / "photos")
     with pytest.raises(RuntimeError, match=r"(?s)Caught RuntimeError in DataLoader worker.*of the caller"):
@@ -214,7 +232,7 @@ def test_processes_that_cannot_be_started_are_told(tmp_path, monkeypatch):
 
     folder = make_folder(tmp_path / "photos")
     loader = Loader(open_folder(folder), batch_size=4, workers=1)
-    monkeypatch.setattr(torch.multiprocessing, "Queue", refused)
+    monkeypatch.setattr(multiprocessing.queues, "Queue", refused)  # whatever the context
     with pytest.raises(DataError, match=r"cannot be started here: .*Read-only.*--workers 0"):
         next(iter(loader))
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", refused)

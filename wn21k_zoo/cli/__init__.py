@@ -6,6 +6,9 @@ import io
 import os
 import sys
 
+from wn21k_zoo.errors import first_line
+from wn21k_zoo.messages import forget_unheard, say
+
 __all__ = ["main"]
 
 
@@ -29,3 +32,10 @@ def main() -> None:
         app(arguments)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # of --help and --version, which nothing is invoked for
+        if "--debug" in sys.argv:
+            raise
+        say(first_line(error))
+        sys.exit(1)
+    finally:
+        forget_unheard()

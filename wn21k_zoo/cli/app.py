@@ -22,7 +22,10 @@ __all__ = ["app"]
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # or a disk that is full would be told of by nobody
+            return result
         except KeyboardInterrupt:
             say("interrupted")
             raise typer.Exit(130) from None

@@ -10,7 +10,7 @@ import typer
 
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, LOCK_FILE
-from wn21k_zoo.cli.output import FormatOption, at_home, print_table, warnings_as_messages
+from wn21k_zoo.cli.output import FormatOption, print_table, to_write, warnings_as_messages
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 from wn21k_zoo.messages import say
 
@@ -179,7 +179,7 @@ def prune(
 def lock(
     names: Annotated[list[str] | None, typer.Argument(help="Records. Default: all.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", callback=at_home, help=f"Default: the package's own {LOCK_FILE}.")
+        Path | None, typer.Option("--output", "-o", callback=to_write, help=f"Default: the package's own {LOCK_FILE}.")
     ] = None,
 ) -> None:
     """For maintainers: ask all sources for revision, size and sha256, and write the lock file.

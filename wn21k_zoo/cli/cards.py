@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from wn21k_zoo import registry
-from wn21k_zoo.cli.output import at_home
+from wn21k_zoo.cli.output import to_write
 from wn21k_zoo.errors import InvalidArgumentError, RecordError
 from wn21k_zoo.files import write_whole
 from wn21k_zoo.messages import say
@@ -40,7 +40,7 @@ def build(
         typer.Option(
             "--output",
             "-o",
-            callback=at_home,
+            callback=to_write,
             help="Write the cards there and leave the README alone. Default: model_cards of the checkout.",
         ),
     ] = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wn21k_zoo.cli.output import at_home
+from wn21k_zoo.cli.output import to_write
 from wn21k_zoo.errors import InvalidArgumentError
 from wn21k_zoo.messages import say
 
@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def convert(
     file: Annotated[Path, typer.Argument(help="A .pth, .bin or .safetensors file as the authors or timm publish it.")],
-    output: Annotated[Path, typer.Option("--output", "-o", callback=at_home, help="The safetensors file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", callback=to_write, help="The safetensors file to write.")],
     architecture: Annotated[
         str | None, typer.Option("--architecture", "-a", help="Which one it is. Default: recognised from the entries.")
     ] = None,

@@ -17,6 +17,7 @@ from wn21k_zoo.cli.output import (
     print_table,
     printed_as_json,
     progress_bar,
+    to_write,
 )
 from wn21k_zoo.messages import say
 
@@ -45,7 +46,7 @@ def prepare(
     ],
     output: Annotated[
         Path,
-        typer.Argument(metavar="OUT", callback=at_home, help="Folder for the shards; on a cluster all nodes see it."),
+        typer.Argument(metavar="OUT", callback=to_write, help="Folder for the shards; on a cluster all nodes see it."),
     ],
     label_space: Annotated[
         str, typer.Option("--label-space", help="Classes, and their indices: a name, or a text file of wnids.")
@@ -151,7 +152,7 @@ def show(
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="Images.")] = 48,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", callback=at_home, help="PNG file. Default: SYNSET.png or SPLIT.png here."),
+        typer.Option("--output", "-o", callback=to_write, help="PNG file. Default: SYNSET.png or SPLIT.png here."),
     ] = None,
 ) -> None:
     """Write a contact sheet as PNG."""

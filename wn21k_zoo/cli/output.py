@@ -17,7 +17,7 @@ import typer
 
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
-from wn21k_zoo.files import local_path
+from wn21k_zoo.files import expanded, local_path
 from wn21k_zoo.messages import bars, say
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "print_table",
     "printed_as_json",
     "progress_bar",
+    "to_write",
     "warnings_as_messages",
 ]
 
@@ -193,6 +194,11 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
 
 def at_home(path: Path | None) -> Path | None:
     """For parameters that are paths: ~ is a home folder where a shell left it, as in --output=~/x."""
+    return None if path is None else expanded(path, InvalidArgumentError)
+
+
+def to_write(path: Path | None) -> Path | None:
+    """The same for parameters that are outputs, which are no URLs."""
     return None if path is None else local_path(path, InvalidArgumentError)
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -201,17 +202,23 @@ def _expand(paths: list[str]) -> Iterator[str]:
 
 
 def _images_below(root: str) -> Iterator[str]:
-    """Those that are not hidden, as in training; links are followed, and each folder is walked once."""
+    """Those that are not hidden, as in training; also in folders elsewhere that links lead to, each once."""
     from wn21k_zoo.files import is_hidden
     from wn21k_zoo.images import IMAGE_SUFFIXES
 
-    seen: set[str] = set()
-    for folder, below, names in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not is_hidden(name)]
-        if (place := os.path.realpath(folder)) in seen:
-            below.clear()
-            continue
+    seen = {Path(os.path.realpath(root))}
+
+    def is_new(folder: str) -> bool:
+        if not os.path.islink(folder):  # noqa: PTH114
+            return True
+        place = Path(os.path.realpath(folder))
+        if any(place.is_relative_to(other) or other.is_relative_to(place) for other in seen):
+            return False
         seen.add(place)
+        return True
+
+    for folder, below, names in os.walk(root, followlinks=True):
+        below[:] = [name for name in below if not is_hidden(name) and is_new(os.path.join(folder, name))]  # noqa: PTH118
         for name in names:
             if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name):
                 yield os.path.join(folder, name)  # noqa: PTH118 - keeps the path as the user wrote it

@@ -17,11 +17,11 @@ from wn21k_zoo.cli.output import (
     Format,
     FormatOption,
     HeadOption,
-    at_home,
     choose_format,
     print_table,
     printed_as_json,
     progress_bar,
+    to_write,
 )
 from wn21k_zoo.messages import say
 
@@ -144,7 +144,7 @@ def plot(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", callback=at_home, help="PNG file. Default: plot.png in the first run."),
+        typer.Option("--output", "-o", callback=to_write, help="PNG file. Default: plot.png in the first run."),
     ] = None,
 ) -> None:
     """Loss, learning rate, accuracies and speed as a PNG (extra plot)."""
@@ -313,10 +313,10 @@ def evaluate(
     ] = 0.01,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", callback=at_home, help="All figures as a JSON file, of each class too."),
+        typer.Option("--output", "-o", callback=to_write, help="All figures as a JSON file, of each class too."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", callback=at_home, help="A reliability diagram as PNG (extra plot).")
+        Path | None, typer.Option("--plot", callback=to_write, help="A reliability diagram as PNG (extra plot).")
     ] = None,
     predictions: Annotated[
         Path | None, typer.Option("--predictions", help="CSV file with a row per image: class, prediction, confidence.")

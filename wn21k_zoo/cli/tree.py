@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from wn21k_zoo.cli.output import FormatOption, at_home, console, print_json, print_table
+from wn21k_zoo.cli.output import FormatOption, at_home, console, print_json, print_table, to_write
 from wn21k_zoo.errors import InvalidArgumentError, TreeError, UnknownSynsetError, Wn21kError
 from wn21k_zoo.messages import say
 from wn21k_zoo.tree import Node, SemanticTree
@@ -134,7 +134,7 @@ def build(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", callback=at_home, help="Write the files there. Default: wn21k_data, unless --check."
+            "--output", "-o", callback=to_write, help="Write the files there. Default: wn21k_data, unless --check."
         ),
     ] = None,
     check: Annotated[

@@ -317,7 +317,7 @@ def _ours(text: str | None, url: str) -> DatasetInfo | None:
         return DatasetInfo.from_json(text)
     except ValueError as error:  # its classes would be others without it
         raise DataError(
-            f"{INFO_FILE} of {url} is damaged ({error}); get it anew, or run `wn21k data prepare` again."
+            f"{INFO_FILE} of {url} is damaged ({error}); get it anew, or prepare into a new folder."
         ) from None
 
 

@@ -108,15 +108,16 @@ class World:
 
 
 def launched(name: str, default: int) -> int:
-    """A number of torchrun's variables.
+    """A number of torchrun's variables; others say -1 for none.
 
     Raises:
         TrainingError: It is set to something else.
     """
     text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise TrainingError(f"{name} is set to {text!r}, which is no number; unset it, or start by torchrun.")
-    return int(text)
+    try:
+        return int(text) if int(text) >= 0 else default
+    except ValueError:
+        raise TrainingError(f"{name} is set to {text!r}, which is no number; unset it, or start by torchrun.") from None
 
 
 @contextlib.contextmanager
@@ -167,6 +168,7 @@ def join(device: str | torch.device = "auto", deterministic: bool = False) -> It
                 "machine as it has GPUs (torchrun --nproc-per-node)."
             )
         torch.cuda.set_device(chosen)
+    launched("RANK", 0)
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         yield World(0, 1, chosen)
         return

@@ -1,14 +1,15 @@
 """One image of the source to the bytes that are stored.
 
 Published (Ridnik et al. 2021, dataset_preprocessing/resize.py and resize_short_edge.py of the authors' repository):
-OpenCV decodes; if the longer side is at least the size, bilinear resize to a square ("squash") or by the shorter side,
-and JPEG of quality 95; else the file is copied. Left open there and decided here:
+OpenCV decodes (here JPEG alone, other formats as a prediction does); if the longer side is at least the size, bilinear
+resize to a square ("squash") or by the shorter side, and JPEG of quality 95; else the file is copied. Left open there
+and decided here:
 
 - an image without the end-of-image mark is truncated, and counts as bad (OpenCV would paint the rest grey);
 - a small file that is no plain JPEG (PNG or CMYK under a JPEG name, rotated by EXIF) is encoded anew at its own size,
-  upright, so that every decoder sees the same; plain ones are copied bit by bit;
-- more than 179 million pixels (Pillow's limit against decompression bombs) count as bad, and so do images that would be
-  longer than a JPEG can be.
+  upright, so that every decoder sees the same; plain ones are copied bit by bit, but for films behind their end;
+- more than 179 million pixels (Pillow's limit against decompression bombs; half of it if it is no JPEG) count as bad,
+  and so do images that would be longer than a JPEG can be.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from wn21k_zoo.errors import ImageError, ImageTooLargeError, MissingExtraError
+from wn21k_zoo.images import load_image
 from wn21k_zoo.training.extra import cv2, simplejpeg
 from wn21k_zoo.training.options import Resize
 
@@ -67,11 +70,11 @@ def store_image(data: bytes, size: int, resize: Resize, quality: int) -> StoredI
     if not data:
         raise BadImageError("empty file")
     format_, mode, orientation = _inspect(data)
-    pixels = _decode(data)
+    pixels = _decode(data) if format_ == "JPEG" else _decode_other(data)
     height, width = pixels.shape[:2]
     if resize == "none" or max(height, width) < size:
         if format_ == "JPEG" and mode in ("RGB", "L") and orientation == 1:
-            return StoredImage(data, "copied", format_, mode, orientation, width, height, width, height)
+            return StoredImage(_until_its_end(data), "copied", format_, mode, orientation, width, height, width, height)
         stored = _encode(pixels, quality)
         return StoredImage(stored, "re-encoded", format_, mode, orientation, width, height, width, height)
     if resize == "squash":
@@ -91,11 +94,17 @@ def is_cut_off(data: bytes) -> bool:
     return _END_OF_IMAGE not in data[-4096:] and data.find(_END_OF_IMAGE, _begin_of_scan(data)) < 0
 
 
+def _until_its_end(data: bytes) -> bytes:
+    if _END_OF_IMAGE in data[-4096:]:
+        return data
+    return data[: data.index(_END_OF_IMAGE, _begin_of_scan(data)) + len(_END_OF_IMAGE)]
+
+
 def _begin_of_scan(data: bytes) -> int:
     """Where the pixels of a JPEG begin: behind its metadata, whose preview has an end of its own."""
     at = 2
-    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != _BEGIN_OF_SCAN:
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != _BEGIN_OF_SCAN:
+        at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return at
 
 
@@ -144,6 +153,17 @@ def _decode(data: bytes) -> NDArray[np.uint8]:
     if pixels is None:
         raise BadImageError("cannot be decoded")
     return np.asarray(pixels, np.uint8)
+
+
+def _decode_other(data: bytes) -> NDArray[np.uint8]:
+    """As a prediction sees it: of other formats OpenCV reads more or less in each of its versions."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of frames that are left out
+            return np.ascontiguousarray(np.asarray(load_image(data))[:, :, ::-1])
+    except ImageTooLargeError:
+        raise BadImageError("too many pixels") from None
+    except (ImageError, MissingExtraError):
+        raise BadImageError("cannot be decoded") from None
 
 
 def _encode(pixels: NDArray[Any], quality: int) -> bytes:

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +26,7 @@ from wn21k_zoo.errors import (
     Wn21kError,
     first_line,
 )
+from wn21k_zoo.files import local_path
 from wn21k_zoo.messages import say
 from wn21k_zoo.training.agreement import Agreement, Answer
 from wn21k_zoo.training.algorithms import choose_algorithms, torch_as_it_was
@@ -105,7 +105,7 @@ def train(
     if device != "auto":
         raise InvalidArgumentError("The world says on which device a run is; leave out device.")
     recipe.check()
-    folder = RunFolder(Path(output))
+    folder = RunFolder(local_path(output, RunError))
     asked, before = recipe.model.arguments, folder.start_arguments()
     recipe = resolved(recipe, before)
     if is_among(folder.path, data):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["explained", "is_of_a_worker", "not_deterministic", "worker_gone"]
 
-_SHARED_MEMORY = "shared memory"  # as torch and its allocator call it
+_NO_ROOM = "unable to allocate shared memory"  # of torch's allocator
 
 
 def explained(problem: Exception, recipe: Recipe, world: World, images: int) -> Exception:
@@ -56,12 +56,12 @@ def is_of_a_worker(problem: Exception) -> bool:
     """
     text = str(problem)
     is_gone = "DataLoader worker" in text and not text.startswith("Caught ")
-    return isinstance(problem, RuntimeError) and (is_gone or _SHARED_MEMORY in text)
+    return isinstance(problem, RuntimeError) and (is_gone or _NO_ROOM in text)
 
 
 def worker_gone(problem: Exception) -> DataError:
     """What is said of that."""
-    if _SHARED_MEMORY in str(problem):
+    if any(words in str(problem) for words in (_NO_ROOM, "out of shared memory")):
         return DataError(
             "/dev/shm, through which processes hand over images, is full: make it larger (docker run --shm-size=8g or "  # noqa: S108
             "--ipc=host; in Kubernetes an emptyDir with medium: Memory there), or take fewer workers (--workers), 0 "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,14 +112,19 @@ def check_picture(path: Path) -> None:
 
 
 def _figure_class() -> Any:
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's may not be installed here, and none is needed
+    # A notebook's MPLBACKEND may not be installed here, and none is needed; matplotlib would refuse to be imported.
+    backend = os.environ.pop("MPLBACKEND", None) if "matplotlib" not in sys.modules else None
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("A plot", "plot") from error
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
+    if backend:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend  # as it does itself
     return Figure
 
 

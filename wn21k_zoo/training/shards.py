@@ -204,7 +204,10 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     except NotADirectoryError:
         raise DataError(f"{folder} is a file; name an output folder of `wn21k data prepare`.") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not the one that `wn21k data prepare` writes ({error}); prepare anew.") from None
+        raise DataError(
+            f"{path} is not the one that `wn21k data prepare` writes ({error}); get it anew, or prepare into a new "
+            "folder."
+        ) from None
     try:
         info.space  # noqa: B018
     except DataError as error:

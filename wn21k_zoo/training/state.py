@@ -26,7 +26,7 @@ import torch
 
 from wn21k_zoo.errors import RecipeError, RunError, UnknownLabelSpaceError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import RECIPE_FILE, expanded, is_hidden, is_run, local_path, parse_json
+from wn21k_zoo.files import RECIPE_FILE, expanded, is_hidden, is_run, parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.status import STATUS_FILE, make_run_folder, read_status, write_status, write_text
@@ -66,7 +66,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = local_path(path, RunError).absolute()
+        self.path = expanded(path, RunError).absolute()
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.best = self.checkpoints / "best.pt"

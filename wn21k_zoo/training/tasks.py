@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import math
 import multiprocessing
 import os
@@ -73,10 +74,9 @@ def _quota(groups: Path) -> int | None:
 
 def no_processes(problem: OSError, instead: str) -> DataError:
     """What is said where none can be started."""
-    return DataError(
-        f"Processes cannot be started here: {first_line(problem)}; see that /dev/shm is there and can be written, or "
-        f"take {instead}."
-    )
+    of_memory = problem.errno in (errno.EROFS, errno.ENOENT, errno.EACCES, errno.ENOSPC)
+    place = "see that /dev/shm is there and can be written, or " if of_memory else ""
+    return DataError(f"Processes cannot be started here: {first_line(problem)}; {place}take {instead}.")
 
 
 def _run_in_processes(

@@ -15,8 +15,8 @@ import traceback
 from typing import NoReturn
 
 from wn21k_zoo.errors import RecipeError, RunError, exit_code_of, message_of
-from wn21k_zoo.files import expanded
-from wn21k_zoo.messages import say
+from wn21k_zoo.files import local_path
+from wn21k_zoo.messages import forget_unheard, say
 from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.status import mark_preempted
 
@@ -84,7 +84,7 @@ def _run(chosen: argparse.Namespace, signals: Signals) -> int:
 def _leave(output: str) -> None:
     """What a process leaves that is told to stop before its run begins."""
     if os.environ.get("RANK", "0") == "0":
-        mark_preempted(expanded(output, RunError))
+        mark_preempted(local_path(output, RunError))
         say("told to stop before the run began; the same command begins it")
 
 
@@ -94,13 +94,12 @@ def _end(code: int) -> NoReturn:
     A thread of gloo that still holds a tensor then may abort a process whose run is finished, and torchrun says it
     failed (https://github.com/pytorch/pytorch/pull/179291). All files are closed by now.
     """
+    forget_unheard()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
     logging.shutdown()
     for child in multiprocessing.active_children():  # they load images, and nobody wants these now
         child.kill()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
     os._exit(code)
 
 

@@ -52,7 +52,7 @@ def begin_worker(worker: int) -> None:
     if _SHIELD:
         threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
     else:
-        for name in ("SIGINT", "SIGBREAK"):
+        for name in ("SIGINT", "SIGHUP", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
     cv2.setNumThreads(0)  # the workers are the parallelism; and OpenCV's threads do not survive a fork
