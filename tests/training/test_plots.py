@@ -48,6 +48,7 @@ def test_a_picture_is_named_as_one_in_either_case(tmp_path):
         plot_runs([tmp_path], tmp_path / "x.pdf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("named", "used"), [("no_such_backend", "agg"), ("pdf", "pdf")])
 def test_a_backend_of_a_notebook_is_not_asked_for(named, used):
     code = """
