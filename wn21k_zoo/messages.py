@@ -75,9 +75,9 @@ class _Lossy:
     def _closed(self) -> Iterator[None]:
         try:
             yield
-        except BlockingIOError:  # whoever reads it is slow
+        except (BlockingIOError, ValueError):  # whoever reads it is slow, or it is closed
             pass
-        except (OSError, ValueError):
+        except OSError:
             with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
                 self._stream.flush()
