@@ -182,7 +182,7 @@ def write_safetensors(state: StateDict, path: Path, **metadata: str) -> None:
         if (place := own[name].untyped_storage().data_ptr()) in seen:
             own[name] = own[name].clone()  # the format has no tensors that share memory
         seen.add(place)
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path))  # not by atomic_file: save_file wants a name, and needs no copy of the whole
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()

@@ -72,8 +72,7 @@ def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None 
         root = cache.cache_dir(cache_dir)
         for filename in filenames_of(source):
             place = root / cache.relative_path(source, filename)
-            pinned = source.sha256 if filename == filenames_of(source)[0] else None
-            if place.is_file() and (pinned or cache.read_receipt(place)):  # else it cannot be verified
+            if place.is_file() and (_pinned(source, filename) or cache.read_receipt(place)):  # or it cannot be verified
                 return place
             if not isinstance(source, HubSource) or (path := hub.find_in_cache(source, filename)) is None:
                 continue
@@ -94,11 +93,16 @@ def cached_files(sources: Iterable[Source], cache_dir: str | os.PathLike[str] | 
     return [place for place in places if place.is_file() or cache.receipt_path(place).is_file()]
 
 
+def _pinned(source: Remote, filename: str) -> str | None:
+    """The sha256 of a source, which is that of the first of its files."""
+    return source.sha256 if filename == filenames_of(source)[0] else None
+
+
 def find_file(source: Remote, filename: str, root: Path, damages: list[str]) -> Fetched | None:
     """A file that is here and has the right hash; what is here and has not is told of in ``damages``."""
     place = root / cache.relative_path(source, filename)
     receipt = cache.read_receipt(place)
-    pinned = source.sha256 if filename == filenames_of(source)[0] else None
+    pinned = _pinned(source, filename)
     candidates = [(place, Expected(sha256=pinned or (receipt.sha256 if receipt else None)))]
     if isinstance(source, HubSource) and (path := hub.find_in_cache(source, filename)):
         blob = path.resolve().name  # the Hub's cache names a file by its ETag

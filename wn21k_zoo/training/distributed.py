@@ -147,7 +147,7 @@ def join(device: str | torch.device = "auto", deterministic: bool = False) -> It
 
     Raises:
         TrainingError: There are more ranks than GPUs on this machine, the device is of one process alone, the others
-            cannot be reached, or the program's process group is of other devices.
+            cannot be reached, the program's process group is of other devices, or a variable holds no number.
     """
     if dist.is_available() and dist.is_initialized():
         yield _of_the_group(select_device(device))
