@@ -17,7 +17,7 @@ from .loading import SIZE
 from .runs import make_folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     """The number of threads decides in which order numbers are added up."""
     before = torch.get_num_threads()

@@ -19,28 +19,38 @@ from .runs import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def recipe_of_everything():
+    recipe = small_recipe("test_efficientnet")
+    recipe.model.arguments = {"drop_rate": 0.3, "drop_path_rate": 0.2}
+    recipe.run.ema_decay, recipe.optimizer.clip_norm, recipe.data.batch_per_device = 0.9, 1.0, 4
+    recipe.data.augmentation, recipe.schedule.name, recipe.optimizer.name = "modern", "cosine", "adamw"
+    recipe.data.mixup, recipe.data.cutmix = 0.2, 1.0
+    recipe.run.log_every = 4  # lines over the ends of epochs and of the first part
+    return recipe
+
+
+@pytest.fixture(scope="module", params=[small_recipe, recipe_of_everything], ids=["plain", "with everything"])
+def in_one_go(request, one_thread, data, tmp_path_factory):
+    """A recipe, and the folder of a run of it that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(request.param(), data, folder)
+    return request.param(), folder
+
+
 @pytest.mark.parametrize("stop", [3, 6, 7, 12])
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "with everything"])
-def test_stopped_and_resumed_is_bit_for_bit_the_same(data, tmp_path, stop_at, stop, extras):
-    recipe = small_recipe("test_efficientnet" if extras else "test_convnext")
-    if extras:
-        recipe.model.arguments = {"drop_rate": 0.3, "drop_path_rate": 0.2}
-        recipe.run.ema_decay, recipe.optimizer.clip_norm, recipe.data.batch_per_device = 0.9, 1.0, 4
-        recipe.data.augmentation, recipe.schedule.name, recipe.optimizer.name = "modern", "cosine", "adamw"
-        recipe.data.mixup, recipe.data.cutmix = 0.2, 1.0
-        recipe.run.log_every = 4  # lines over the ends of epochs and of the first part
-    run(recipe, data, tmp_path / "whole")
+def test_stopped_and_resumed_is_bit_for_bit_the_same(data, in_one_go, tmp_path, stop_at, stop):
+    recipe, whole_run = in_one_go
     stop_at(stop)
     with pytest.raises(Preempted) as end:
-        run_told(recipe, data, tmp_path / "parts")
+        run_told(recipe, data, tmp_path)
     assert end.value.code == 143
-    status = RunFolder(tmp_path / "parts").status()
+    status = RunFolder(tmp_path).status()
     assert (status["state"], status["step"]) == ("preempted", stop)
     stop_at(-1)
-    run_told(recipe, data, tmp_path / "parts")
-    assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
+    run_told(recipe, data, tmp_path)
+    assert_same_weights(final(whole_run), final(tmp_path))
     for kind in ("train", "evaluation"):
-        whole, parts = lines(tmp_path / "whole", kind), lines(tmp_path / "parts", kind)
+        whole, parts = lines(whole_run, kind), lines(tmp_path, kind)
         keys = ("step", "epoch", "loss", "lr", "semantic_top1", "top1")
         assert [[line.get(key) for key in keys] for line in whole] == [
             [line.get(key) for key in keys] for line in parts
