@@ -1,5 +1,8 @@
+import contextlib
 import io
+import os
 import pathlib
+import struct
 import subprocess
 import sys
 import warnings
@@ -18,7 +21,7 @@ from wn21k_zoo.errors import (
     MissingExtraError,
     UnsupportedImageError,
 )
-from wn21k_zoo.images import AnimatedImageWarning, load_image
+from wn21k_zoo.images import FORMATS, IMAGE_SUFFIXES, AnimatedImageWarning, load_image
 
 RED = np.zeros((8, 12, 3), np.uint8)
 RED[..., 0] = 255
@@ -176,6 +179,44 @@ def test_bad_files(tmp_path):
     closed.close()
     with pytest.raises(ImageDecodeError):
         load_image(closed)
+
+
+def tiled_tiff(side):
+    """8 by 8 pixels of one tile."""
+    tags = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 277: 1, 322: side, 323: side, 324: 200, 325: 64}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)).ljust(200, b"\0") + bytes(side**2)
+
+
+def test_no_room_is_made_for_an_enormous_tile(monkeypatch):
+    assert load_image(tiled_tiff(16)).size == (8, 8)
+    monkeypatch.setattr("wn21k_zoo.images.MAX_PIXELS", 255)
+    with pytest.raises(ImageTooLargeError, match="megapixels"):
+        load_image(tiled_tiff(16))
+
+
+def test_formats_are_those_of_the_suffixes():
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    Image.init()
+    found = {Image.registered_extensions()[suffix] for suffix in IMAGE_SUFFIXES}
+    assert found - {"HEIF"} == set(FORMATS)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a program is a script here")
+def test_no_image_is_run_as_a_program(tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho run >> {tmp_path / 'ran'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow looks for it once
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n")
+    with contextlib.suppress(OSError), Image.open(photo) as image:
+        image.load()
+    by_pillow = (tmp_path / "ran").read_text()
+    for given in (photo, photo.read_bytes()):
+        with pytest.raises(ImageDecodeError, match="not an image"):
+            load_image(given)
+    assert (tmp_path / "ran").read_text() == by_pillow
 
 
 def test_too_large_is_refused_before_it_is_decoded(monkeypatch):

@@ -16,6 +16,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from wn21k_zoo import ClassNames, FallbackModelWarning, Predictor, cache, models, predict, registry, running
+from wn21k_zoo.building import create_model
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT
 from wn21k_zoo.errors import (
     DownloadError,
@@ -87,6 +88,36 @@ def test_a_folder_with_names_of_its_own_is_not_guessed(folder, tmp_path):
     assert loaded.label_space.name == "imagenet1k"
     with pytest.raises(LabelSpaceError, match=r"1,000 outputs.*11,221"):
         models.load_model(changed, label_space="fall11")
+
+
+def test_a_configuration_says_what_is_built_not_where_weights_come_from(tmp_path, monkeypatch):
+    module = timm.create_model("test_vit", num_classes=3)
+    save_for_hf(module, tmp_path / "model", model_config={})
+    file = tmp_path / "model" / "config.json"
+    config = {**json.loads(file.read_text()), "label_names": ["cat", "dog", "bird"]}
+    torch.save({key: torch.full_like(value, 7.0) for key, value in module.state_dict().items()}, tmp_path / "evil.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with hub_server({"evil.pth": (tmp_path / "evil.pth").read_bytes()}) as (endpoint, seen):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        elsewhere = {"file": None, "state_dict": None, "hf_hub_id": None, "url": f"{endpoint}/evil.pth"}
+        for arguments in (
+            {"pretrained_cfg_overlay": elsewhere, "cache_dir": str(tmp_path / "cache")},
+            {"pretrained_cfg": elsewhere, "pretrained": True, "pretrained_strict": False},
+            {"checkpoint_path": str(tmp_path / "evil.pth")},
+        ):
+            for overlay in ({}, {**elsewhere, "source": "hf-hub", "hf_hub_id": "evil/model", "custom_load": True}):
+                settings = {**config["pretrained_cfg"], **overlay}
+                stated = {**config, "model_args": config["model_args"] | arguments, "pretrained_cfg": settings}
+                file.write_text(json.dumps(stated))
+                for build in (create_model, lambda folder: models.load_model(folder, label_space="own").module):
+                    found = build(tmp_path / "model").state_dict()
+                    assert all(torch.equal(value, found[key]) for key, value in module.state_dict().items())
+        for architecture in ("hf-hub:evil/model", f"local-dir:{tmp_path / 'model'}"):
+            file.write_text(json.dumps({**config, "architecture": architecture}))
+            with pytest.raises((ModelError, UnknownModelError), match="There is no architecture"):
+                create_model(tmp_path / "model")
+    assert not seen
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth", "model"]
 
 
 def test_names_of_classes_that_are_no_synsets(tmp_path):

@@ -51,8 +51,9 @@ FOLDER_PREFIX = "local-dir:"
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
-# Of a pretrained configuration: where weights come from by hand, and what belongs to the architecture.
+# Of a pretrained configuration: where weights come from by hand, or else, and what belongs to the architecture.
 _OWN_WEIGHTS = ("state_dict", "file")
+_SOURCES = (*_OWN_WEIGHTS, "source", "url", "hf_hub_id", "hf_hub_filename", "custom_load")
 _OF_ARCHITECTURE = ("first_conv", "classifier", "pool_size", "fixed_input_size", "min_input_size")
 
 
@@ -218,6 +219,8 @@ def build_from_folder(
 ) -> nn.Module:
     """The network that a folder's configuration describes; ``overlay`` changes its pretrained configuration.
 
+    The configuration, which anybody may have written, says what is built; where weights come from, it does not.
+
     Raises:
         ModelError, InvalidArgumentError: It cannot be built, or the weights do not fit.
     """
@@ -225,7 +228,8 @@ def build_from_folder(
 
     stated = {key: value for key, value in read_config(folder).items() if value is not None}  # as transformers has it
     settings, architecture, arguments = _parse_model_cfg(stated, {})
-    settings = {key: value for key, value in settings.items() if key not in ("source", "file")}
+    settings = {key: value for key, value in settings.items() if key not in _SOURCES}
+    arguments = {key: value for key, value in arguments.items() if not convert.names_weights(key)}
     settings.update(_weights(weights) if weights is not None else {}, architecture=architecture)
     settings.update(overlay or {})
     try:

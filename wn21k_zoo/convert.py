@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.architectures.ofa import STAGE_DEPTHS
 from wn21k_zoo.checkpoints import CHECKPOINTS
-from wn21k_zoo.errors import ConversionError, UnknownModelError, did_you_mean, first_line
+from wn21k_zoo.errors import ConversionError, UnknownModelError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.files import replace
 from wn21k_zoo.registry import TIMM_PREFIX
 
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Converted",
     "build",
+    "check_architecture",
     "convert_file",
     "convert_state_dict",
+    "names_weights",
     "read_state_dict",
     "save_safetensors",
     "write_safetensors",
@@ -62,9 +64,14 @@ class Converted:
 
 
 def build(architecture: str, /, **kwargs: Any) -> nn.Module:
-    """A network of one of our architectures or one of timm's; arguments as ``timm.create_model`` takes them."""
+    """A network of one of our architectures or one of timm's; arguments as ``timm.create_model`` takes them.
+
+    Raises:
+        UnknownModelError: There is no such architecture; the names of folders and repositories are none.
+    """
     import timm
 
+    check_architecture(architecture)
     own = ARCHITECTURES.get(architecture.removeprefix(TIMM_PREFIX))
     if own is None:
         return cast("nn.Module", timm.create_model(architecture, **kwargs))
@@ -77,6 +84,27 @@ def build(architecture: str, /, **kwargs: Any) -> nn.Module:
     if checkpoint_path:
         timm.models.load_checkpoint(module, checkpoint_path)
     return cast("nn.Module", module)
+
+
+def check_architecture(name: str, error: type[Wn21kError] = UnknownModelError) -> None:
+    """See that timm or this package has an architecture.
+
+    Raises:
+        UnknownModelError, or ``error``: Neither has, with the nearest names.
+    """
+    import timm
+
+    if name.removeprefix(TIMM_PREFIX) not in ARCHITECTURES and not timm.is_model(name):
+        near = did_you_mean(name, [*ARCHITECTURES, *timm.list_models()])
+        raise error(f"There is no architecture {name!r}.{near}")
+
+
+def names_weights(argument: str) -> bool:
+    """Whether an argument of ``timm.create_model`` says from where weights come or where they go, not what is built.
+
+    Files that others wrote may describe a network, but not have something else fetched, read or written.
+    """
+    return argument.startswith("pretrained") or argument in ("cache_dir", "checkpoint_path")
 
 
 def convert_file(path: str | os.PathLike[str], architecture: str | None = None) -> Converted:

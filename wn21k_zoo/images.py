@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "FORMATS",
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "SAMPLES",
@@ -53,11 +54,14 @@ IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
     ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+# Pillow's readers of those. It has dozens more, one of which (EPS) runs the file, as a program, in Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TGA", "TIFF")
 SAMPLES = MappingProxyType({"cat": "chelsea.png", "coffee": "coffee.png", "rocket": "rocket.jpg"})
 
 _SHOWN = 500  # characters of a name
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -195,7 +199,7 @@ def _seekable(file: Any, name: str | None) -> BinaryIO:
 def _open(file: Path | BinaryIO, name: str | None) -> Image.Image:
     shown = name or "The image"
     try:
-        return Image.open(file)
+        return Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # warnings can be errors
         raise ImageTooLargeError(
             f"{shown} has over {MAX_PIXELS // 10**6} megapixels; make it smaller first."
@@ -229,7 +233,7 @@ def _open_heif(file: Path | BinaryIO, shown: str) -> Image.Image:
         raise MissingExtraError(f"{shown} is a HEIF photograph, which", "heif") from error
     pillow_heif.register_heif_opener()
     try:
-        return Image.open(file)
+        return Image.open(file, formats=("HEIF",))
     except Exception as error:  # as in _open
         raise ImageDecodeError(f"{shown} is a HEIF photograph that cannot be decoded.") from error
 
@@ -239,15 +243,16 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
     width, height = image.size
     if not width or not height:
         raise ImageDecodeError(f"{shown} has no pixels.")
-    if width * height > MAX_PIXELS:
-        raise ImageTooLargeError(
-            f"{shown} has {width * height / 1e6:.0f} megapixels; at most {MAX_PIXELS // 10**6} are decoded, "
-            "make it smaller first."
-        )
     try:
-        animated = getattr(image, "is_animated", False)  # looks for a second frame
+        pixels = max(width * height, _pixels_of_tile(image))
+        animated = pixels <= MAX_PIXELS and getattr(image, "is_animated", False)  # looks for a second frame
     except Exception as error:  # as below
         raise ImageDecodeError(f"{shown} is truncated or damaged ({first_line(error)}).") from error
+    if pixels > MAX_PIXELS:
+        raise ImageTooLargeError(
+            f"{shown} has {pixels / 1e6:.0f} megapixels; at most {MAX_PIXELS // 10**6} are decoded, make it smaller "
+            "first."
+        )
     if animated and image.format != "MPO":  # MPO: a camera's JPEG with previews
         warnings.warn(f"{shown} is animated; its first frame is used.", AnimatedImageWarning, stacklevel=3)
     try:
@@ -258,6 +263,12 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise whatever damaged data makes them stumble over
         raise ImageDecodeError(f"{shown} is truncated or damaged ({first_line(error)}).") from error
+
+
+def _pixels_of_tile(image: Image.Image) -> int:
+    """Of a TIFF in tiles, whose decoder makes room for a whole one, however small the image is; else 0."""
+    tags = getattr(image, "tag_v2", {})
+    return int(tags.get(_TIFF_TILE_WIDTH, 0)) * int(tags.get(_TIFF_TILE_LENGTH, 0))
 
 
 def _opaque_rgb(image: Image.Image, shown: str) -> Image.Image:

@@ -132,6 +132,20 @@ def test_of_a_cut_animation_no_part_ends_a_run():
             decode(whole[:length])
 
 
+def test_no_room_is_made_for_an_enormous_jpeg(monkeypatch):
+    decode(FILES["JPEG"])
+    monkeypatch.setattr("wn21k_zoo.training.decode.BOMB_PIXELS", 20 * 30 - 1)
+    with pytest.raises(UndecodableError, match="megapixels"):
+        decode(FILES["JPEG"])
+
+
+@pytest.mark.parametrize("read", [decode, lambda data: store_image(data, 64, "squash", 90)], ids=["train", "prepare"])
+def test_no_image_is_run_as_a_program(monkeypatch, read):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("run"))
+    with pytest.raises((UndecodableError, BadImageError), match="not an image"):
+        read(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n")
+
+
 def test_a_photograph_that_needs_an_extra_is_one_bad_sample(monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(UndecodableError, match=r"wn21k-zoo\[heif\]"):

@@ -113,6 +113,24 @@ def test_several_processes_stage_each_shard_once(shards, tmp_path):
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize("name", ["../train-00000.tar", "/tmp/train-00000.tar", "a/train-00000.tar", "evil.pth"])  # noqa: S108
+def test_a_data_set_names_no_file_outside_of_its_folder(shards, tmp_path, name):
+    whole = json.loads((shards / "_info.json").read_text())
+    whole["splits"]["train"]["filenames"][0] = name
+    (tmp_path / "_info.json").write_text(json.dumps(whole))
+    for place in (tmp_path, f"file://{tmp_path}"):
+        with pytest.raises(DataError, match="is no name of a shard"):
+            open_dataset(place)
+
+
+@pytest.mark.parametrize("name", ["../evil.pth", "a/../../evil.pth", "/evil.pth"])
+def test_nothing_is_written_outside_of_the_stage(tmp_path, name):
+    stage = Stage(tmp_path / "stage")
+    with pytest.raises(DataError, match="outside of the data set"):
+        stage.get(name, lambda target: target.write_bytes(b""))
+    assert not list(tmp_path.iterdir())
+
+
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from wn21k_zoo.errors import ImageDecodeError, ImageError, MissingExtraError
-from wn21k_zoo.images import load_image
-from wn21k_zoo.training.encode import BEGIN_OF_JPEG, METADATA_WITHIN, is_cut_off
+from wn21k_zoo.images import FORMATS, load_image
+from wn21k_zoo.training.encode import BEGIN_OF_JPEG, BOMB_PIXELS, METADATA_WITHIN, is_cut_off
 from wn21k_zoo.training.extra import cv2, simplejpeg
 
 __all__ = ["UndecodableError", "decode"]
@@ -27,8 +27,8 @@ class UndecodableError(Exception):
 def decode(data: bytes) -> NDArray[np.uint8]:
     """An image file as RGB pixels, upright and on white, shape [height, width, 3].
 
-    A JPEG that its decoder grumbles about counts if it is complete. One without metadata may have any number of
-    pixels, other files as many as :func:`wn21k_zoo.images.load_image` takes, or more.
+    A JPEG that its decoder grumbles about counts if it is complete. One without metadata may have as many pixels as a
+    preparation takes, other files as many as :func:`wn21k_zoo.images.load_image`, or more.
 
     Raises:
         UndecodableError: Truncated, damaged, too large or no image.
@@ -36,6 +36,9 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     is_jpeg = data.startswith(BEGIN_OF_JPEG)
     if is_jpeg and _is_upright(data):
         with contextlib.suppress(ValueError):  # CMYK, say
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            if height * width > BOMB_PIXELS:
+                raise UndecodableError(f"has {height * width / 1e6:.0f} megapixels")
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
             return pixels
     if is_jpeg and is_cut_off(data):
@@ -56,7 +59,7 @@ def _is_upright(data: bytes) -> bool:
     if _APP1 not in data[:METADATA_WITHIN]:
         return True
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
     except Exception:  # Pillow raises whatever damaged metadata makes it stumble over
         return False

@@ -24,17 +24,25 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wn21k_zoo.errors import ImageError, ImageTooLargeError, MissingExtraError
-from wn21k_zoo.images import load_image
+from wn21k_zoo.images import FORMATS, MAX_PIXELS, load_image
 from wn21k_zoo.training.extra import cv2, simplejpeg
 from wn21k_zoo.training.options import Resize
 
-__all__ = ["BEGIN_OF_JPEG", "METADATA_WITHIN", "BadImageError", "StoredImage", "is_cut_off", "store_image"]
+__all__ = [
+    "BEGIN_OF_JPEG",
+    "BOMB_PIXELS",
+    "METADATA_WITHIN",
+    "BadImageError",
+    "StoredImage",
+    "is_cut_off",
+    "store_image",
+]
 
 BEGIN_OF_JPEG = b"\xff\xd8\xff"
 METADATA_WITHIN = 65536
 """Bytes of a JPEG within which its metadata begins."""
 
-_MAX_PIXELS = 178_956_970
+BOMB_PIXELS = 2 * MAX_PIXELS  # from where on Pillow refuses an image
 _ORIENTATION = 0x0112
 _BEGIN_OF_SCAN = b"\xda"
 _END_OF_IMAGE = b"\xff\xd9"
@@ -111,7 +119,7 @@ def _begin_of_scan(data: bytes) -> int:
 def _inspect(data: bytes) -> tuple[str, str, int]:
     """Format, mode and EXIF orientation, from the header alone."""
     format_, mode, orientation, width, height = _inspect_jpeg(data) or _inspect_any(data)
-    if width * height > _MAX_PIXELS:
+    if width * height > BOMB_PIXELS:
         raise BadImageError("too many pixels")
     if format_ == "JPEG" and is_cut_off(data):
         raise BadImageError("truncated")
@@ -134,7 +142,7 @@ def _inspect_any(data: bytes) -> tuple[str, str, int, int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 format_, mode, (width, height) = image.format or "unknown", image.mode, image.size
                 orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
     except Image.DecompressionBombError:

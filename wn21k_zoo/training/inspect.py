@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from wn21k_zoo.errors import DataError, UnknownSynsetError, did_you_mean
 from wn21k_zoo.files import expanded, sha256_of, visible
+from wn21k_zoo.images import FORMATS
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.extra import pc, pq
 from wn21k_zoo.training.manifest import read_table
@@ -120,7 +121,7 @@ def contact_sheet(
     for place, (name, data, here) in enumerate(found):
         x, y = 4 + place % columns * (side + 4), 24 + place // columns * (side + line + 4)
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 image.draft("RGB", (side, side))
                 sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
         except Exception:  # Pillow has many kinds of error

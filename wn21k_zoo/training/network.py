@@ -20,7 +20,7 @@ from wn21k_zoo.errors import RecipeError, UnresolvedLabelSpaceError, Wn21kError,
 from wn21k_zoo.running import evaluating
 from wn21k_zoo.training.heads import calm_head, check_head, reorder_head
 from wn21k_zoo.training.levels import Levels
-from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
+from wn21k_zoo.training.recipe import RANDOM, Recipe
 from wn21k_zoo.training.weights import classes_of, is_place, refuse_run
 
 __all__ = ["Normalized", "build_network", "checkpoint_gradients", "few_for_statistics", "try_size", "wrong_size"]
@@ -71,7 +71,7 @@ def build_network(
             one or the folder of a run.
         ModelError, UnknownModelError: The start cannot be had.
     """
-    check_architecture(recipe.model.architecture)
+    convert.check_architecture(recipe.model.architecture, RecipeError)
     torch.manual_seed(recipe.run.seed)
     start, arguments = recipe.model.start, dict(recipe.model.arguments)
     try:

@@ -20,7 +20,7 @@ from wn21k_zoo.training.heads import freeze_backbone
 from wn21k_zoo.training.manifest import PUBLISHED_TOTALS
 from wn21k_zoo.training.network import checkpoint_gradients, few_for_statistics, wrong_size
 from wn21k_zoo.training.presets import ARCHITECTURES
-from wn21k_zoo.training.recipe import RANDOM, Recipe, check_architecture
+from wn21k_zoo.training.recipe import RANDOM, Recipe
 from wn21k_zoo.training.state import RunFolder
 from wn21k_zoo.training.weights import is_place, resolved, teacher_record
 
@@ -208,7 +208,7 @@ def _size(
     frozen: bool = False,
 ) -> tuple[nn.Module, float]:
     """Network, and bytes that are kept of one image in float32 to go backward; nothing is computed or allocated."""
-    check_architecture(architecture)
+    convert.check_architecture(architecture, RecipeError)
     with torch.device("meta"):
         try:
             module = convert.build(architecture, num_classes=num_classes, **dict(arguments)).train()

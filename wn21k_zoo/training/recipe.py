@@ -21,15 +21,15 @@ import contextlib
 import json
 import re
 import typing
+from collections.abc import Mapping
 from types import MappingProxyType, UnionType
 from typing import Any, Literal
 
-from wn21k_zoo.architectures import ARCHITECTURES
+from wn21k_zoo import convert
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import MissingExtraError, RecipeError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.files import parse_json
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.registry import TIMM_PREFIX
 
 try:
     import pydantic
@@ -37,12 +37,9 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"Training ({error.name} is missing)", "train") from error
 
-__all__ = ["ELSEWHERE", "NAME", "RANDOM", "RESERVED", "Model", "Recipe", "Section", "check_architecture", "sized"]
+__all__ = ["ELSEWHERE", "NAME", "RANDOM", "Model", "Recipe", "Section", "is_reserved", "sized"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a recipe, and of the record that comes of it
-# Of timm.create_model: what the recipe's other fields, the data and verified fetching decide.
-RESERVED = ("cache_dir", "checkpoint_path", "features_only", "in_chans", "num_classes", "pretrained", "pretrained_cfg",
-        "pretrained_cfg_overlay")  # fmt: skip
 
 
 # What others call fields of here.
@@ -95,7 +92,8 @@ class Model(Section):
             they are taken if all that it has in addition are biases. ``random:`` before it: as if it were there, but
             with random weights, for a trial.
         freeze_backbone: Train the classifier alone; all before it stays as it began, batch statistics too.
-        arguments: More for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; not those of :data:`RESERVED`.
+        arguments: More for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; none that
+            :func:`is_reserved`.
         mean: Subtracted per channel from pixels in [0, 1].
         std: Divided by, per channel.
         channels_last: Memory format of the weights and images.
@@ -114,6 +112,12 @@ class Model(Section):
     compile: bool = False
     gradient_checkpointing: bool = False
     sync_batchnorm: bool = False
+
+    @pydantic.field_validator("arguments")
+    @classmethod
+    def _none_of_weights(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _check_arguments(value)
+        return value
 
 
 class Data(Section):
@@ -304,11 +308,7 @@ class Recipe(Section):
         """
         if not NAME.fullmatch(self.name):
             raise RecipeError(f"name cannot be {self.name!r}: letters, digits, dots, - and _ make one.")
-        if reserved := sorted({*RESERVED} & {*self.model.arguments}):
-            raise RecipeError(
-                f"model.arguments cannot have {reserved[0]!r}: weights are those of model.start, outputs the classes "
-                "of the data."
-            )
+        _check_arguments(self.model.arguments)
         try:
             self.data.space  # noqa: B018
         except Wn21kError as error:
@@ -457,17 +457,17 @@ class Recipe(Section):
 RANDOM = "random:"  # before a name: that network, but without its weights
 
 
-def check_architecture(name: str) -> None:
-    """See that timm or this package has an architecture.
+def is_reserved(argument: str) -> bool:
+    """Whether the data, other fields or verified fetching decide on an argument of ``timm.create_model``."""
+    return convert.names_weights(argument) or argument in ("features_only", "in_chans", "num_classes")
 
-    Raises:
-        RecipeError: Neither has, with the nearest names.
-    """
-    import timm
 
-    if name.removeprefix(TIMM_PREFIX) not in ARCHITECTURES and not timm.is_model(name):
-        near = did_you_mean(name, [*ARCHITECTURES, *timm.list_models()])
-        raise RecipeError(f"There is no architecture {name!r}.{near}")
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    if reserved := sorted(filter(is_reserved, arguments)):
+        raise RecipeError(
+            f"model.arguments cannot have {reserved[0]!r}: weights are those of model.start, outputs the classes of "
+            "the data."
+        )
 
 
 def sized(architecture: str, arguments: dict[str, Any], size: int) -> dict[str, Any] | None:
@@ -476,8 +476,6 @@ def sized(architecture: str, arguments: dict[str, Any], size: int) -> dict[str, 
     Transformers and mixers are built for one size, which can be chosen then.
     """
     import torch
-
-    from wn21k_zoo import convert
 
     for chosen in (arguments, {**arguments, "img_size": size}):
         with contextlib.suppress(Exception):  # timm has many ways to refuse

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,7 @@ WORK_FOLDER = ".work"
 OPTIONS_FILE = "options.json"  # in the folder of work, as long as that is not done
 INDEX_FOLDER = "__index__"  # Hugging Face datasets takes no folder of such a name for data
 BLOCK = tarfile.BLOCKSIZE
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
 END_OF_TAR = bytes(2 * BLOCK)
 _FORMAT = "wn21k_zoo shards, version 1"
 
@@ -179,6 +181,8 @@ def _shards_of(entry: dict[str, Any]) -> tuple[Shard, ...]:
     for kind, column in zip((str, int, int, str), columns, strict=True):
         if not all(isinstance(value, kind) for value in column):
             raise TypeError(f"of the lists of shards one has something else than {kind.__name__}")
+    if strange := next((name for name in columns[0] if not _FILE_NAME.fullmatch(name)), None):
+        raise TypeError(f"{strange!r} is no name of a shard")
     return tuple(
         Shard(name=name, num_samples=length, num_bytes=size, sha256=sha256)
         for name, length, size, sha256 in zip(*columns, strict=True)
@@ -237,15 +241,15 @@ def read_index(path: Path, num_samples: int | None = None) -> NDArray[np.void]:
         DataError: It is missing, damaged or of another length.
     """
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
+        index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+        fits = index.dtype == INDEX_DTYPE and index.ndim == 1 and num_samples in (None, len(index))
     except Exception as error:  # NumPy reads the header of a file as Python, which can fail in many ways
         raise DataError(
             f"The index {path} cannot be read ({error}); `wn21k data verify` tells what is damaged."
         ) from None
-    if index.dtype != INDEX_DTYPE or index.ndim != 1 or num_samples not in (None, len(index)):
+    if not fits:
         raise DataError(f"The index {path} does not fit its shard; `wn21k data verify` tells what is damaged.")
-    found: NDArray[np.void] = index
-    return found
+    return index
 
 
 def write_index(path: Path, index: NDArray[np.void]) -> None:

@@ -137,10 +137,13 @@ class Stage:
         """The staged file of that name; if it is not there, ``make`` writes it, in one process.
 
         Raises:
-            DataError: It cannot be made, or has another sha256.
+            DataError: It cannot be made, or has another sha256; or the name, which whoever listed the files has
+                given, leads out of the stage.
             DiskSpaceError: No space is left.
         """
         path = self.folder / name
+        if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(self.folder)):
+            raise DataError(f"{name} is no name of a shard: it lies outside of the data set; do not trust that one.")
         if not path.is_file():
             make_cache_folder(path.parent)
             with exclusive(Path(f"{path}.lock"), DataError, "set WN21K_DATA_CACHE to another disk."):

@@ -20,7 +20,7 @@ from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import stated_outputs
 from wn21k_zoo.training.folder import composed
-from wn21k_zoo.training.recipe import RANDOM, RESERVED, Recipe
+from wn21k_zoo.training.recipe import RANDOM, Recipe, is_reserved
 
 __all__ = ["classes_of", "is_place", "not_of_synsets", "refuse_run", "resolved", "teacher_record"]
 
@@ -127,7 +127,7 @@ def _arguments_in(config: dict[str, Any]) -> dict[str, Any]:
         if settings.get("global_pool"):
             found["global_pool"] = settings["global_pool"]
     if isinstance(arguments, dict):
-        found |= {name: value for name, value in arguments.items() if name not in RESERVED}
+        found |= {name: value for name, value in arguments.items() if not is_reserved(name)}
     return found
 
 
