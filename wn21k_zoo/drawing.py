@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from wn21k_zoo.errors import InvalidArgumentError
+from wn21k_zoo.messages import printable
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -25,7 +26,7 @@ def to_rich(tree: SemanticTree, node: Node | int | str | None = None, max_depth:
     def title(node: Node) -> str:
         count = len(tree.descendants(node))
         below = f" [dim]· {count:,} below[/]" if count else ""
-        return f"{escape(node.name)} [dim]{node.wnid}[/]{below}"
+        return f"{escape(printable(node.name))} [dim]{escape(printable(node.wnid))}[/]{below}"
 
     def grow(branch: Tree, node: Node, left: float) -> None:
         for child in tree.children(node) if left else ():
@@ -37,7 +38,8 @@ def to_rich(tree: SemanticTree, node: Node | int | str | None = None, max_depth:
         grow(top, tops[0], left)
         return top
     top = Tree(
-        f"[bold]{escape(tree.name)}[/] [dim]· {len(tree):,} classes, {len(tree.roots):,} roots[/]", highlight=False
+        f"[bold]{escape(printable(tree.name))}[/] [dim]· {len(tree):,} classes, {len(tree.roots):,} roots[/]",
+        highlight=False,
     )
     for root in tops:
         grow(top.add(title(root), highlight=False), root, left)

@@ -17,14 +17,21 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
-__all__ = ["bars", "forget_unheard", "on_terminal", "say"]
+__all__ = ["bars", "forget_unheard", "on_terminal", "printable", "say"]
+
+_CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))}
+
+
+def printable(text: str) -> str:
+    """The same with control characters as escapes: names of files and classes of others may not command a terminal."""
+    return text.translate(_CONTROLS)
 
 
 def say(message: str) -> None:
     """One line on stderr."""
     if sys.stderr is not None:
         stream = _Lossy(sys.stderr)
-        stream.write(f"wn21k: {message}\n")
+        stream.write(f"wn21k: {printable(message)}\n")
         stream.flush()
 
 

@@ -13,7 +13,10 @@ from types import SimpleNamespace
 
 import jsonschema
 import pytest
+import timm
 from conftest import EMBEDDED, run_in_terminal, start_interruptible
+from PIL import Image
+from timm.models import save_for_hf
 from typer.testing import CliRunner
 
 from wn21k_zoo import SemanticTree
@@ -49,6 +52,31 @@ def test_jsonl_is_the_default_in_a_pipe(folder):
     validator = jsonschema.Draft202012Validator(json.loads(run("schema").stdout))
     for result in results:
         validator.validate(result)
+
+
+NASTY = "\x1b]0;TITLE\x07\x1b[2J\x9b31m\nwn21k: forged"
+
+
+@pytest.mark.parametrize("chosen", ["table", "json", "jsonl"])
+def test_names_of_others_command_no_terminal(tmp_path, chosen):
+    module = timm.create_model("test_vit", num_classes=2)
+    save_for_hf(module, tmp_path / "model", model_config={"label_names": [f"cat{NASTY}", "[link=x]dog[/]"]})
+    photo = tmp_path / f"a{NASTY}.png"
+    Image.new("RGB", (8, 8)).save(photo)
+    (tmp_path / f"b{NASTY}.png").write_bytes(b"broken")
+    done = run("predict", photo, tmp_path / f"b{NASTY}.png", "--model", tmp_path / "model", "--format", chosen)
+    assert done.exit_code == 3
+    assert not [code for code in done.output if code not in "\n" and not code.isprintable()]
+    assert len(done.stderr.splitlines()) == 2  # what is wrong with one, and how many failed
+    if chosen == "jsonl":
+        assert {f"cat{NASTY}", "[link=x]dog[/]"} == {
+            each["name"] for each in json.loads(done.stdout.splitlines()[0])["top_k"]
+        }
+    if chosen == "table":
+        assert "[link=x]dog[/]" in done.stdout
+        info = run("info", tmp_path / "model", "--format", "table")
+        assert info.exit_code == 0
+        assert not [code for code in info.output if code not in "\n" and not code.isprintable()]
 
 
 def test_json_is_one_array(folder):

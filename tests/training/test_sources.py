@@ -79,6 +79,31 @@ def test_damage_within_an_archive_is_not_its_end(tmp_path, layout):
         classes_of(source, tmp_path)
 
 
+def header(name, size, kind=tarfile.REGTYPE):
+    """As tarfile itself would not write it."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = (b"\xff" if size < 0 else b"\x80") + (size % 256**11).to_bytes(11, "big")
+    block[156:157], block[148:156] = kind, b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [-512, 3 << 30])
+def test_sizes_that_nobody_can_mean_are_damage(tmp_path, packed, kind, size):
+    image = header(f"{WNIDS[0]}/{WNIDS[0]}_0.JPEG", 0)
+    content = image + header(f"{WNIDS[0]}/{WNIDS[0]}_1.JPEG", size, kind) + bytes(10_240)
+    (tmp_path / "flat.tar").write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(DataSourceError, match=r"is damaged|not fetched whole"):
+        classes_of(tmp_path / "flat.tar", tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / f"{WNIDS[0]}.tar").write_bytes(content)
+    if size < 0 or kind != tarfile.REGTYPE:
+        with pytest.raises(DataSourceError, match="is damaged"):
+            [*read_members(classes_of(tmp_path / "folder", tmp_path)[0])]
+
+
 def test_a_class_that_is_there_twice_is_refused(tmp_path):
     write_folder(tmp_path / "in", {f"{WNIDS[0]}.tar": tar_bytes({}), f"{WNIDS[0]}/a.jpg": b"a"})
     with pytest.raises(DataSourceError, match=rf"is there twice, .*{WNIDS[0]} and .*{WNIDS[0]}\.tar; remove one"):

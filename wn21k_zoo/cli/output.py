@@ -18,7 +18,7 @@ import typer
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 from wn21k_zoo.files import expanded, local_path
-from wn21k_zoo.messages import bars, say
+from wn21k_zoo.messages import bars, printable, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +58,9 @@ CSV_COLUMNS: Mapping[str, str] = {
     "label_space": "classes of its head",
     "tree": "tree of depth and index",
 }
+
+
+_CONTROLS_OF_JSON = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}  # those below 32 are escaped anyway
 
 
 class Format(StrEnum):
@@ -117,7 +120,12 @@ def warnings_as_messages(quiet: bool) -> Iterator[None]:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """JSON on stdout."""
-    sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(_json(value, indent) + "\n")
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.translate(_CONTROLS_OF_JSON)
 
 
 def printed_as_json(value: Any, chosen: Format | None) -> bool:
@@ -159,7 +167,7 @@ def print_table(
         heads = heads or [column.replace("_", " ") for column in columns]
         table = Table(*(Column(Text(head), overflow="fold") for head in heads), box=box.SIMPLE_HEAD)
         for row in rows:
-            table.add_row(*(Text("unknown" if row[column] is None else str(row[column])) for column in columns))
+            table.add_row(*(Text("unknown" if row[column] is None else _lines(row[column])) for column in columns))
         console().print(table)
 
 
@@ -229,7 +237,7 @@ class ResultWriter:
             value = error_to_dict(source, result) if isinstance(result, Wn21kError) else result.to_dict()
             if self.format is Format.json:
                 sys.stdout.write(",\n" if self._count else "\n")
-            sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False))
+            sys.stdout.write(_json(value))
             if self.format is Format.jsonl:
                 sys.stdout.write("\n")
         sys.stdout.flush()
@@ -253,32 +261,38 @@ def _csv_rows(source: str | None, result: Prediction | Wn21kError) -> Iterator[d
         yield {**about, "kind": kind, "rank": rank, **vars(item)}
 
 
-def _scored(label: Label) -> str:
+def _lines(value: Any) -> str:
+    return "\n".join(map(printable, str(value).split("\n")))
+
+
+def _plain(text: str) -> str:
+    """For rich, as it is: neither markup nor control characters have a meaning."""
     from rich.markup import escape
 
-    wnid = f" [dim]{label.wnid}[/]" if label.wnid else ""
-    return f"{escape(label.name)}{wnid} {label.confidence:.2f}"
+    return escape(printable(text))
+
+
+def _scored(label: Label) -> str:
+    wnid = f" [dim]{_plain(label.wnid)}[/]" if label.wnid else ""
+    return f"{_plain(label.name)}{wnid} {label.confidence:.2f}"
 
 
 def _print_prediction(target: Console, prediction: Prediction) -> None:
-    from rich.markup import escape
-
     best = prediction.label
     title = _scored(best) if best else "no label reaches the threshold"
-    target.print(f"[bold]{escape(prediction.source or 'image')}[/]  [bold green]{title}[/]")
+    target.print(f"[bold]{_plain(prediction.source or 'image')}[/]  [bold green]{title}[/]")
     if prediction.top_k[0].wnid:  # else the outputs are all that there is
         _print_tree(target, prediction)
     top = " · ".join(f"{output.short_name} {output.probability:.2f}" for output in prediction.top_k)
-    target.print(f"[dim]outputs[/] {escape(top)}")
+    target.print(f"[dim]outputs[/] {_plain(top)}")
     tree = f", tree {prediction.tree}" if prediction.top_k[0].wnid else ""
     unmapped = f", {prediction.unmapped:.2f} unmapped" if prediction.unmapped >= 0.005 else ""
     about = f"model {prediction.model}, label space {prediction.label_space}{tree}{unmapped}"
-    target.print(f"[dim]{escape(about)}[/]\n")
+    target.print(f"[dim]{_plain(about)}[/]\n")
 
 
 def _print_tree(target: Console, prediction: Prediction) -> None:
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
     from rich.tree import Tree
 
@@ -295,5 +309,7 @@ def _print_tree(target: Console, prediction: Prediction) -> None:
         following = " · ".join(
             f"{other.short_name} {other.probability:.2f}" for other in others if other.probability >= 0.005
         )
-        table.add_row(str(level.depth), escape(first.name), first.wnid, f"{first.probability:.2f}", escape(following))
+        table.add_row(
+            str(level.depth), _plain(first.name), _plain(first.wnid), f"{first.probability:.2f}", _plain(following)
+        )
     target.print(table)

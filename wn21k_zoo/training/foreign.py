@@ -22,7 +22,7 @@ from wn21k_zoo.files import parse_json
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.extra import pa, pq
 from wn21k_zoo.training.shards import END_OF_TAR, INDEX_DTYPE, encode_record
-from wn21k_zoo.training.sources import members_of
+from wn21k_zoo.training.sources import Header, members_of
 
 __all__ = ["convert_parquet", "index_parquet", "index_tar", "split_of"]
 
@@ -62,7 +62,7 @@ def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray
             entries.append((*image, classes[wnid]))
 
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as archive:
             for member in members_of(archive):
                 if not member.isreg():
                     continue

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wn21k_zoo.errors import RunError, first_line
-from wn21k_zoo.messages import bars, on_terminal, say
+from wn21k_zoo.messages import bars, on_terminal, printable, say
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.state import RunFolder
 
@@ -80,7 +80,7 @@ class Reporter:
         if self._file is None:
             return
         if self._bar is not None:
-            self._bar.console.print(f"wn21k: {text}", markup=False, highlight=False)
+            self._bar.console.print(f"wn21k: {printable(text)}", markup=False, highlight=False)
         else:
             say(text)
 

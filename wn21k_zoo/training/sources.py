@@ -24,6 +24,7 @@ from wn21k_zoo.synsets import WNID_PATTERN
 __all__ = [
     "ClassSource",
     "CutOffError",
+    "Header",
     "Member",
     "Source",
     "files_below",
@@ -33,6 +34,9 @@ __all__ = [
     "read_members",
 ]
 
+_ABOUT_THE_NEXT = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
+)  # fmt: skip
 _IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 _SPLIT_FOLDERS = {
     "imagenet21k_train": "train",
@@ -72,6 +76,22 @@ class ClassSource:
     def name(self) -> str:
         """Unique within the source."""
         return self.wnid if self.split is None else f"{self.split}-{self.wnid}"
+
+
+class Header(tarfile.TarInfo):
+    """A header of an archive of others, for ``tarfile.open(tarinfo=)``."""
+
+    @classmethod
+    def frombuf(cls, *arguments: Any) -> Header:
+        """Those that say more of the next one, such as its long name, are read whole: a megabyte is enough.
+
+        Raises:
+            tarfile.ReadError: It says that it is larger.
+        """
+        header = super().frombuf(*arguments)
+        if header.type in _ABOUT_THE_NEXT and not 0 <= header.size <= 1 << 20:
+            raise tarfile.ReadError(f"a header has {header.size:,} bytes")
+        return header
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +137,7 @@ def open_source(path: Path) -> Source:
         with _stream(path) as (archive, raw):
             compressed = archive.fileobj is not raw
             # A tar that was made on a Mac may have a ._NAME before each NAME.
-            seen = (member for member in archive if not PurePosixPath(member.name).name.startswith("."))
+            seen = (member for member in members_of(archive) if not PurePosixPath(member.name).name.startswith("."))
             first = next((member for member in seen if member.isfile()), None)
     except (DataSourceError, OSError) as error:
         raise DataSourceError(f"{path} is no tar archive that can be read ({error}); name {_LAYOUTS}.") from None
@@ -152,7 +172,7 @@ def read_members(source: ClassSource) -> Iterator[Member]:
     try:
         with source.path.open("rb") as file:
             window = _Window(file, source.offset, source.num_bytes)
-            with tarfile.open(fileobj=window, mode="r:") as archive:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=window, mode="r:", tarinfo=Header) as archive:  # type: ignore[call-overload]
                 for member in members_of(archive):
                     yield from _tar_member(source, member)
     except (tarfile.TarError, EOFError) as error:
@@ -166,6 +186,8 @@ def members_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         tarfile.ReadError: It ends too early, or at something that is no header: tarfile takes that for the end.
     """
     while (member := archive.next()) is not None:
+        if member.size < 0:  # tarfile may go back then, and never come to an end (CVE-2025-8194)
+            raise tarfile.ReadError("a header has a size below 0")
         archive.members.clear()  # type: ignore[attr-defined]
         yield member
     file: Any = archive.fileobj
@@ -357,7 +379,7 @@ def _refuse_scattered(name: str, seen: set[str], path: Path) -> None:
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
     try:
-        with tarfile.open(path, mode="r:") as archive:
+        with tarfile.open(path, mode="r:", tarinfo=Header) as archive:
             yield from members_of(archive)
     except tarfile.TarError as error:
         raise CutOffError(f"{path} is damaged or was not fetched whole: {error}.") from None
@@ -435,7 +457,7 @@ def _stream(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
                 file = bz2.open(raw)  # noqa: SIM115
             elif magic.startswith(b"\xfd7zXZ"):
                 file = lzma.open(raw)  # noqa: SIM115
-            with tarfile.open(fileobj=file, mode="r|" if file is not raw else "r:") as archive:
+            with tarfile.open(fileobj=file, mode="r|" if file is not raw else "r:", tarinfo=Header) as archive:
                 yield archive, raw
     except (EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise CutOffError(f"{path} is damaged or was not fetched whole: {error}") from None
