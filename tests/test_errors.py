@@ -3,7 +3,7 @@ import inspect
 import pytest
 
 from wn21k_zoo import errors
-from wn21k_zoo.errors import MissingExtraError, Wn21kError, did_you_mean, first_line
+from wn21k_zoo.errors import DataError, MissingExtraError, Wn21kError, did_you_mean, first_line
 
 
 def test_every_error_is_drawn_exported_and_derived():
@@ -29,6 +29,13 @@ def test_every_error_is_drawn_exported_and_derived():
 )
 def test_did_you_mean(name, candidates, expected):
     assert did_you_mean(name, candidates) == expected
+
+
+def test_messages_hold_no_passwords():
+    for url in ("https://me:secret@host/x", "ftp://me:secret@host", "s3://key:secret@bucket/x y@z"):
+        assert "secret" not in str(DataError(f"{url} cannot be reached."))
+    for text in ("hf-hub:ORG/NAME@main", "https://host/a@b", "file:///home/me@host/x"):
+        assert str(DataError(text)) == text
 
 
 def test_messages_are_one_line():

@@ -1,5 +1,6 @@
 """The fault table: what a bad network, server, disk or neighbour may do to a download, and what comes of it."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from wn21k_zoo.errors import (
     CacheError,
     ChecksumError,
     DownloadError,
+    InvalidArgumentError,
     OfflineError,
     RemoteNotFoundError,
 )
@@ -651,6 +654,43 @@ def test_no_mirror_stands_in_for_an_origin_that_refuses(kind, status, root, serv
         with pytest.raises(DownloadError, match=f"HTTP {status}"):
             download.fetch(checkpoint)
     assert seen == []
+
+
+@pytest.fixture
+def endless():
+    """A server that sends 10 MB to everybody, and does not say so before."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    self.wfile.write(b"{" * 100_000)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_does_not_end_is_left(endless, tmp_path):
+    expected = transfer.Expected(num_bytes=1000, sha256=SHA256)
+    with pytest.raises(ChecksumError, match="over 1,000 bytes"):
+        transfer.transfer(f"{endless}/x", tmp_path / "x", expected)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1000
+    with pytest.raises(DownloadError, match="over 65,536 bytes"):
+        transfer.read_text(f"{endless}/x", transfer.Patience())
+
+
+def test_a_mirror_has_no_query(root, monkeypatch):
+    monkeypatch.setenv("WN21K_MIRROR", "http://127.0.0.1:9/m?token=secret")
+    with pytest.raises(InvalidArgumentError, match="WN21K_MIRROR has a query") as error:
+        download.fetch(checkpoint_of("hub", ""))
+    assert "secret" not in str(error.value)
 
 
 def test_a_mirror_is_not_asked_for_what_cannot_be_checked(root, serve, monkeypatch):

@@ -94,6 +94,15 @@ def test_limits(public, monkeypatch):
     monkeypatch.setattr(urls, "MAX_SECONDS", 0.5)
     with pytest.raises(ImageURLError, match="took more"):
         urls.fetch_url(public + "/slow")
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "wn21k-url")
+    thread.join(0.5)  # the server would hold it for longer
+    assert not thread.is_alive()
+
+
+def test_nothing_is_fetched_where_the_network_is_switched_off(public, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ImageURLError, match="switched off"):
+        load_image(public + "/image.png", allow_url=True)
 
 
 @pytest.mark.parametrize("path", ["/short", "/gzip"])
@@ -113,6 +122,7 @@ def test_private_server_is_not_asked(server):
         "http://127.0.0.1:9/x", "http://[::1]/", "https://10.0.0.1/", "http://169.254.169.254/", "http://192.168.1.1/",
         "http://[::ffff:10.0.0.1]/", "http://0/", "http://[fe80::1]/", "http://100.64.0.1/",
         "http://[64:ff9b::a00:1]/", "http://[2002:7f00:1::1]/", "http://[::127.0.0.1]/",
+        "http://[::ffff:0:127.0.0.1]/", "http://[fec0::1]/", "http://[3fff::1]/", "http://[5f00::1]/", "http://192.88.99.1/",
     ],
 )  # fmt: skip
 def test_private_addresses(url):

@@ -147,7 +147,9 @@ def write_receipt(path: Path, receipt: Receipt) -> None:
     """
     temporary = receipt_path(path).with_name(f"{receipt_path(path).name}{PART_SUFFIX}")
     try:
-        temporary.write_text(receipt.to_json(), encoding="utf-8")
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(receipt.to_json())
         replace(temporary, receipt_path(path))
     except OSError as error:
         raise CacheError(f"{receipt_path(path)} cannot be written ({error.strerror}); set WN21K_CACHE.") from error

@@ -25,6 +25,7 @@ from wn21k_zoo.errors import (
     CacheError,
     ChecksumError,
     DownloadError,
+    InvalidArgumentError,
     OfflineError,
     RemoteNotFoundError,
     WeightsNotFoundError,
@@ -285,7 +286,10 @@ def _stated_by_mirror(copy: str | None, patience: Patience) -> Expected | None:
 
 
 def _mirror() -> str | None:
-    return os.environ.get("WN21K_MIRROR") or None
+    mirror = os.environ.get("WN21K_MIRROR") or None
+    if mirror is not None and "?" in mirror:  # paths are put behind it
+        raise InvalidArgumentError("WN21K_MIRROR has a query (?...); name the folder of the mirror alone.")
+    return mirror
 
 
 def _offline(source: Remote, filename: str, root: Path, command: str, damages: Sequence[str]) -> OfflineError:

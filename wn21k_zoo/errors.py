@@ -101,6 +101,7 @@ __all__ = [
     "is_out_of_memory",
     "message_of",
     "whole_number",
+    "without_login",
 ]
 
 
@@ -112,6 +113,15 @@ class Wn21kError(Exception):
     """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Without the name and password that a URL in it may have: messages go into logs."""
+        return without_login(super().__str__())
+
+
+def without_login(text: str) -> str:
+    """The same without the names and passwords of URLs in it."""
+    return re.sub(r"(?<=://)[^/\s@]*@", "", text)
 
 
 class InvalidArgumentError(Wn21kError, ValueError):

@@ -103,7 +103,8 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of a process that was killed; or a link, in a folder of several people
+        with temporary.open("xb") as file:
             try:
                 yield file
             except BaseException:

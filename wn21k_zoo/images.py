@@ -147,7 +147,11 @@ def _from_name(name: str, shown: str | None, *, allow_url: bool) -> Image.Image:
     if name.lower().startswith(("http://", "https://")):
         if not allow_url:
             raise ImageURLError(f"{name} is a URL; allow it by --allow-url or allow_url=True, or download it first.")
+        from wn21k_zoo import hub
         from wn21k_zoo.urls import fetch_url
+
+        if hub.is_offline():
+            raise ImageURLError(f"{name} is a URL, and the network is switched off (HF_HUB_OFFLINE or --offline).")
 
         return _open(io.BytesIO(fetch_url(name)), shown)
     path = Path(name)

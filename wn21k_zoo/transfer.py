@@ -58,6 +58,7 @@ BACKOFF_SECONDS = 0.25
 ATTEMPTS_WITHOUT_PROGRESS = 5
 ATTEMPTS = 100
 CHUNK = 256 * 1024
+TEXT_BYTES = 64 * 1024
 SPARE_BYTES = 1024 * 1024
 
 Report = Callable[[int, int | None], None]
@@ -203,16 +204,19 @@ def head(url: str, headers: Mapping[str, str] | None = None, patience: Patience 
 
 
 def read_text(url: str, patience: Patience) -> str:
-    """A small text, in one try.
+    """A text of at most 64 kB, in one try.
 
     Raises:
-        DownloadError: As :func:`transfer`.
+        DownloadError: As :func:`transfer`, or it is longer.
     """
     timeout = (patience.timeout(CONNECT_SECONDS), patience.timeout(STALL_SECONDS))
     with new_session() as session, _typed_errors(url, patience):
-        response = session.get(url, timeout=timeout)
+        response = session.get(url, timeout=timeout, stream=True)
         require_success(response.status_code, url)
-        return response.text
+        content: bytes = response.raw.read(TEXT_BYTES + 1, decode_content=True)
+        if len(content) > TEXT_BYTES:
+            raise DownloadError(f"{url} has over {TEXT_BYTES:,} bytes.")
+        return content.decode(errors="replace")
 
 
 def require_success(status: int, url: str, hint: str = "") -> None:
@@ -300,8 +304,10 @@ def _attempt(
         with _writing(part, "ab" if going_on else "wb") as file:
             _require_space(part, total)
             for chunk in _chunks(response, url, patience):
-                file.write(chunk)
                 done += len(chunk)
+                if done > (expected.num_bytes or done):  # nobody knows when it would end
+                    raise ChecksumError(f"{url} is not the published file: it has over {expected.num_bytes:,} bytes.")
+                file.write(chunk)
                 report(done, total or expected.num_bytes)
         if done != (total if total is not None else expected.num_bytes or done):
             raise _InterruptedError(f"{url} ended after {done:,} of {total or expected.num_bytes:,} bytes.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 import threading
@@ -24,6 +25,7 @@ MAX_SECONDS = 30.0
 MAX_REDIRECTS = 5
 ANSWER_SECONDS = 10.0
 USER_AGENT = "wn21k-zoo (image fetch)"
+_of_thread = threading.local()
 
 
 def fetch_url(url: str) -> bytes:
@@ -37,11 +39,20 @@ def fetch_url(url: str) -> bytes:
         ImageTooLargeError: More than 50 MB.
     """
     answers: Queue[bytes | Wn21kError] = Queue()
+    connections: list[HTTPConnection] = []
+
+    def fetch() -> None:
+        _of_thread.connections = connections
+        answers.put(_fetch(url))
+
     # A thread, because a server that sends byte by byte holds any time-out of a socket for as long as it likes.
-    threading.Thread(target=lambda: answers.put(_fetch(url)), daemon=True, name="wn21k-url").start()
+    threading.Thread(target=fetch, daemon=True, name="wn21k-url").start()
     try:
         answer = answers.get(timeout=MAX_SECONDS)
     except Empty:
+        for connection in connections:  # which ends the thread
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
         raise ImageURLError(f"{url} took more than {MAX_SECONDS:.0f} s.") from None
     if isinstance(answer, Wn21kError):
         raise answer
@@ -99,7 +110,9 @@ def _read_body(answer: requests.Response, url: str) -> bytes:
 
 # IPv6 addresses that lead to an IPv4 address inside them.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_TUNNELS = tuple(map(ipaddress.IPv6Network, ("64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")))
+_TUNNELS = tuple(map(ipaddress.IPv6Network, ("64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96", "::ffff:0:0:0/96")))
+# Not for the internet, which not every Python knows.
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.88.99.0/24", "fec0::/10", "3fff::/20", "5f00::/16")))
 
 
 class _PrivateAddressError(OSError):
@@ -123,7 +136,7 @@ def _is_public(address: str) -> bool:
             parsed = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
         elif any(parsed in network for network in _TUNNELS):
             return False
-    return parsed.is_global and not parsed.is_multicast
+    return parsed.is_global and not parsed.is_multicast and not any(parsed in network for network in _NOT_PUBLIC)
 
 
 class _PublicMixin:
@@ -133,6 +146,7 @@ class _PublicMixin:
         host, port = self._dns_host, self.port  # type: ignore[attr-defined]
         _refuse_private({str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
         connected = super()._new_conn()  # type: ignore[misc]
+        _of_thread.connections.append(self)
         try:
             _refuse_private({connected.getpeername()[0]})
         except OSError:

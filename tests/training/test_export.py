@@ -173,6 +173,18 @@ def test_another_teacher_in_the_same_place_is_noticed(run, exported, data, tmp_p
         train(recipe, data, tmp_path / "run", ALONE, workers=0)
 
 
+def test_a_card_says_nothing_of_this_machine(exported, data, tmp_path):
+    start = shutil.copytree(exported, tmp_path / "start")
+    run = tmp_path / "my <b>run\n#1"
+    train(small_recipe(model={"start": str(start)}, schedule={"max_steps": 1}), data, run, ALONE, workers=0)
+    trained = load_run(run)
+    trained.recipe.name = "resnet50.miil_in21k"  # that of published weights, so the folder's is taken
+    assert trained.checkpoint().name == "test_convnext.my-b-run-1"
+    card = (export_run(run, tmp_path / "model") / "README.md").read_text()
+    assert '"start": "start"' in card
+    assert str(tmp_path) not in card
+
+
 def test_the_folder_of_a_run_is_no_model_yet(run, data, tmp_path):
     for sections in ({"loss": {"teacher": str(run), "distillation_weight": 1.0}}, {"model": {"start": str(run)}}):
         with pytest.raises(RecipeError, match="is the folder of a run; `wn21k train export"):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import matplotlib
 import pytest
 
 from wn21k_zoo.errors import (
@@ -38,6 +39,18 @@ def test_a_picture_of_calibration_has_accuracy_over_confidence(tmp_path, monkeyp
         ([0, 100], [0, 100]), ([20.0, 90.0], [60.0, 75.0]),
     ]  # fmt: skip
     assert [(bar.get_center()[0], bar.get_height()) for bar in axes.patches] == [(20.0, 5.0), (90.0, 20.0)]
+
+
+def test_no_program_is_run_for_a_picture(tmp_path, monkeypatch):
+    """As a matplotlibrc in the current folder would have it."""
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    monkeypatch.setattr("matplotlib.texmanager.TexManager.make_dvi", lambda *_: pytest.fail("latex"))
+    row = {"kind": "train", "step": 1, "loss": 5.0, "lr": 0.1, "images_per_second": 70.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row))
+    assert plot_runs([tmp_path], tmp_path / "x.png").is_file()
+    figures = {"reliability": [{"images": 10, "confidence": 20.0, "accuracy": 60.0}], "calibration_error": 20.0}
+    assert plot_reliability(figures, tmp_path / "y.png").is_file()
+    assert matplotlib.rcParams["text.usetex"]
 
 
 def test_a_picture_is_named_as_one_in_either_case(tmp_path):

@@ -17,6 +17,7 @@ import typer
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, Checkpoint
 from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, print_json, print_table, printed_as_json
+from wn21k_zoo.errors import without_login
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
 
@@ -182,9 +183,9 @@ def _diagnosis() -> list[tuple[str, str]]:
         found.append((f"extra {extra}", "installed" if installed else f'missing: pip install "wn21k-zoo[{extra}]"'))
     found.append(("device", str(running.select_device())))
     found.append(("cache", str(cache.cache_dir())))
-    found.append(("WN21K_MIRROR", os.environ.get("WN21K_MIRROR") or "not set"))
+    found.append(("WN21K_MIRROR", without_login(os.environ.get("WN21K_MIRROR") or "not set")))
     found.append(("hub cache", constants.HF_HUB_CACHE))
-    found.append(("hub", f"{constants.ENDPOINT}{', offline mode is set' if hub.is_offline() else ''}"))
+    found.append(("hub", f"{without_login(constants.ENDPOINT)}{', offline mode is set' if hub.is_offline() else ''}"))
     found.append(("WN21K_MODEL", os.environ.get("WN21K_MODEL") or "not set"))
     found += [(checkpoint.name, _availability(checkpoint)) for checkpoint in CHECKPOINTS]
     return found

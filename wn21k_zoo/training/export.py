@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from wn21k_zoo import convert, publish, registry
 from wn21k_zoo.architectures import ARCHITECTURES
+from wn21k_zoo.building import HUB_PREFIX
 from wn21k_zoo.cards.sections import softmax_caution
 from wn21k_zoo.checkpoints import Checkpoint, Metric
 from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
@@ -25,6 +27,7 @@ from wn21k_zoo.training.heads import reorder_head
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.recipe import NAME, Recipe
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
+from wn21k_zoo.training.weights import is_place
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["TRAINED_ON", "Trained", "export_run", "load_checkpoint", "load_run"]
@@ -78,7 +81,8 @@ class Trained:
         """
         recipe = self.recipe
         if name is None:  # the recipe of a published checkpoint has its name, but its weights are others
-            name = f"{recipe.model.architecture}.{self.run}" if registry.is_known(recipe.name) else recipe.name
+            run = re.sub(r"[^A-Za-z0-9._-]+", "-", self.run)
+            name = f"{recipe.model.architecture}.{run}" if registry.is_known(recipe.name) else recipe.name
         elif not NAME.fullmatch(name):
             raise InvalidArgumentError(f"{name!r} is no name for a record; letters, digits, dots, - and _ make one.")
         elif registry.is_known(name):
@@ -235,6 +239,12 @@ def _draft(checkpoint: Checkpoint) -> str:
     )
 
 
+def _shared(name: str | None) -> str | None:
+    """A name of weights as others may read it: of a place on this machine its last part."""
+    is_here = name is not None and is_place(name) and not name.startswith(HUB_PREFIX)
+    return Path(name).name if is_here and name else name
+
+
 def _card(checkpoint: Checkpoint, trained: Trained) -> str:
     figures = [(metric.name, metric.value, metric.dataset, metric.protocol) for metric in checkpoint.metrics]
     ours = ["```python", "import wn21k_zoo", "", 'wn21k_zoo.predict("photo.jpg", model="FOLDER")', "```"]
@@ -249,6 +259,7 @@ def _card(checkpoint: Checkpoint, trained: Trained) -> str:
     recipe = trained.recipe.model_copy(deep=True)
     if isinstance(recipe.data.label_space, tuple):  # thousands of lines, maybe
         recipe.data.label_space = f"{len(recipe.data.label_space):,} wnids, those of {publish.LABELS_FILE}"
+    recipe.model.start, recipe.loss.teacher = _shared(recipe.model.start), _shared(recipe.loss.teacher)
     parts = [
         "---",
         header.to_yaml().strip(),

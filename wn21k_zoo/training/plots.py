@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +26,42 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
     """
     metrics = [_metrics(run) for run in runs]
     check_picture(output)
-    figure, axes = _figure(2, 2, (11, 7))
-    panels = (
-        ("train", "loss", "training loss", "-"),
-        ("train", "lr", "learning rate", "-"),
-        ("evaluation", "semantic_top1", "semantic top-1 (dashed: top-1), %", "-"),
-        ("evaluation", "top1", "", "--"),
-        ("train", "images_per_second", "images per second", "-"),
-    )
-    places = [axes.flat[number] for number in (0, 1, 2, 2, 3)]  # both accuracies in one
-    for place, (kind, name, title, style) in zip(places, panels, strict=True):
-        for number, lines in enumerate(metrics):
-            points = [
-                (line["step"], line[name])
-                for line in lines
-                if line["kind"] == kind and isinstance(line.get(name), (int, float))
-            ]
-            marker = ("o", "s", "^", "v")[number // 10 % 4] if kind == "evaluation" or number > 9 else ""
-            if points:
-                place.plot(
-                    *zip(*points, strict=True), color=f"C{number % 10}", linestyle=style, marker=marker, markersize=3
-                )
-        if title:
-            place.set_title(title, fontsize=10)
-        place.set_xlabel("step", fontsize=8)
-        place.grid(True, alpha=0.3)
-    handles = [
-        axes.flat[0].plot([], [], color=f"C{number % 10}", label=name)[0] for number, name in enumerate(names_of(runs))
-    ]
-    axes.flat[0].legend(handles=handles, fontsize=7)
-    return _save(figure, output)
+    with _default_style():
+        figure, axes = _figure(2, 2, (11, 7))
+        panels = (
+            ("train", "loss", "training loss", "-"),
+            ("train", "lr", "learning rate", "-"),
+            ("evaluation", "semantic_top1", "semantic top-1 (dashed: top-1), %", "-"),
+            ("evaluation", "top1", "", "--"),
+            ("train", "images_per_second", "images per second", "-"),
+        )
+        places = [axes.flat[number] for number in (0, 1, 2, 2, 3)]  # both accuracies in one
+        for place, (kind, name, title, style) in zip(places, panels, strict=True):
+            for number, lines in enumerate(metrics):
+                points = [
+                    (line["step"], line[name])
+                    for line in lines
+                    if line["kind"] == kind and isinstance(line.get(name), (int, float))
+                ]
+                marker = ("o", "s", "^", "v")[number // 10 % 4] if kind == "evaluation" or number > 9 else ""
+                if points:
+                    place.plot(
+                        *zip(*points, strict=True),
+                        color=f"C{number % 10}",
+                        linestyle=style,
+                        marker=marker,
+                        markersize=3,
+                    )
+            if title:
+                place.set_title(title, fontsize=10)
+            place.set_xlabel("step", fontsize=8)
+            place.grid(True, alpha=0.3)
+        handles = [
+            axes.flat[0].plot([], [], color=f"C{number % 10}", label=name)[0]
+            for number, name in enumerate(names_of(runs))
+        ]
+        axes.flat[0].legend(handles=handles, fontsize=7)
+        return _save(figure, output)
 
 
 def plot_reliability(figures: Mapping[str, Any], output: Path) -> Path:
@@ -69,23 +75,24 @@ def plot_reliability(figures: Mapping[str, Any], output: Path) -> Path:
         DataOutputError: The picture cannot be written.
         MissingExtraError: Without matplotlib.
     """
-    figure, axes = _figure(1, 1, (5, 5))
-    place, rows = axes.flat[0], figures["reliability"]
-    place.plot([0, 100], [0, 100], color="grey", linestyle=":", label="what confidence promises")
-    place.plot(
-        [row["confidence"] for row in rows], [row["accuracy"] for row in rows], marker="o", label="accuracy per bin"
-    )
-    largest = max((row["images"] for row in rows), default=1)
-    place.bar(
-        [row["confidence"] for row in rows], [20 * row["images"] / largest for row in rows],
-        width=5, alpha=0.3, label="share of images (not to scale)",
-    )  # fmt: skip
-    place.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence, %", ylabel="right, %")
-    place.set_title(
-        f"{figures.get('model', '')}\nexpected calibration error {figures['calibration_error']:.1f} %", fontsize=9
-    )
-    place.legend(fontsize=8)
-    return _save(figure, output)
+    with _default_style():
+        figure, axes = _figure(1, 1, (5, 5))
+        place, rows = axes.flat[0], figures["reliability"]
+        place.plot([0, 100], [0, 100], color="grey", linestyle=":", label="what confidence promises")
+        place.plot(
+            [row["confidence"] for row in rows], [row["accuracy"] for row in rows], marker="o", label="accuracy per bin"
+        )
+        largest = max((row["images"] for row in rows), default=1)
+        place.bar(
+            [row["confidence"] for row in rows], [20 * row["images"] / largest for row in rows],
+            width=5, alpha=0.3, label="share of images (not to scale)",
+        )  # fmt: skip
+        place.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence, %", ylabel="right, %")
+        place.set_title(
+            f"{figures.get('model', '')}\nexpected calibration error {figures['calibration_error']:.1f} %", fontsize=9
+        )
+        place.legend(fontsize=8)
+        return _save(figure, output)
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
@@ -126,6 +133,16 @@ def _figure_class() -> Any:
         with contextlib.suppress(ValueError):
             matplotlib.rcParams["backend"] = backend  # as it does itself
     return Figure
+
+
+@contextlib.contextmanager
+def _default_style() -> Iterator[None]:
+    """Within, a matplotlibrc, which the current folder may have one of, decides nothing."""
+    _figure_class()
+    from matplotlib import style
+
+    with style.context("default"):
+        yield
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
