@@ -270,7 +270,8 @@ class MultiLabelLoss(nn.Module):
     """The paper's second baseline: a sigmoid per class, true for a class and all its ancestors.
 
     The asymmetric loss is that of arXiv 2009.14119, equation 7: negatives with p below ``clip`` count nothing, and the
-    exponents weaken easy ones. Summed over classes, mean over the batch.
+    exponents weaken easy ones. Summed over classes, mean over the batch. Its gradient is the whole one; some trainings
+    take the weights of that equation for constants.
 
     Args:
         tree: The classes and their hierarchy.

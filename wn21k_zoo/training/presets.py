@@ -155,6 +155,8 @@ def from_scratch(recipe: Recipe) -> Recipe:
     """From random weights: 140 epochs, SGD without momentum, learning rate 1e-2, 8 GPUs of 64 images.
 
     Published for :func:`single_label`; semantic softmax and distillation are our addition, not tried on ImageNet-21K.
+    At the beginning the gradient of semantic softmax is ten times that of a single label, or more, and with it, by SGD,
+    the first steps: ``optimizer.clip_norm`` is there for a run that does not begin well.
     """
     recipe = recipe.model_copy(deep=True)
     recipe.name = f"{recipe.name}_from_scratch"
@@ -189,7 +191,9 @@ def modern(architecture: str) -> Recipe:
     :data:`ARCHITECTURES` has some, else with random ones and for more epochs.
 
     It crops, down to 8 % of an image: shards made by ``wn21k data prepare --resize short-edge --size 256`` or larger
-    leave it more to see than squashed ones of 224 pixels.
+    leave it more to see than squashed ones of 224 pixels. The norm to which gradients are clipped is the usual one of a
+    single label; those of semantic softmax begin with ten times that or more, and are clipped at first in each step,
+    which to AdamW and LAMB means little.
     """
     known = _known(architecture)
     recipe = Recipe(name=f"{architecture}.modern_in21k", model=Model(architecture=architecture, start=known.start))

@@ -131,7 +131,7 @@ class Data(Section):
         batch_size: Of one optimizer step over all ranks; kept when the number of ranks changes.
         batch_per_device: At most so many images go through the network at a time; the rest is accumulated.
         augmentation: ``published`` (cutout and RandAugment), ``modern`` (random resized crop, flip, RandAugment, random
-            erasing), ``finetune`` (random resized crop, flip) or ``none``.
+            erasing), ``finetune`` (random resized crop, flip) or ``none`` (as in evaluation).
         mixup: Images of a batch are added up in pairs, in shares from the Beta distribution with this parameter, and
             their losses with them (arXiv 1710.09412); 0: no.
         cutmix: The same with a rectangle of one in the other (arXiv 1905.04899); with both, each has half the batches.

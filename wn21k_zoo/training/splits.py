@@ -138,7 +138,7 @@ def training_augmentation(recipe: Recipe) -> Augmentation:
         return PublishedAugmentation(size)
     if recipe.data.augmentation == "modern":
         return RandomCrop(size, scale=0.08, operations=2, erase=0.25)
-    return RandomCrop(size, scale=0.25) if recipe.data.augmentation == "finetune" else Squash(size)
+    return RandomCrop(size, scale=0.25) if recipe.data.augmentation == "finetune" else evaluation_resize(recipe)
 
 
 def evaluation_resize(recipe: Recipe, size: int | None = None) -> Augmentation:
