@@ -79,6 +79,20 @@ def test_every_recipe_can_be_had_and_goes_together(where):
     assert all(name is None or name.startswith(RANDOM) for name in (small.model.start, small.loss.teacher))
 
 
+@pytest.mark.parametrize(
+    ("images", "epochs", "every"), [(32, 1000, 50), (300, 112, 6), (1600, 20, 1), (1_000_000, 20, 1)]
+)
+def test_few_images_are_seen_more_often(images, epochs, every):
+    recipe = presets.finetune("resnet50.miil_in21k").counted(images)
+    assert (recipe.schedule.epochs, recipe.run.evaluate_every) == (epochs, every)
+    assert recipe.steps(images)[1] >= 1000
+    assert recipe.counted(images) == recipe
+    asked = override(presets.finetune("resnet50.miil_in21k"), ["schedule.epochs=5"]).counted(images)
+    assert (asked.schedule.epochs, asked.run.evaluate_every) == (5, 1)
+    short = override(presets.finetune("resnet50.miil_in21k"), ["schedule.max_steps=3"]).counted(images)
+    assert short.steps(images)[1] == 3
+
+
 def test_a_trial_of_a_trial_is_the_same():
     small = presets.in21k("mobilenetv3_large_100").debug()
     assert small.model.start is not None

@@ -37,7 +37,8 @@ To change more than --set can, write a file of your own:
         recipe.data.augmentation = "modern"
         return recipe
 
-Images seen: 20 times those for training. Hours: images seen / images per second / 3600, where the lines of a run show
+Images seen: 20 times those for training; of less than 1,600 more often, for 1,000 steps (--set schedule.epochs=5 has
+its way). Hours: images seen / images per second / 3600, where the lines of a run show
 the images per second of all its GPUs; `wn21k train plan FILE --gpus 1 --images N --images-per-second X` computes them
 before.
 

@@ -111,6 +111,7 @@ def train(
     if is_among(folder.path, data):
         raise RunError(f"{folder.path} would be among the images of {data}; name an output folder elsewhere.")
     splits = open_splits(recipe, data)
+    recipe = recipe.counted(len(splits.train))
     # But for where weights lie: the leading rank's are taken, and of a teacher it is asked what it says.
     world.agree("recipes", recipe.model_dump(mode="json", exclude={"model": {"start"}, "loss": {"teacher"}}))
     world.agree("data", splits.describe())
@@ -264,7 +265,7 @@ class _Run:
     def _finish_epoch(self, epoch: int) -> None:
         self.window.share(self.world)
         is_last = self.step >= self.total
-        evaluates = is_last or epoch % self.recipe.run.evaluate_every == 0
+        evaluates = is_last or epoch % (self.recipe.run.evaluate_every or 1) == 0
         is_saved = self.saved is not None and self.saved[0] == self.step
         if evaluates and not is_saved and self.total > 2:  # in a trial there is nothing to lose
             self._save()  # an evaluation that fails, over damaged images, say, costs no training
@@ -276,7 +277,8 @@ class _Run:
                 self.reporter.evaluation(self.figures)
                 is_best, self.best = score(figures) > self.best, max(score(figures), self.best)
             self.evaluated = self.step
-            self._save(best=is_best, wait=is_last)
+            if evaluates:
+                self._save(best=is_best, wait=is_last)
 
     def _steps(self, batches: Iterator[Batch], count: int) -> None:
         self.window.begin()

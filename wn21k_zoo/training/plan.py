@@ -100,7 +100,6 @@ def plan(
         raise RecipeError(f"How many images {what} has is not known; give --data or --images.")
     micro, group = recipe.micro_batches(gpus)
     per_epoch, steps = recipe.steps(images)
-    is_whole = steps == per_epoch * recipe.schedule.epochs
     seen = steps * recipe.data.batch_size
     speed, assumed = (
         (images_per_second, "as given, of each GPU (a run tells the sum)")
@@ -123,7 +122,7 @@ def plan(
     return Plan(
         steps_per_epoch=per_epoch,
         steps=steps,
-        epochs=recipe.schedule.epochs if is_whole else _rounded(steps / per_epoch),
+        epochs=_rounded(steps / per_epoch) if steps % per_epoch else steps // per_epoch,
         images_seen=seen,
         batch_per_gpu=micro,
         accumulation=group,

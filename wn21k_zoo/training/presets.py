@@ -247,8 +247,8 @@ def finetune(start: str | os.PathLike[str] = "mobilenetv3_large_100.miil_in21k")
     recipe.loss.kind, recipe.loss.label_smoothing = "single_label", 0.1
     recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay = "adamw", 1e-4, 0.05
     recipe.optimizer.head_lr_factor, recipe.optimizer.clip_norm = 10.0, 1.0
-    recipe.schedule.name, recipe.schedule.epochs = "cosine", 20
-    recipe.run.precision = "fp32"
+    recipe.schedule.name, recipe.schedule.epochs = "cosine", None
+    recipe.run.precision, recipe.run.evaluate_every = "fp32", None
     return recipe
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import typing
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ except ImportError as error:
 
 __all__ = ["ELSEWHERE", "NAME", "RANDOM", "Model", "Recipe", "Section", "is_reserved", "sized"]
 
+_EPOCHS, _STEPS, _EVALUATIONS = 20, 1000, 20  # where a recipe leaves it open
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a recipe, and of the record that comes of it
 
 
@@ -232,7 +234,7 @@ class Schedule(Section):
 
     Attributes:
         name: ``one_cycle`` (cosine up, cosine down), ``cosine`` (linear up, cosine down) or ``constant``.
-        epochs: Times that each image is seen.
+        epochs: Times that each image is seen; None: 20, and of few images so many that there are 1,000 steps.
         max_steps: End after so many steps at the latest; the schedule is shortened to match.
         warmup: Share of the steps in which the rate rises.
         start_divisor: It begins with lr / start_divisor.
@@ -241,7 +243,7 @@ class Schedule(Section):
     """
 
     name: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
-    epochs: int = pydantic.Field(default=80, ge=1)
+    epochs: int | None = pydantic.Field(default=80, ge=1)
     max_steps: int | None = pydantic.Field(default=None, ge=1)
     warmup: float = pydantic.Field(default=0.1, ge=0, lt=1)
     start_divisor: float = pydantic.Field(default=20.0, ge=1)
@@ -256,10 +258,10 @@ class Run(Section):
         precision: Of the forward pass; ``fp16`` with a scaled loss. Products of matrices and convolutions in ``fp32``
             are TF32 on GPUs that have it.
         ema_decay: Of a moving average of the weights, which is then what is evaluated and exported; None: none.
-        checkpoint_minutes: A checkpoint at least so often, and after each epoch. That is also what a run loses that is
-            told to stop on a disk where its checkpoint cannot be written within 26 seconds.
+        checkpoint_minutes: A checkpoint at least so often, and with each evaluation. That is also what a run loses that
+            is told to stop on a disk where its checkpoint cannot be written within 26 seconds.
         keep: So many of the last checkpoints are kept, and the best.
-        evaluate_every: Epochs between evaluations; the last epoch always ends with one.
+        evaluate_every: Epochs between evaluations; the last epoch always ends with one. None: about 20 in all.
         evaluate_batches: At most so many batches of each rank; None: all.
         log_every: Steps between lines of metrics.jsonl; at least one an epoch.
         deterministic: Only deterministic algorithms; on the CPU they are anyway.
@@ -270,7 +272,7 @@ class Run(Section):
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
     checkpoint_minutes: float = pydantic.Field(default=30.0, gt=0)
     keep: int = pydantic.Field(default=2, ge=1)
-    evaluate_every: int = pydantic.Field(default=1, ge=1)
+    evaluate_every: int | None = pydantic.Field(default=1, ge=1)
     evaluate_batches: int | None = pydantic.Field(default=None, ge=1)
     log_every: int = pydantic.Field(default=50, ge=1)
     deterministic: bool = False
@@ -411,8 +413,20 @@ class Recipe(Section):
             raise RecipeError(
                 f"{images:,} training images are fewer than data.batch_size {self.data.batch_size}; lower it."
             )
-        of_run = self.schedule.epochs * of_epoch
+        of_run = (self.schedule.epochs or max(_EPOCHS, math.ceil(_STEPS / of_epoch))) * of_epoch
         return of_epoch, min(of_run, self.schedule.max_steps or of_run)
+
+    def counted(self, images: int) -> Recipe:
+        """The same for so many images, with numbers where ``schedule.epochs`` and ``run.evaluate_every`` are None.
+
+        Raises:
+            RecipeError: They are not enough for one step.
+        """
+        of_epoch, of_run = self.steps(images)
+        recipe = self.model_copy(deep=True)
+        recipe.schedule.epochs = self.schedule.epochs or math.ceil(of_run / of_epoch)
+        recipe.run.evaluate_every = self.run.evaluate_every or math.ceil(of_run / of_epoch / _EVALUATIONS)
+        return recipe
 
     @property
     def bound(self) -> str:
