@@ -189,7 +189,8 @@ def test_what_is_said_of_timms_configuration_is_true(checkpoint):
 
 @every_record
 def test_parameters_are_those_of_the_network(checkpoint):
-    network = wn21k_zoo.create_model(checkpoint.name, pretrained=False)
+    with torch.device("meta"):
+        network = wn21k_zoo.create_model(checkpoint.name, pretrained=False)
     count = sum(parameter.numel() for parameter in network.parameters())
     assert count == cards.parameter_count(checkpoint)
     assert f"| {count:,} |" in read(checkpoint).text

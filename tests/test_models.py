@@ -14,10 +14,12 @@ from conftest import run_in_terminal
 from hub_server import COMMIT, hub_server
 from PIL import Image
 from timm.models import save_for_hf
+from typer.testing import CliRunner
 
 from wn21k_zoo import ClassNames, FallbackModelWarning, Predictor, cache, models, predict, registry, running
 from wn21k_zoo.building import create_model
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT
+from wn21k_zoo.cli.app import app
 from wn21k_zoo.errors import (
     DownloadError,
     InvalidArgumentError,
@@ -29,6 +31,7 @@ from wn21k_zoo.errors import (
     UnresolvedLabelSpaceError,
     WeightsNotFoundError,
 )
+from wn21k_zoo.training.weights import classes_of
 
 CAT = "sample:cat"
 
@@ -118,6 +121,17 @@ def test_a_configuration_says_what_is_built_not_where_weights_come_from(tmp_path
                 create_model(tmp_path / "model")
     assert not seen
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth", "model"]
+
+
+def test_what_timm_saved_of_a_record_is_the_same_to_all(tmp_path):
+    """To a prediction, to ``wn21k info``, and to a training that begins with it."""
+    module = create_model("mobilenetv3_large_100.miil_in21k", pretrained=False)
+    save_for_hf(module, tmp_path / "model", model_config={})
+    loaded = models.load_model(tmp_path / "model")
+    assert (loaded.label_space.name, loaded.head) == ("imagenet21k_p_fall11", "semantic_softmax")
+    told = json.loads(CliRunner().invoke(app, ["info", str(tmp_path / "model"), "--format", "json"]).stdout)
+    assert (told["label_space"], told["head"]) == (loaded.label_space.name, loaded.head)
+    assert classes_of(str(tmp_path / "model")) == loaded.label_space.wnids
 
 
 def test_names_of_classes_that_are_no_synsets(tmp_path):

@@ -490,7 +490,7 @@ def test_only_what_we_wrote_is_listed(root, serve):
     shutil.copytree(path.parent, root / "backup" / "hub")
     (path.parent / f"folder.{'0' * 16}.part").mkdir()
     (path.parent / f"link.{'0' * 16}.part").symlink_to(root / "thesis.txt")
-    assert [entry.path for entry in cache.entries(root)] == [path]
+    assert [found for found, _ in cache.entries(root)] == [path]
     assert list(cache.leftovers(root, older_than=-1)) == []
 
 
@@ -863,7 +863,7 @@ def test_the_next_source_is_tried(root, serve):
     hub_source = checkpoint_of("hub", endpoint).sources[0]
     checkpoint = checkpoint_of("plain", endpoint)
     both = type(checkpoint)(**{**vars(checkpoint), "sources": (hub_source, *checkpoint.sources)})
-    assert isinstance(download.fetch(both).source, URLSource)
+    assert "url" in download.fetch(both).path.parts
     cache.remove(find_local(both), root)
     wrong = type(checkpoint)(**{**vars(checkpoint), "sources": (hub_source, URLSource(url=f"{endpoint}/none.pth"))})
     with pytest.raises(RemoteNotFoundError, match="Nor from"):

@@ -21,11 +21,3 @@ def test_no_wordnet(tmp_path):
     with pytest.raises(TreeError):
         compile_data(tmp_path)
     assert packaged_data("nothing.txt") is None
-
-
-@pytest.mark.slow
-def test_build_is_byte_identical():
-    if not (DEBIAN / "index.sense").exists():
-        pytest.skip("Debian's wordnet-base and wordnet-sense-index are not installed")
-    for name, content in compile_data(DEBIAN).items():
-        assert packaged_data(name) == content, name

@@ -81,7 +81,8 @@ def create_model(
             ``checkpoint_path``, a file in timm's layout that must fit as it is, no published weights are fetched.
 
     Raises:
-        UnknownModelError, UnresolvedLabelSpaceError, ModelError, MissingExtraError: As :func:`load_model`.
+        UnknownModelError, UnresolvedLabelSpaceError, ModelError, MissingExtraError: As
+            :func:`wn21k_zoo.models.load_model`.
         InvalidArgumentError: The architecture does not take one of the arguments.
     """
     kwargs.update(num_classes=num_classes, features_only=features_only)
@@ -349,5 +350,4 @@ def is_repo_id(text: str) -> bool:
 
 def looks_like_path(name: str) -> bool:
     """Whether a text is written like a path: with a slash, ``.``, ``..`` or ``~``."""
-    separators = {"/", os.sep}
-    return any(separator in name for separator in separators) or name in (".", "..") or name.startswith("~")
+    return "/" in name or os.sep in name or name in (".", "..") or name.startswith("~")

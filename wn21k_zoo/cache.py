@@ -24,7 +24,6 @@ from wn21k_zoo.files import parse_json, replace, user_cache
 
 __all__ = [
     "PART_SUFFIX",
-    "Entry",
     "Receipt",
     "cache_dir",
     "entries",
@@ -67,19 +66,6 @@ class Receipt:
     def to_json(self) -> str:
         """The text of the file beside the file."""
         return json.dumps(asdict(self), indent=2) + "\n"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A file in the cache.
-
-    Attributes:
-        path: The file.
-        receipt: What is known about it.
-    """
-
-    path: Path
-    receipt: Receipt
 
 
 def cache_dir(folder: str | os.PathLike[str] | None = None) -> Path:
@@ -166,12 +152,12 @@ def lock_path(path: Path) -> Path:
     return path.with_name((part[1] if part else path.name) + LOCK_SUFFIX)
 
 
-def entries(folder: Path) -> Iterator[Entry]:
+def entries(folder: Path) -> Iterator[tuple[Path, Receipt]]:
     """All fetched files, in order of their paths; a file without a receipt is not known to be ours."""
     for path in _files(folder):
         receipt = read_receipt(path)
         if receipt is not None:
-            yield Entry(path=path, receipt=receipt)
+            yield path, receipt
 
 
 def leftovers(folder: Path, older_than: float = LEFTOVER_SECONDS) -> Iterator[Path]:

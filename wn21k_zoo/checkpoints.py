@@ -219,6 +219,7 @@ LOCK_FILE = "checkpoints.lock.json"
 PAPER = "https://arxiv.org/abs/2104.10972"
 _AUTHORS = "https://github.com/Alibaba-MIIL/ImageNet21K"
 _BUCKET = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ImageNet_21K_P/models"
+_AUTHORS_LICENCE = "mit"  # of their repository; timm's conversions, where there are some, say Apache-2.0
 _RELEASE = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-tresnet"
 
 
@@ -342,14 +343,14 @@ _WITHOUT_LOCK: tuple[Checkpoint, ...] = (
         "ofa_flops_595m_s.miil_in21k",
         "ofa_flops_595m_s",
         _bucket("ofa_flops_595m_s_miil_21k.pth"),
-        license="mit",  # the authors' repository; timm's conversions, which these two have not, say Apache-2.0
+        license=_AUTHORS_LICENCE,
         metrics=(_semantic_top1(75.0),),
     ),
     _record(
         "resnet50.miil_in21k",
         "resnet50",
         _bucket("resnet50_miil_21k.pth"),
-        license="mit",  # the authors' repository; timm's conversions, which these two have not, say Apache-2.0
+        license=_AUTHORS_LICENCE,
         metrics=(_semantic_top1(75.6),),
     ),
     _record(

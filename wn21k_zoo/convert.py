@@ -136,8 +136,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old file formats
+        with warnings.catch_warnings(action="ignore"):  # about old file formats
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors have many ways to refuse a file
         raise ConversionError(
@@ -179,7 +178,7 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], architecture: str
         nearest = min(differences, key=lambda name: differences[name][0])
         raise ConversionError(f"Not the entries of {nearest}: {differences[nearest][1]}")
     name, completed = fits.popitem()
-    return Converted(architecture=name, num_classes=_num_classes(completed, name), state_dict=completed)
+    return Converted(architecture=name, num_classes=len(completed[f"{_classifier(name)}.weight"]), state_dict=completed)
 
 
 def save_safetensors(converted: Converted, path: str | os.PathLike[str]) -> None:
@@ -228,7 +227,7 @@ def _fit(found: StateDict, architecture: str) -> tuple[StateDict | None, tuple[i
     """The entries in the architecture's order, complete, or how many differ and which."""
     import torch
 
-    expected = _entries(architecture)
+    expected = {key: tuple(value.shape) for key, value in _skeleton(architecture).state_dict().items()}
     head = [key for key in expected if key.startswith(_classifier(architecture))]  # of any number of classes, but one
     outputs = next((tuple(found[key].shape[:1]) for key in head if key in found), ())
     expected.update({key: (*outputs, *expected[key][1:]) for key in head})
@@ -255,16 +254,8 @@ def _skeleton(architecture: str) -> nn.Module:
         return build(architecture)
 
 
-def _entries(architecture: str) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in _skeleton(architecture).state_dict().items()}
-
-
 def _classifier(architecture: str) -> str:
     return str(cast(Any, _skeleton(architecture)).pretrained_cfg["classifier"])
-
-
-def _num_classes(state_dict: StateDict, architecture: str) -> int:
-    return int(state_dict[f"{_classifier(architecture)}.weight"].shape[0])
 
 
 @dataclass(frozen=True, kw_only=True)

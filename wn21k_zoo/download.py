@@ -31,8 +31,9 @@ from wn21k_zoo.errors import (
     WeightsNotFoundError,
 )
 from wn21k_zoo.exclusive import exclusive
+from wn21k_zoo.files import make_folder
 from wn21k_zoo.messages import bars, on_terminal, say
-from wn21k_zoo.on_disk import Fetched, Remote, filenames_of, find_file, find_verified
+from wn21k_zoo.on_disk import Fetched, Remote, filenames_of, find_file, find_verified, pinned_sha256
 from wn21k_zoo.transfer import Expected, Patience, RefusedError, difference, head, read_text, transfer
 
 __all__ = ["UnverifiedWeightsWarning", "fetch", "fetch_file", "fetch_source", "is_reachable"]
@@ -46,11 +47,7 @@ class UnverifiedWeightsWarning(UserWarning):
     """The publisher of a file states no hash, so the first download could be compared with nothing."""
 
 
-def fetch(
-    checkpoint: Checkpoint,
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Fetched:
+def fetch(checkpoint: Checkpoint, *, cache_dir: str | os.PathLike[str] | None = None) -> Fetched:
     """The verified weight file of a checkpoint, from this machine or else from the first source that has it.
 
     Args:
@@ -100,10 +97,7 @@ def fetch_source(source: URLSource, *, cache_dir: str | os.PathLike[str]) -> Fet
 
 
 def fetch_file(
-    source: HubSource,
-    filenames: Sequence[str],
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
+    source: HubSource, filenames: Sequence[str], *, cache_dir: str | os.PathLike[str] | None = None
 ) -> Fetched:
     """The first of some files that a repository on the Hub has; a newer version there replaces the cached one.
 
@@ -159,7 +153,9 @@ def _fetch_one(
     for leftover in cache.leftovers(root):
         with contextlib.suppress(CacheError):  # another user's, in a shared cache
             cache.remove(leftover, leftover.parent)  # which stays: another process may be about to write there
-    _make_folder(place.parent)
+    make_folder(place.parent, CacheError, "set WN21K_CACHE to another one.")
+    if not os.access(place.parent, os.W_OK):
+        raise CacheError(f"The cache folder {place.parent} cannot be written; set WN21K_CACHE to another one.")
     with _lock(place, name):
         # Another process may have been faster.
         found = find_file(source, filename, root, [])
@@ -182,12 +178,7 @@ def _fetch_one(
             stacklevel=4,
         )
     return Fetched(
-        path=place,
-        sha256=sha256,
-        num_bytes=receipt.num_bytes,
-        source=source,
-        checked_against=expected.stated_by,
-        downloaded=True,
+        path=place, sha256=sha256, num_bytes=receipt.num_bytes, checked_against=expected.stated_by, downloaded=True
     )
 
 
@@ -245,8 +236,8 @@ def _resolve(
 
 def _known(source: Remote, filename: str, place: Path) -> Expected | None:
     """What is known of a file without asking anybody."""
-    if source.sha256 and filename == filenames_of(source)[0]:
-        return Expected(num_bytes=source.num_bytes, sha256=source.sha256, stated_by="our lock file")
+    if pinned := pinned_sha256(source, filename):
+        return Expected(num_bytes=source.num_bytes, sha256=pinned, stated_by="our lock file")
     if isinstance(source, HubSource):
         return None
     if source.sha256_prefix:
@@ -258,7 +249,7 @@ def _asked(
     source: Remote, filename: str, place: Path, patience: Patience
 ) -> tuple[str, Expected, str | None, Mapping[str, str]]:
     if isinstance(source, URLSource):
-        answer = head(source.url, patience=patience)
+        answer = head(source.url, patience)
         size = answer.get("Content-Length", "")
         return source.url, Expected(num_bytes=int(size) if size.isdigit() else None, etag=answer.get("ETag")), None, {}
     url, expected, commit, headers = hub.resolve(source, filename, patience)
@@ -301,17 +292,6 @@ def _offline(source: Remote, filename: str, root: Path, command: str, damages: S
     )
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(
-            f"The cache folder {folder} cannot be made ({error.strerror}); set WN21K_CACHE to another one."
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise CacheError(f"The cache folder {folder} cannot be written; set WN21K_CACHE to another one.")
-
-
 def _lock(place: Path, name: str) -> contextlib.AbstractContextManager[None]:
     """Within, only this process fetches a file."""
 
@@ -323,8 +303,9 @@ def _lock(place: Path, name: str) -> contextlib.AbstractContextManager[None]:
 
 
 def _shows_progress() -> bool:
-    switched_off = hub.switched_on("HF_HUB_DISABLE_PROGRESS_BARS")
-    return on_terminal() and not switched_off
+    from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
+
+    return on_terminal() and not are_progress_bars_disabled()
 
 
 @contextlib.contextmanager

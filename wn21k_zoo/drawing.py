@@ -70,14 +70,7 @@ def to_dict(
     """Nested dicts: see :meth:`wn21k_zoo.tree.SemanticTree.to_dict`."""
 
     def branch(node: Node, left: float) -> dict[str, Any]:
-        return {
-            "index": node.index,
-            "wnid": node.wnid,
-            "name": node.name,
-            "definition": node.definition,
-            "depth": node.depth,
-            "children": [branch(child, left - 1) for child in (tree.children(node) if left else ())],
-        }
+        return {**vars(node), "children": [branch(child, left - 1) for child in (tree.children(node) if left else ())]}
 
     tops, left = _tops(tree, node, max_depth)
     return [branch(top, left) for top in tops]

@@ -227,9 +227,14 @@ class Decoder:
         left_over = outputs[:, self._unmapped]
         if self.head == "softmax":
             unmapped = left_over.sum(dim=-1)
+            scores = self.hierarchy.sum_over_subtree(self.assigned(outputs))
+            scores.clamp_(max=1.0)  # rounding can carry a sum just above 1
         else:
             unmapped = left_over.amax(dim=-1) if left_over.shape[1] else outputs.new_zeros(len(outputs))
-        scores = self._aggregate(outputs)
+            nodes = outputs.new_zeros(len(outputs), len(self.hierarchy))
+            targets = self._targets.expand(len(outputs), -1)
+            nodes.scatter_reduce_(1, targets, outputs[:, self._mapped], reduce="amax")
+            scores = self.hierarchy.maximum_over_subtree(nodes)
         return NodeScores(outputs=outputs, probability=scores, confidence=scores, unmapped=unmapped)
 
     def own_mass(self, logits_bk: Tensor) -> Tensor:
@@ -256,13 +261,3 @@ class Decoder:
         values = outputs_bk[:, self._mapped]
         nodes = values.new_zeros(len(values), len(self.hierarchy))
         return nodes.scatter_add_(1, self._targets.expand(len(values), -1), values)
-
-    def _aggregate(self, outputs_bk: Tensor) -> Tensor:
-        if self.head == "softmax":
-            summed = self.hierarchy.sum_over_subtree(self.assigned(outputs_bk))
-            return summed.clamp_(max=1.0)  # rounding can carry a sum just above 1
-        values = outputs_bk[:, self._mapped]
-        nodes = values.new_zeros(len(values), len(self.hierarchy))
-        targets = self._targets.expand(len(values), -1)
-        nodes.scatter_reduce_(1, targets, values, reduce="amax")
-        return self.hierarchy.maximum_over_subtree(nodes)

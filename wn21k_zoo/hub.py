@@ -13,6 +13,7 @@ from typing import Any
 from wn21k_zoo.checkpoints import HubSource
 from wn21k_zoo.errors import DownloadError, RemoteNotFoundError, first_line
 from wn21k_zoo.transfer import (
+    BACKOFF_SECONDS,
     RETRIED,
     RETRY_AFTER_MAX_SECONDS,
     STALL_SECONDS,
@@ -22,31 +23,17 @@ from wn21k_zoo.transfer import (
     require_success,
 )
 
-__all__ = [
-    "address",
-    "answers",
-    "expected_of_etag",
-    "find_in_cache",
-    "is_offline",
-    "resolve",
-    "retry_seconds",
-    "switched_on",
-]
+__all__ = ["address", "answers", "expected_of_etag", "find_in_cache", "is_offline", "resolve", "retry_seconds"]
 
 METADATA_ATTEMPTS = 5
-BACKOFF_SECONDS = 0.25
 
 
 def is_offline() -> bool:
     """Whether the network is switched off: ``HF_HUB_OFFLINE`` or ``--offline``."""
     from huggingface_hub import is_offline_mode
 
-    return bool(is_offline_mode()) or switched_on("HF_HUB_OFFLINE")
-
-
-def switched_on(name: str) -> bool:
-    """Whether an environment variable is set to something that means yes."""
-    return os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
+    # The library looks at the variable once, when it is imported; --offline sets it later.
+    return bool(is_offline_mode()) or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def expected_of_etag(etag: str, num_bytes: int | None = None) -> Expected:

@@ -59,7 +59,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TGA"
 SAMPLES = MappingProxyType({"cat": "chelsea.png", "coffee": "coffee.png", "rocket": "rocket.jpg"})
 
 _SHOWN = 500  # characters of a name
-_ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -279,18 +278,18 @@ def _opaque_rgb(image: Image.Image, shown: str) -> Image.Image:
     if image.mode == "I" and image.format != "PNG":  # of PNG it is known to mean 16 bits
         raise UnsupportedImageError(f"{shown} has 32-bit integers of unknown range; convert it to 8 bits first.")
     if image.mode in _SIXTEEN_BIT_MODES:
-        return _from_sixteen_bit(np.asarray(image)).convert("RGB")
+        return Image.fromarray(_eight_bit(np.asarray(image))).convert("RGB")
     if image.mode == "F":
         raise UnsupportedImageError(f"{shown} has floating-point pixels of unknown range; convert it to 8 bits first.")
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+    if image.has_transparency_data:
         with_alpha = image.convert("RGBA")
         white = Image.new("RGBA", with_alpha.size, "white")
         return Image.alpha_composite(white, with_alpha).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _from_sixteen_bit(pixels: NDArray[Any]) -> Image.Image:
-    return Image.fromarray(np.round(pixels / 257).astype(np.uint8))
+def _eight_bit(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.round(pixels / 257).astype(np.uint8)
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
@@ -306,7 +305,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in either byte order
-        array = np.round(array / 257).astype(np.uint8)
+        array = _eight_bit(array)
     elif array.dtype != np.uint8:
         raise UnsupportedImageError(
             f"An array of {array.dtype} has no fixed range; give uint8, such as (image * 255).round().astype('uint8')."

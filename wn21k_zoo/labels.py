@@ -239,8 +239,7 @@ def _load(full_name: str) -> LabelSpace:
     return LabelSpace(full_name, tuple(file.read_text(encoding="ascii").split()))
 
 
-def _checked_positions(wnids: Iterable[str]) -> NDArray[np.int64]:
-    wnids = tuple(wnids)
+def _checked_positions(wnids: tuple[str, ...]) -> NDArray[np.int64]:
     if not wnids:
         raise EmptyLabelSpaceError("The list of classes is empty; give at least one wnid.")
     positions = load_nouns().positions(wnids)

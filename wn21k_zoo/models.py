@@ -54,6 +54,7 @@ __all__ = [
     "choose_default",
     "create_transform",
     "load_model",
+    "outputs_of",
     "short_side",
     "stated_outputs",
 ]
@@ -235,28 +236,39 @@ def _load_folder(name: str, folder: Path, weights: Path | None, space: Given, he
 
     config = read_config(folder)
     weights = weights or weights_in(folder)
-    known = _checkpoint_of_config(config)
-    asked = space == "own" or (space is not None and head is not None)
-    stated = None if asked else stated_outputs(config, folder)
-    if stated is not None and (space is None or _speak_alike(space, stated[0])):
-        space, head = space or stated[0], head or stated[1]
-    if space == "own" or (space is None and config.get("label_space") == "own"):
-        space = _own_names(config, folder)
-    elif space is None:
-        space = _label_space_of_config(config, known, folder)
+    classes, head = outputs_of(config, folder, space, head)
     module = build_from_folder(folder, weights).eval()
-    _check_outputs(module, space, name)
+    _check_outputs(module, classes, name)
+    # An export says itself how images are to be prepared.
+    known = None if _is_export(config) else _checkpoint_of_config(config)
     return LoadedModel(
         name=name,
         module=module,
-        label_space=space,
-        head=_head_of(known, space, name, head),
-        data_config=_published_data_config(
-            None if _is_export(config) else known,  # an export says itself how images are to be prepared
-            timm.data.resolve_model_data_config(module),
-        ),
+        label_space=classes,
+        head=_head_of(classes, name, head),
+        data_config=_published_data_config(known, timm.data.resolve_model_data_config(module)),
         owned=True,
     )
+
+
+def outputs_of(
+    config: Mapping[str, Any], folder: Path, space: Given = None, head: Head | None = None
+) -> tuple[Classes, Head | None]:
+    """Classes of a folder's outputs, and how these are read, None where it does not say; or what is asked for.
+
+    Raises:
+        UnresolvedLabelSpaceError: Nobody says which classes they are.
+        ModelError: As :func:`stated_outputs`.
+    """
+    asked = space == "own" or (space is not None and head is not None)
+    stated = None if asked else stated_outputs(config, folder)
+    if stated is not None and (space is None or _speak_alike(space, stated[0])):
+        return stated[0], head or stated[1]
+    if space == "own" or (space is None and config.get("label_space") == "own"):
+        return _own_names(config, folder), head
+    known = _checkpoint_of_config(config)
+    classes = _label_space_of_config(config, known, folder) if space is None else space
+    return classes, head or (known.head if known is not None and _speaks(known, classes) else None)
 
 
 def _published_data_config(known: Checkpoint | None, own: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -358,7 +370,7 @@ def _from_module(module: Any, space: Given, head: Head | None) -> LoadedModel:
         name=type(module).__name__,
         module=module,
         label_space=space,
-        head=_head_of(known, space, type(module).__name__, head),
+        head=_head_of(space, type(module).__name__, head or (known.head if known is not None else None)),
         data_config=_published_data_config(known, resolve_data_config(pretrained_cfg=settings)) if settings else None,
         owned=False,
     )
@@ -373,13 +385,11 @@ def _speak_alike(space: Given, other: LabelSpace) -> bool:
     return isinstance(space, LabelSpace) and space.wnids == other.wnids
 
 
-def _head_of(known: Checkpoint | None, space: Classes, name: str, head: Head | None) -> Head:
+def _head_of(space: Classes, name: str, head: Head | None) -> Head:
     if isinstance(space, ClassNames) and head == "semantic_softmax":
         raise InvalidArgumentError(f"The classes of {name} are no synsets and have no levels; head can be no {head}.")
     if head is not None:
         return head
-    if known is not None and _speaks(known, space):
-        return known.head
     if isinstance(space, ClassNames) or not SemanticTree.from_label_space(space).depths.any():
         return "softmax"
     raise InvalidArgumentError(

@@ -14,7 +14,16 @@ from wn21k_zoo.errors import ChecksumError, MissingExtraError
 from wn21k_zoo.files import in_package, sha256_of
 from wn21k_zoo.transfer import Expected, difference
 
-__all__ = ["Fetched", "Remote", "cached_files", "filenames_of", "find_file", "find_local", "find_verified"]
+__all__ = [
+    "Fetched",
+    "Remote",
+    "cached_files",
+    "filenames_of",
+    "find_file",
+    "find_local",
+    "find_verified",
+    "pinned_sha256",
+]
 
 Remote = HubSource | URLSource
 _LOG = logging.getLogger(__name__)
@@ -28,7 +37,6 @@ class Fetched:
         path: The file.
         sha256: Of its content.
         num_bytes: Its size.
-        source: Where it came from.
         checked_against: Who stated the hash that it was compared with; None when nobody does.
         downloaded: Whether it was fetched just now.
     """
@@ -36,7 +44,6 @@ class Fetched:
     path: Path
     sha256: str
     num_bytes: int
-    source: Source
     checked_against: str | None
     downloaded: bool
 
@@ -72,7 +79,9 @@ def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None 
         root = cache.cache_dir(cache_dir)
         for filename in filenames_of(source):
             place = root / cache.relative_path(source, filename)
-            if place.is_file() and (_pinned(source, filename) or cache.read_receipt(place)):  # or it cannot be verified
+            if place.is_file() and (
+                pinned_sha256(source, filename) or cache.read_receipt(place)
+            ):  # or it cannot be verified
                 return place
             if not isinstance(source, HubSource) or (path := hub.find_in_cache(source, filename)) is None:
                 continue
@@ -93,7 +102,7 @@ def cached_files(sources: Iterable[Source], cache_dir: str | os.PathLike[str] | 
     return [place for place in places if place.is_file() or cache.receipt_path(place).is_file()]
 
 
-def _pinned(source: Remote, filename: str) -> str | None:
+def pinned_sha256(source: Remote, filename: str) -> str | None:
     """The sha256 of a source, which is that of the first of its files."""
     return source.sha256 if filename == filenames_of(source)[0] else None
 
@@ -102,7 +111,7 @@ def find_file(source: Remote, filename: str, root: Path, damages: list[str]) -> 
     """A file that is here and has the right hash; what is here and has not is told of in ``damages``."""
     place = root / cache.relative_path(source, filename)
     receipt = cache.read_receipt(place)
-    pinned = _pinned(source, filename)
+    pinned = pinned_sha256(source, filename)
     candidates = [(place, Expected(sha256=pinned or (receipt.sha256 if receipt else None)))]
     if isinstance(source, HubSource) and (path := hub.find_in_cache(source, filename)):
         blob = path.resolve().name  # the Hub's cache names a file by its ETag
@@ -125,7 +134,6 @@ def find_file(source: Remote, filename: str, root: Path, damages: list[str]) -> 
             path=path,
             sha256=sha256,
             num_bytes=path.stat().st_size,
-            source=source,
             checked_against="our lock file" if pinned else stated,
             downloaded=False,
         )
@@ -143,12 +151,7 @@ def _from_package(source: PackageSource) -> Fetched:
             f"Install {source.package} again."
         )
     return Fetched(
-        path=path,
-        sha256=sha256,
-        num_bytes=path.stat().st_size,
-        source=source,
-        checked_against="the record",
-        downloaded=False,
+        path=path, sha256=sha256, num_bytes=path.stat().st_size, checked_against="the record", downloaded=False
     )
 
 

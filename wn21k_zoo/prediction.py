@@ -224,18 +224,10 @@ def json_schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "wn21k predict, one result",
-        "oneOf": [
-            _closed(prediction),
-            _closed({"source": source, "error": _closed({"type": text, "message": text})}),
-        ],
+        "oneOf": [_closed(prediction), _closed({"source": source, "error": _closed({"type": text, "message": text})})],
         "$defs": {"label": _closed({**synset, "depth": index, "probability": number, "confidence": number})},
     }
 
 
 def _closed(properties: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}

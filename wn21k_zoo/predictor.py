@@ -221,7 +221,8 @@ class Predictor:
         ahead = self.batch_size if read_ahead else 0
         waiting: deque[tuple[str | None, Future[torch.Tensor]]] = deque()
         remaining = iter(images)
-        with _Workers() as workers:
+        workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "wn21k-decode")
+        try:
             while True:
                 for image in itertools.islice(remaining, self.batch_size + ahead - len(waiting)):
                     waiting.append((describe_source(image), self._submit(workers, image)))
@@ -229,6 +230,8 @@ class Predictor:
                     return
                 batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
                 yield from self._predict_batch(batch)
+        finally:
+            workers.shutdown(cancel_futures=True)  # whoever stops early does not wait for what is still queued
 
     def __repr__(self) -> str:
         return (
@@ -392,16 +395,6 @@ def predict(
 @functools.lru_cache(maxsize=1)
 def _load_once(name: str, device: str) -> LoadedModel:  # the device is part of the key: loading elsewhere moves it
     return models.load_model(name)
-
-
-class _Workers(ThreadPoolExecutor):
-    """Threads that decode images; whoever stops early does not wait for what is still queued."""
-
-    def __init__(self) -> None:
-        super().__init__(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="wn21k-decode")
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown(wait=True, cancel_futures=True)
 
 
 def _is_several(images: Any) -> bool:

@@ -44,13 +44,7 @@ class TreeReader:
             logits: Finite, [batch, classes].
             top_k: How many labels each level, and how many outputs, are listed.
         """
-        scores = self._decoder(logits)
-        rows = NodeScores(
-            outputs=scores.outputs.cpu(),
-            probability=scores.probability.cpu(),
-            confidence=scores.confidence.cpu(),
-            unmapped=scores.unmapped.cpu(),
-        )
+        rows = NodeScores(**{name: scores.cpu() for name, scores in vars(self._decoder(logits)).items()})
         return [self._read(rows, row, top_k) for row in range(len(logits))]
 
     def _read(self, scores: NodeScores, row: int, top_k: int) -> dict[str, Any]:

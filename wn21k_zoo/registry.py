@@ -172,4 +172,4 @@ def _sources(full_name: str, config: Any) -> tuple[Source, ...]:
         repo_id, _, revision = config.hf_hub_id.partition("@")
         repo_id = f"timm/{full_name}" if repo_id == "timm/" else repo_id
         return (HubSource(repo_id=repo_id, revision=revision or None),)
-    return (URLSource(url=config.url),) if config.url else ()
+    return (URLSource(url=config.url),)

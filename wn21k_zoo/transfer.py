@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import requests
 
 __all__ = [
+    "BACKOFF_SECONDS",
     "RETRIED",
     "RETRY_AFTER_MAX_SECONDS",
     "STALL_SECONDS",
@@ -182,17 +183,16 @@ def difference(path: Path, sha256: str, expected: Expected) -> str | None:
     return None
 
 
-def head(url: str, headers: Mapping[str, str] | None = None, patience: Patience | None = None) -> Mapping[str, str]:
+def head(url: str, patience: Patience) -> Mapping[str, str]:
     """Headers of a file on a plain server; empty when it does not answer HEAD requests.
 
     Raises:
         DownloadError: As :func:`transfer`.
     """
-    patience = patience or Patience()
     with new_session() as session, _typed_errors(url, patience):
         response = session.head(
             url,
-            headers={"Accept-Encoding": "identity", **(headers or {})},
+            headers={"Accept-Encoding": "identity"},
             timeout=(patience.timeout(CONNECT_SECONDS), patience.timeout(STALL_SECONDS)),
             allow_redirects=True,
         )

@@ -144,8 +144,7 @@ def _nltk_wordnet(folder: Path | None) -> Iterator[Any]:
             stack.callback(nltk.data.path.remove, str(data))
         try:
             root = nltk.data.find("corpora/wordnet")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that other languages are missing
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # that other languages are missing
                 reader = WordNetCorpusReader(root, omw_reader=None)
             yield reader
         except (LookupError, OSError) as error:

@@ -526,14 +526,6 @@ def test_the_folder_of_a_run_stands_for_its_recipe(tmp_path):
         load_recipe(str(tmp_path))
 
 
-def test_the_folder_of_classes_is_what_the_finetuning_takes(tmp_path):
-    recipe = load_recipe(f"{FOLDER / 'finetune.py'}:embedded").debug()
-    make_folder(tmp_path / "mine", names=("cats", "dogs"))
-    figures = train(recipe, tmp_path / "mine", tmp_path / "run", World(0, 1, torch.device("cpu")), workers=0)
-    assert figures["images"] == 2
-    assert json.loads((tmp_path / "run" / "data.json").read_text())["class_names"] == ["cats", "dogs"]
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from wn21k_zoo.cards.sections import SECTIONS, in_millions, parameter_count, summary
 from wn21k_zoo.checkpoints import CHECKPOINTS, PAPER, Checkpoint, HubSource, Metric, Source, URLSource
@@ -54,7 +54,6 @@ _DATASETS_BY_TITLE: Mapping[str, str] = MappingProxyType(
         "ImageNet-21K-P winter21": _DATASETS["imagenet21k_p_winter21"],
     }
 )
-_METRIC_TYPES: Mapping[str, str] = MappingProxyType({"top-1": "accuracy"})  # the Hub's name of it
 
 
 def render_card(checkpoint: Checkpoint, prose: str = "") -> str:
@@ -70,7 +69,7 @@ def render_card(checkpoint: Checkpoint, prose: str = "") -> str:
         *(f"## {title}\n\n{section(checkpoint)}" for title, section in SECTIONS.items()),
     )
     header = card_data(checkpoint).to_yaml()
-    return str(ModelCard(f"---\n{header}\n---\n\n" + "\n\n".join(sections) + "\n"))
+    return f"---\n{header}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def card_data(checkpoint: Checkpoint) -> ModelCardData:
@@ -206,7 +205,7 @@ def _eval_result(metric: Metric, metrics: Sequence[Metric]) -> EvalResult:
         dataset_type=_DATASETS_BY_TITLE.get(title) or _slug(title),
         dataset_name=title,
         dataset_split=split or None,
-        metric_type=_METRIC_TYPES.get(metric.name) or _slug(metric.name),
+        metric_type="accuracy" if metric.name == "top-1" else _slug(metric.name),  # the Hub's name of it
         metric_value=metric.value,
         metric_name=metric.name,
         metric_args={"protocol": metric.protocol, "measured_by": metric.measured_by},

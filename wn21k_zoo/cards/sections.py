@@ -26,9 +26,6 @@ __all__ = ["SECTIONS", "in_millions", "parameter_count", "softmax_caution", "sum
 ISSUES = "https://github.com/Alibaba-MIIL/ImageNet21K/issues"
 PERSON = "n00007846"
 
-_HEADS: Mapping[str, str] = MappingProxyType(
-    {"semantic_softmax": "semantic softmax", "softmax": "softmax", "sigmoid": "sigmoid"}
-)
 _RESIZES: Mapping[str, str] = MappingProxyType(
     {
         "squash": "squash to the input size, whatever the aspect; nothing is cropped",
@@ -46,7 +43,7 @@ def summary(checkpoint: Checkpoint) -> str:
     return (
         f"# {checkpoint.name}\n\n"
         f"An image classifier of the architecture `{checkpoint.architecture}` ({home}) with a "
-        f"{_HEADS[checkpoint.head]} head over {LABEL_SPACES[checkpoint.label_space]}: "
+        f"{checkpoint.head.replace('_', ' ')} head over {LABEL_SPACES[checkpoint.label_space]}: "
         f"{in_millions(parameter_count(checkpoint))} parameters.{by}{paper}"
     )
 
@@ -129,7 +126,7 @@ def _labels(checkpoint: Checkpoint) -> str:
     if checkpoint.head != "semantic_softmax":
         rule = "sum over" if checkpoint.head == "softmax" else "maximum over"
         return (
-            f"{about}The {len(space):,} outputs are read by one {_HEADS[checkpoint.head]}. A node of the WordNet tree "
+            f"{about}The {len(space):,} outputs are read by one {checkpoint.head}. A node of the WordNet tree "
             f"has the {rule} the classes in its subtree; a class that the tree lacks counts for its nearest ancestor "
             "there. `wn21k_zoo.predict` uses the tree `fall11`."
         )
@@ -251,11 +248,7 @@ def _usage(checkpoint: Checkpoint) -> str:
             "python",
             f'import torch\n\nmodel = torch.hub.load("PATH/TO/CHECKOUT", "{name.replace(".", "_")}", source="local")',
         ),
-        (
-            "On the command line:",
-            "sh",
-            f"wn21k predict photo.jpg --model {name}",
-        ),
+        ("On the command line:", "sh", f"wn21k predict photo.jpg --model {name}"),
         (
             "As a folder, and from there to the Hugging Face Hub:",
             "sh",

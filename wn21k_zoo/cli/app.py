@@ -62,16 +62,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="ImageNet-21K pretrained models with labels at every level of the WordNet hierarchy.",
 )
-predict.register(app)
-zoo.register(app)
-cache.register(app)
-convert.register(app)
-publish.register(app)
+app.command()(predict.predict)
+app.command("list")(zoo.list_checkpoints)
+app.command()(zoo.info)
+app.command()(zoo.schema)
+app.command()(zoo.doctor)
+app.command()(cache.download)
+app.command()(cache.verify)
+app.command()(cache.lock)
+app.command()(convert.convert)
+app.command()(publish.export)
+app.command()(publish.publish)
+app.command()(train.evaluate)
+app.add_typer(cache.app, name="cache")
 app.add_typer(tree.app, name="tree")
 app.add_typer(cards.app, name="cards")
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
-train.register(app)
 
 
 def _show_version(value: bool) -> None:

@@ -14,21 +14,13 @@ from wn21k_zoo.cli.output import FormatOption, print_table, to_write, warnings_a
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 from wn21k_zoo.messages import say
 
-__all__ = ["app", "register"]
+__all__ = ["app", "download", "lock", "verify"]
 
 CacheDirOption = Annotated[
     Path | None, typer.Option("--cache-dir", help="Folder of the cache. Default: WN21K_CACHE, else the user's.")
 ]
 
 app = typer.Typer(no_args_is_help=True, help="What is in the cache, and what may go.")
-
-
-def register(parent: typer.Typer) -> None:
-    """Add the commands to the application."""
-    parent.command()(download)
-    parent.command()(verify)
-    parent.command()(lock)
-    parent.add_typer(app, name="cache")
 
 
 def download(
@@ -107,9 +99,9 @@ def verify(
             if found is None and not damages:
                 rows.append({"file": name, "status": "not on this machine", "checked_against": None})
     else:
-        for entry in cache.entries(cache.cache_dir(cache_dir)):
-            status = "ok" if sha256_of(entry.path) == entry.receipt.sha256 else "damaged"
-            rows.append({"file": str(entry.path), "status": status, "checked_against": entry.receipt.checked_against})
+        for path, receipt in cache.entries(cache.cache_dir(cache_dir)):
+            status = "ok" if sha256_of(path) == receipt.sha256 else "damaged"
+            rows.append({"file": str(path), "status": status, "checked_against": receipt.checked_against})
         if not rows:
             say(f"nothing in the cache {cache.cache_dir(cache_dir)}")
     if rows or not failed:
@@ -125,13 +117,8 @@ def list_cache(cache_dir: CacheDirOption = None, format: FormatOption = None) ->
 
     root = cache.cache_dir(cache_dir)
     rows: list[dict[str, Any]] = [
-        {
-            "source": entry.receipt.source,
-            "bytes": entry.path.stat().st_size,
-            "sha256": entry.receipt.sha256,
-            "file": str(entry.path),
-        }
-        for entry in cache.entries(root)
+        {"source": receipt.source, "bytes": path.stat().st_size, "sha256": receipt.sha256, "file": str(path)}
+        for path, receipt in cache.entries(root)
     ]
     print_table(rows, ("source", "bytes", "sha256", "file"), format)
     say(f"{root}: {len(rows)} files, {sum(row['bytes'] for row in rows) / 1e6:,.1f} MB")
@@ -162,7 +149,7 @@ def prune(
         going += cached_files([hub_source(name)] if is_on_hub else registry.resolve_checkpoint(name).sources, root)
     if everything or older_than is not None:
         oldest = time.time() - (older_than or 0) * 24 * 3600
-        going += [entry.path for entry in cache.entries(root) if everything or entry.path.stat().st_mtime < oldest]
+        going += [path for path, _ in cache.entries(root) if everything or path.stat().st_mtime < oldest]
     if everything:
         going += list(cache.leftovers(root, older_than=0))
     freed = 0

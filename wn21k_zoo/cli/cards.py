@@ -12,7 +12,7 @@ import typer
 from wn21k_zoo import registry
 from wn21k_zoo.cli.output import to_write
 from wn21k_zoo.errors import InvalidArgumentError, RecordError
-from wn21k_zoo.files import write_whole
+from wn21k_zoo.files import make_folder, write_whole
 from wn21k_zoo.messages import say
 
 __all__ = ["app"]
@@ -21,9 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Print a model card, write all of t
 
 
 @app.command()
-def show(
-    name: Annotated[str, typer.Argument(help="A record; wn21k list shows all.")],
-) -> None:
+def show(name: Annotated[str, typer.Argument(help="A record; wn21k list shows all.")]) -> None:
     """Print the model card of a checkpoint; its hand-written part is known in a checkout only."""
     checkpoint = registry.get_checkpoint(name)
     from wn21k_zoo import cards
@@ -58,7 +56,8 @@ def build(
     different = [path for path, text in files.items() if not _holds(path, text)]
     if not check:
         for path in different:
-            _write(path, files[path])
+            make_folder(path.parent, RecordError, "name another place with --output.")
+            write_whole(path, files[path], RecordError)
         say(f"{len(different)} of {len(files)} files written, the others were up to date")
     for path in different if check else ():
         say(f"{_shown(path)} is out of date")
@@ -77,11 +76,3 @@ def _holds(path: Path, text: str) -> bool:
 
 def _shown(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
-    except OSError as error:
-        raise RecordError(f"{path} cannot be written ({error.strerror}).") from error

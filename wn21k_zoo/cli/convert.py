@@ -11,12 +11,7 @@ from wn21k_zoo.cli.output import to_write
 from wn21k_zoo.errors import InvalidArgumentError
 from wn21k_zoo.messages import say
 
-__all__ = ["register"]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(convert)
+__all__ = ["convert"]
 
 
 def convert(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -138,7 +139,7 @@ def info(
         return
     rows = [{"split": split, **values} for split, values in described["splits"].items()]
     print_table(rows, tuple(rows[0]), format)
-    if choose_format(format) is Format.csv:  # a file has one table
+    if choose_format(format) == "csv":  # a file has one table
         return
     print_table(described["levels"], ("level", "classes", "with_images", "images"), format)
     say(f"label space {described['label_space']}; {described['preparation']}")
@@ -157,16 +158,14 @@ def show(
 ) -> None:
     """Write a contact sheet as PNG."""
     from wn21k_zoo.errors import DataOutputError
-    from wn21k_zoo.files import atomic_file
+    from wn21k_zoo.files import write_whole
     from wn21k_zoo.training.inspect import contact_sheet
 
     sheet = contact_sheet(folder, synset, split, count)
     place = output or Path(f"{synset or split}.png")
-    try:
-        with atomic_file(place) as file:
-            sheet.save(file, "PNG")
-    except OSError as error:
-        raise DataOutputError(f"{place} cannot be written: {error.strerror}; name another with --output.") from None
+    picture = io.BytesIO()
+    sheet.save(picture, "PNG")
+    write_whole(place, picture.getvalue(), DataOutputError)
     typer.echo(str(place))
 
 
@@ -183,7 +182,7 @@ def verify(
         damages = verify_shards(
             folder, lambda done, total: progress(Progress(stage="verify", done=done, total=total, images=0))
         )
-    if damages or choose_format(format) is not Format.table:
+    if damages or choose_format(format) != "table":
         rows = [{"file": damage.file, "key": damage.key, "problem": damage.problem} for damage in damages]
         print_table(rows, ("file", "key", "problem"), format)
     if damages:

@@ -9,9 +9,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -28,9 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CSV_COLUMNS",
+    "DeviceOption",
     "Format",
     "FormatOption",
     "HeadOption",
+    "LabelSpaceOption",
     "ResultWriter",
     "at_home",
     "choose_format",
@@ -63,21 +64,21 @@ CSV_COLUMNS: Mapping[str, str] = {
 _CONTROLS_OF_JSON = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}  # those below 32 are escaped anyway
 
 
-class Format(StrEnum):
-    """Formats of results."""
-
-    table = "table"
-    json = "json"
-    jsonl = "jsonl"
-    csv = "csv"
-
-
+Format = Literal["table", "json", "jsonl", "csv"]
 FormatOption = Annotated[
     Format | None, typer.Option("--format", "-f", help="Default: table on a terminal, jsonl in a pipe.")
+]
+LabelSpaceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--label-space",
+        help="Classes of a folder's model, when it does not say: a name, a file of wnids, or own (names alone).",
+    ),
 ]
 HeadOption = Annotated[
     Head | None, typer.Option("--head", help="How to read the outputs of a folder's model, when it does not say.")
 ]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 
 
 class _Messages(logging.Handler):
@@ -94,7 +95,7 @@ def log_as_messages() -> None:
 
 def choose_format(chosen: Format | None) -> Format:
     """The format that was asked for; else a table on a terminal, jsonl in a pipe."""
-    return chosen or (Format.table if sys.stdout.isatty() else Format.jsonl)
+    return chosen or ("table" if sys.stdout.isatty() else "jsonl")
 
 
 def console() -> Console:
@@ -131,9 +132,9 @@ def _json(value: Any, indent: int | None = None) -> str:
 def printed_as_json(value: Any, chosen: Format | None) -> bool:
     """Write one value on stdout where the format is JSON, on one line for jsonl; whether it is."""
     chosen = choose_format(chosen)
-    if chosen not in (Format.json, Format.jsonl):
+    if chosen not in ("json", "jsonl"):
         return False
-    print_json(value, indent=2 if chosen is Format.json else None)
+    print_json(value, indent=2 if chosen == "json" else None)
     return True
 
 
@@ -149,12 +150,12 @@ def print_table(
         heads: Of a table; by default the columns, in words.
     """
     chosen = choose_format(chosen)
-    if chosen is Format.json:
+    if chosen == "json":
         print_json(list(rows))
-    elif chosen is Format.jsonl:
+    elif chosen == "jsonl":
         for row in rows:
             print_json(row, indent=None)
-    elif chosen is Format.csv:
+    elif chosen == "csv":
         writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -216,36 +217,36 @@ class ResultWriter:
     def __init__(self, chosen: Format) -> None:
         self.format = chosen
         self._count = 0
-        if chosen is Format.csv:
+        if chosen == "csv":
             self._csv = csv.DictWriter(sys.stdout, [*CSV_COLUMNS], extrasaction="ignore", lineterminator="\n")
             self._csv.writeheader()
-        if chosen is Format.json:
+        if chosen == "json":
             sys.stdout.write("[")
-        if chosen is Format.table:
+        if chosen == "table":
             self._console = console()
 
     def write(self, source: str | None, result: Prediction | Wn21kError) -> None:
         """One result; an error is an item of the machine-readable formats too."""
         from wn21k_zoo.prediction import error_to_dict
 
-        if self.format is Format.table:
+        if self.format == "table":
             if not isinstance(result, Wn21kError):
                 _print_prediction(self._console, result)
-        elif self.format is Format.csv:
+        elif self.format == "csv":
             self._csv.writerows(_csv_rows(source, result))
         else:
             value = error_to_dict(source, result) if isinstance(result, Wn21kError) else result.to_dict()
-            if self.format is Format.json:
+            if self.format == "json":
                 sys.stdout.write(",\n" if self._count else "\n")
             sys.stdout.write(_json(value))
-            if self.format is Format.jsonl:
+            if self.format == "jsonl":
                 sys.stdout.write("\n")
         sys.stdout.flush()
         self._count += 1
 
     def close(self) -> None:
         """Ends the JSON array."""
-        if self.format is Format.json:
+        if self.format == "json":
             sys.stdout.write("\n]\n" if self._count else "]\n")
 
 

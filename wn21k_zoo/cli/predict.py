@@ -15,9 +15,11 @@ import typer
 
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.cli.output import (
+    DeviceOption,
     Format,
     FormatOption,
     HeadOption,
+    LabelSpaceOption,
     ResultWriter,
     choose_format,
     warnings_as_messages,
@@ -28,12 +30,7 @@ from wn21k_zoo.messages import bars, on_terminal, say
 if TYPE_CHECKING:
     from wn21k_zoo.predictor import Predictor
 
-__all__ = ["register"]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("predict")(predict)
+__all__ = ["predict"]
 
 
 def _complete_model(incomplete: str) -> list[str]:
@@ -65,16 +62,10 @@ def predict(
         float, typer.Option("--threshold", "-t", min=0.0, max=1.0, help="Confidence that the label must reach.")
     ] = 0.5,
     tree: Annotated[str | None, typer.Option("--tree", help="fall11, winter21, or a file of wnids.")] = None,
-    label_space: Annotated[
-        str | None,
-        typer.Option(
-            "--label-space",
-            help="Classes of a folder's model, when it does not say: a name, a file of wnids, or own (names alone).",
-        ),
-    ] = None,
+    label_space: LabelSpaceOption = None,
     head: HeadOption = None,
     format: FormatOption = None,  # noqa: A002
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: DeviceOption = "auto",
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Images per forward pass. Default: 8 on a CPU, else 32.")
     ] = None,
@@ -144,7 +135,7 @@ def _write(
 ) -> int:
     """Write all results and return the exit code."""
     done = failed = 0
-    with _progress(total, quiet or (chosen is Format.table and sys.stdout.isatty())) as advance:
+    with _progress(total, quiet or (chosen == "table" and sys.stdout.isatty())) as advance:
         writer = ResultWriter(chosen)
         try:
             for source, result in results:

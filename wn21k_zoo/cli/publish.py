@@ -10,13 +10,7 @@ import typer
 from wn21k_zoo.cli.output import FormatOption, print_table
 from wn21k_zoo.messages import say
 
-__all__ = ["register"]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command()(export)
-    app.command()(publish)
+__all__ = ["export", "publish"]
 
 
 def export(

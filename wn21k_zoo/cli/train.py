@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from wn21k_zoo.cli.output import (
+    DeviceOption,
     Format,
     FormatOption,
     HeadOption,
+    LabelSpaceOption,
     choose_format,
     print_table,
     printed_as_json,
@@ -28,7 +30,7 @@ from wn21k_zoo.messages import say
 if TYPE_CHECKING:
     from wn21k_zoo.training.state import RunFolder
 
-__all__ = ["app", "register"]
+__all__ = ["app", "evaluate"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -98,8 +100,7 @@ def plan(
         typer.Option("--images", min=1, help="Training images. Default: of --data, of the run, or as published."),
     ] = None,
     data: Annotated[
-        str | None,
-        typer.Option("--data", help="What it will be trained on, whose images and classes are counted."),
+        str | None, typer.Option("--data", help="What it will be trained on, whose images and classes are counted.")
     ] = None,
     set: SetOption = None,  # noqa: A002
     format: FormatOption = None,  # noqa: A002
@@ -119,7 +120,7 @@ def plan(
         images, classes = images or run.training_images(), len(run.classes()[1])
     figures = make_plan(resolved, gpus=gpus, images_per_second=images_per_second, images=images, classes=classes)
     row = {"recipe": resolved.name, "gpus": gpus, **dataclasses.asdict(figures)}
-    if choose_format(format) is Format.table:
+    if choose_format(format) == "table":
         print_table(
             [{"field": name, "value": _readable(value)} for name, value in row.items()], ("field", "value"), format
         )
@@ -172,7 +173,7 @@ def compare(
             say(str(error))
     if not rows:
         raise RunError("There is nothing to compare.")
-    if choose_format(format) is not Format.table:
+    if choose_format(format) != "table":
         print_table(rows, tuple(rows[0]), format)
         return
     for begin in range(0, len(rows), _BESIDE):
@@ -260,11 +261,6 @@ def export(
     typer.echo(str(export_run(run, folder, which=which, name=name, dtype=dtype, force=force)))
 
 
-def register(target: typer.Typer) -> None:
-    """Add ``evaluate`` to the application."""
-    target.command()(evaluate)
-
-
 def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run, a record's or timm's name, a folder, hf-hub:ORG/NAME.")
@@ -284,13 +280,7 @@ def evaluate(
         ),
     ] = None,
     which: Annotated[Literal["best", "last"], typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
-    label_space: Annotated[
-        str | None,
-        typer.Option(
-            "--label-space",
-            help="Classes of a folder's model, when it does not say: a name, a file of wnids, or own (names alone).",
-        ),
-    ] = None,
+    label_space: LabelSpaceOption = None,
     head: HeadOption = None,
     image_size: Annotated[
         int | None,
@@ -301,7 +291,7 @@ def evaluate(
         int | None,
         typer.Option("--workers", "-j", min=0, help="Processes that load images. Default: all cores, at most 16."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: DeviceOption = "auto",
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"], typer.Option("--precision", help="Of the forward pass.")
     ] = "fp32",
@@ -367,7 +357,7 @@ def _print_figures(figures: dict[str, Any], format: Format | None) -> None:  # n
     shown = {**figures, "input_size": " x ".join(map(str, figures["input_size"]))}
     shown = {name: value for name, value in shown.items() if not isinstance(value, (dict, list))}
     shown |= {f"level {depth}": value for depth, value in figures.get("levels", {}).items()}
-    if choose_format(format) is Format.table:
+    if choose_format(format) == "table":
         shown = {name.replace("_", " "): _readable(value) for name, value in shown.items()}
     print_table([{"figure": name, "value": value} for name, value in shown.items()], ("figure", "value"), format)
 

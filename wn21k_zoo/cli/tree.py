@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,14 +27,6 @@ TreeOption = Annotated[
 COLUMNS = ("index", "wnid", "name", "depth", "definition")
 
 
-class Drawing(StrEnum):
-    """Ways to draw a tree."""
-
-    tree = "tree"
-    dot = "dot"
-    json = "json"
-
-
 @app.command()
 def show(
     node: Annotated[str | None, typer.Argument(help="Draw what is below this wnid or index. Default: all.")] = None,
@@ -44,17 +35,18 @@ def show(
         int | None, typer.Option("--depth", "-d", min=0, help="Levels to draw. Default: 2, or all below a node.")
     ] = None,
     format: Annotated[  # noqa: A002
-        Drawing | None, typer.Option("--format", "-f", help="Default: tree on a terminal, json in a pipe.")
+        Literal["tree", "dot", "json"] | None,
+        typer.Option("--format", "-f", help="Default: tree on a terminal, json in a pipe."),
     ] = None,
 ) -> None:
     """Draw the tree, or the part below a node."""
     semantic_tree = SemanticTree.find(tree)
-    chosen = format or (Drawing.tree if sys.stdout.isatty() else Drawing.json)
+    chosen = format or ("tree" if sys.stdout.isatty() else "json")
     top = _node(semantic_tree, node) if node is not None else None
     limit = 2 if depth is None and node is None else depth
-    if chosen is Drawing.dot:
+    if chosen == "dot":
         sys.stdout.write(semantic_tree.to_dot(top, limit))
-    elif chosen is Drawing.json:
+    elif chosen == "json":
         print_json(semantic_tree.to_dict(top, limit))
     else:
         console().print(semantic_tree.to_rich(top, limit))
@@ -142,7 +134,7 @@ def build(
     ] = False,
 ) -> None:
     """Build the label spaces' and trees' data anew from WordNet 3.0: always the same bytes."""
-    from wn21k_zoo.files import write_whole
+    from wn21k_zoo.files import make_folder, write_whole
     from wn21k_zoo.wordnet import compile_data, packaged_data
 
     if output is None and not check:
@@ -151,12 +143,9 @@ def build(
         raise InvalidArgumentError(f"{output} is a file; --output wants a folder.")
     files = compile_data(wordnet)
     if output is not None:
-        try:
-            for name, content in files.items():
-                (output / name).parent.mkdir(parents=True, exist_ok=True)
-                write_whole(output / name, content)
-        except OSError as error:
-            raise TreeError(f"{output} cannot be written ({error.strerror}).") from error
+        for name, content in files.items():
+            make_folder((output / name).parent, TreeError, "name another place with --output.")
+            write_whole(output / name, content, TreeError)
         say(f"{len(files)} files written to {output}")
     if check:
         different = [name for name, content in files.items() if packaged_data(name) != content]

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
 import sys
 from dataclasses import asdict
-from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, Checkpoint
 from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, print_json, print_table, printed_as_json
-from wn21k_zoo.errors import without_login
-from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.synsets import WNID_PATTERN
+from wn21k_zoo.errors import UnresolvedLabelSpaceError, without_login
+from wn21k_zoo.labels import ClassNames, LabelSpace
 
-__all__ = ["register"]
+__all__ = ["doctor", "info", "list_checkpoints", "schema"]
 
 PACKAGES = ("wn21k-zoo", "torch", "torchvision", "timm", "huggingface-hub", "safetensors", "pillow", "numpy", "nltk")
 EXTRAS = {
@@ -33,21 +32,6 @@ EXTRAS = {
     "train": "pydantic",
     "plot": "matplotlib",
 }
-
-
-class SchemaFormat(StrEnum):
-    """What wn21k schema describes."""
-
-    json = "json"
-    csv = "csv"
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command("list")(list_checkpoints)
-    app.command()(info)
-    app.command()(schema)
-    app.command()(doctor)
 
 
 def list_checkpoints(
@@ -121,16 +105,16 @@ def _of_folder(folder: Path) -> dict[str, Any]:
     from wn21k_zoo import building, models
 
     config = building.read_config(folder)
-    stated = models.stated_outputs(config, folder)
     names = [str(each) for each in config.get("label_names") or []]
-    is_own = config.get("label_space") == "own" or (names and not any(map(WNID_PATTERN.fullmatch, names)))
     local = next((folder / each for each in building.WEIGHT_FILES if (folder / each).is_file()), None)
-    space = stated[0].name if stated is not None else "own" if is_own else None
+    space, head = None, None
+    with contextlib.suppress(UnresolvedLabelSpaceError):
+        space, head = models.outputs_of(config, folder)
     return {
         "name": folder.name,
         "architecture": config["architecture"],
-        "label_space": space,
-        "head": stated[1] if stated is not None else "softmax" if space == "own" else None,  # as predict reads them
+        "label_space": space.name if space is not None else None,
+        "head": head or ("softmax" if isinstance(space, ClassNames) else None),  # as predict reads them
         "num_classes": config.get("num_classes"),
         "first_classes": "; ".join(names[:3]) or None,
         **{key: value for key, value in config.get("pretrained_cfg", {}).items() if key != "label_names"},
@@ -150,13 +134,14 @@ def _known(value: int | str | None) -> str:
 
 def schema(
     format: Annotated[  # noqa: A002
-        SchemaFormat, typer.Option("--format", "-f", help="json: the JSON Schema of a result; csv: its columns.")
-    ] = SchemaFormat.json,
+        Literal["json", "csv"],
+        typer.Option("--format", "-f", help="json: the JSON Schema of a result; csv: its columns."),
+    ] = "json",
 ) -> None:
     """Describe the results of predict: JSON Schema, or the columns of csv."""
     from wn21k_zoo.prediction import json_schema
 
-    if format is SchemaFormat.json:
+    if format == "json":
         print_json(json_schema())
     else:
         rows = [{"column": column, "meaning": meaning} for column, meaning in CSV_COLUMNS.items()]

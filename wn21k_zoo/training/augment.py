@@ -34,6 +34,7 @@ Image: TypeAlias = NDArray[np.uint8]
 
 _PROBABILITY = 0.5  # of each of the two operations
 _GREY = 128  # where a shear, a translation or a rotation uncovers nothing of the image
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / np.float32(13)  # as Pillow's filter of that name
 _SQUARE_COLOUR = (125, 122, 113)  # of RandAugment's own cutout: about the mean colour of ImageNet
 # How much is computed at once. Larger temporary arrays leave the second-level cache, and the C library takes their
 # pages from the system, and gives them back, each time, which costs more than the arithmetic.
@@ -211,19 +212,12 @@ def _color(image: Image, magnitude: float, random: Random) -> Image:
 
 
 def _sharpness(image: Image, magnitude: float, random: Random) -> Image:
-    # Pillow's SMOOTH: ones around a five, over 13. A thirteenth of an integer is never half way between two integers,
-    # so how the sum is rounded does not matter. The border stays as it is.
+    # A thirteenth of an integer is never half way between two integers, so how the sum is rounded does not matter. The
+    # border stays as it is.
     smooth = image.copy()
     if min(image.shape[:2]) > 2:
-        smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, _smoothing())[1:-1, 1:-1]
+        smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, _SMOOTH)[1:-1, 1:-1]
     return _blend(smooth, image, 1 + magnitude)
-
-
-@functools.cache
-def _smoothing() -> NDArray[np.float32]:
-    kernel = np.ones((3, 3), np.float32)
-    kernel[1, 1] = 5
-    return kernel / np.float32(13)
 
 
 def _blend(degenerate: Image, image: Image, factor: float) -> Image:

@@ -46,9 +46,7 @@ class CheckpointWriter:
         """
         self._queue.join()
         self.write(copied(dict(state)), best)
-        if wait:
-            self.wait()
-        self.check()
+        self.wait() if wait else self.check()
 
     def write(self, state: dict[str, Any], best: bool = False) -> None:
         """Write a state whose tensors nobody changes; :meth:`wait` says how that went."""

@@ -118,12 +118,7 @@ def _rectangle(
         aspect = math.exp(low + (high - low) * random.random())
         wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < wide <= width and 0 < tall <= height:
-            return (
-                int(random.random() * (height - tall + 1)),
-                int(random.random() * (width - wide + 1)),
-                tall,
-                wide,
-            )
+            return (int(random.random() * (height - tall + 1)), int(random.random() * (width - wide + 1)), tall, wide)
     return None
 
 

@@ -18,12 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from wn21k_zoo.errors import (
-    BadImagesError,
-    InvalidArgumentError,
-    check_share,
-    whole_number,
-)
+from wn21k_zoo.errors import BadImagesError, InvalidArgumentError, check_share, whole_number
 from wn21k_zoo.training.augment import PublishedAugmentation, Squash
 from wn21k_zoo.training.dataset import ImageDataset, ShardedDataset, open_dataset
 from wn21k_zoo.training.extra import cv2

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.exclusive import exclusive
+from wn21k_zoo.files import make_folder
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
@@ -35,7 +36,7 @@ from wn21k_zoo.training.shards import (
     read_index,
     write_index,
 )
-from wn21k_zoo.training.storage import Stage, Storage, data_cache_dir, default_stage, make_cache_folder, open_storage
+from wn21k_zoo.training.storage import ELSEWHERE, Stage, Storage, data_cache_dir, default_stage, open_storage
 
 __all__ = ["ImageDataset", "Images", "ShardedDataset", "open_dataset"]
 
@@ -322,11 +323,7 @@ def _ours(text: str | None, url: str) -> DatasetInfo | None:
 
 
 def _open_ours(
-    storage: Storage,
-    info: DatasetInfo,
-    split: str,
-    label_space: str | LabelSpace | None,
-    stage: Stage,
+    storage: Storage, info: DatasetInfo, split: str, label_space: str | LabelSpace | None, stage: Stage
 ) -> ShardedDataset:
     if split not in info.splits:
         raise DataError(
@@ -384,12 +381,7 @@ def _check_sizes(folder: Path, shards: Sequence[Shard]) -> None:
 
 
 def _dataset(
-    storage: Storage,
-    split: str,
-    space: LabelSpace,
-    stage: Stage,
-    refs: Sequence[_ShardRef],
-    indexes: list[Path],
+    storage: Storage, split: str, space: LabelSpace, stage: Stage, refs: Sequence[_ShardRef], indexes: list[Path]
 ) -> ShardedDataset:
     indexed = (
         replace(ref, index=index, num_samples=len(read_index(index))) for ref, index in zip(refs, indexes, strict=True)
@@ -400,15 +392,10 @@ def _dataset(
     return ShardedDataset(storage=storage, split=split, label_space=space, stage=stage, shards=shards)
 
 
-def _indexes(
-    storage: Storage,
-    names: list[str],
-    digest: str,
-    build: Callable[[str], NDArray[np.void]],
-) -> list[Path]:
+def _indexes(storage: Storage, names: list[str], digest: str, build: Callable[[str], NDArray[np.void]]) -> list[Path]:
     """An index of each file in the cache, made if it is not there or the file has changed since; in one process."""
     folder = data_cache_dir() / "index"
-    make_cache_folder(folder)
+    make_folder(folder, DataError, ELSEWHERE)
 
     def place(name: str) -> Path:
         with _errors_of(storage, name):
@@ -429,13 +416,13 @@ def _indexes(
         paths = list(pool.map(place, names))  # an error cancels what has not begun
     if all(map(_is_index, paths)):
         return paths
-    lock, advice = folder / f"{_short(storage.url)}.lock", "set WN21K_DATA_CACHE to another disk."
+    lock = folder / f"{_short(storage.url)}.lock"
 
     def waiting() -> None:
         _LOG.warning("waiting for the process that looks through %s", storage.url)
 
     with (
-        exclusive(lock, DataError, advice, seconds=5, waiting=waiting),
+        exclusive(lock, DataError, ELSEWHERE, seconds=5, waiting=waiting),
         concurrent.futures.ThreadPoolExecutor(8) as pool,
     ):
         missing = [(name, path) for name, path in zip(names, paths, strict=True) if not _is_index(path)]

@@ -12,16 +12,12 @@ from PIL import ExifTags, Image
 
 from wn21k_zoo.errors import ImageDecodeError, ImageError, MissingExtraError
 from wn21k_zoo.images import FORMATS, load_image
-from wn21k_zoo.training.encode import BEGIN_OF_JPEG, BOMB_PIXELS, METADATA_WITHIN, is_cut_off
+from wn21k_zoo.training.encode import BEGIN_OF_JPEG, BOMB_PIXELS, METADATA_WITHIN, BadImageError, is_cut_off
 from wn21k_zoo.training.extra import cv2, simplejpeg
 
-__all__ = ["UndecodableError", "decode"]
+__all__ = ["decode"]
 
 _APP1 = b"\xff\xe1"  # EXIF or XMP
-
-
-class UndecodableError(Exception):
-    """Why a stored image cannot be decoded."""
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:
@@ -31,18 +27,18 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     preparation takes, other files as many as :func:`wn21k_zoo.images.load_image`, or more.
 
     Raises:
-        UndecodableError: Truncated, damaged, too large or no image.
+        BadImageError: Truncated, damaged, too large or no image.
     """
     is_jpeg = data.startswith(BEGIN_OF_JPEG)
     if is_jpeg and _is_upright(data):
         with contextlib.suppress(ValueError):  # CMYK, say
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             if height * width > BOMB_PIXELS:
-                raise UndecodableError(f"has {height * width / 1e6:.0f} megapixels")
+                raise BadImageError(f"has {height * width / 1e6:.0f} megapixels")
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
             return pixels
     if is_jpeg and is_cut_off(data):
-        raise UndecodableError("truncated")
+        raise BadImageError("truncated")
     try:
         with warnings.catch_warnings(action="ignore"):  # of frames that are left out, say
             return np.array(load_image(data))
@@ -51,7 +47,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
             found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
             if found is not None:
                 return np.asarray(cv2.cvtColor(found, cv2.COLOR_BGR2RGB), np.uint8)
-        raise UndecodableError(str(error).removeprefix("The image ").rstrip(".")) from None
+        raise BadImageError(str(error).removeprefix("The image ").rstrip(".")) from None
 
 
 def _is_upright(data: bytes) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from wn21k_zoo.errors import ImageError, ImageTooLargeError, MissingExtraError
 from wn21k_zoo.images import FORMATS, MAX_PIXELS, load_image
@@ -43,7 +43,6 @@ METADATA_WITHIN = 65536
 """Bytes of a JPEG within which its metadata begins."""
 
 BOMB_PIXELS = 2 * MAX_PIXELS  # from where on Pillow refuses an image
-_ORIENTATION = 0x0112
 _BEGIN_OF_SCAN = b"\xda"
 _END_OF_IMAGE = b"\xff\xd9"
 _MAX_SIDE = 65_500  # libjpeg's limit
@@ -51,7 +50,7 @@ _EXIF = b"Exif\x00\x00"
 
 
 class BadImageError(Exception):
-    """Why an image cannot be used; goes into the manifest, never to the user."""
+    """Why an image cannot be used, without its name: for the manifest, or for a message that names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +139,9 @@ def _inspect_jpeg(data: bytes) -> tuple[str, str, int, int, int] | None:
 
 def _inspect_any(data: bytes) -> tuple[str, str, int, int, int]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                format_, mode, (width, height) = image.format or "unknown", image.mode, image.size
-                orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            format_, mode, (width, height) = image.format or "unknown", image.mode, image.size
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
     except Image.DecompressionBombError:
         raise BadImageError("too many pixels") from None
     except Exception:  # Pillow's readers raise what they like for a damaged header

@@ -18,14 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from wn21k_zoo.errors import (
-    InvalidArgumentError,
-    NonFiniteError,
-    RecipeError,
-    RunError,
-    Wn21kError,
-    first_line,
-)
+from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError, RecipeError, RunError, Wn21kError, first_line
 from wn21k_zoo.files import local_path
 from wn21k_zoo.messages import say
 from wn21k_zoo.training.agreement import Agreement, Answer

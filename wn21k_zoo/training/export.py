@@ -116,9 +116,6 @@ class Trained:
             resize="squash" if recipe.data.crop_pct is None else "crop",
             crop_pct=recipe.data.crop_pct or 1.0,
             sources=(),
-            license=None,
-            paper=None,
-            origin=None,
             metrics=metrics,
         )
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +101,8 @@ def _sort(
     lengths = np.diff(np.searchsorted(hashes, bounds), append=len(hashes)).astype(np.int64)
     free = np.cumsum(lengths) - lengths  # the next free place of each shard
     columns = ["order", "start", "length", "image_offset", "stored_bytes"]
-    _save(work / f"{split}.bounds.npy", bounds)
+    with atomic_file(work / f"{split}.bounds.npy") as file:
+        np.save(file, bounds, allow_pickle=False)
     order = np.lib.format.open_memmap(work / f"{split}.order.npy", "w+", _ORDER_DTYPE, (len(hashes),))
     labels = options.space.index
     try:
@@ -131,11 +131,6 @@ def _samples(
         if getattr(result, split):
             table = read_table(work / "classes" / f"{result.name}.parquet", columns=["split", *columns])
             yield part, table.filter(pc.equal(table["split"], split))
-
-
-def _save(path: Path, array: NDArray[Any]) -> None:
-    with atomic_file(path) as file:
-        np.save(file, array, allow_pickle=False)
 
 
 def write_shard(output: Path, names: list[str], split: str, number: int, first: int, length: int) -> int:

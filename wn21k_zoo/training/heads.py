@@ -7,9 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wn21k_zoo.errors import (
-    RecipeError,
-)
+from wn21k_zoo.errors import RecipeError
 
 __all__ = ["calm_head", "check_head", "freeze_backbone", "heads_of", "reorder_head", "train_head"]
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import os
 import tarfile
 from collections import Counter
@@ -104,12 +105,10 @@ def contact_sheet(
     space = info.space
     if split not in info.splits:
         raise DataError(f"{folder} has no split {split!r}; its splits are {', '.join(info.splits)}.")
-    target = _target(space, synset)
-    found = []
-    for name, data, here in _images(folder, info.splits[split], target):
-        found.append((name, data, here))
-        if len(found) >= count:
-            break
+    if synset is not None and synset not in space:
+        raise UnknownSynsetError(f"{synset} is no class of {space.name}.{did_you_mean(synset, space.wnids)}")
+    target = space.index[synset] if synset is not None else None
+    found = list(itertools.islice(_images(folder, info.splits[split], target), count))
     if not found:
         raise UnknownSynsetError(f"{folder}, split {split}, has no image of {synset}.")
     side, line = 112, 14
@@ -136,14 +135,6 @@ def _shortened(text: str, font: Any, width: int) -> str:
     while text and font.getlength(text) > width:
         text = text[:-1]
     return text
-
-
-def _target(space: LabelSpace, synset: str | None) -> int | None:
-    if synset is None:
-        return None
-    if synset not in space:
-        raise UnknownSynsetError(f"{synset} is no class of {space.name}.{did_you_mean(synset, space.wnids)}")
-    return space.index[synset]
 
 
 def _images(folder: Path, shards: tuple[Shard, ...], target: int | None) -> Iterator[tuple[str, bytes, int]]:

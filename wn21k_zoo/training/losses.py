@@ -21,13 +21,7 @@ from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
 from wn21k_zoo.training.levels import Levels, Order
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = [
-    "MultiLabelLoss",
-    "SemanticDistillationLoss",
-    "SemanticSoftmaxLoss",
-    "SingleLabelLoss",
-    "explain",
-]
+__all__ = ["MultiLabelLoss", "SemanticDistillationLoss", "SemanticSoftmaxLoss", "SingleLabelLoss", "explain"]
 
 
 class SemanticSoftmaxLoss(nn.Module):

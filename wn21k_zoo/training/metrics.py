@@ -74,11 +74,10 @@ class Counts(nn.Module):
 
     def _total(self) -> list[int]:
         total = self.counts
-        distributed = torch.distributed
-        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        if self.over_ranks and several:
+        dist = torch.distributed
+        if self.over_ranks and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             total = total.clone()
-            torch.distributed.all_reduce(total)
+            dist.all_reduce(total)
         return [int(value) for value in total.flatten().tolist()]
 
 

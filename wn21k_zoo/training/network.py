@@ -94,11 +94,7 @@ def build_network(
 
 
 def _started(
-    recipe: Recipe,
-    start: str,
-    class_names: Sequence[str],
-    levels: Levels | None,
-    arguments: dict[str, Any],
+    recipe: Recipe, start: str, class_names: Sequence[str], levels: Levels | None, arguments: dict[str, Any]
 ) -> nn.Module:
     refuse_run("model.start", start)
     keeps = classes_of(start) == tuple(class_names)

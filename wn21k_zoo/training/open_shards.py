@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError
 from wn21k_zoo.training.dataset import ImageDataset, Images, ShardedDataset
-from wn21k_zoo.training.decode import UndecodableError, decode
+from wn21k_zoo.training.decode import decode
+from wn21k_zoo.training.encode import BadImageError
 from wn21k_zoo.training.folder import FolderDataset
 
 __all__ = ["AnyDataset", "OpenShards", "TorchDataset", "check_dataset"]
@@ -143,7 +144,7 @@ class TorchDataset(Dataset[tuple[Any, int]]):
         entry = entries[sample - int(self._starts[shard])]
         try:
             pixels = decode(file.read(int(entry["offset"]), int(entry["size"])))
-        except (UndecodableError, OSError) as error:
+        except (BadImageError, OSError) as error:
             name = self.dataset.place(shard, file.key(int(entry["offset"])))
             raise BadImagesError(f"{name} is damaged ({error}); remove it, or get it anew.") from None
         image = Image.fromarray(pixels)

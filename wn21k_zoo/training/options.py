@@ -14,13 +14,7 @@ from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError, whole_number
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 from wn21k_zoo.training.tasks import Engine, run_tasks
 
-__all__ = [
-    "PrepareOptions",
-    "Progress",
-    "Resize",
-    "Tasks",
-    "disk_full_as_error",
-]
+__all__ = ["PrepareOptions", "Progress", "Resize", "Tasks", "disk_full_as_error"]
 
 Resize = Literal["squash", "short-edge", "none"]
 

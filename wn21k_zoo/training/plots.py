@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import DataOutputError, MissingExtraError, RunError
-from wn21k_zoo.files import atomic_file, check_writable
+from wn21k_zoo.files import check_writable, write_whole
 from wn21k_zoo.training.state import RunFolder, names_of, read_lines
 
 __all__ = ["check_picture", "plot_reliability", "plot_runs"]
@@ -151,9 +152,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 
 
 def _save(figure: Any, output: Path) -> Path:
-    try:
-        with atomic_file(output) as file:
-            figure.savefig(file, dpi=120, format="png")
-    except OSError as error:
-        raise DataOutputError(f"{output} cannot be written: {error.strerror}; name another file.") from None
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_whole(output, picture.getvalue(), DataOutputError)
     return output

@@ -264,6 +264,12 @@ def _finish(
     write_manifest(output, results)
     write_whole(output / "classes.csv", classes_csv(results))
     write_whole(output / "SUMMARY.md", summary(results, space, recorded))
-    info = DatasetInfo.of(space, shards, recorded)
+    info = DatasetInfo(
+        label_space=space.name,
+        label_digest=space.digest,
+        splits=shards,
+        preparation=recorded,
+        wnids=None if space.is_shipped else space.wnids,
+    )
     write_whole(output / INFO_FILE, info.to_json())
     return info

@@ -91,17 +91,6 @@ class DatasetInfo:
     preparation: dict[str, Any] = field(default_factory=dict)
     wnids: tuple[str, ...] | None = None
 
-    @staticmethod
-    def of(space: LabelSpace, splits: dict[str, tuple[Shard, ...]], preparation: dict[str, Any]) -> DatasetInfo:
-        """Of shards whose class indices are positions in a label space."""
-        return DatasetInfo(
-            label_space=space.name,
-            label_digest=space.digest,
-            splits=splits,
-            preparation=preparation,
-            wnids=None if space.is_shipped else space.wnids,
-        )
-
     @functools.cached_property
     def space(self) -> LabelSpace:
         """The label space.

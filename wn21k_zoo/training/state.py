@@ -26,14 +26,14 @@ import torch
 
 from wn21k_zoo.errors import RecipeError, RunError, UnknownLabelSpaceError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import RECIPE_FILE, expanded, is_hidden, is_run, parse_json
+from wn21k_zoo.files import RECIPE_FILE, expanded, is_hidden, is_run, make_folder, parse_json
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.recipe import Recipe
-from wn21k_zoo.training.status import STATUS_FILE, make_run_folder, read_status, write_status, write_text
+from wn21k_zoo.training.status import ELSEWHERE, STATUS_FILE, read_status, write_status, write_text
 
 __all__ = ["DATA_FILE", "FORMAT", "RunFolder", "names_of", "read_checkpoint", "read_lines", "score"]
 
-FORMAT = 3  # groups of the optimizer by head, then by decay; averages that begin over few steps
+FORMAT = 3
 """Of a checkpoint's content; another number when something in it means something else."""
 
 DATA_FILE = "data.json"
@@ -98,7 +98,7 @@ class RunFolder:
         Raises:
             RunError: The folder cannot be written.
         """
-        make_run_folder(self.checkpoints)
+        make_folder(self.checkpoints, RunError, ELSEWHERE)
         for left in self.checkpoints.glob("*.tmp*"):
             with contextlib.suppress(OSError):
                 left.unlink(missing_ok=True)
@@ -112,9 +112,9 @@ class RunFolder:
         Raises:
             RunError: One does.
         """
-        make_run_folder(self.path)
+        make_folder(self.path, RunError, ELSEWHERE)
         busy = f"Another run is writing to {self.path}; wait for it, or name another output folder."
-        with exclusive(self.path / ".lock", RunError, "name another output folder.", busy=busy, seconds=2):
+        with exclusive(self.path / ".lock", RunError, ELSEWHERE, busy=busy, seconds=2):
             yield
 
     def recipe(self) -> Recipe:

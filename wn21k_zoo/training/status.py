@@ -14,9 +14,10 @@ from typing import Any
 from wn21k_zoo.errors import RunError
 from wn21k_zoo.files import RECIPE_FILE, is_hidden, make_folder, parse_json, write_whole
 
-__all__ = ["STATUS_FILE", "make_run_folder", "mark_preempted", "read_status", "write_status", "write_text"]
+__all__ = ["ELSEWHERE", "STATUS_FILE", "mark_preempted", "read_status", "write_status", "write_text"]
 
 STATUS_FILE = "status.json"
+ELSEWHERE = "name another output folder."
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -26,15 +27,6 @@ def read_status(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def make_run_folder(path: Path) -> None:
-    """Make a folder of a run, where it is not there yet.
-
-    Raises:
-        RunError: It cannot be made.
-    """
-    make_folder(path, RunError, "name another output folder.")
 
 
 def write_status(folder: Path, state: str, step: int, **more: Any) -> None:
@@ -84,5 +76,5 @@ def mark_preempted(folder: Path, step: int | None = None) -> None:
     except OSError:  # a file
         return
     kept = {key: value for key, value in status.items() if key == "total"}
-    make_run_folder(folder)
+    make_folder(folder, RunError, ELSEWHERE)
     write_status(folder, "preempted", status.get("step", 0) if step is None else step, **kept)

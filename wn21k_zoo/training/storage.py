@@ -20,24 +20,16 @@ from wn21k_zoo.errors import DataError, DiskSpaceError, InvalidArgumentError, Wn
 from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.files import expanded, make_folder, replace, sha256_of, user_cache
 
-__all__ = ["Stage", "Storage", "data_cache_dir", "default_stage", "make_cache_folder", "open_storage"]
+__all__ = ["ELSEWHERE", "Stage", "Storage", "data_cache_dir", "default_stage", "open_storage"]
 
 _GB = 10**9
+ELSEWHERE = "set WN21K_DATA_CACHE to a folder on another disk."
 
 
 def data_cache_dir() -> Path:
     """Folder for staged shards and indexes: ``WN21K_DATA_CACHE``, else the user's cache folder."""
     named = os.environ.get("WN21K_DATA_CACHE")
     return expanded(named, DataError).absolute() if named else user_cache(DataError, "WN21K_DATA_CACHE") / "data"
-
-
-def make_cache_folder(folder: Path) -> None:
-    """Make a folder in :func:`data_cache_dir`.
-
-    Raises:
-        DataError: It cannot be made.
-    """
-    make_folder(folder, DataError, "set WN21K_DATA_CACHE to another one.")
 
 
 @dataclass(frozen=True)
@@ -145,8 +137,8 @@ class Stage:
         if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(self.folder)):
             raise DataError(f"{name} is no name of a shard: it lies outside of the data set; do not trust that one.")
         if not path.is_file():
-            make_cache_folder(path.parent)
-            with exclusive(Path(f"{path}.lock"), DataError, "set WN21K_DATA_CACHE to another disk."):
+            make_folder(path.parent, DataError, ELSEWHERE)
+            with exclusive(Path(f"{path}.lock"), DataError, ELSEWHERE):
                 if not path.is_file():
                     self._make(path, make, sha256)
                     self._trim(path)

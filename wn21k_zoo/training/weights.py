@@ -18,7 +18,7 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.models import stated_outputs
+from wn21k_zoo.models import outputs_of
 from wn21k_zoo.training.folder import composed
 from wn21k_zoo.training.recipe import RANDOM, Recipe, is_reserved
 
@@ -68,13 +68,10 @@ def classes_of(start: str) -> tuple[str, ...] | None:
     Raises:
         ModelError, UnknownModelError: What says so is damaged, or cannot be had.
     """
-    if (folder := building.configured_folder(start)) is not None:
-        config = building.read_config(folder)
-        if (stated := stated_outputs(config, folder)) is not None:
-            return stated[0].wnids
-        names = config.get("label_names")
-        return tuple(composed(str(name)) for name in names) if names else None
     try:
+        if (folder := building.configured_folder(start)) is not None:
+            classes, _ = outputs_of(building.read_config(folder), folder)
+            return tuple(map(composed, classes))
         return LabelSpace.load(registry.resolve_checkpoint(start).label_space).wnids
     except UnresolvedLabelSpaceError:
         return None

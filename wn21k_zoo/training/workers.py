@@ -23,7 +23,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from wn21k_zoo.errors import DataError, ImageError, Wn21kError
 from wn21k_zoo.training.dataset import ImageDataset
-from wn21k_zoo.training.decode import UndecodableError, decode
+from wn21k_zoo.training.decode import decode
+from wn21k_zoo.training.encode import BadImageError
 from wn21k_zoo.training.extra import cv2
 from wn21k_zoo.training.open_shards import OpenShards
 from wn21k_zoo.training.order import SampleOrder
@@ -168,7 +169,7 @@ class Reader(Dataset[dict[str, Any]]):
                     decode(file.read(int(entry["offset"]), int(entry["size"]))),
                     randomness(self.order.seed, epoch, sample),
                 )
-            except (UndecodableError, ImageError, OSError, cv2.error) as error:
+            except (BadImageError, ImageError, OSError, cv2.error) as error:
                 bad.append((self.dataset.shard_name(shard), file.key(int(entry["offset"])), str(error)))
                 continue
             if images is None:
