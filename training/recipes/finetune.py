@@ -42,7 +42,8 @@ its way). Hours: images seen / images per second / 3600, where the lines of a ru
 the images per second of all its GPUs; `wn21k train plan FILE --gpus 1 --images N --images-per-second X` computes them
 before.
 
-Learning rates, augmentation and epochs are our choice, for folders of any size. Published of the authors' fine-tuning
+Learning rates, augmentation and epochs are our choice. benchmarks/finetune.py compares them with a linear probe on few
+images: where the classes are near those of the weights, --set model.freeze_backbone=true may be better. Published of the authors' fine-tuning
 are an example on CIFAR-100 and single values (wn21k_zoo/training/presets.py): batch 128, 50 epochs, Adam at 2e-4 or
 SGD, a moving average of 0.995.
 """
