@@ -270,13 +270,13 @@ def test_what_cannot_be_is_refused(shards, tmp_path):
         (tmp_path, "train", "no shards"),
         ("nosuch://bucket/folder", "train", "cannot be reached"),
         ("ftp://127.0.0.1:9/folder", "train", "cannot be reached"),
-        ("http://127.0.0.1:9/folder", "train", "or is out of reach"),
+        ("http://127.0.0.1:9/folder", "train", "or is not reachable"),
     ):
         with pytest.raises(DataError, match=message):
             open_dataset(place, split)
     (tmp_path / "missing").mkdir()
     shutil.copy(shards / "_info.json", tmp_path / "missing")
-    with pytest.raises(DataError, match=r"train-00000\.tar is missing; copy it anew"):
+    with pytest.raises(DataError, match=r"train-00000\.tar is missing; copy it again"):
         open_dataset(tmp_path / "missing")
     shutil.copytree(shards, tmp_path / "short")
     last = max((tmp_path / "short").glob("train-*.tar"))

@@ -218,13 +218,13 @@ def test_what_is_no_data_set(tmp_path):
         open_folder(tmp_path, "vall")
     with pytest.raises(DataError, match="Did you mean validation"):
         open_folder(tmp_path, "val")
-    with pytest.raises(DataError, match="open_folder takes folders of classes"):
+    with pytest.raises(DataError, match="use open_folder for class folders"):
         open_dataset(tmp_path)
     with pytest.raises(DataError, match="does not exist; name a folder of class folders"):
         open_folder(tmp_path / "nothing")
     (tmp_path / "archives").mkdir()
     (tmp_path / "archives" / f"{WNIDS[0]}.tar").touch()
-    with pytest.raises(DataError, match="`wn21k data prepare` makes shards of archives of classes"):
+    with pytest.raises(DataError, match="`wn21k data prepare` makes shards from class archives"):
         open_dataset(tmp_path / "archives")
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "photo.tar").touch()

@@ -152,7 +152,7 @@ def test_another_layout_is_told(data, tmp_path, stop_at, capsys):
         run_told(small_recipe(), data, tmp_path)
     stop_at(-1)
     run(small_recipe(data={"batch_per_device": 4}), data, tmp_path)
-    assert "with 8 images at a time, and goes on in 1 with 4" in capsys.readouterr().err
+    assert "with 8 images at a time, and resumes in 1 with 4" in capsys.readouterr().err
 
 
 def test_a_better_one_before_a_resume_stays_the_best(data, tmp_path, stop_at):

@@ -92,7 +92,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(data, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match="No space left on device; the ones before are as they were"):
+    with pytest.raises(RunError, match="No space left on device; earlier ones are unchanged"):
         writer.save({"format": FORMAT, "step": 99}, wait=True)
     with pytest.raises(RunError):
         writer.close()

@@ -169,7 +169,7 @@ def test_shards_of_other_classes_under_the_same_name_are_refused(shards, tmp_pat
     digest = read_info(shards).label_digest
     assert digest in text
     (tmp_path / "copy" / "_info.json").write_text(text.replace(digest, "0" * len(digest)))
-    with pytest.raises(DataError, match="was prepared with other classes called"):
+    with pytest.raises(DataError, match="was prepared with other classes named"):
         open_dataset(tmp_path / "copy")
 
 
