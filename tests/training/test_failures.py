@@ -184,7 +184,7 @@ def test_a_process_that_loads_images_and_is_gone_is_one_line(data, tmp_path, mon
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \n more")
 
     monkeypatch.setattr(Criterion, "forward", gone)
-    with pytest.raises(DataError, match=r"A process that loads images is gone: .*take fewer workers"):
+    with pytest.raises(DataError, match=r"A process that loads images is gone: .*use fewer workers"):
         run(small_recipe(), data, tmp_path)
 
 

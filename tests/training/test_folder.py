@@ -128,7 +128,7 @@ def test_a_class_called_train_with_another_capital_divides_nothing(tmp_path):
     assert not is_divided(tmp_path / "nowhere")
     assert open_folder(tmp_path, "train").class_names == ("Train", "bus")
     (tmp_path / "Val").mkdir()
-    with pytest.raises(DataError, match="call them train and val, in small letters"):
+    with pytest.raises(DataError, match="call them train and val, in lower case"):
         open_folder(tmp_path, "train")
 
 
@@ -247,9 +247,9 @@ def test_targets_of_a_label_space_by_the_names_of_the_folders(tmp_path):
     more = make_folder(tmp_path / "x", images=4, names=(OUTSIDE,))
     assert len(open_folder(more, "all").mapped_to(space)) == len(open_folder(more, "all")) - 4
     assert open_folder(more, "all").mapped_to(space).left_out == 4
-    with pytest.raises(DataError, match="no folder is named by a class of imagenet1k"):
+    with pytest.raises(DataError, match="no folder is named after a class of imagenet1k"):
         open_folder(make_folder(tmp_path / "z", names=WNIDS[:2])).mapped_to(LabelSpace.load("imagenet1k"))
-    with pytest.raises(DataError, match="has a folder cats, which is no class of"):
+    with pytest.raises(DataError, match="has a folder cats, which is not a class of"):
         open_folder(make_folder(tmp_path / "y", names=("cats", "dogs"))).mapped_to(space)
 
 
@@ -314,7 +314,7 @@ def test_a_class_called_train_beside_val_is_explained(tmp_path):
 def test_a_name_that_is_no_text_is_told(tmp_path):
     make_folder(tmp_path, names=("cats", "dogs"), images=2)
     (tmp_path / "cats").rename(os.fsdecode(os.fsencode(tmp_path) + b"/c\xe4ts"))
-    with pytest.raises(DataError, match=r"a folder 'c\\udce4ts', whose name is no UTF-8; rename it"):
+    with pytest.raises(DataError, match=r"a folder 'c\\udce4ts', whose name is not valid UTF-8; rename it"):
         open_folder(tmp_path)
 
 

@@ -131,7 +131,7 @@ def test_ctrl_c_in_a_notebook_costs_no_step(data, tmp_path, at_loss, ctrl_c, cap
     run(small_recipe(), data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(small_recipe(), data, tmp_path / "parts")
-    assert "stopped with a checkpoint; begun again it goes on" in capsys.readouterr().err
+    assert "stopped with a checkpoint; start it again to resume" in capsys.readouterr().err
     assert RunFolder(tmp_path / "parts").status() == {"state": "preempted", "step": 9, "total": 12}
     run(small_recipe(), data, tmp_path / "parts")
     assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))

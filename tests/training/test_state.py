@@ -41,7 +41,7 @@ def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(data, tmp_path):
     run(small_recipe(), data, tmp_path)
     for path in RunFolder(tmp_path).steps():
         path.write_bytes(b"nothing")
-    with pytest.raises(RunError, match="Name another output folder to begin anew"):
+    with pytest.raises(RunError, match="Choose another output folder to start over"):
         run(small_recipe(), data, tmp_path)
     assert {path.read_bytes() for path in RunFolder(tmp_path).steps()} == {b"nothing"}
 

@@ -291,9 +291,7 @@ def open_dataset(
         other = ", or is not reachable"
         if storage.local is not None:
             folders = any(entry.is_dir() for entry in storage.local.iterdir())
-            other = (
-                "; use open_folder for class folders" if folders else ", nor class folders (CLASS/photo.jpg)"
-            )
+            other = "; use open_folder for class folders" if folders else ", nor class folders (CLASS/photo.jpg)"
         what = (
             f"its splits are {', '.join(there)}" if there else f"it holds no shards (SPLIT-*.tar or *.parquet){other}"
         )
