@@ -230,7 +230,7 @@ def test_what_is_no_data_set(tmp_path):
     (tmp_path / "others" / "photo.tar").touch()
     with pytest.raises(DataError) as error:
         open_dataset(tmp_path / "others")
-    assert "archives of classes" not in str(error.value)
+    assert "class archives" not in str(error.value)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="is a file; name a folder of class folders"):
         open_folder(tmp_path / "file")
