@@ -106,7 +106,7 @@ class CheckpointWriter:
                 os.fsync(file.fileno())
                 self._write_best(Path(file.name))
         for old in self._folder.steps()[self._keep :]:
-            with contextlib.suppress(PermissionError):  # another program reads it on Windows; next time
+            with contextlib.suppress(PermissionError):  # on Windows while another program reads it: next time
                 old.unlink(missing_ok=True)
 
     def _write_best(self, source: Path) -> None:

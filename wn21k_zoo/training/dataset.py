@@ -1,4 +1,4 @@
-"""A data set split as shards on this machine, whoever prepared it and wherever it is stored."""
+"""A split of a data set as shards on this machine, whoever prepared it and wherever it is stored."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def open_dataset(
         return _open_ours(storage, info, split, label_space, stage)
     if f"{WORK_FOLDER}/{OPTIONS_FILE}" in names:
         raise DataError(
-            f"{storage.url} is an unfinished output of `wn21k data prepare`; run the same command again to finish it."
+            f"{storage.url} is an unfinished output of `wn21k data prepare`; run that command again to finish it."
         )
     names = [name for name in names if name.endswith((".tar", ".parquet"))]
     names = [name for name in names if not PurePosixPath(name).name.startswith(".")]  # ._NAME of macOS

@@ -64,7 +64,7 @@ def count(
     """
     source, options = expanded(source, DataSourceError), options or PrepareOptions()
     opened = open_source(source.absolute() if engine == "ray" else source)  # Ray's workers run in another folder
-    if opened.sequential:  # classes are copied to this machine's disk, which no other sees
+    if opened.sequential:  # classes are copied to this machine's disk, which no other machine sees
         engine, ray_address = "local", None
     tasks = Tasks(workers, engine, ray_address, progress)
     counts: list[ClassCount] = []
