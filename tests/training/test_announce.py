@@ -39,7 +39,7 @@ def test_what_may_not_be_meant_is_told(told, monkeypatch):
     (line,) = told(model={"compile": True, "sync_batchnorm": True})
     assert "model.compile gains little" in line
     (line,) = told(layout=[1, 8])
-    assert line.startswith("it went in 1 processes with 8 images at a time, and goes on in 2 with 4")
+    assert line.startswith("the run used 1 processes with 8 images at a time, and resumes in 2 with 4")
     assert [line for line in told(step=0) if "run.precision=bf16" in line]
 
 
@@ -56,7 +56,7 @@ def test_files_that_nobody_reads_are_told(tmp_path, monkeypatch, divided):
     learner = SimpleNamespace(module=torch.nn.Linear(2, 2), about_teacher="")
     splits, alone = open_splits(recipe, images), World(0, 1, torch.device("cpu"))
     _, line = announcements(recipe, splits, alone, learner, 3, 12, 6, [1, recipe.micro_batches(1)[0]])
-    assert line.startswith("4 files are passed over")
+    assert line.startswith("4 files are skipped")
     assert "(.cr2, " in line
 
 

@@ -60,7 +60,7 @@ def test_each_rank_has_the_gpu_of_its_number_and_touches_no_other(monkeypatch):
         assert world.device == torch.device("cuda", 2)
     assert touched == [2, "asked", 2]
     monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(TrainingError, match="Local rank 4 has no GPU, there are 4"), join("cuda"):
+    with pytest.raises(TrainingError, match="Local rank 4 has no GPU: there are 4"), join("cuda"):
         pass
 
 
@@ -198,7 +198,7 @@ def test_what_a_checkpoint_holds_can_be_read_beside_a_step(data, device):
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "RANK"])
 def test_what_another_launcher_left_is_named(monkeypatch, name, text):
     monkeypatch.setenv(name, text)
-    with pytest.raises(TrainingError, match=f"{name} is set to '{text}', which is no number; unset it"), join("cpu"):
+    with pytest.raises(TrainingError, match=f"{name} is set to '{text}', which is not a number; unset it"), join("cpu"):
         pass
 
 
@@ -222,4 +222,4 @@ def test_who_waits_for_others_says_so(monkeypatch, capfd):
         monkeypatch.setenv(name, value)
     with pytest.raises(TrainingError, match="in vain"), join("cpu"):
         pass
-    assert "waiting for all of 2 processes at host:7" in capfd.readouterr().err
+    assert "waiting for all 2 processes at host:7" in capfd.readouterr().err

@@ -225,7 +225,7 @@ def test_a_file_that_cannot_be_read_or_changed_is_a_bad_sample(shards, error):
 
 def test_too_many_damaged_samples_end_it(damaged):
     folder, _ = damaged
-    with pytest.raises(BadImagesError, match=r"Raise max_bad .*it goes on.*wn21k data verify"):
+    with pytest.raises(BadImagesError, match=r"Raise max_bad .*it continues.*wn21k data verify"):
         batches(loader(folder, batch_size=4, max_bad=0.001, seed=1))
 
 
@@ -261,7 +261,7 @@ def test_what_cannot_be_is_refused(shards, tmp_path):
     for wrong in ({"device": "x"}, {"device": 1.5}, {"augmentation": "published"}):
         with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
             Loader(dataset, batch_size=1, **wrong)
-    with pytest.raises(InvalidArgumentError, match="no state"):
+    with pytest.raises(InvalidArgumentError, match="is not a state"):
         loader(shards).load_state_dict({"epoch": 0, "samples_seen": 10**6})
     for place, split, message in (
         (tmp_path / "nothing", "train", "does not exist"),
@@ -270,18 +270,18 @@ def test_what_cannot_be_is_refused(shards, tmp_path):
         (tmp_path, "train", "no shards"),
         ("nosuch://bucket/folder", "train", "cannot be reached"),
         ("ftp://127.0.0.1:9/folder", "train", "cannot be reached"),
-        ("http://127.0.0.1:9/folder", "train", "or is out of reach"),
+        ("http://127.0.0.1:9/folder", "train", "or is not reachable"),
     ):
         with pytest.raises(DataError, match=message):
             open_dataset(place, split)
     (tmp_path / "missing").mkdir()
     shutil.copy(shards / "_info.json", tmp_path / "missing")
-    with pytest.raises(DataError, match=r"train-00000\.tar is missing; copy it anew"):
+    with pytest.raises(DataError, match=r"train-00000\.tar is missing; copy it again"):
         open_dataset(tmp_path / "missing")
     shutil.copytree(shards, tmp_path / "short")
     last = max((tmp_path / "short").glob("train-*.tar"))
     os.truncate(last, last.stat().st_size - 512)
-    with pytest.raises(DataError, match=rf"{last.name} has [\d,]+ bytes, and had [\d,]+ when it was written"):
+    with pytest.raises(DataError, match=rf"{last.name} has [\d,]+ bytes, but had [\d,]+ when it was written"):
         open_dataset(tmp_path / "short")
     open_dataset(tmp_path / "short", "validation")  # whose shards are whole
 

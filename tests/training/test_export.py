@@ -167,9 +167,7 @@ def test_another_teacher_in_the_same_place_is_noticed(run, exported, data, tmp_p
     for _ in range(2):
         train(recipe, data, tmp_path / "run", ALONE, workers=0)
     export_run(run, teacher, dtype="float16", force=True)
-    with pytest.raises(
-        RunError, match=r"teacher says something else than when the run .* began; put the former one back"
-    ):
+    with pytest.raises(RunError, match=r"teacher is not the same as when the run .* began; restore the former one"):
         train(recipe, data, tmp_path / "run", ALONE, workers=0)
 
 
@@ -228,7 +226,7 @@ def test_classes_of_ones_own(tmp_path):
     assert (figures["images"], figures["label_space"]) == (4, "own")
     assert "semantic_top1" not in figures
     other = make_folder(tmp_path / "other", names=("cats", "mice"))
-    with pytest.raises(DataError, match="has a folder mice, which is no class of small"):
+    with pytest.raises(DataError, match="has a folder mice, which is not a class of small"):
         evaluate(tmp_path / "run", other, workers=0)
     (tmp_path / "empty").mkdir()
     for place, message in ((tmp_path / "nothing", "does not exist"), (tmp_path / "empty", "give a folder of class")):
@@ -249,9 +247,9 @@ def test_some_of_the_classes_of_ones_own_can_be_evaluated(tmp_path):
 
 
 def test_a_published_architecture_is_evaluated_as_it_wants(exported, data, tmp_path):
-    with pytest.raises(DataError, match="no folder is named by a class of"):
+    with pytest.raises(DataError, match="no folder is named after a class of"):
         evaluate(exported, make_folder(tmp_path / "x", names=("n00000001", "n00000002")), workers=0)
-    with pytest.raises(DataError, match="has a folder cats, which is no class of"):
+    with pytest.raises(DataError, match="has a folder cats, which is not a class of"):
         evaluate(exported, make_folder(tmp_path / "y", names=("cats", "dogs")), workers=0)
     everything = evaluate(exported, data, split="all", workers=0)
     assert everything["images"] == 60
@@ -321,7 +319,7 @@ def test_an_exported_run_has_no_name_of_published_weights_and_its_own_preprocess
     with pytest.raises(InvalidArgumentError, match="is the name of published weights"):
         export_run(tmp_path / "mine", tmp_path / "other", name="mobilenetv3_large_100.miil_in21k")
     for name in ("", "../mine", "a b", "-x"):
-        with pytest.raises(InvalidArgumentError, match="is no name for a record"):
+        with pytest.raises(InvalidArgumentError, match="is not a name for a record"):
             export_run(tmp_path / "mine", tmp_path / "other", name=name)
     assert not (tmp_path / "other").exists()
 

@@ -60,7 +60,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint(
     ("sections", "message"),
     [
         ({"data": {"batch_size": 64}}, "fewer than data.batch_size 64"),
-        ({"data": {"label_space": "imagenet1k"}}, r"by a class of imagenet1k\. .* set data\.label_space to null"),
+        ({"data": {"label_space": "imagenet1k"}}, r"after a class of imagenet1k\. .* set data\.label_space to null"),
         ({"loss": {"teacher": "resnet50.miil_in21k"}}, "distillation_weight is 0"),
         ({"model": {"arguments": {"no_such": 1}}}, "test_convnext cannot be built: .*no_such"),
         (
@@ -85,11 +85,11 @@ def test_what_cannot_be_run_is_said_before_anything_is_written(data, tmp_path, s
 
 
 def test_what_is_no_recipe_or_device_is_said(data, tmp_path):
-    with pytest.raises(RecipeError, match="take one of wn21k_zoo"):
+    with pytest.raises(RecipeError, match="use one of wn21k_zoo"):
         engine.train("finetune", data, tmp_path)
     with pytest.raises(InvalidArgumentError, match="use auto, cpu, cuda"):
         engine.train(small_recipe(), data, tmp_path, device="gpu")
-    with pytest.raises(InvalidArgumentError, match="The world says"):
+    with pytest.raises(InvalidArgumentError, match="The world determines"):
         run(small_recipe(), data, tmp_path, device="cpu")
     engine.train(small_recipe(schedule={"max_steps": 1}), data, tmp_path, device="cpu", workers=0)
     assert final(tmp_path)["step"] == 1
@@ -184,7 +184,7 @@ def test_a_process_that_loads_images_and_is_gone_is_one_line(data, tmp_path, mon
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \n more")
 
     monkeypatch.setattr(Criterion, "forward", gone)
-    with pytest.raises(DataError, match=r"A process that loads images is gone: .*take fewer workers"):
+    with pytest.raises(DataError, match=r"A process that loads images is gone: .*use fewer workers"):
         run(small_recipe(), data, tmp_path)
 
 

@@ -128,7 +128,7 @@ def test_a_class_called_train_with_another_capital_divides_nothing(tmp_path):
     assert not is_divided(tmp_path / "nowhere")
     assert open_folder(tmp_path, "train").class_names == ("Train", "bus")
     (tmp_path / "Val").mkdir()
-    with pytest.raises(DataError, match="call them train and val, in small letters"):
+    with pytest.raises(DataError, match="call them train and val, in lower case"):
         open_folder(tmp_path, "train")
 
 
@@ -218,19 +218,19 @@ def test_what_is_no_data_set(tmp_path):
         open_folder(tmp_path, "vall")
     with pytest.raises(DataError, match="Did you mean validation"):
         open_folder(tmp_path, "val")
-    with pytest.raises(DataError, match="open_folder takes folders of classes"):
+    with pytest.raises(DataError, match="use open_folder for class folders"):
         open_dataset(tmp_path)
     with pytest.raises(DataError, match="does not exist; name a folder of class folders"):
         open_folder(tmp_path / "nothing")
     (tmp_path / "archives").mkdir()
     (tmp_path / "archives" / f"{WNIDS[0]}.tar").touch()
-    with pytest.raises(DataError, match="`wn21k data prepare` makes shards of archives of classes"):
+    with pytest.raises(DataError, match="`wn21k data prepare` makes shards from class archives"):
         open_dataset(tmp_path / "archives")
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "photo.tar").touch()
     with pytest.raises(DataError) as error:
         open_dataset(tmp_path / "others")
-    assert "archives of classes" not in str(error.value)
+    assert "class archives" not in str(error.value)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="is a file; name a folder of class folders"):
         open_folder(tmp_path / "file")
@@ -247,9 +247,9 @@ def test_targets_of_a_label_space_by_the_names_of_the_folders(tmp_path):
     more = make_folder(tmp_path / "x", images=4, names=(OUTSIDE,))
     assert len(open_folder(more, "all").mapped_to(space)) == len(open_folder(more, "all")) - 4
     assert open_folder(more, "all").mapped_to(space).left_out == 4
-    with pytest.raises(DataError, match="no folder is named by a class of imagenet1k"):
+    with pytest.raises(DataError, match="no folder is named after a class of imagenet1k"):
         open_folder(make_folder(tmp_path / "z", names=WNIDS[:2])).mapped_to(LabelSpace.load("imagenet1k"))
-    with pytest.raises(DataError, match="has a folder cats, which is no class of"):
+    with pytest.raises(DataError, match="has a folder cats, which is not a class of"):
         open_folder(make_folder(tmp_path / "y", names=("cats", "dogs"))).mapped_to(space)
 
 
@@ -314,7 +314,7 @@ def test_a_class_called_train_beside_val_is_explained(tmp_path):
 def test_a_name_that_is_no_text_is_told(tmp_path):
     make_folder(tmp_path, names=("cats", "dogs"), images=2)
     (tmp_path / "cats").rename(os.fsdecode(os.fsencode(tmp_path) + b"/c\xe4ts"))
-    with pytest.raises(DataError, match=r"a folder 'c\\udce4ts', whose name is no UTF-8; rename it"):
+    with pytest.raises(DataError, match=r"a folder 'c\\udce4ts', whose name is not valid UTF-8; rename it"):
         open_folder(tmp_path)
 
 

@@ -113,7 +113,7 @@ def test_a_table_without_synsets_is_refused(tmp_path):
     with pytest.raises(DataError, match="neither the key '0001' nor its json names a synset"):
         open_dataset(tmp_path, "validation")
     (tmp_path / "test-0.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(DataError, match="no WebDataset tar"):
+    with pytest.raises(DataError, match="not a readable WebDataset tar"):
         open_dataset(tmp_path, "test")
 
 
@@ -199,7 +199,7 @@ def test_what_stands_behind_the_end_of_a_tar(rest):
     assert [target for _, _, target in index_tar(io.BytesIO(whole + rest), "x.tar", CLASSES).tolist()] == [4]
     cut = whole.rstrip(b"\0")
     cut += b"\0" * (-len(cut) % 512)  # without its end
-    with pytest.raises(DataError, match=r"x\.tar is no WebDataset tar that can be read: .*no header"):
+    with pytest.raises(DataError, match=r"x\.tar is not a readable WebDataset tar: .*no header"):
         index_tar(io.BytesIO(cut + b"rubbish" * 100 + rest), "x.tar", CLASSES)
 
 

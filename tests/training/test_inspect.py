@@ -258,7 +258,7 @@ def test_a_damaged_description_of_ours_is_not_read_as_of_others(copy, whole):
     text = (copy / INFO_FILE).read_text()
     damaged = {"version": text.replace("version 1", "version 9"), "lists": text.replace('"filenames"', '"names"')}
     (copy / INFO_FILE).write_text(damaged[whole] if isinstance(whole, str) else text[: int(whole * len(text))])
-    with pytest.raises(DataError, match=r"_info\.json of .* is damaged .*get it anew"):
+    with pytest.raises(DataError, match=r"_info\.json of .* is damaged .*fetch it again"):
         open_dataset(copy)
     (copy / INFO_FILE).write_text('{"splits": {"train": {}}}')  # timm's
     assert open_dataset(copy).label_space.name == "imagenet21k_p_fall11"

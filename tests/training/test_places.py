@@ -93,7 +93,7 @@ def test_a_teacher_may_move_but_not_change(data, tmp_path, stop_at):
     (tmp_path / "changed" / "config.json").write_text(json.dumps(config))
     for other in ("model6", "changed"):  # other weights, the same of another normalisation
         recipe.loss.teacher = str(tmp_path / other)
-        with pytest.raises(RunError, match="says something else than when"):
+        with pytest.raises(RunError, match="is not the same as when"):
             run(recipe, data, tmp_path / "parts")
         assert RunFolder(tmp_path / "parts").recipe().loss.teacher == str((tmp_path / "model5").resolve())
     recipe.loss.teacher = str(tmp_path / "moved")

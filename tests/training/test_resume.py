@@ -131,7 +131,7 @@ def test_ctrl_c_in_a_notebook_costs_no_step(data, tmp_path, at_loss, ctrl_c, cap
     run(small_recipe(), data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(small_recipe(), data, tmp_path / "parts")
-    assert "stopped with a checkpoint; begun again it goes on" in capsys.readouterr().err
+    assert "stopped with a checkpoint; start it again to resume" in capsys.readouterr().err
     assert RunFolder(tmp_path / "parts").status() == {"state": "preempted", "step": 9, "total": 12}
     run(small_recipe(), data, tmp_path / "parts")
     assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
@@ -152,7 +152,7 @@ def test_another_layout_is_told(data, tmp_path, stop_at, capsys):
         run_told(small_recipe(), data, tmp_path)
     stop_at(-1)
     run(small_recipe(data={"batch_per_device": 4}), data, tmp_path)
-    assert "with 8 images at a time, and goes on in 1 with 4" in capsys.readouterr().err
+    assert "with 8 images at a time, and resumes in 1 with 4" in capsys.readouterr().err
 
 
 def test_a_better_one_before_a_resume_stays_the_best(data, tmp_path, stop_at):

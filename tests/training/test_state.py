@@ -41,7 +41,7 @@ def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(data, tmp_path):
     run(small_recipe(), data, tmp_path)
     for path in RunFolder(tmp_path).steps():
         path.write_bytes(b"nothing")
-    with pytest.raises(RunError, match="Name another output folder to begin anew"):
+    with pytest.raises(RunError, match="Choose another output folder to start over"):
         run(small_recipe(), data, tmp_path)
     assert {path.read_bytes() for path in RunFolder(tmp_path).steps()} == {b"nothing"}
 
@@ -92,7 +92,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(data, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match="No space left on device; the ones before are as they were"):
+    with pytest.raises(RunError, match="No space left on device; earlier ones are unchanged"):
         writer.save({"format": FORMAT, "step": 99}, wait=True)
     with pytest.raises(RunError):
         writer.close()

@@ -32,7 +32,7 @@ def test_a_limit_below_the_size_of_the_data_is_said(shards, monkeypatch, caplog)
     assert not caplog.text
     monkeypatch.setenv("WN21K_DATA_CACHE_GB", "0.00001")
     assert open_dataset(f"file://{shards}").stage.limit == 10_000
-    assert "set WN21K_DATA_CACHE_GB to more" in caplog.text
+    assert "raise WN21K_DATA_CACHE_GB" in caplog.text
     for wrong in ("much", "0", "nan", "inf"):
         monkeypatch.setenv("WN21K_DATA_CACHE_GB", wrong)
         with pytest.raises(InvalidArgumentError, match="must be"):
@@ -169,7 +169,7 @@ def test_shards_of_other_classes_under_the_same_name_are_refused(shards, tmp_pat
     digest = read_info(shards).label_digest
     assert digest in text
     (tmp_path / "copy" / "_info.json").write_text(text.replace(digest, "0" * len(digest)))
-    with pytest.raises(DataError, match="was prepared with other classes called"):
+    with pytest.raises(DataError, match="was prepared with other classes named"):
         open_dataset(tmp_path / "copy")
 
 

@@ -1,4 +1,4 @@
-"""Training: data preparation, the loader, and what recipes are made of.
+"""Training: data preparation, the loader, and the building blocks of recipes.
 
-Nothing outside this subpackage imports it but :mod:`wn21k_zoo.cli`, inside its commands.
+Outside this subpackage only :mod:`wn21k_zoo.cli` imports it, inside its commands.
 """

@@ -1,4 +1,4 @@
-"""What the processes of a run do together: go on, write a checkpoint, stop, or end because a loss is not finite."""
+"""Agreement between the ranks of a run: continue, write a checkpoint, stop, or fail because a loss is not finite."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Agreement", "Answer"]
 
 
 class Answer(NamedTuple):
-    """What any rank wished or saw.
+    """What at least one rank requested or observed.
 
     Attributes:
-        stop: One was told to stop.
+        stop: A rank was told to stop.
         save: A checkpoint is due.
         broken: A loss was not finite.
     """
@@ -28,13 +28,13 @@ class Answer(NamedTuple):
 
 
 class Agreement:
-    """Asks all ranks within a step: before the backward pass, so that the answer is there when that is on its way.
+    """Asks all ranks within a step, before the backward pass, so that the answer arrives while that runs.
 
-    A GPU has the whole backward pass to do while this process waits for the forward pass; it does not fall idle.
+    While this process waits for the forward pass, the GPU still has the whole backward pass to do and never idles.
 
     Args:
         world: The processes of the run.
-        signals: What this one was told.
+        signals: The signals that this process received.
     """
 
     def __init__(self, world: World, signals: Signals) -> None:
@@ -43,7 +43,7 @@ class Agreement:
         self._stream: torch.cuda.Stream | None = None
 
     def ask(self, loss: Tensor, save: bool) -> None:
-        """All ranks call it with the loss of a step, a scalar, and whether they want a checkpoint."""
+        """Ask: all ranks call this with the loss of a step (a scalar) and whether they want a checkpoint."""
         wishes = torch.full_like(loss, self._signals.told), torch.full_like(loss, save)
         flags = torch.stack([*wishes, (~loss.isfinite()).to(loss.dtype)])
         work: Any = None
@@ -52,7 +52,7 @@ class Agreement:
         self._asked = (flags, work) if loss.device.type != "cuda" else self._copied(flags, work)
 
     def answer(self) -> Answer:
-        """What all said; waits for them, and on a GPU for nothing that was begun after the question."""
+        """Return the answer of all ranks; waits for them, but on a GPU not for work queued after :meth:`ask`."""
         flags, done = self._asked
         if done is not None:
             done.synchronize() if isinstance(done, torch.cuda.Event) else done.wait()
@@ -60,11 +60,11 @@ class Agreement:
         return Answer(stop, save, broken)
 
     def stops(self) -> bool:
-        """Whether any rank was told to stop; all ranks call it, and wait for each other."""
+        """Whether any rank was told to stop; all ranks must call this, and wait for each other."""
         return self._world.any(self._signals.told)
 
     def _copied(self, flags: Tensor, work: Any) -> tuple[Tensor, torch.cuda.Event]:
-        """The flags in the memory of the host, once the event has come, by a stream beside that of the network."""
+        """Copy the flags to host memory on a side stream; they are there once the returned event has occurred."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(flags.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(flags.device))

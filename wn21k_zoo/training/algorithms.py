@@ -1,4 +1,4 @@
-"""What a run sets of torch for the whole process, and how it was before; which precision suits a device."""
+"""Process-wide torch settings that a run changes and restores; which precision suits a device."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["about_precision", "choose_algorithms", "is_deterministic", "torch_as
 
 @contextlib.contextmanager
 def torch_as_it_was(device: torch.device) -> Iterator[None]:
-    """Within, a run may set what is torch's for the whole process."""
+    """Let a run change torch's process-wide settings and random state, and restore them afterwards."""
     before, benchmark = is_deterministic(), torch.backends.cudnn.benchmark
     products = None
     if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # where a program chose by torch's newer settings, that stays
+        with contextlib.suppress(RuntimeError):  # a choice made through torch's newer settings stays
             products = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("high")  # TF32, as torch's convolutions are there
+            torch.set_float32_matmul_precision("high")  # TF32, as for torch's convolutions on CUDA
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     with torch.random.fork_rng(devices, device_type=kind):
         try:
@@ -32,7 +32,7 @@ def torch_as_it_was(device: torch.device) -> Iterator[None]:
 
 
 def is_deterministic() -> tuple[bool, bool]:
-    """Whether torch is, and whether it warns in place of an error."""
+    """Whether torch is deterministic, and whether it only warns instead of raising an error."""
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     return torch.are_deterministic_algorithms_enabled(), warns
 
@@ -43,23 +43,23 @@ def _set_deterministic(wanted: bool, warns: bool = False) -> None:
 
 
 def choose_algorithms(deterministic: bool) -> None:
-    """Let torch take deterministic algorithms alone, or the fastest."""
+    """Let torch use only deterministic algorithms, or the fastest ones."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
     _set_deterministic(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic  # all images have one size
+    torch.backends.cudnn.benchmark = not deterministic  # all images have the same size
 
 
 def about_precision(precision: str, device: torch.device) -> str:
-    """Which other precision of a recipe suits a device better; empty where none does, or nothing is known of it."""
+    """Advise a precision that suits the device better; empty if there is none, or nothing is known about it."""
     if device.type == "cpu" and precision == "fp16":
-        return "fp16 is slow on a CPU; --set run.precision=fp32 is not"
+        return "fp16 is slow on a CPU; --set run.precision=fp32 is faster"
     if device.type != "cuda":
         return ""
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not has_bf16:
-        return "this GPU has no bf16 of its own; --set run.precision=fp16 is faster"
+        return "this GPU has no native bf16; --set run.precision=fp16 is faster"
     if precision == "fp32":
         better = "bf16" if has_bf16 else "fp16"
-        return f"fp32 takes more of a GPU's time and memory than half precision: --set run.precision={better}"
+        return f"fp32 takes more GPU time and memory than half precision: --set run.precision={better}"
     return ""

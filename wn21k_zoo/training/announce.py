@@ -1,4 +1,4 @@
-"""What a run says of itself when it begins or goes on, and what of it may not be meant."""
+"""What a run reports about itself when it starts or resumes, including settings that may be unintended."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def announcements(
     imaged: int,
     layout: Sequence[int],
 ) -> Iterator[str]:
-    """The lines of it.
+    """Yield the lines to report.
 
     Args:
-        recipe: Of the run.
+        recipe: The run's recipe.
         splits: Its images.
         world: Its processes.
         learner: What it trains.
-        step: From which it goes on, 0 where it begins.
-        total: So many there are.
-        imaged: So many classes have images for validation.
-        layout: Processes, and images at a time of each, until now.
+        step: Step at which it resumes; 0 for a new run.
+        total: Number of steps.
+        imaged: Number of classes with images for validation.
+        layout: Number of processes, and of images at a time in each, until now.
     """
     is_gpu, micro = world.device.type == "cuda", recipe.micro_batches(world.size)[0]
     yield _described(recipe, splits, world, step, total, imaged)
@@ -48,26 +48,26 @@ def announcements(
     if learner.about_teacher:
         yield learner.about_teacher
     if recipe.model.compile and recipe.model.sync_batchnorm and world.size > 1:
-        yield "model.sync_batchnorm interrupts what is compiled at each layer; model.compile gains little beside it"
+        yield "model.sync_batchnorm breaks the compiled graph at each layer; with it model.compile gains little"
     if recipe.run.deterministic and is_gpu and world.size > 1 and NCCL_ALGORITHMS not in os.environ:
-        yield "NCCL may add up otherwise each time; set NCCL_ALGO=^NVLS,NVLSTree before the process group is made"
+        yield "NCCL may sum differently each time; set NCCL_ALGO=^NVLS,NVLSTree before the process group is created"
     if is_gpu and not step and (few := few_for_statistics(learner.module, recipe, world.size)):
         yield few
     if [*layout] != [world.size, micro]:
         yield (
-            f"it went in {layout[0]} processes with {layout[1]} images at a time, and goes on in {world.size} with "
-            f"{micro}: results are the same to rounding, but with batch normalisation, dropout or mixed images others"
+            f"the run used {layout[0]} processes with {layout[1]} images at a time, and resumes in {world.size} with "
+            f"{micro}: results agree up to rounding, but differ with batch normalisation, dropout or mixed images"
         )
 
 
 def _described(recipe: Recipe, splits: Splits, world: World, step: int, total: int, imaged: int) -> str:
-    """What is about to happen, in one line."""
+    """Describe in one line what is about to happen."""
     ranks = f"{world.size} x {world.device.type}" if world.size > 1 else world.device.type
     classes = f"{len(splits.class_names):,} classes"
     if missing := len(splits.class_names) - imaged:
         classes += f" ({missing:,} without images for validation)"
     if left := splits.train.left_out + splits.validation.left_out:
-        classes += f", {left:,} images of others left out"
+        classes += f", {left:,} images of other classes left out"
     begin = f"going on at step {step:,} of {total:,}" if step else f"{total:,} steps"
     return (
         f"{recipe.name}: {len(splits.train):,} images for training, {len(splits.validation):,} for validation"
@@ -76,19 +76,19 @@ def _described(recipe: Recipe, splits: Splits, world: World, step: int, total: i
 
 
 def _passed_over(splits: Splits) -> Iterator[str]:
-    """Files of a user's folder that nobody reads."""
+    """Report the files of a user's folder that are not read."""
     if not isinstance(splits.train, FolderDataset) or not isinstance(splits.validation, FolderDataset):
         return
     total = Counter(splits.train.passed_over)
-    if is_divided(splits.train.root):  # else both count all of it
+    if is_divided(splits.train.root):  # otherwise both count the whole folder
         total.update(splits.validation.passed_over)
     if total:
         kinds = ", ".join(suffix or "none" for suffix, _ in total.most_common(3))
-        yield f"{total.total():,} files are passed over, whose names do not end as those of images do ({kinds})"
+        yield f"{total.total():,} files are skipped because their names have no image suffix ({kinds})"
 
 
 def _validated(splits: Splits) -> str:
-    """On which of a user's folders checkpoints are compared, which nobody may have meant to be seen before."""
+    """Name the folder on which checkpoints are compared: the user may have meant to keep it unseen until the end."""
     data = splits.validation
     if not isinstance(data, FolderDataset) or not is_divided(data.root):
         return ""

@@ -1,14 +1,14 @@
 """The augmentation of "ImageNet-21K Pretraining for the Masses" (Ridnik et al. 2021) on arrays.
 
-Squash to a square, cut out a random rectangle, then RandAugment: two operations, each drawn uniformly of
+Squash to a square, cut out a random rectangle, then RandAugment: two operations, each drawn uniformly from
 15 operations x 9 magnitudes and applied with probability 0.5. The parameters are those of the paper's repository,
 https://github.com/Alibaba-MIIL/ImageNet21K (``src_files/data_loading``), and of the PyPI package randaugment 1.0.2
 that it uses; both work on Pillow images. Here images are uint8 arrays [height, width, 3] in RGB.
 
-Every operation of :data:`OPERATIONS` gives the bytes that Pillow's gives; tests/training/test_augment.py says for which
-images that was seen. The squash is Pillow's own.
+Every operation in :data:`OPERATIONS` gives the same bytes as Pillow's; tests/training/test_augment.py says for which
+images this was checked. The squash is Pillow's own.
 
-OpenCV's number of threads belongs to the process: a worker that shares its machine calls ``cv2.setNumThreads(1)``.
+OpenCV's thread count is per process: a worker that shares its machine calls ``cv2.setNumThreads(1)``.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ __all__ = ["OPERATIONS", "Image", "Operation", "PublishedAugmentation", "Squash"
 Image: TypeAlias = NDArray[np.uint8]
 
 _PROBABILITY = 0.5  # of each of the two operations
-_GREY = 128  # where a shear, a translation or a rotation uncovers nothing of the image
-_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / np.float32(13)  # as Pillow's filter of that name
+_GREY = 128  # fills what a shear, a translation or a rotation leaves uncovered
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / np.float32(13)  # like Pillow's filter of that name
 _SQUARE_COLOUR = (125, 122, 113)  # of RandAugment's own cutout: about the mean colour of ImageNet
-# How much is computed at once. Larger temporary arrays leave the second-level cache, and the C library takes their
-# pages from the system, and gives them back, each time, which costs more than the arithmetic.
+# How much is computed at once. Larger temporary arrays do not fit the L2 cache, and the C library requests their pages
+# from the system and returns them each time, which costs more than the arithmetic.
 _ROWS = 48
 _VALUES = 32768
 
 
 def resize(image: Image, height: int, width: int) -> Image:
-    """Pillow's bilinear resize, with antialiasing: uint8 [height, width, 3]; the same array where it has that size."""
+    """Pillow's bilinear resize, with antialiasing: uint8 [height, width, 3]; the same array if it has that size."""
     if image.shape[:2] == (height, width):
         return image
     return np.array(PILImage.fromarray(image).resize((width, height), PILImage.Resampling.BILINEAR))
@@ -52,7 +52,7 @@ def resize(image: Image, height: int, width: int) -> Image:
 def cutout(image: Image, centre: tuple[int, int], colour: tuple[int, int, int]) -> None:
     """Fill, in place, a rectangle of half the image's height and width with one colour.
 
-    Both ends belong to it, as with ``PIL.ImageDraw.rectangle``: inside an image of 224 pixels it has 113.
+    Both ends are included, as in ``PIL.ImageDraw.rectangle``: inside an image of 224 pixels it spans 113.
 
     Args:
         image: uint8 [height, width, 3].
@@ -69,10 +69,10 @@ class Operation:
     """An operation of RandAugment.
 
     Args:
-        function: Of the image, a magnitude out of ``magnitudes`` and, where ``signed``, times 1 or -1, and the source
-            of what further randomness it needs. Returns another array than it got, of the same shape.
-        magnitudes: One for each index 0..9, all 0 where there is nothing to choose. Index 0 is never drawn.
-        signed: Whether the sign of the magnitude is drawn.
+        function: Takes the image, a magnitude from ``magnitudes`` (times 1 or -1 if ``signed``), and the source of any
+            further randomness. Returns a new array of the same shape.
+        magnitudes: One for each index 0..9; all 0 if the operation has none. Index 0 is never drawn.
+        signed: Whether the sign of the magnitude is drawn at random.
     """
 
     function: Callable[[Image, float, Random], Image]
@@ -80,7 +80,7 @@ class Operation:
     signed: bool = False
 
     def __call__(self, image: Image, index: int, random: Random) -> Image:
-        """Apply with the magnitude of that index, and with a random sign where the operation has one."""
+        """Apply the operation with the magnitude at that index, and a random sign if it is signed."""
         magnitude = self.magnitudes[index]
         if self.signed and random.random() < 0.5:
             magnitude = -magnitude
@@ -89,13 +89,13 @@ class Operation:
 
 @dataclass(frozen=True)
 class Squash:
-    """What evaluation does: resize only.
+    """Preprocessing for evaluation: resize only.
 
     Args:
         size: Side of the result in pixels.
 
     Raises:
-        InvalidArgumentError: ``size`` is no positive integer.
+        InvalidArgumentError: ``size`` is not a positive integer.
     """
 
     size: int = 224
@@ -112,14 +112,14 @@ class Squash:
 class PublishedAugmentation:
     """Squash, cutout and RandAugment, as the module's docstring describes them.
 
-    Everything random comes from :meth:`random.Random.random`, whose sequence is the same in every version of Python:
+    All randomness comes from :meth:`random.Random.random`, whose sequence is the same in every version of Python:
     the same state gives the same result.
 
     Args:
         size: Side of the result in pixels.
 
     Raises:
-        InvalidArgumentError: ``size`` is no positive integer.
+        InvalidArgumentError: ``size`` is not a positive integer.
     """
 
     size: int = 224
@@ -131,11 +131,11 @@ class PublishedAugmentation:
         """Augment an image.
 
         Args:
-            image: uint8 [height, width, 3], RGB; left as it is.
+            image: uint8 [height, width, 3], RGB; not modified.
             random: The source of all randomness.
 
         Returns:
-            uint8 [size, size, 3], an array of its own.
+            uint8 [size, size, 3], a new array.
         """
         squashed = resize(image, self.size, self.size)
         if squashed is image:
@@ -159,7 +159,7 @@ def _posterize(image: Image, magnitude: float, random: Random) -> Image:
 
 
 def _solarize(image: Image, magnitude: float, random: Random) -> Image:
-    # value >= threshold, for a threshold that is no integer: value > ceil(threshold) - 1.
+    # For a non-integer threshold, value >= threshold means value > ceil(threshold) - 1.
     _, inverted = cv2.threshold(image, math.ceil(magnitude) - 1, 255, cv2.THRESH_BINARY)
     return _image(cv2.bitwise_xor(image, inverted))
 
@@ -212,8 +212,8 @@ def _color(image: Image, magnitude: float, random: Random) -> Image:
 
 
 def _sharpness(image: Image, magnitude: float, random: Random) -> Image:
-    # A thirteenth of an integer is never half way between two integers, so how the sum is rounded does not matter. The
-    # border stays as it is.
+    # A thirteenth of an integer is never halfway between two integers, so how the sum is rounded does not matter. The
+    # border stays unchanged.
     smooth = image.copy()
     if min(image.shape[:2]) > 2:
         smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, _SMOOTH)[1:-1, 1:-1]
@@ -221,7 +221,7 @@ def _sharpness(image: Image, magnitude: float, random: Random) -> Image:
 
 
 def _blend(degenerate: Image, image: Image, factor: float) -> Image:
-    """``degenerate + factor * (image - degenerate)`` as Pillow rounds it: in float32, cut off."""
+    """``degenerate + factor * (image - degenerate)`` as Pillow computes it: in float32, truncated."""
     blended = np.empty(image.shape, np.uint8)
     below, above, result = degenerate.reshape(-1), image.reshape(-1), blended.reshape(-1)
     buffers = np.empty((2, min(_VALUES, image.size)), np.float32)
@@ -263,15 +263,15 @@ def _rotate(image: Image, magnitude: float, random: Random) -> Image:
 
 
 def _gather(image: Image, positions: NDArray[np.int16], border: int) -> Image:
-    """The pixels at those columns and rows; a constant border is grey."""
-    whole: Any = None  # no second map of fractions; OpenCV's stubs do not know that it may be absent
+    """Return the pixels at the given columns and rows; a constant border is grey."""
+    whole: Any = None  # no second map with fractions; OpenCV's stubs do not know that it may be None
     colour = (_GREY, _GREY, _GREY)
     return _image(cv2.remap(image, positions, whole, cv2.INTER_NEAREST, borderMode=border, borderValue=colour))
 
 
 @functools.lru_cache(maxsize=32)
 def _rotation(height: int, width: int, degrees: float) -> NDArray[np.int16]:
-    """Column and row of the source of each pixel, [height, width, 2], in Pillow's 16.16 fixed point."""
+    """Source column and row of each pixel, [height, width, 2], in Pillow's 16.16 fixed point."""
     angle = -math.radians(degrees)
     cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)
     x_0 = cosine * (-width / 2) + sine * (-height / 2) + width / 2
@@ -288,10 +288,10 @@ def _rotation(height: int, width: int, degrees: float) -> NDArray[np.int16]:
 
 
 def _shear_x(image: Image, magnitude: float, random: Random) -> Image:
-    """Each row moved by its own fraction of a pixel, with Pillow's cubic of four neighbours.
+    """Shift each row by its own fraction of a pixel, with Pillow's cubic interpolation of four neighbours.
 
-    Pillow's ``Image.transform`` has the cubic with a = -1 (its ``resize`` has -0.5, OpenCV -0.75), computes in float64
-    and cuts off. The cubic's coefficients are sums of few bytes, hence exact as int16.
+    Pillow's ``Image.transform`` uses the cubic with a = -1 (its ``resize`` -0.5, OpenCV -0.75), computes in float64 and
+    truncates. The cubic's coefficients are sums of a few bytes, hence exact as int16.
     """
     height, width = image.shape[:2]
     positions, fractions, outside = _shearing(height, width, magnitude)
@@ -301,7 +301,7 @@ def _shear_x(image: Image, magnitude: float, random: Random) -> Image:
     for top in range(0, height, _ROWS):
         rows, left = slice(top, top + _ROWS), min(_ROWS, height - top)
         near = np.stack(cv2.split(_gather(image, positions[rows], cv2.BORDER_REPLICATE)), dtype=np.int16)
-        # All rows of a channel as one, which is faster; what is computed of two rows is cut away again.
+        # All rows of a channel as one, which is faster; values that mix two rows are cut away again.
         count = left * (width + 3) - 3
         v_1, v_2, v_3, v_4 = (near.reshape(3, -1)[:, tap : tap + count] for tap in range(4))
         fraction, value = fractions[rows].reshape(-1)[:count], values[:, :count]
@@ -324,17 +324,17 @@ def _shear_y(image: Image, magnitude: float, random: Random) -> Image:
 
 @functools.lru_cache(maxsize=32)
 def _shearing(height: int, width: int, slope: float) -> tuple[NDArray[np.int16], NDArray[np.float64], Image]:
-    """Where the four neighbours of each pixel lie, how far it is past the second of them, and what lies outside.
+    """Locate each pixel's four neighbours, its distance past the second of them, and which pixels lie outside.
 
     Returns:
-        Column and row, [height, width + 3, 2]: the neighbours of pixel x are x, x + 1, x + 2 and x + 3 of these.
+        Column and row, [height, width + 3, 2]: the neighbours of pixel x are entries x to x + 3.
         The fraction, [height, width + 3], the last three unused; a rounding error may make it 1 or just below 0.
         1 where the pixel is outside, else 0, [height, width].
     """
     x, y = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
     source = x + slope * y
     whole = np.floor(source - 0.5).astype(np.int64) - np.arange(width)
-    shift = np.median(whole, axis=1).astype(np.int64)[:, None]  # the same for a row, but for rounding errors
+    shift = np.median(whole, axis=1).astype(np.int64)[:, None]  # the same within a row, up to rounding errors
     positions = np.empty((height, width + 3, 2), np.int16)
     positions[..., 0] = np.clip(np.arange(width + 3) - 1 + shift, 0, width - 1)
     positions[..., 1] = np.arange(height)[:, None]
@@ -360,7 +360,7 @@ def _integer(random: Random, count: int) -> int:
 
 
 def _image(array: Any) -> Image:
-    return cast(Image, array)  # OpenCV's stubs leave the data type open
+    return cast(Image, array)  # OpenCV's stubs leave the dtype open
 
 
 def _linear(first: float, last: float) -> tuple[float, ...]:

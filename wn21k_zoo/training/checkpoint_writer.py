@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written in the background, each there whole or not at all."""
+"""Background writing of a run's checkpoints, each either complete or absent."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["CheckpointWriter", "copied"]
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, and removes old ones when a newer one is in place.
+    """Writes checkpoints in the background, one at a time, and removes old ones once a newer one is in place.
 
     Args:
-        folder: Of the run.
-        keep: So many of the last are kept.
+        folder: The run's folder.
+        keep: How many of the latest checkpoints to keep.
     """
 
     def __init__(self, folder: RunFolder, keep: int) -> None:
@@ -37,32 +37,32 @@ class CheckpointWriter:
         self._thread.start()
 
     def save(self, state: Mapping[str, Any], best: bool = False, wait: bool = False) -> None:
-        """Copy a state and write it; waits for the one before, and for this one when told to.
+        """Copy a state and write it; waits for the previous one, and with ``wait`` for this one.
 
-        So there is one copy in memory at most.
+        So there is at most one copy in memory.
 
         Raises:
-            RunError: One could not be written.
+            RunError: A checkpoint could not be written.
         """
         self._queue.join()
         self.write(copied(dict(state)), best)
         self.wait() if wait else self.check()
 
     def write(self, state: dict[str, Any], best: bool = False) -> None:
-        """Write a state whose tensors nobody changes; :meth:`wait` says how that went."""
+        """Queue a state whose tensors nobody changes; :meth:`wait` reports how writing it went."""
         self._queue.put((state, best))
 
     def wait(self) -> None:
-        """Wait until all are written.
+        """Wait until all checkpoints are written.
 
         Raises:
-            RunError: One could not be.
+            RunError: One could not be written.
         """
         self._queue.join()
         self.check()
 
     def close(self) -> None:
-        """Wait for the last one, and take no more.
+        """Wait for the last checkpoint, and accept no more.
 
         Raises:
             RunError: It could not be written.
@@ -73,7 +73,7 @@ class CheckpointWriter:
         self.check()
 
     def check(self) -> None:
-        """See that all went well until now.
+        """Check that all writes so far have succeeded.
 
         Raises:
             RunError: One could not be written.
@@ -82,9 +82,7 @@ class CheckpointWriter:
             why = first_line(self._problem)
             if self._is_full:
                 why = f"no space is left on the disk of {self._folder.path}; make room and run the same command again"
-            raise RunError(
-                f"The checkpoint cannot be written: {why}; the ones before are as they were."
-            ) from self._problem
+            raise RunError(f"The checkpoint cannot be written: {why}; earlier ones are unchanged.") from self._problem
 
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:
@@ -92,10 +90,10 @@ class CheckpointWriter:
                 self._write(*task)
             except BaseException as error:
                 self._problem = error
-                with contextlib.suppress(OSError):  # torch.save does not say so
+                with contextlib.suppress(OSError):  # torch.save does not report a full disk
                     self._is_full = shutil.disk_usage(self._folder.path).free < _bytes_of(task[0])
             finally:
-                del task  # the next one is copied as soon as this one is done
+                del task  # the next state is copied as soon as this one is done
                 self._queue.task_done()
         self._queue.task_done()
 
@@ -103,28 +101,28 @@ class CheckpointWriter:
         path = self._folder.checkpoints / f"step-{state['step']:08d}.pt"
         with atomic_file(path) as file:
             torch.save(state, file)
-            if best:  # before the state that says so has its name
+            if best:  # before the checkpoint that records it is in place
                 file.flush()
                 os.fsync(file.fileno())
                 self._write_best(Path(file.name))
         for old in self._folder.steps()[self._keep :]:
-            with contextlib.suppress(PermissionError):  # on Windows, where another program reads it: then the next time
+            with contextlib.suppress(PermissionError):  # on Windows while another program reads it: next time
                 old.unlink(missing_ok=True)
 
     def _write_best(self, source: Path) -> None:
         temporary = self._folder.best.with_suffix(".tmp")
         temporary.unlink(missing_ok=True)
-        # Windows renames no other name of a file that is open.
+        # Windows cannot rename another hard link to a file that is open.
         link = os.link if os.name != "nt" else shutil.copyfile
         try:
             link(source, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
-        replace(temporary, self._folder.best, patience=60)  # it is read by evaluations, and this is a thread of its own
+        replace(temporary, self._folder.best, patience=60)  # evaluations read it, and this thread may wait
 
 
 def _bytes_of(value: Any) -> int:
-    """What the tensors in it take."""
+    """Total size of the tensors in a value, in bytes."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -132,7 +130,7 @@ def _bytes_of(value: Any) -> int:
 
 
 def copied(value: Any) -> Any:
-    """The same with tensors of its own on the CPU."""
+    """Copy a value, with all its tensors copied to the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""First pass of data preparation: one class of the source to a tar of finished records and a part of the manifest."""
+"""First pass of data preparation: turn a source class into a tar of finished records and a manifest part."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _REPLACED = "a later file has the same name"
 
 
 def prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is_split: bool) -> ClassResult:
-    """One class of the source to a tar of records and a manifest part in ``folder``: a task."""
+    """Turn one source class into a tar of records and a manifest part in ``folder``; runs as a task."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # the workers are the parallelism
     try:
         with disk_full_as_error(folder):
             return _prepare_class(source, options, folder, is_split)
     finally:
-        cv2.setNumThreads(threads)  # of the caller's process, where there is no other
+        cv2.setNumThreads(threads)  # matters if this is the caller's process
         if source.spooled:
             source.path.unlink(missing_ok=True)
 
 
 def finished_classes(folder: Path) -> list[ClassResult]:
-    """Results of all classes that are finished in ``folder``."""
+    """Return the results of all classes that are finished in ``folder``."""
     results = []
     for part in visible(folder, "*.parquet"):
         with part.open("rb") as file:
@@ -50,7 +50,7 @@ def finished_classes(folder: Path) -> list[ClassResult]:
 
 
 def decide(source: ClassSource, images: int, options: PrepareOptions, is_split: bool) -> Decision:
-    """Whether a class with so many image names is kept, or why not (:attr:`ClassResult.decision`)."""
+    """Decide whether a class with that many image names is kept, or why not (:attr:`ClassResult.decision`)."""
     if source.wnid not in options.space:
         return "outside the label space"
     return "kept" if is_split or images > options.min_images else "too few images"
@@ -66,12 +66,12 @@ def _odd(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _shown(name: str) -> str:
-    """A name that is no UTF-8 as text."""
+    """Return a name as text, even if it is not valid UTF-8."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _listed(source: ClassSource) -> tuple[dict[str, Member], list[dict[str, Any]], bool]:
-    """Each name's last occurrence, rows for what is not used, and whether all of the archive could be read."""
+    """Return each name's last occurrence, rows for unused files, and whether the whole archive could be read."""
     last: dict[str, Member] = {}
     rows: list[dict[str, Any]] = []
     try:
@@ -136,7 +136,7 @@ def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, i
 
 
 def read_or_bad(read: Callable[[Member], bytes], member: Member) -> bytes:
-    """The bytes of a file; one that cannot be read is a bad image."""
+    """Read the bytes of a file; one that cannot be read counts as a bad image."""
     try:
         return read(member)
     except OSError as error:
@@ -144,7 +144,7 @@ def read_or_bad(read: Callable[[Member], bytes], member: Member) -> bytes:
 
 
 def _keys_of(wnid: str, names: list[str]) -> dict[str, str]:
-    """Keys in the shards: names without endings where these are plain and begin with the wnid, as ImageNet's do."""
+    """Return the shard keys: names without suffix if these are plain and begin with the wnid, as ImageNet's do."""
     keys: dict[str, str] = {}
     taken: set[str] = set()
     for rank, name in enumerate(names):

@@ -1,6 +1,6 @@
 """Augmentations besides the published one: random resized crop, flip, and what the modern preset adds; centre crop.
 
-Images are uint8 arrays [height, width, 3] in RGB; all that is random comes from ``random.Random.random``.
+Images are uint8 arrays [height, width, 3] in RGB; all randomness comes from ``random.Random.random``.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from wn21k_zoo.training.extra import cv2
 
 __all__ = ["CenterCrop", "RandomCrop"]
 
-_ASPECTS = (3 / 4, 4 / 3)  # of arXiv 1409.4842 and of torchvision
+_ASPECTS = (3 / 4, 4 / 3)  # as in arXiv 1409.4842 and torchvision
 _ERASED = (0.02, 1 / 3)  # share of the image; arXiv 1708.04896
 _ERASED_ASPECTS = (0.3, 1 / 0.3)
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A random part of an image, resized, flipped left to right half the time; then what is switched on.
+    """A random resized crop, flipped left to right half the time; then whatever is switched on.
 
     Args:
         size: Side of the result in pixels.
-        scale: Smallest share of the image's area that the crop has; the largest is 1 (arXiv 1409.4842).
-        operations: So many operations of RandAugment (arXiv 1909.13719) with the published magnitudes.
+        scale: Smallest share of the image's area for the crop; the largest is 1 (arXiv 1409.4842).
+        operations: Number of RandAugment operations (arXiv 1909.13719), with the published magnitudes.
         erase: Probability that a random rectangle is filled with noise (arXiv 1708.04896).
 
     Raises:
@@ -50,7 +50,7 @@ class RandomCrop:
             raise InvalidArgumentError(f"scale is {self.scale}; it must be in (0, 1].")
 
     def __call__(self, image: Image, random: Random) -> Image:
-        """Augment: [height, width, 3] to [size, size, 3], an array of its own."""
+        """Augment: [height, width, 3] to [size, size, 3], a new array."""
         top, left, height, width = _part(image.shape[:2], self.scale, random)
         part = np.ascontiguousarray(image[top : top + height, left : left + width])
         shrinks = height > self.size or width > self.size
@@ -75,11 +75,11 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """What evaluation does with a ``crop_pct``: the shorter side to size / crop_pct, then the centre, as timm does.
+    """Preprocessing for evaluation with a ``crop_pct``, as in timm: shorter side to size / crop_pct, then the centre.
 
     Args:
         size: Side of the result in pixels.
-        crop_pct: Share of the shorter side that is left.
+        crop_pct: Share of the shorter side that the crop keeps.
 
     Raises:
         InvalidArgumentError: A number is out of range.
@@ -97,7 +97,7 @@ class CenterCrop:
         """Crop: [height, width, 3] to [size, size, 3]; nothing is drawn from ``random``.
 
         Raises:
-            ImageTooLargeError: The image is so long that it would be enormous before the crop.
+            ImageTooLargeError: The image is so elongated that it would be enormous before the crop.
         """
         height, width = image.shape[:2]
         wanted, shorter = math.floor(self.size / self.crop_pct), min(height, width)
@@ -110,7 +110,7 @@ class CenterCrop:
 def _rectangle(
     shape: tuple[int, ...], scale: tuple[float, float], aspects: tuple[float, float], random: Random
 ) -> tuple[int, int, int, int] | None:
-    """Top, left, height and width of a random rectangle; None where ten draws do not fit, as in torchvision."""
+    """Top, left, height and width of a random rectangle; None if none of ten draws fits, as in torchvision."""
     height, width = shape
     for _ in range(10):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * random.random())
@@ -123,7 +123,7 @@ def _rectangle(
 
 
 def _part(shape: tuple[int, ...], scale: float, random: Random) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop; the largest in the middle where ten draws do not fit."""
+    """Top, left, height and width of a random crop; the largest central one if none of ten draws fits."""
     if drawn := _rectangle(shape, (scale, 1.0), _ASPECTS, random):
         return drawn
     height, width = shape

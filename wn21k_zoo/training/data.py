@@ -1,9 +1,9 @@
-"""The loader: batches of a data set in an order that nothing but the seed and the epoch decides.
+"""The loader: batches of a data set in an order that depends only on the seed and the epoch.
 
 The order of samples does not depend on the number of ranks or workers, nor on interruptions: the state is an epoch and
-the number of its samples that were seen, and who resumes, also with another number of ranks, goes on with exactly those
-that were not. The randomness of augmentation is a function of (seed, epoch, sample). Workers hand over whole batches of
-bytes; the conversion to numbers in [0, 1] happens on the device.
+the number of its samples seen so far, and a resumed loader, even with a different number of ranks, continues with
+exactly the unseen ones. The randomness of augmentation is a function of (seed, epoch, sample). Workers deliver whole
+batches as bytes; the conversion to numbers in [0, 1] happens on the device.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger(__name__)
-_NAMED = 20  # damaged samples, in the log
+_NAMED = 20  # damaged samples listed in the log
 
 
 class LoaderState(TypedDict):
-    """Where a loader is: ``samples_seen`` counts all ranks together."""
+    """Position of a loader; ``samples_seen`` counts all ranks together."""
 
     epoch: int
     samples_seen: int
@@ -70,13 +70,13 @@ class LoaderState(TypedDict):
 
 @dataclass
 class Batch:
-    """What one rank gets of one batch; ``images, targets = batch`` unpacks the two that training needs.
+    """One rank's part of a batch; ``images, targets = batch`` unpacks what training needs.
 
-    Not frozen, so that Lightning and the like may move it.
+    Not frozen, so that Lightning and the like can move it.
 
     ``images``: [n, 3, size, size] on the device, channels_last, floating point in [0, 1]. ``targets``: class indices,
-    [n] int64. ``samples``: numbers of the samples in the data set, [n] int64, on the CPU. ``names``: of the images,
-    where the loader was asked for them. ``n`` is smaller than the batch size where samples were damaged, and in the
+    [n] int64. ``samples``: numbers of the samples in the data set, [n] int64, on the CPU. ``names``: names of the
+    images, if the loader was asked for them. ``n`` is smaller than the batch size if samples were damaged, and in the
     last batch of an evaluation.
     """
 
@@ -95,38 +95,37 @@ class Batch:
 class Loader:
     """Batches of a data set for one rank.
 
-    In training, iterating gives the rest of the current epoch, or the next one where nothing is left, and then stands
-    at the beginning of the next; all ranks get equally many full batches, and what is left of an epoch at its end, less
-    than a batch, is left out. In evaluation it gives all samples, unless :meth:`load_state_dict` came just before, in
-    their own order, each exactly once over all ranks; a rank's last batch may be smaller, or missing.
+    In training, iterating yields the rest of the current epoch, or the next epoch if nothing is left, and ends at the
+    start of the following one; all ranks get the same number of full batches, and a remainder of less than a batch is
+    dropped. In evaluation it yields all samples, unless :meth:`load_state_dict` was called just before, in their own
+    order, each exactly once over all ranks; a rank's last batch may be smaller or missing.
 
-    A damaged sample is logged with shard and key, counted in ``bad_samples`` and left out; its batch is smaller by one,
-    or empty, so that no other rank waits.
+    A damaged sample is logged with shard and key, counted in ``bad_samples`` and dropped; its batch is one smaller, or
+    empty, so that no other rank has to wait.
 
     Args:
         dataset: From :func:`open_dataset` or :func:`open_folder`.
-        batch_size: Of one rank.
-        training: Shuffle and leave out the last partial batch, or not.
+        batch_size: Batch size per rank.
+        training: Whether to shuffle and drop the last partial batch.
         augmentation: Called with the pixels [height, width, 3] uint8 RGB and a ``random.Random``; must be picklable.
-            Default: the published one in training, else resizing alone.
-        seed: Of order and augmentation.
-        rank: Of this process.
+            Default: the published one in training, otherwise only resizing.
+        seed: Seed of order and augmentation.
+        rank: Rank of this process.
         world_size: Number of ranks.
-        workers: Processes that decode and augment; 0: this one. For them this one may have 4096 files open, where its
-            limit was lower and may be raised.
-        device: Batches come as tensors there, the next one on its way while one is worked on.
-        window: So many shards are mixed with each other.
-        max_bad: Share of an epoch's samples that may be damaged; ten of a thousand always may, for 0.01.
-        names: Whether batches tell the names of their images.
-        accumulation: In training, so many batches of each rank make a step; what is left of an epoch and less than a
-            step is left out.
+        workers: Number of processes that decode and augment; 0: this one does. For workers, this process's limit of
+            open files is raised to 4096 if it is lower and can be raised.
+        device: Where the tensors of a batch are; the next batch is transferred while the current one is in use.
+        window: Number of shards whose samples are mixed.
+        max_bad: Share of an epoch's samples that may be damaged; 1,000 times this number always may (ten for 0.01).
+        names: Whether batches include the names of their images.
+        accumulation: In training, number of batches of each rank per step; a remainder of less than a step is dropped.
 
     Raises:
-        InvalidArgumentError: An argument is none of its kind or out of range, or the data set is smaller than one batch
-            of all ranks.
+        InvalidArgumentError: An argument is invalid or out of range, or the data set is smaller than one batch of all
+            ranks.
 
-    Iterating raises :class:`BadImagesError` where more than ``max_bad`` are damaged, :class:`DataError` where a shard
-    is missing.
+    Iterating raises :class:`BadImagesError` if more than ``max_bad`` are damaged, :class:`DataError` if a shard is
+    missing.
 
     Example:
         >>> loader = Loader(open_dataset("shards"), batch_size=64, workers=8, device="cuda")
@@ -168,7 +167,7 @@ class Loader:
         self.world_size = world_size
         if augmentation is not None and not callable(augmentation):
             raise InvalidArgumentError(
-                f"augmentation is {augmentation!r}; give a function of pixels and a random.Random."
+                f"augmentation is {augmentation!r}; pass a function of pixels and a random.Random."
             )
         try:
             self.device = torch.device(device)
@@ -176,7 +175,7 @@ class Loader:
             raise InvalidArgumentError(f"device is {device!r}; give cpu, cuda, cuda:N or mps.") from None
         self.max_bad = max_bad
         self.bad_samples = self._bad_of_epoch = self._seen_of_epoch = 0
-        self._told = False  # where to begin
+        self._told = False  # whether load_state_dict was called just before
         self._stream: torch.cuda.Stream | None = None
         self._named: set[tuple[str, str]] = set()
         self._order = SampleOrder(dataset.lengths, window if training else 0, seed)
@@ -193,7 +192,7 @@ class Loader:
             persistent_workers=workers > 0,
             prefetch_factor=2 if workers else None,  # whole batches, in pinned memory
             worker_init_fn=begin_worker,
-            # What a fork server starts would inherit its signal mask, not ours.
+            # Processes that a fork server starts would inherit its signal mask, not ours.
             multiprocessing_context="spawn" if workers and forks_from_a_server() else None,
         )
 
@@ -201,13 +200,13 @@ class Loader:
         return f"Loader({self.dataset!r}, batches of {self.batch_size}, {self.device}, {self.state_dict()})"
 
     def __len__(self) -> int:
-        """Batches of a whole epoch for this rank."""
+        """Number of batches of a whole epoch for this rank."""
         return sum(1 for _ in self._plan.tasks(0, 0))
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.training and not self._told:
             self._plan.samples_seen = 0
-        elif self.training and next(iter(self._plan), None) is None:  # who counts batches never asks for one too many
+        elif self.training and next(iter(self._plan), None) is None:  # a caller that counts batches never exhausts it
             self._begin_next_epoch()
         self._told = False
         self._bad_of_epoch = self._seen_of_epoch = 0
@@ -220,22 +219,22 @@ class Loader:
         self._plan.epoch, self._plan.samples_seen = self._plan.epoch + 1, 0
 
     def state_dict(self) -> LoaderState:
-        """The state after the batch that was given last; the same on all ranks."""
+        """Return the state after the batch yielded last; the same on all ranks."""
         return {"epoch": self._plan.epoch, "samples_seen": self._plan.samples_seen}
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Go on where another loader of the same data set and seed was, also one with another number of ranks.
+        """Continue where another loader of the same data set and seed was, even with a different number of ranks.
 
         Raises:
-            InvalidArgumentError: It cannot be a state of this data set.
+            InvalidArgumentError: The state cannot be one of this data set.
         """
         if state["epoch"] < 0 or not 0 <= state["samples_seen"] <= len(self.dataset):
-            raise InvalidArgumentError(f"{state} is no state of a data set of {len(self.dataset):,} samples.")
+            raise InvalidArgumentError(f"{state} is not a state of a data set of {len(self.dataset):,} samples.")
         self._plan.epoch, self._plan.samples_seen = state["epoch"], state["samples_seen"]
         self._told = True
 
     def _loaded(self) -> Iterator[dict[str, Any]]:
-        """What the workers read; whoever pins memory, here or in a thread, takes the GPU that is current."""
+        """Yield what the workers read; pinning memory, here or in a thread, uses the current GPU."""
 
         def there() -> contextlib.AbstractContextManager[Any]:
             return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -263,9 +262,9 @@ class Loader:
             raise no_processes(error, "none (--workers 0)") from error
 
     def _on_device(self, loaded: Iterator[dict[str, Any]]) -> Iterator[tuple[int, Batch]]:
-        """Convert each batch, the next one while the one before is worked on where the device has streams."""
+        """Convert each batch; on a device with streams, the next one while the previous one is in use."""
         if self.device.type == "cuda" and self._stream is None:
-            # One for good: memory that was freed on a stream is for tensors of that stream alone.
+            # Kept for good: memory freed on a stream can only be reused by tensors of that stream.
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream = self._stream
         before: tuple[int, Batch] | None = None
@@ -302,26 +301,26 @@ class Loader:
         bad, share = self._bad_of_epoch, len(self.dataset) / self.world_size
         if bad <= self.max_bad * 1000:
             return
-        # Of the whole epoch, not of its beginning, where all that is damaged may lie; but not where most of it is.
+        # A share of the whole epoch, as all damaged samples may be at its start; but stop early if most are damaged.
         if bad > self.max_bad * share or bad > max(0.5, self.max_bad) * self._seen_of_epoch:
             shard, key, reason = raw["bad"][-1]
             raise BadImagesError(
-                f"{bad:,} of the first {self._seen_of_epoch:,} samples of an epoch of {share:,.0f} are damaged, and "
-                f"{self.max_bad:.1%} may be (the last: {shard}, {key}: {reason}). "
-                + "Raise max_bad (of a run: data.max_bad, and it goes on); or "
+                f"{bad:,} of the first {self._seen_of_epoch:,} samples of an epoch of {share:,.0f} are damaged, but "
+                f"only {self.max_bad:.1%} may be (the last: {shard}, {key}: {reason}). "
+                + "Raise max_bad (for a run data.max_bad, and it continues); or "
                 + (
-                    f"remove such files ({len(self._named)} were named above), but a run begins anew without them."
+                    f"remove such files ({len(self._named)} were named above), but then a run has to start over."
                     if isinstance(self.dataset, FolderDataset)
-                    else "get the shards anew that `wn21k data verify` names."
+                    else "fetch the shards again that `wn21k data verify` names."
                 )
             )
 
 
 class _Plan(Sampler[Task]):
-    """The batches of the rest of the epoch for one rank.
+    """One rank's batches for the rest of the epoch.
 
-    It knows nothing of the loader: a cycle of references would leave the end of the worker processes to the garbage
-    collector, which ends their queues first and then waits for them.
+    It holds no reference to the loader: in a reference cycle the garbage collector would have to end the worker
+    processes, and it closes their queues first and then waits for them.
     """
 
     def __init__(
@@ -335,7 +334,7 @@ class _Plan(Sampler[Task]):
         return self.tasks(self.epoch, self.samples_seen)
 
     def tasks(self, epoch: int, begin: int) -> Iterator[Task]:
-        """From the position ``begin`` on."""
+        """Yield the batches from position ``begin`` on."""
         whole = self._batch_size * self._world_size
         end = self._count
         if self._training:
@@ -351,9 +350,9 @@ class _Plan(Sampler[Task]):
 
 
 def _to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Bytes to numbers in [0, 1] on the device, as torchvision's ToTensor has them."""
+    """Convert bytes to numbers in [0, 1] on the device, as torchvision's ToTensor does."""
     if device.type != "cpu" or not len(images):
-        # Where memory is not pinned the device may read it when it holds something else.
+        # Unpinned memory may already hold something else by the time the device reads it.
         return images.to(device, non_blocking=device.type == "cuda").div(255)
     rows = images.numpy().reshape(-1, *images.shape[2:])
     return torch.from_numpy(cv2.LUT(rows, _UNIT).reshape(images.shape))  # twice as fast as torch's arithmetic

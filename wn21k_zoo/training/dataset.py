@@ -1,4 +1,4 @@
-"""A split of a data set as shards on this machine, whoever prepared it and wherever it lies."""
+"""A split of a data set as shards on this machine, whoever prepared it and wherever it is stored."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class _ShardRef:
-    """A shard: its file in the storage, its length, and its index where that does not lie beside it."""
+    """A shard: its file in the storage, its length, and its index unless that lies beside it."""
 
     name: str
     num_samples: int = 0
@@ -61,50 +61,50 @@ class ImageDataset(Protocol):
     """A split of images with their classes, in shards: what a loader reads."""
 
     def __len__(self) -> int:
-        """Images."""
+        """Number of images."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """A wnid, or a name of its own, of each class."""
+        """The wnid, or custom name, of each class."""
 
     @property
     def label_space(self) -> LabelSpace | None:
-        """The classes where they are synsets."""
+        """The label space, if the classes are synsets."""
 
     @property
     def left_out(self) -> int:
-        """Images whose classes are none of these, 0 where that is not known."""
+        """Number of images of other classes, 0 if unknown."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Images of each shard."""
+        """Number of images in each shard."""
 
     @property
     def digest(self) -> str:
-        """Of which images there are; not of where they lie."""
+        """Digest of which images there are, not of where they are stored."""
 
     @property
     def is_here(self) -> bool:
-        """Whether the shards are read where they lie, and nothing is copied to this machine first."""
+        """Whether shards are read in place, without copying them to this machine first."""
 
     def open(self, number: int) -> tuple[Images, NDArray[np.void]]:
-        """What reads the images of a shard, and its index."""
+        """Return a reader of a shard's images, and its index."""
 
     def index(self, number: int) -> NDArray[np.void]:
-        """Offset, size and target of each image of a shard, which need not be here."""
+        """Return offset, size and target of each image of a shard, which need not be on this machine."""
 
     def shard_name(self, number: int) -> str:
-        """What a shard is called in messages."""
+        """Name of a shard in messages."""
 
     def place(self, shard: int, key: str) -> str:
-        """What tells an image from all others, by what its shard calls it."""
+        """Return what identifies an image among all others, given its key in the shard."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ShardedDataset:
-    """A split of a data set; can be pickled. Made by :func:`open_dataset`.
+    """A split of a data set; can be pickled. Created by :func:`open_dataset`.
 
-    ``left_out``: samples whose classes the label space lacks, 0 where that is not known (data sets of others).
+    ``left_out``: number of samples whose classes the label space lacks, 0 if unknown (third-party data sets).
     """
 
     storage: Storage
@@ -125,7 +125,7 @@ class ShardedDataset:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Samples of each shard."""
+        """Number of samples in each shard."""
         return tuple(shard.num_samples for shard in self.shards)
 
     @property
@@ -135,38 +135,38 @@ class ShardedDataset:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the shards' names and lengths and, where they are ours, of what is in them; not of where they lie."""
+        """Digest of the shards' names, lengths and, if they are ours, contents; not of where they are stored."""
         lines = [f"{shard.name} {shard.num_samples} {shard.sha256}" for shard in self.shards]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
     def is_here(self) -> bool:
-        """Whether the shards are read where they lie, without a stage."""
+        """Whether the shards are read in place, without a stage."""
         return self.storage.local is not None and not self.shards[0].is_parquet
 
     def open(self, number: int) -> tuple[Images, NDArray[np.void]]:
-        """What reads the images of a shard, and its index.
+        """Return a reader of a shard's images, and its index.
 
         Raises:
-            DataError: It is missing or damaged.
-            FileNotFoundError: It has been removed since.
+            DataError: The shard is missing or damaged.
+            FileNotFoundError: The shard has been removed since.
         """
         path, index = self.local(number)
         return _TarImages(path), index
 
     def shard_name(self, number: int) -> str:
-        """The name of its file."""
+        """The name of the shard's file."""
         return self.shards[number].name
 
     def place(self, shard: int, key: str) -> str:
-        """What tells an image from all others: the key where we gave it, else its shard as well."""
+        """Return what identifies an image among all others: the key if we assigned it, else shard and key."""
         return key if self.shards[shard].sha256 else f"{self.shards[shard].name}/{key}"
 
     def index(self, number: int) -> NDArray[np.void]:
-        """What is in a shard: offset, size and target of each sample; the shard itself is not fetched.
+        """Return offset, size and target of each sample of a shard, without fetching the shard itself.
 
         Raises:
-            DataError: It is missing or damaged.
+            DataError: The index is missing or damaged.
         """
         shard = self.shards[number]
         index = shard.index
@@ -182,10 +182,10 @@ class ShardedDataset:
         return Path(hashlib.sha256(self.storage.url.encode()).hexdigest()[:16]) / shard.name
 
     def local(self, number: int) -> tuple[Path, NDArray[np.void]]:
-        """The tar file of a shard on this machine, staged if need be, and its index.
+        """Return the tar file of a shard on this machine, staged if need be, and its index.
 
         Raises:
-            DataError: It is missing or damaged.
+            DataError: The shard is missing or damaged.
         """
         shard = self.shards[number]
         staged = self._staged(shard)
@@ -199,7 +199,7 @@ class ShardedDataset:
     def _converted(self, shard: _ShardRef, staged: Path) -> tuple[Path, NDArray[np.void]]:
         assert shard.index is not None  # noqa: S101
         rows = read_index(shard.index)
-        # Another label space keeps other rows: the name says which.
+        # A different label space keeps different rows: the name says which.
         path = staged.with_name(f"{staged.stem}.{shard.index.stem[:16]}.tar")
 
         def make(target: Path) -> None:
@@ -211,16 +211,16 @@ class ShardedDataset:
 
 
 class Images(Protocol):
-    """Images of a shard, by what its index says of each."""
+    """Reads the images of a shard by their entries in its index."""
 
     def read(self, offset: int, size: int) -> bytes:
-        """The file's bytes."""
+        """Return the file's bytes."""
 
     def key(self, offset: int) -> str:
-        """The file's name, for messages."""
+        """Return the file's name, for messages."""
 
     def close(self) -> None:
-        """Free what is open."""
+        """Close what is open."""
 
 
 class _TarImages:
@@ -230,12 +230,12 @@ class _TarImages:
     def read(self, offset: int, size: int) -> bytes:
         try:
             self._file.seek(offset)
-        except (ValueError, OverflowError):  # no file has so many bytes
+        except (ValueError, OverflowError):  # larger than any file
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
         return self._file.read(size)
 
     def key(self, offset: int) -> str:
-        """The name in the tar header before an image."""
+        """Return the name in the tar header before an image."""
         with contextlib.suppress(OSError, tarfile.TarError):
             return tarfile.TarInfo.frombuf(
                 self.read(offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE), "utf-8", "replace"
@@ -253,19 +253,19 @@ def open_dataset(
     label_space: str | LabelSpace | None = None,
     stage: Stage | None = None,
 ) -> ShardedDataset:
-    """A split of a prepared data set, of ours or of others.
+    """Open a split of a prepared data set, ours or a third-party one.
 
     Args:
-        place: An output folder of ``wn21k data prepare``; a folder of WebDataset tars or Parquet files of others, such
-            as a download of ``timm/imagenet-22k-wds`` or ``timm/imagenet-w21-p``; or a URL of such a folder that fsspec
-            understands (``s3://bucket/folder``, ``hf://datasets/timm/imagenet-w21-p``).
-        split: ``train``, ``validation`` or another that is there.
-        label_space: Classes are mapped to it by synset, and samples of other classes left out: a name, a text file of
-            wnids or a label space. Default: that of the data set if it is one of ours, else ``fall11``.
-        stage: Where remote shards are copied to. Default: :func:`~wn21k_zoo.training.storage.default_stage`.
+        place: An output folder of ``wn21k data prepare``; a folder of third-party WebDataset tars or Parquet files,
+            such as a download of ``timm/imagenet-22k-wds`` or ``timm/imagenet-w21-p``; or a URL of such a folder that
+            fsspec understands (``s3://bucket/folder``, ``hf://datasets/timm/imagenet-w21-p``).
+        split: ``train``, ``validation`` or another existing split.
+        label_space: A name, a text file of wnids or a label space. Classes are mapped to it by synset, and samples of
+            other classes are left out. Default: that of the data set if it is one of ours, else ``fall11``.
+        stage: Where to copy remote shards. Default: :func:`~wn21k_zoo.training.storage.default_stage`.
 
     Raises:
-        DataError: Nothing is there, no such split, or its classes cannot be told.
+        DataError: There is no data or no such split, or its classes cannot be determined.
         UnknownLabelSpaceError, LabelSpaceError, UnknownSynsetError: As :meth:`LabelSpace.find`.
     """
     storage = open_storage(place)
@@ -275,30 +275,28 @@ def open_dataset(
         names = storage.names() if info is None else []
     except DataError:
         raise
-    except Exception as error:  # each storage has its own
+    except Exception as error:  # each storage raises its own
         raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from error
     if info is not None:
         return _open_ours(storage, info, split, label_space, stage)
     if f"{WORK_FOLDER}/{OPTIONS_FILE}" in names:
         raise DataError(
-            f"{storage.url} is an unfinished output of `wn21k data prepare`; run the command that began it again."
+            f"{storage.url} is an unfinished output of `wn21k data prepare`; run that command again to finish it."
         )
     names = [name for name in names if name.endswith((".tar", ".parquet"))]
     names = [name for name in names if not PurePosixPath(name).name.startswith(".")]  # ._NAME of macOS
     mine = [name for name in names if split_of(name) == split]
     if not mine:
         there = sorted({found for name in names if (found := split_of(name))})
-        other = ", or is out of reach"
+        other = ", or is not reachable"
         if storage.local is not None:
             folders = any(entry.is_dir() for entry in storage.local.iterdir())
-            other = (
-                "; open_folder takes folders of classes" if folders else ", nor folders of classes (CLASS/photo.jpg)"
-            )
+            other = "; use open_folder for class folders" if folders else ", nor class folders (CLASS/photo.jpg)"
         what = (
             f"its splits are {', '.join(there)}" if there else f"it holds no shards (SPLIT-*.tar or *.parquet){other}"
         )
         if any(WNID_PATTERN.fullmatch(PurePosixPath(name).stem) for name in names):
-            what += "; `wn21k data prepare` makes shards of archives of classes"
+            what += "; `wn21k data prepare` makes shards from class archives"
         raise DataError(f"{storage.url} has no split {split!r}: {what}.{did_you_mean(split, there)}")
     space = LabelSpace.find(label_space or "fall11")
     classes = space.index
@@ -316,9 +314,9 @@ def _ours(text: str | None, url: str) -> DatasetInfo | None:
         return None
     try:
         return DatasetInfo.from_json(text)
-    except ValueError as error:  # its classes would be others without it
+    except ValueError as error:  # without it the classes would be different ones
         raise DataError(
-            f"{INFO_FILE} of {url} is damaged ({error}); get it anew, or prepare into a new folder."
+            f"{INFO_FILE} of {url} is damaged ({error}); fetch it again, or prepare into a new folder."
         ) from None
 
 
@@ -335,8 +333,8 @@ def _open_ours(
         _check_sizes(storage.local, shards)
     elif (size := sum(shard.num_bytes for shard in shards)) > stage.limit:
         _LOG.warning(
-            "%s has %.0f GB of shards, and %.0f GB of them are kept on this machine: many will be fetched again in "
-            "each epoch; set WN21K_DATA_CACHE_GB to more.",
+            "%s has %.0f GB of shards, but only %.0f GB are kept on this machine: many will be fetched again in each "
+            "epoch; raise WN21K_DATA_CACHE_GB.",
             storage.url, size / 1e9, stage.limit / 1e9,
         )  # fmt: skip
     try:
@@ -344,7 +342,7 @@ def _open_ours(
     except DataError as error:
         raise DataError(f"{storage.url}: {error}") from None
     if own.digest != info.label_digest:
-        raise DataError(f"{storage.url} was prepared with other classes called {info.label_space}; prepare it anew.")
+        raise DataError(f"{storage.url} was prepared with other classes named {info.label_space}; prepare it again.")
     space = own if label_space is None else LabelSpace.find(label_space)
     refs = tuple(_ShardRef(name=each.name, num_samples=each.num_samples, sha256=each.sha256) for each in shards)
     if space.digest == own.digest:
@@ -363,20 +361,20 @@ def _open_ours(
 
 
 def _check_sizes(folder: Path, shards: Sequence[Shard]) -> None:
-    """See that the shards of a folder are there, and whole as far as their sizes tell.
+    """Check that the shards of a folder exist and are complete, as far as their sizes tell.
 
     Raises:
-        DataError: One is not.
+        DataError: A shard is not.
     """
     for shard in shards:
         try:
             size = (folder / shard.name).stat().st_size
         except OSError:
-            raise DataError(f"{folder / shard.name} is missing; copy it anew, or prepare the data anew.") from None
+            raise DataError(f"{folder / shard.name} is missing; copy it again, or prepare the data again.") from None
         if size != shard.num_bytes:
             raise DataError(
-                f"{folder / shard.name} has {size:,} bytes, and had {shard.num_bytes:,} when it was written; copy it "
-                "anew, or prepare the data anew."
+                f"{folder / shard.name} has {size:,} bytes, but had {shard.num_bytes:,} when it was written; copy it "
+                "again, or prepare the data again."
             )
 
 
@@ -393,7 +391,7 @@ def _dataset(
 
 
 def _indexes(storage: Storage, names: list[str], digest: str, build: Callable[[str], NDArray[np.void]]) -> list[Path]:
-    """An index of each file in the cache, made if it is not there or the file has changed since; in one process."""
+    """Return each file's index in the cache, built by one process if it is missing or the file has changed."""
     folder = data_cache_dir() / "index"
     make_folder(folder, DataError, ELSEWHERE)
 
@@ -413,21 +411,21 @@ def _indexes(storage: Storage, names: list[str], digest: str, build: Callable[[s
             ) from None
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # waiting for the storage, not computing
-        paths = list(pool.map(place, names))  # an error cancels what has not begun
+        paths = list(pool.map(place, names))  # an error cancels what has not started
     if all(map(_is_index, paths)):
         return paths
     lock = folder / f"{_short(storage.url)}.lock"
 
     def waiting() -> None:
-        _LOG.warning("waiting for the process that looks through %s", storage.url)
+        _LOG.warning("waiting for the process that is indexing %s", storage.url)
 
     with (
         exclusive(lock, DataError, ELSEWHERE, seconds=5, waiting=waiting),
         concurrent.futures.ThreadPoolExecutor(8) as pool,
     ):
         missing = [(name, path) for name, path in zip(names, paths, strict=True) if not _is_index(path)]
-        if missing:  # or another process made them meanwhile
-            _LOG.warning("looking through %d files of %s, once", len(missing), storage.url)
+        if missing:  # else another process has made them meanwhile
+            _LOG.warning("indexing %d files of %s, once", len(missing), storage.url)
             for done, _ in enumerate(pool.map(make, *zip(*missing, strict=True)), start=1):
                 if done % max(100, len(missing) // 10) == 0:
                     _LOG.warning("%d of %d files are done", done, len(missing))
@@ -435,7 +433,7 @@ def _indexes(storage: Storage, names: list[str], digest: str, build: Callable[[s
 
 
 def _is_index(path: Path) -> bool:
-    """Whether it is there, and not damaged."""
+    """Whether an index exists and is not damaged."""
     try:
         read_index(path)
     except DataError:
@@ -453,5 +451,5 @@ def _errors_of(storage: Storage, name: str) -> Iterator[None]:
         yield
     except Wn21kError:
         raise
-    except Exception as error:  # each storage has its own
+    except Exception as error:  # each storage raises its own
         raise DataError(f"{name} of {storage.url} cannot be read: {first_line(error)}") from error

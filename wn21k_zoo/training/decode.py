@@ -1,4 +1,4 @@
-"""Stored bytes to pixels: what :func:`wn21k_zoo.predict` sees of an image file, by the fastest decoder for it."""
+"""Decode an image file to the pixels that :func:`wn21k_zoo.predict` sees, by the fastest decoder for it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _APP1 = b"\xff\xe1"  # EXIF or XMP
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:
-    """An image file as RGB pixels, upright and on white, shape [height, width, 3].
+    """Decode an image file to RGB pixels, upright and on white, shape [height, width, 3].
 
-    A JPEG that its decoder grumbles about counts if it is complete. One without metadata may have as many pixels as a
-    preparation takes, other files as many as :func:`wn21k_zoo.images.load_image`, or more.
+    A JPEG that its decoder complains about is accepted if it is complete. One without metadata may have as many pixels
+    as data preparation accepts, other files as many as :func:`wn21k_zoo.images.load_image` accepts, or more.
 
     Raises:
-        BadImageError: Truncated, damaged, too large or no image.
+        BadImageError: Truncated, damaged, too large or not an image.
     """
     is_jpeg = data.startswith(BEGIN_OF_JPEG)
     if is_jpeg and _is_upright(data):
-        with contextlib.suppress(ValueError):  # CMYK, say
+        with contextlib.suppress(ValueError):  # CMYK, for example
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             if height * width > BOMB_PIXELS:
                 raise BadImageError(f"has {height * width / 1e6:.0f} megapixels")
@@ -40,7 +40,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     if is_jpeg and is_cut_off(data):
         raise BadImageError("truncated")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of frames that are left out, say
+        with warnings.catch_warnings(action="ignore"):  # e.g. about frames that are left out
             return np.array(load_image(data))
     except (ImageError, MissingExtraError) as error:
         if is_jpeg and isinstance(error, ImageDecodeError):
@@ -51,11 +51,11 @@ def decode(data: bytes) -> NDArray[np.uint8]:
 
 
 def _is_upright(data: bytes) -> bool:
-    """Whether a JPEG is stored as it is to be seen; False too where nobody can tell."""
+    """Whether a JPEG is stored upright; also False if that cannot be determined."""
     if _APP1 not in data[:METADATA_WITHIN]:
         return True
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
-    except Exception:  # Pillow raises whatever damaged metadata makes it stumble over
+    except Exception:  # damaged metadata makes Pillow raise all sorts of exceptions
         return False

@@ -1,4 +1,4 @@
-"""One process, or many that torchrun started: who this one is, and what all agree on."""
+"""One process, or many started by torchrun: which one this is, and how all of them agree."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["NCCL_ALGORITHMS", "World", "join", "launched"]
 
 _LONG = 30.0  # seconds
 
-# Sums that switches compute differ from time to time (https://github.com/NVIDIA/nccl/issues/1497); NCCL reads this when
-# a process group is made, and torch sets it of itself only where it was deterministic before.
+# Sums computed by switches vary (https://github.com/NVIDIA/nccl/issues/1497); NCCL reads this when a process group is
+# created, and torch sets it by itself only if it was already deterministic then.
 NCCL_ALGORITHMS, _DETERMINISTIC = "NCCL_ALGO", "^NVLS,NVLSTree"
 
 
@@ -32,9 +32,9 @@ class World:
     """The processes of a run.
 
     Attributes:
-        rank: Of this one.
-        size: How many there are.
-        device: Which this one computes on.
+        rank: Rank of this process.
+        size: Number of processes.
+        device: Device that this process computes on.
     """
 
     rank: int
@@ -43,11 +43,11 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one that writes and reports."""
+        """Whether this is the process that writes and reports."""
         return self.rank == 0
 
     def any(self, value: bool) -> bool:
-        """Whether it is true on any rank; waits for all."""
+        """Whether the value is true on any rank; waits for all."""
         if self.size == 1:
             return value
         flag = torch.tensor(value, dtype=torch.int32, device=self.device)
@@ -59,7 +59,7 @@ class World:
         self.any(False)
 
     def mean(self, *values: float) -> list[float]:
-        """The mean of each value over ranks; waits for all."""
+        """Return the mean of each value over ranks; waits for all."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
@@ -68,7 +68,7 @@ class World:
         return [float(value) / self.size for value in total.tolist()]
 
     def broadcast(self, value: int) -> int:
-        """The leading rank's number; waits for all."""
+        """Return the leading rank's value; waits for all."""
         if self.size == 1:
             return value
         number = torch.tensor(value, device=self.device)
@@ -76,10 +76,10 @@ class World:
         return int(number)
 
     def agree(self, what: str, value: object) -> None:
-        """See that all ranks have the same, something that JSON can hold; waits for all.
+        """Check that all ranks have the same JSON-serialisable value; waits for all.
 
         Raises:
-            TrainingError: On each rank: they have not.
+            TrainingError: On every rank, if the values differ.
         """
         digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=7).digest()
         mine = int.from_bytes(digest, "big")
@@ -87,7 +87,7 @@ class World:
             raise TrainingError(f"The processes of this run have different {what}; start all of them alike.")
 
     def lead(self, action: Callable[[], None]) -> None:
-        """Let the leading rank do something while the others wait; if it fails, all fail.
+        """Let the leading rank run an action while the others wait; if it fails, all fail.
 
         Raises:
             Wn21kError: What the action raised; on the other ranks a TrainingError.
@@ -98,7 +98,7 @@ class World:
                 action()
             except Wn21kError as error:
                 problem = error
-            except OSError as error:  # a full disk, a folder that may not be written
+            except OSError as error:  # a full disk, or a folder that is not writable
                 problem = RunError(f"{first_line(error)}.")
         failed = self.any(problem is not None)
         if problem is not None:
@@ -108,23 +108,23 @@ class World:
 
 
 def launched(name: str, default: int) -> int:
-    """A number of torchrun's variables; others say -1 for none.
+    """Read a number from one of torchrun's variables; other launchers set -1 for none.
 
     Raises:
-        TrainingError: It is set to something else.
+        TrainingError: The variable is set to something else.
     """
     text = os.environ.get(name, str(default))
     try:
         return int(text) if int(text) >= 0 else default
     except ValueError:
-        raise TrainingError(f"{name} is set to {text!r}, which is no number; unset it, or start by torchrun.") from None
+        raise TrainingError(f"{name} is set to {text!r}, which is not a number; unset it, or use torchrun.") from None
 
 
 @contextlib.contextmanager
 def _told_of_waiting(size: int) -> Iterator[None]:
-    """Within, who waits for the others for long is told for what."""
+    """Report what a process is waiting for if it waits long for the others inside this context."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
-    message = f"waiting for all of {size} processes at {place}, which WORLD_SIZE, RANK and MASTER_ADDR are set for"
+    message = f"waiting for all {size} processes at {place}, as set by WORLD_SIZE, RANK and MASTER_ADDR"
     timer = threading.Timer(_LONG, say, [message])
     timer.daemon = True
     timer.start()
@@ -136,35 +136,37 @@ def _told_of_waiting(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def join(device: str | torch.device = "auto", deterministic: bool = False) -> Iterator[World]:
-    """Within, this process belongs to its world: that of torchrun's variables, or itself alone.
+    """Join this process's world while in the context: the one given by torchrun's variables, or itself alone.
 
-    On CUDA each rank has the GPU of its local rank, which becomes torch's current one, and NCCL; else gloo. Where the
-    program has made a process group already, that is taken, and the current GPU.
+    On CUDA each rank uses the GPU of its local rank, which becomes torch's current one, and NCCL; otherwise gloo. If
+    the program has already created a process group, that group and the current GPU are used.
 
     Args:
         device: auto, cpu, cuda or mps.
-        deterministic: Whether sums over ranks are to be the same each time.
+        deterministic: Whether sums over ranks must be the same each time.
 
     Raises:
-        TrainingError: There are more ranks than GPUs on this machine, the device is of one process alone, the others
-            cannot be reached, the program's process group is of other devices, or a variable holds no number.
+        TrainingError: There are more ranks than GPUs on this machine, the device cannot be shared by processes, the
+            others cannot be reached, the program's process group is for other devices, or a variable is not a number.
     """
     if dist.is_available() and dist.is_initialized():
         yield _of_the_group(select_device(device))
         return
     size, local = launched("WORLD_SIZE", 1), launched("LOCAL_RANK", 0)
     if str(device) in ("auto", "cuda") and torch.cuda.is_available() and local < torch.cuda.device_count():
-        torch.cuda.set_device(local)  # first of all, or each rank would take memory of the first GPU
+        torch.cuda.set_device(local)  # first of all, or each rank would use memory of the first GPU
     chosen = select_device(device)
     if size > 1 and str(device) != "auto" and (chosen.type == "mps" or torch.device(device).index is not None):
-        raise TrainingError(f"{size} processes cannot share the device {device}; name cpu or cuda, or none.")
+        raise TrainingError(
+            f"{size} processes cannot share the device {device}; use cpu or cuda, or specify no device."
+        )
     if chosen.type == "mps" and size > 1:
         chosen = torch.device("cpu")
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
         if chosen.index >= torch.cuda.device_count():
             raise TrainingError(
-                f"Local rank {local} has no GPU, there are {torch.cuda.device_count()}; start as many processes per "
+                f"Local rank {local} has no GPU: there are {torch.cuda.device_count()}; start as many processes per "
                 "machine as it has GPUs (torchrun --nproc-per-node)."
             )
         torch.cuda.set_device(chosen)
@@ -173,7 +175,7 @@ def join(device: str | torch.device = "auto", deterministic: bool = False) -> It
         yield World(0, 1, chosen)
         return
     with _same_sums() if deterministic else contextlib.nullcontext():
-        nccl = chosen.type == "cuda" and dist.is_nccl_available()  # Windows has none
+        nccl = chosen.type == "cuda" and dist.is_nccl_available()  # Windows has no NCCL
         try:
             with _told_of_waiting(size):
                 dist.init_process_group(
@@ -189,7 +191,7 @@ def join(device: str | torch.device = "auto", deterministic: bool = False) -> It
 
 @contextlib.contextmanager
 def _same_sums() -> Iterator[None]:
-    """Within, NCCL takes no algorithms whose sums differ from time to time, unless somebody chose them."""
+    """Keep NCCL from using algorithms whose sums vary while in the context, unless the user chose algorithms."""
     before = os.environ.get(NCCL_ALGORITHMS)
     os.environ.setdefault(NCCL_ALGORITHMS, _DETERMINISTIC)
     try:
@@ -206,7 +208,7 @@ def _of_the_group(chosen: torch.device) -> World:
         chosen = torch.device("cuda", torch.cuda.current_device())
     if dist.get_world_size() > 1 and f"{chosen.type}:" not in (known := dist.get_backend_config()):
         raise TrainingError(
-            f"The program's process group has no backend for {chosen.type} (it has {known}); make the group with one, "
-            "or compute on a device that it has."
+            f"The program's process group has no backend for {chosen.type} (it has {known}); create the group with "
+            "one, or use a device that it has."
         )
     return World(dist.get_rank(), dist.get_world_size(), chosen)

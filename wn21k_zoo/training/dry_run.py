@@ -1,4 +1,4 @@
-"""What a preparation would make, and whether there is room for it."""
+"""What data preparation would produce, and whether there is room for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from wn21k_zoo.training.tasks import Engine
 
 __all__ = ["ClassCount", "check_space_before", "check_space_during", "count", "count_class"]
 
-_RECORD_OVERHEAD = 2816  # of three tar members beside the image: headers, .cls, .json, and half a block of padding
+_RECORD_OVERHEAD = 2816  # of three tar members, without the image: headers, .cls, .json, half a block of padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +48,23 @@ def count(
     allow_truncated: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> list[ClassCount]:
-    """What a preparation would make of the source, from its names and one image of each class.
+    """Estimate what a preparation would make of the source, from its names and one image per class.
 
     Args:
-        source: As for :func:`prepare`, and so the others.
-        options: What would be made.
-        workers: Processes or Ray tasks.
+        source: As for :func:`prepare`, like the other arguments.
+        options: Options of the preparation.
+        workers: Number of processes or Ray tasks.
         engine: ``local`` or ``ray``.
-        ray_address: Of a Ray cluster.
-        allow_truncated: Count what is there where an archive ends too early.
+        ray_address: Address of a Ray cluster.
+        allow_truncated: Count what is there if an archive ends too early.
         progress: Called after each class.
 
     Raises:
         DataSourceError: As :func:`prepare`.
     """
     source, options = expanded(source, DataSourceError), options or PrepareOptions()
-    opened = open_source(source.absolute() if engine == "ray" else source)  # Ray's workers stand elsewhere
-    if opened.sequential:  # classes are copied out to this machine's disk, where no other looks
+    opened = open_source(source.absolute() if engine == "ray" else source)  # Ray's workers run in another folder
+    if opened.sequential:  # classes are copied to this machine's disk, which no other machine sees
         engine, ray_address = "local", None
     tasks = Tasks(workers, engine, ray_address, progress)
     counts: list[ClassCount] = []
@@ -79,7 +79,7 @@ def count(
         except CutOffError as error:
             if not allow_truncated:
                 raise DataSourceError(
-                    f"{str(error).rstrip('.')}: get the whole file, or count without the rest by --allow-truncated."
+                    f"{str(error).rstrip('.')}: get the whole file, or count without the rest with --allow-truncated."
                 ) from None
 
     with tempfile.TemporaryDirectory(prefix="wn21k-", ignore_cleanup_errors=True) as spool:
@@ -92,7 +92,7 @@ def count(
 
 
 def count_class(source: ClassSource, options: PrepareOptions, is_split: bool) -> ClassCount:
-    """Count one class: a task."""
+    """Count one class; runs as a task."""
     try:
         names = {member.name for member in read_members(source) if member.refused is None}
         decision = decide(source, len(names), options, is_split)
@@ -125,16 +125,16 @@ def _first_stored_bytes(source: ClassSource, options: PrepareOptions, is_split: 
 
 
 def check_space_before(source: Source, options: PrepareOptions, output: Path) -> None:
-    """Refuse what will not fit, judged by one image each of up to 32 classes.
+    """Refuse output that will not fit, judged by one image each of up to 32 classes.
 
     Raises:
-        DiskSpaceError: Too little space.
+        DiskSpaceError: There is too little space.
     """
     if source.sequential:
-        return  # nothing of it can be looked at beforehand; check_space_during does
+        return  # it cannot be read beforehand; check_space_during checks it
     work = output / WORK_FOLDER
     classes: list[ClassSource] = []
-    with contextlib.suppress(DataSourceError):  # an archive that ends too early is told of when its classes are done
+    with contextlib.suppress(DataSourceError):  # a truncated archive is reported when its classes are prepared
         for one in source.classes(work / "spool", lambda name: name[-9:] in options.space):
             classes.append(one)
     counts = [count_class(one, options, source.is_split) for one in classes[:: -(-len(classes) // 32) or 1]]
@@ -147,7 +147,7 @@ def check_space_before(source: Source, options: PrepareOptions, output: Path) ->
 
 
 def check_space_during(results: Iterable[ClassResult], done: int, total: int, output: Path) -> None:
-    """The same for a source that cannot be looked at beforehand, judged by what is done."""
+    """Do the same for a source that cannot be read beforehand, judged by what is done so far."""
     stored = sum(result.stored_bytes for result in results)
     _refuse_space(stored / done * total, stored, output)
 
@@ -156,7 +156,7 @@ def _refuse_space(expected: float, have: int, output: Path) -> None:
     free = shutil.disk_usage(output).free
     if 2 * expected - have > free:
         raise DiskSpaceError(
-            f"About {(2 * expected - have) / 1e9:,.3g} GB more are needed at {output} and {free / 1e9:,.3g} GB are "
-            f"free (the output takes about {expected / 1e9:,.3g} GB, and as much again while it is made). What is "
-            "finished is kept: make room, or name another disk."
+            f"About {(2 * expected - have) / 1e9:,.3g} GB more are needed at {output}, but {free / 1e9:,.3g} GB are "
+            f"free (the output takes about {expected / 1e9:,.3g} GB, and as much again while it is being made). What "
+            "is finished is kept: make room, or use another disk."
         )

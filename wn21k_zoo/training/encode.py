@@ -1,15 +1,15 @@
-"""One image of the source to the bytes that are stored.
+"""Convert one source image to the bytes that are stored.
 
 Published (Ridnik et al. 2021, dataset_preprocessing/resize.py and resize_short_edge.py of the authors' repository):
-OpenCV decodes (here JPEG alone, other formats as a prediction does); if the longer side is at least the size, bilinear
-resize to a square ("squash") or by the shorter side, and JPEG of quality 95; else the file is copied. Left open there
-and decided here:
+OpenCV decodes (here only JPEG; other formats are decoded as for a prediction); if the longer side is at least the size,
+bilinear resize to a square ("squash") or by the shorter side, and JPEG of quality 95; otherwise the file is copied.
+Left open there and decided here:
 
-- an image without the end-of-image mark is truncated, and counts as bad (OpenCV would paint the rest grey);
-- a small file that is no plain JPEG (PNG or CMYK under a JPEG name, rotated by EXIF) is encoded anew at its own size,
-  upright, so that every decoder sees the same; plain ones are copied bit by bit, but for films behind their end;
-- more than 179 million pixels (Pillow's limit against decompression bombs; half of it if it is no JPEG) count as bad,
-  and so do images that would be longer than a JPEG can be.
+- an image without the end-of-image marker is truncated, and counts as bad (OpenCV would paint the rest grey);
+- a small file that is not a plain JPEG (PNG or CMYK under a JPEG name, rotated by EXIF) is re-encoded at its own size,
+  upright, so that every decoder sees the same; plain ones are copied bit by bit, except for videos after their end;
+- more than 179 million pixels (Pillow's limit against decompression bombs; half of it if not a JPEG) count as bad, and
+  so do images that would be longer than a JPEG can be.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BEGIN_OF_JPEG = b"\xff\xd8\xff"
 METADATA_WITHIN = 65536
 """Bytes of a JPEG within which its metadata begins."""
 
-BOMB_PIXELS = 2 * MAX_PIXELS  # from where on Pillow refuses an image
+BOMB_PIXELS = 2 * MAX_PIXELS  # above this Pillow refuses an image
 _BEGIN_OF_SCAN = b"\xda"
 _END_OF_IMAGE = b"\xff\xd9"
 _MAX_SIDE = 65_500  # libjpeg's limit
@@ -50,12 +50,12 @@ _EXIF = b"Exif\x00\x00"
 
 
 class BadImageError(Exception):
-    """Why an image cannot be used, without its name: for the manifest, or for a message that names it."""
+    """Why an image cannot be used, without its name: for the manifest, or for a message that adds the name."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """What becomes of one image: ``data`` is a JPEG file; widths and heights are in pixels, upright."""
+    """The result for one image: ``data`` is a JPEG file; widths and heights are in pixels, upright."""
 
     data: bytes
     action: Literal["resized", "copied", "re-encoded"]
@@ -97,7 +97,7 @@ def store_image(data: bytes, size: int, resize: Resize, quality: int) -> StoredI
 
 
 def is_cut_off(data: bytes) -> bool:
-    """Whether a JPEG lacks its end; behind that, cameras and servers put what they like, a film for example."""
+    """Whether a JPEG lacks its end marker; cameras and servers may append anything after it, such as a video."""
     return _END_OF_IMAGE not in data[-4096:] and data.find(_END_OF_IMAGE, _begin_of_scan(data)) < 0
 
 
@@ -108,7 +108,7 @@ def _until_its_end(data: bytes) -> bytes:
 
 
 def _begin_of_scan(data: bytes) -> int:
-    """Where the pixels of a JPEG begin: behind its metadata, whose preview has an end of its own."""
+    """Offset at which a JPEG's pixels begin: after its metadata, whose preview has its own end marker."""
     at = 2
     while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) != _BEGIN_OF_SCAN:
         at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
@@ -126,7 +126,7 @@ def _inspect(data: bytes) -> tuple[str, str, int]:
 
 
 def _inspect_jpeg(data: bytes) -> tuple[str, str, int, int, int] | None:
-    """What there is to know of a JPEG without EXIF; four times faster than asking Pillow."""
+    """Inspect a JPEG without EXIF; four times faster than Pillow."""
     if not data.startswith(BEGIN_OF_JPEG) or _EXIF in data[:METADATA_WITHIN]:
         return None
     try:
@@ -144,7 +144,7 @@ def _inspect_any(data: bytes) -> tuple[str, str, int, int, int]:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
     except Image.DecompressionBombError:
         raise BadImageError("too many pixels") from None
-    except Exception:  # Pillow's readers raise what they like for a damaged header
+    except Exception:  # Pillow's readers raise all sorts of exceptions for a damaged header
         raise BadImageError("not an image") from None
     is_jpeg = format_ in ("JPEG", "MPO")  # MPO: a JPEG with more pictures after the first
     return "JPEG" if is_jpeg else format_, mode, orientation if isinstance(orientation, int) else 1, width, height
@@ -161,9 +161,9 @@ def _decode(data: bytes) -> NDArray[np.uint8]:
 
 
 def _decode_other(data: bytes) -> NDArray[np.uint8]:
-    """As a prediction sees it: of other formats OpenCV reads more or less in each of its versions."""
+    """Decode as a prediction does: how much OpenCV reads of other formats depends on its version."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of frames that are left out
+        with warnings.catch_warnings(action="ignore"):  # about frames that are left out
             return np.ascontiguousarray(np.asarray(load_image(data))[:, :, ::-1])
     except ImageTooLargeError:
         raise BadImageError("too many pixels") from None

@@ -1,7 +1,7 @@
-"""A run from its recipe to its last checkpoint, and, however it was interrupted, to the same bits.
+"""Run a recipe to its last checkpoint, with the same bits however it was interrupted.
 
-What a step computes depends on the recipe, the data, the number of the step and the number of ranks alone: the order of
-images and their augmentation come from the loader, dropout's random numbers from a seed made of step and rank.
+A step's result depends only on the recipe, the data, the step number and the number of ranks: the order of images and
+their augmentation come from the loader, dropout's random numbers from a seed made of step and rank.
 """
 
 from __future__ import annotations
@@ -60,52 +60,52 @@ def train(
     workers: int | None = None,
     signals: Signals | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe, or go on where a run in the same folder was.
+    """Run a recipe, or resume the run in the same folder.
 
-    Ctrl-C, in a notebook as well, ends the step that is under way, leaves a checkpoint and is raised then; a second one
-    ends the run at once. The random numbers of torch on the CPU and on the GPU of the run, whether torch is
-    deterministic, and in which precision it multiplies matrices, are afterwards as they were before.
+    Ctrl-C, also in a notebook, finishes the current step, writes a checkpoint and is then raised; a second one ends the
+    run at once. Torch's random state on the CPU and on the run's GPU, its determinism setting and its matrix
+    multiplication precision are restored afterwards.
 
     Args:
         recipe: What to run.
         data: See :func:`wn21k_zoo.training.splits.open_splits`.
-        output: Folder of the run; all ranks see it.
-        world: The processes that run it together; default: those of torchrun, or this one alone.
-        device: auto, cpu, cuda, cuda:N or mps, where no world is given.
-        workers: Processes per rank that load images; default: the cores of this machine over its ranks, at most 16.
-        signals: On those that come in its context, write a checkpoint and raise :class:`Preempted`.
+        output: Folder of the run, visible to all ranks.
+        world: The processes that run it together; default: those that torchrun started, or this one alone.
+        device: auto, cpu, cuda, cuda:N or mps, if no world is given.
+        workers: Image-loading processes per rank; default: this machine's cores divided by its ranks, at most 16.
+        signals: For signals that arrive in its context, write a checkpoint and raise :class:`Preempted`.
 
     Returns:
         The figures of the last evaluation.
 
     Raises:
-        RecipeError, DataError, RunError, ModelError, InvalidArgumentError: Something does not fit; nothing has started.
-        RunError, DataError, BadImagesError: Within the run: memory is not enough, a process that loads images is gone,
-            or too many images are damaged; what was run before is kept.
-        TrainingError: Processes were not started alike, or the connection between them failed.
-        NonFiniteError: The loss was not finite, on every rank; the last checkpoint is as it was.
+        RecipeError, DataError, RunError, ModelError, InvalidArgumentError: Something is invalid; nothing has started.
+        RunError, DataError, BadImagesError: During the run: memory is not enough, a process that loads images is gone,
+            or too many images are damaged; progress so far is kept.
+        TrainingError: Processes were not started the same way, or the connection between them failed.
+        NonFiniteError: The loss was not finite; raised on every rank. The last checkpoint is unchanged.
         Preempted: As above.
         KeyboardInterrupt: Ctrl-C.
     """
     if not isinstance(recipe, Recipe):
         raise RecipeError(
-            f"The recipe is {recipe!r}; take one of wn21k_zoo.training.presets, or load_recipe(name) of "
+            f"The recipe is {recipe!r}; use one of wn21k_zoo.training.presets, or load_recipe(name) of "
             "wn21k_zoo.training.recipe_files."
         )
     if world is None:
         with join(device, recipe.run.deterministic) as joined:
             return train(recipe, data, output, joined, workers=workers, signals=signals)
     if device != "auto":
-        raise InvalidArgumentError("The world says on which device a run is; leave out device.")
+        raise InvalidArgumentError("The world determines the device of a run; leave out device.")
     recipe.check()
     folder = RunFolder(local_path(output, RunError))
     asked, before = recipe.model.arguments, folder.start_arguments()
     recipe = resolved(recipe, before)
     if is_among(folder.path, data):
-        raise RunError(f"{folder.path} would be among the images of {data}; name an output folder elsewhere.")
+        raise RunError(f"{folder.path} would be among the images of {data}; choose an output folder elsewhere.")
     splits = open_splits(recipe, data)
     recipe = recipe.counted(len(splits.train))
-    # But for where weights lie: the leading rank's are taken, and of a teacher it is asked what it says.
+    # Except where weights lie: the leading rank's are used, and teachers are compared by what they say.
     world.agree("recipes", recipe.model_dump(mode="json", exclude={"model": {"start"}, "loss": {"teacher"}}))
     world.agree("data", splits.describe())
     of_start = {name: value for name, value in recipe.model.arguments.items() if name not in asked}
@@ -114,7 +114,7 @@ def train(
     with contextlib.ExitStack() as stack:
         world.lead(lambda: stack.enter_context(folder.locked()))
         rescue, told = Rescue(folder, world), signals or Signals()
-        # In other threads, or where a program has a handler of its own, nobody but that hears of it.
+        # Other threads cannot handle Ctrl-C, and if the program has its own handler, only that one does.
         if signals is not None or (
             threading.current_thread() is threading.main_thread()
             and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -129,7 +129,7 @@ def train(
             if signals is not None or not told.told:
                 raise
             if world.leads:
-                say("stopped with a checkpoint; begun again it goes on")
+                say("stopped with a checkpoint; start it again to resume")
             raise KeyboardInterrupt from None
 
 
@@ -175,7 +175,7 @@ class _Run:
             self.folder.cut(self.step, self.evaluated)
             self.folder.set_status("running", self.step, total=self.total)
         self.writer = CheckpointWriter(self.folder, self.recipe.run.keep) if leads else None
-        self.world.barrier()  # no rank looks at the status before it is of this time
+        self.world.barrier()  # no rank may read the status of an earlier start
         self.rescue.save, self.rescue.begun = self._rescued, True
         self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
         for message in announcements(
@@ -184,12 +184,12 @@ class _Run:
             self.reporter.say(message)
         is_over = False
         try:
-            if self.agreement.stops():  # told so while it was being built
+            if self.agreement.stops():  # told to while the run was being built
                 self._stop()
             self._epochs()
             is_over = True
         except Exception as end:
-            if self.signals.told and not isinstance(end, (Preempted, Wn21kError)):  # another rank is gone, say
+            if self.signals.told and not isinstance(end, (Preempted, Wn21kError)):  # e.g. another rank is gone
                 self.rescue(time.monotonic() + LIMIT_SECONDS / 2)
                 raise Preempted(self.signals.code) from end
             problem = explained(end, self.recipe, self.world, self.micro)
@@ -198,7 +198,7 @@ class _Run:
             if problem is not end:
                 raise problem from end
             raise
-        except KeyboardInterrupt:  # a second Ctrl-C, which waits for no checkpoint but one that is being written
+        except KeyboardInterrupt:  # a second Ctrl-C, which waits only for a checkpoint that is being written
             if self.writer is not None:
                 with contextlib.suppress(RunError):
                     self.writer.wait()
@@ -210,7 +210,7 @@ class _Run:
             with self.rescue.changing:
                 self.rescue.save = None
             if self.writer is not None:
-                with contextlib.suppress(*(() if is_over else (RunError,))):  # else there is a reason already
+                with contextlib.suppress(*(() if is_over else (RunError,))):  # otherwise an error is raised already
                     self.writer.close()
         if leads:
             self.folder.set_status("finished", self.step, total=self.total)
@@ -220,10 +220,10 @@ class _Run:
         return self.figures
 
     def _failed(self, end: Exception, problem: Exception) -> None:
-        """Say so, and keep what was run until the step that failed."""
+        """Record the failure, and keep the progress before the step that failed."""
 
         def mark() -> None:
-            # Of several that failed the first says why; the others may have lost the connection to it.
+            # If several ranks fail, the first gives the reason; the others may just have lost the connection to it.
             if self.folder.status().get("state") != "failed":
                 self.folder.set_status("failed", self.step, total=self.total, reason=first_line(problem))
 
@@ -235,10 +235,10 @@ class _Run:
             for _ in range(3):
                 try:
                     action()
-                except RunError as error:  # whose reason is another one
+                except RunError as error:  # a different problem from the one that ended the run
                     say(str(error))
                 except RuntimeError as error:
-                    if is_of_a_worker(error):  # torch says so amid anything, once for each
+                    if is_of_a_worker(error):  # torch raises it in the middle of anything, once per process
                         continue
                     raise
                 break
@@ -260,8 +260,8 @@ class _Run:
         is_last = self.step >= self.total
         evaluates = is_last or epoch % (self.recipe.run.evaluate_every or 1) == 0
         is_saved = self.saved is not None and self.saved[0] == self.step
-        if evaluates and not is_saved and self.total > 2:  # in a trial there is nothing to lose
-            self._save()  # an evaluation that fails, over damaged images, say, costs no training
+        if evaluates and not is_saved and self.total > 2:  # a trial has nothing to lose
+            self._save()  # an evaluation that fails, e.g. over damaged images, loses no training
         figures = self._evaluate() if evaluates else {}
         is_best = False
         with self.rescue.changing:
@@ -292,11 +292,11 @@ class _Run:
             begin = time.perf_counter()
             batch = next(batches)
             self.window.waited += time.perf_counter() - begin
-            # Of dropout and its like; after the loader, which draws from it when it begins.
+            # For dropout and the like; after the loader, which draws from this generator when it starts.
             torch.manual_seed(_seed(self.recipe.run.seed, self.step, number, self.world.rank))
             last = number == self.group - 1
             with self.learner.gathering(last):
-                # An image that is damaged counts as if its loss were 0, however the step's images are divided.
+                # A damaged image counts as a loss of 0, however the step's images are divided.
                 loss = self.learner.loss(batch) * (len(batch) / self.micro) / self.group
                 total += loss.detach()
                 if last:
@@ -325,14 +325,14 @@ class _Run:
     def _stop(self) -> NoReturn:
         self.window.share(self.world)
         self._save(wait=True)
-        if self.world.leads:  # before any process is gone: launch files look for the mark as soon as one is
+        if self.world.leads:  # before any process exits: launch files look for the mark as soon as one does
             self.folder.set_status("preempted", self.step, total=self.total)
-        self.world.barrier()  # torchrun ends the others as soon as one is gone
+        self.world.barrier()  # torchrun ends the others as soon as one exits
         raise Preempted(self.signals.code)
 
     def _save(self, best: bool = False, wait: bool = False) -> None:
         self._saved_at = time.monotonic()
-        check_finite(self.learner.module.parameters(), self.step)  # alike on all ranks
+        check_finite(self.learner.module.parameters(), self.step)  # the same on all ranks
         if self.writer is not None:
             if self.folder.status().get("state") == "running":  # and no other rank has failed
                 self.folder.set_status("running", self.step, total=self.total)
@@ -341,7 +341,7 @@ class _Run:
         self.saved = self.step, self.evaluated
 
     def _rescued(self) -> None:
-        """Write the state before the step that is under way, in another thread than the one that is in it."""
+        """Write the state before the current step, from a different thread than the one that runs it."""
         if self.writer is None or not self.learner.whole:
             return
         if self.saved != (self.step, self.evaluated):
@@ -366,7 +366,7 @@ class _Run:
         }
 
     def _resume(self) -> None:
-        """The newest checkpoint, the same on all ranks."""
+        """Load the newest checkpoint, the same on all ranks."""
         found: dict[str, Any] | None = None
 
         def newest() -> None:
@@ -374,7 +374,7 @@ class _Run:
             try:
                 found = self.folder.newest()
             except RunError as error:
-                raise RunError(f"{error} Name another output folder to begin anew.") from None
+                raise RunError(f"{error} Choose another output folder to start over.") from None
 
         self.world.lead(newest)
         step = self.world.broadcast(found["step"] if found is not None else -1)
@@ -383,8 +383,8 @@ class _Run:
         state = found or read_checkpoint(self.folder.checkpoints / f"step-{step:08d}.pt")
         if state.get("teacher", self.learner.teacher_digest) != self.learner.teacher_digest:
             raise RunError(
-                f"loss.teacher {self.recipe.loss.teacher} says something else than when the run in {self.folder.path} "
-                "began; put the former one back, or name another output folder."
+                f"loss.teacher {self.recipe.loss.teacher} is not the same as when the run in {self.folder.path} "
+                "began; restore the former one, or choose another output folder."
             )
         self.learner.load_state_dict(state)
         self.step, self.evaluated = state["step"], state["evaluated"]
@@ -392,7 +392,7 @@ class _Run:
         self.window.load_state_dict(state["window"])
         self.saved = self.step, self.evaluated
         best, best_of = state["best"]
-        if best_of == self.best_of:  # on fewer or more images it says nothing about now
+        if best_of == self.best_of:  # a score on fewer or more images is not comparable
             self.best = best
 
     @torch.no_grad()
@@ -419,9 +419,9 @@ class _Run:
         return figures
 
     def _while_wanted(self, loader: Loader) -> Iterator[Batch]:
-        """Batches for the evaluation until it is enough, or all ranks know that one was told to stop.
+        """Yield batches for the evaluation until there are enough, or all ranks know that one was told to stop.
 
-        They ask each other only where all have a batch: the last may be of some ranks alone.
+        They ask each other only while all have a batch: only some ranks may have a last one.
         """
         limit = self.recipe.run.evaluate_batches
         common = len(self.splits.validation) // (loader.batch_size * self.world.size)

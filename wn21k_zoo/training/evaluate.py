@@ -1,4 +1,4 @@
-"""A trained or published model on a split: semantic and leaf accuracy, hierarchical errors, calibration, throughput."""
+"""Evaluate a model on a split: semantic and leaf accuracy, hierarchical errors, calibration, throughput."""
 
 from __future__ import annotations
 
@@ -55,52 +55,51 @@ def evaluate(
     predictions: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Figures of a model on a split of a data set.
+    """Evaluate a model on a split of a data set.
 
-    In a program of several processes each that calls it evaluates all of the split, and waits for no other.
+    In a multi-process program, each process that calls this evaluates the whole split and waits for no other.
 
     Args:
-        model: A run's folder, a record's or timm's name, an exported folder, ``hf-hub:ORG/NAME``, or a network of
-            timm's, with ``label_space``; its layers are afterwards in the modes that they were in.
+        model: A run's folder, the name of a record or of a timm model, an exported folder, ``hf-hub:ORG/NAME``, or a
+            timm network with ``label_space``; its layers' modes are restored afterwards.
         data: Shards or a URL of them, mapped to the model's classes by synset; or a folder of class folders named by
-            wnids (for classes that are no synsets, by their names).
-        split: ``train``, ``validation``, or for class folders ``all``. Default: ``validation``; but all images of a
-            folder that is not divided, unless the model is a run, or exported from one, that was trained on it, and so
-            has seen nine in ten of them.
+            wnid (for classes that are not synsets, by class name).
+        split: ``train``, ``validation``, or for class folders ``all``. Default: ``validation``; but ``all`` for an
+            undivided folder, unless the model is (or was exported from) a run that was trained on it, and so has seen
+            nine in ten of its images.
         which: Checkpoint of a run, ``best`` or ``last``.
-        label_space: Classes of a network, or of a folder's model that does not say.
-        head: How its outputs are to be read, when it does not say; as :func:`wn21k_zoo.models.load_model`.
-        cache_dir: Folder of the cache.
-        image_size: Width and height of the images in pixels; default: what the model says. Networks often see best at
-            somewhat more than they were trained with (arXiv 1906.06423). Position embeddings of those that have them
-            are resampled, but for a network of the caller's.
-        batch_size: Images at a time.
-        workers: Processes that load images; default: the cores of this machine, at most 16.
+        label_space: Classes of a network, or of a folder's model that does not name them.
+        head: How to read the outputs if the model does not say; as in :func:`wn21k_zoo.models.load_model`.
+        cache_dir: Cache folder.
+        image_size: Width and height of the images in pixels; default: the model's own. Networks are often best at a
+            somewhat larger size than in training (arXiv 1906.06423). Position embeddings, if any, are resampled,
+            except in a network of the caller's.
+        batch_size: Images per batch.
+        workers: Number of processes that load images; default: the cores of this machine, at most 16.
         device: auto (a network stays where it is), cpu, cuda or mps (where it stays afterwards).
-        precision: fp32, bf16 or fp16; a network in bf16 or fp16 runs in these in place of fp32. Convolutions in fp32
-            are TF32 on GPUs that have it unless ``torch.backends.cudnn.allow_tf32`` is False.
-        max_bad: Share of damaged images that is endured; of few images ten always are, for 0.01.
-        predictions: CSV file for a row per image: ``image``, ``class`` and ``prediction`` (wnids, or the model's own
-            names) and ``confidence``; there when all of it is done. Predictions are leaves, see
-            :class:`wn21k_zoo.training.evaluation.Evaluation`, so that no image of a class above them has its own.
-        progress: Told of batches done and to do.
+        precision: fp32, bf16 or fp16; a network in bf16 or fp16 runs in its own precision instead of fp32. Convolutions
+            in fp32 use TF32 on GPUs that have it unless ``torch.backends.cudnn.allow_tf32`` is False.
+        max_bad: Share of damaged images that is tolerated; even of few images, ten always are, for 0.01.
+        predictions: CSV file with a row per image: ``image``, ``class`` and ``prediction`` (wnids, or the model's own
+            names) and ``confidence``; it appears once it is complete. Predictions are leaves, see
+            :class:`wn21k_zoo.training.evaluation.Evaluation`, so images of classes above them never get their own.
+        progress: Called with the number of batches done and their total.
 
     Returns:
-        What :meth:`wn21k_zoo.training.evaluation.Evaluation.compute` gives, with ``per_class`` (of each leaf ``class``,
-        ``images`` and ``top1``, the lowest first), ``images_per_second``, ``model``,
+        The result of :meth:`wn21k_zoo.training.evaluation.Evaluation.compute`, plus ``per_class`` (``class``,
+        ``images`` and ``top1`` of each leaf, the lowest first), ``images_per_second``, ``model``,
         ``label_space``, ``classes``, ``head``, ``hierarchy``, ``split``, ``input_size`` (channels, height and width),
         ``bad_samples``, ``left_out`` (images of classes that the model does not know) and ``device``. Semantic figures
-        are over the tree of the model's own classes; where that has one level (ImageNet-1K) there are none, and the
-        hierarchical ones are within ``hierarchy``, the tree with all synsets above the classes. Classes that are no
-        synsets have neither.
+        use the tree of the model's own classes; if that has one level (ImageNet-1K) there are none, and hierarchical
+        ones use ``hierarchy``, the tree with all synsets above the classes. Classes that are not synsets have neither.
 
     Raises:
-        ModelError, UnknownModelError, UnresolvedLabelSpaceError, RunError: The model cannot be loaded, or gives other
-            outputs than its classes need.
+        ModelError, UnknownModelError, UnresolvedLabelSpaceError, RunError: The model cannot be loaded, or its outputs
+            do not match its classes.
         DataError: The data cannot be read, or has none of the model's classes.
         DataOutputError: ``predictions`` cannot be written.
-        InvalidArgumentError: A number is out of range; the network does not take images of ``image_size``; how images
-            are prepared for a network, or how its outputs are read, is not known; two of its classes have one name.
+        InvalidArgumentError: A number is out of range; the network does not take images of ``image_size``; it is
+            unknown how to prepare images for a network or read its outputs; or two of its classes have the same name.
         NonFiniteError: The model's outputs are not finite.
     """
     dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -117,9 +116,9 @@ def evaluate(
     tree = SemanticTree.from_label_space(subject.space) if subject.space else None
     layout = memory_format(chosen)
     module = subject.module.to(chosen)
-    if not isinstance(model, nn.Module):  # one of the caller's stays as it is
+    if not isinstance(model, nn.Module):  # the caller's own keeps its layout
         module.to(memory_format=layout)
-    own = dtype_of(module)  # of a network of the caller's
+    own = dtype_of(module)  # the caller's network may not be fp32
     dtype = dtypes[precision] or (own if own in (torch.bfloat16, torch.float16) else None)
 
     def run(images: Tensor) -> Any:
@@ -142,7 +141,7 @@ def evaluate(
     total, begin = len(loader), time.perf_counter()
     with torch.inference_mode(), evaluating(module), _rows(predictions, subject.class_names) as write:
         for number, batch in enumerate(loader, start=1):
-            if len(batch):  # else all its images are damaged
+            if len(batch):  # otherwise all its images are damaged
                 images = batch.images.contiguous(memory_format=layout)
                 logits = run(images)
                 check_logits(logits, len(batch), subject.classes, subject.name)
@@ -177,7 +176,7 @@ def _per_class(evaluation: Evaluation, class_names: Sequence[str]) -> list[dict[
 def _rows(
     place: str | os.PathLike[str] | None, class_names: Sequence[str]
 ) -> Iterator[Callable[[Batch, Tensor, Tensor], None]]:
-    """Within, what writes a row for each image of a batch, its prediction and confidence; nothing without a place."""
+    """Yield a function that writes a row per image with prediction and confidence; without a place, nothing."""
     if place is None:
         yield lambda batch, predictions, confidences: None
         return
@@ -210,7 +209,7 @@ def _rows(
 
 
 def _has_seen(subject: Subject, data: str | os.PathLike[str]) -> bool:
-    """Whether a model was trained on most of that part of a folder which is for training."""
+    """Whether a model was trained on most of the training part of a folder."""
     seen = {*subject.trained_on.split()}
     if not seen:
         return False
@@ -221,8 +220,8 @@ def _has_seen(subject: Subject, data: str | os.PathLike[str]) -> bool:
 def _dataset(data: str | os.PathLike[str], split: str, subject: Subject) -> ImageDataset:
     if not is_class_folder(data):
         if subject.space is None:
-            open_storage(data)  # or there is nothing
-            raise DataError(f"{subject.name} speaks classes of its own; give a folder of class folders with them.")
+            open_storage(data)  # raises if there is nothing
+            raise DataError(f"{subject.name} has classes of its own; give a folder of class folders named after them.")
         return open_dataset(data, split, label_space=subject.space)
     folder = open_folder(data, split)
     if subject.space is not None:

@@ -1,4 +1,4 @@
-"""Predictions of a head, whatever its kind, counted in every way that the project reports.
+"""Evaluation of the predictions of any kind of head, by every figure that the project reports.
 
 Shape suffixes: B batch, N classes.
 """
@@ -33,27 +33,27 @@ __all__ = ["Evaluation", "classes_with_images"]
 class Evaluation(nn.Module):
     """Counts batches of logits.
 
-    A node's score is what :class:`wn21k_zoo.hierarchy.Decoder` says for the kind of head: for a semantic softmax its
-    probability within its level, for a softmax the sum over its subtree. Semantic top-1 is over these; the published
-    protocol takes the largest raw logit of each level, which for a semantic softmax is the same.
+    A node's score is what :class:`wn21k_zoo.hierarchy.Decoder` gives for the kind of head: for a semantic softmax its
+    probability within its level, for a softmax the sum over its subtree. Semantic top-1 uses these scores; the
+    published protocol takes the largest raw logit of each level, which is the same for a semantic softmax.
 
-    Leaves are the classes with images that have no descendant with images: since no class is more certain than its
-    ancestors, only among them does the highest confidence choose. Where no class with images is above another, all are.
-    Of several that are as certain as a common ancestor the one with the highest probability within its level is chosen.
+    Leaves are the classes with images that have no descendant with images: since no class is more confident than its
+    ancestors, only leaves compete for the highest confidence. If no class with images is above another, all are leaves.
+    Among leaves as confident as a common ancestor, the one with the highest probability within its level is chosen.
 
-    Hierarchical distances are within the tree of the classes, or, where that has but one level or one class on each,
-    within that of the classes and all synsets above them in WordNet.
+    Hierarchical distances use the tree of the classes or, if that has only one level or one class per level, the tree
+    of the classes and all synsets above them in WordNet.
 
     Attributes:
-        hierarchy: Name of the tree of the distances, None for classes that are no synsets.
+        hierarchy: Name of the tree used for the distances, None for classes that are not synsets.
 
     Args:
-        tree: The classes and their hierarchy; None: a plain softmax over classes of one's own.
-        head: Its kind.
-        classes: Those with images.
-        order: In which order logits come.
+        tree: The classes and their hierarchy; None for a plain softmax over custom classes.
+        head: The kind of head.
+        classes: The classes with images.
+        order: Order of the logits.
         device: Where the logits are.
-        over_ranks: Whether figures are of the batches of all ranks, each of which computes them, or of its own.
+        over_ranks: Whether figures cover the batches of all ranks, each of which computes them, or only its own.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Evaluation(nn.Module):
             has_levels = bool(tree.depths.max() and tree.levels)
             spread = tree if has_levels else tree.with_ancestors()
             self.distances, self.hierarchy = HierarchicalDistances(spread), spread.name
-            if not has_levels:  # nothing is above anything, or nothing beside it
+            if not has_levels:  # no class is above another, or none beside another
                 tree = None
         self.leaf, self.raw = LeafAccuracy(_leaves(tree, classes)), LeafAccuracy(classes)
         self.classes, self.calibration = ClassAccuracy(max(classes) + 1), Calibration()
@@ -89,10 +89,10 @@ class Evaluation(nn.Module):
 
     @torch.no_grad()
     def update(self, logits_bn: Tensor, targets_b: Tensor) -> tuple[Tensor, Tensor]:
-        """Count a batch: logits [B, N] and indices in the label space [B] int64; an empty batch is none.
+        """Count a batch: logits [B, N] and indices in the label space [B] int64; an empty batch is ignored.
 
         Returns:
-            Of each image the leaf that is predicted, [B] int64, and its confidence, [B].
+            The predicted leaf of each image, [B] int64, and its confidence, [B].
         """
         if not len(targets_b):
             return targets_b, logits_bn.new_zeros(0)
@@ -111,9 +111,9 @@ class Evaluation(nn.Module):
             self.semantic.update(scores.probability, targets_b)
             confidence = scores.confidence.index_select(1, self.semantic.levels.positions)
             order = confidence
-            if self._head == "semantic_softmax":  # classes below one that is less certain than they are have its
+            if self._head == "semantic_softmax":  # capped by less confident ancestors, so ties occur
                 probability = scores.probability.index_select(1, self.semantic.levels.positions)
-                order = _precise(confidence) * (1 + 1e-9 * _precise(probability))  # below what float32 can tell apart
+                order = _precise(confidence) * (1 + 1e-9 * _precise(probability))  # less than float32 can tell apart
             predictions = self.leaf.update(order, targets_b)
         sure, counted = confidence.gather(1, predictions[:, None])[:, 0], self.leaf.has(targets_b)
         if self.distances is not None:
@@ -123,13 +123,13 @@ class Evaluation(nn.Module):
         return predictions, sure
 
     def compute(self) -> dict[str, Any]:
-        """All figures, in percent where they are shares; waits for all ranks where they are of all.
+        """Return all figures, shares in percent; waits for all ranks if figures cover them.
 
-        ``top1`` and ``top5`` are of the images of leaves, which ``leaf_images`` counts, for the leaf with the highest
-        confidence, as are calibration, the hierarchical ones, and ``balanced_top1``, the mean of all classes' own.
-        ``raw_top1`` is of the highest logit of all classes with images, and ``raw_semantic_top1`` of the highest logit
-        of each level, the published protocol. A confidence is what the model gives among all its classes, also where
-        few of them have images. ``hierarchy`` is as the attribute.
+        ``top1`` and ``top5`` cover the images of leaves, counted by ``leaf_images``, and rank leaves by confidence;
+        so do calibration, the hierarchical figures and ``balanced_top1``, the mean top-1 of all classes. ``raw_top1``
+        uses the highest logit among all classes with images, ``raw_semantic_top1`` the highest logit of each level, the
+        published protocol. A confidence is what the model gives among all its classes, even if few of them have images.
+        ``hierarchy`` is the attribute.
 
         Raises:
             NonFiniteError: Logits were not finite.
@@ -149,11 +149,11 @@ class Evaluation(nn.Module):
 
 
 def _precise(scores: Tensor) -> Tensor:
-    return scores.double() if scores.device.type != "mps" else scores  # which has none
+    return scores.double() if scores.device.type != "mps" else scores  # which lacks float64
 
 
 def _leaves(tree: SemanticTree | None, classes: Sequence[int]) -> list[int]:
-    """The classes that are no ancestor of another one of them."""
+    """Return the classes that are not an ancestor of another one of them."""
     if tree is None:
         return list(classes)
     above = {ancestor for index in classes for ancestor in tree.chain(index)[1:]}
@@ -161,7 +161,7 @@ def _leaves(tree: SemanticTree | None, classes: Sequence[int]) -> list[int]:
 
 
 def classes_with_images(dataset: ImageDataset) -> list[int]:
-    """Indices of the classes that have at least one image."""
+    """Return the indices of the classes that have at least one image."""
     found: set[int] = set()
     for number in range(len(dataset.lengths)):
         found.update(np.unique(dataset.index(number)["target"]).tolist())

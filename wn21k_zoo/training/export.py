@@ -1,4 +1,4 @@
-"""A run becomes a folder with a checkpoint, as ``wn21k export`` writes it, and the draft of a record.
+"""Export a run to a folder with a checkpoint, as ``wn21k export`` writes it, and the draft of a record.
 
 The folder loads in timm, in transformers and here: ``wn21k_zoo.predict("photo.jpg", model=FOLDER)``.
 """
@@ -34,21 +34,21 @@ __all__ = ["TRAINED_ON", "Trained", "export_run", "load_checkpoint", "load_run"]
 
 _MICRO = "micro-average over all valid (image, level) pairs"
 TRAINED_ON = "trained_on"
-"""What config.json of an exported folder calls the sketch of the images that its network has seen."""
+"""Key in config.json of an exported folder for the sketch of the images that its network was trained on."""
 
 
 class Trained:
-    """The network of a run, on the CPU, its head in the order of the label space.
+    """The network of a run, on the CPU, with its head in the order of the label space.
 
     Attributes:
-        recipe: Of the run.
-        module: The network; the moving average where the run keeps one.
-        space: Its classes, None where they are no synsets.
+        recipe: The run's recipe.
+        module: The network; the moving average if the run keeps one.
+        space: Its classes, None if they are not synsets.
         class_names: A wnid, or a folder's name, per output.
-        run: Name of its folder.
-        step: Of the checkpoint.
-        trained_on: Of the training images, if they are a folder, what :attr:`FolderDataset.sketch` says; else empty.
-        figures: Of the evaluation at that step, empty when there was none.
+        run: Name of the run's folder.
+        step: Step of the checkpoint.
+        trained_on: :attr:`FolderDataset.sketch` of the training images if they are a folder; else empty.
+        figures: Figures of the evaluation at that step; empty if there was none.
     """
 
     def __init__(self, folder: RunFolder, state: dict[str, Any]) -> None:
@@ -74,19 +74,19 @@ class Trained:
         return module.eval()
 
     def checkpoint(self, name: str | None = None) -> Checkpoint:
-        """The draft of a record: what the run knows of itself.
+        """Draft a record from what the run knows about itself.
 
         Raises:
-            InvalidArgumentError: The name is that of published weights, or none.
+            InvalidArgumentError: The name is that of published weights, or not a valid one.
         """
         recipe = self.recipe
-        if name is None:  # the recipe of a published checkpoint has its name, but its weights are others
+        if name is None:  # a published checkpoint's recipe has its name, but other weights
             run = re.sub(r"[^A-Za-z0-9._-]+", "-", self.run)
             name = f"{recipe.model.architecture}.{run}" if registry.is_known(recipe.name) else recipe.name
         elif not NAME.fullmatch(name):
-            raise InvalidArgumentError(f"{name!r} is no name for a record; letters, digits, dots, - and _ make one.")
+            raise InvalidArgumentError(f"{name!r} is not a name for a record; use letters, digits, dots, - and _.")
         elif registry.is_known(name):
-            raise InvalidArgumentError(f"{name} is the name of published weights; take another name (--name).")
+            raise InvalidArgumentError(f"{name} is the name of published weights; choose another name (--name).")
         metrics = tuple(
             Metric(
                 name=label,
@@ -100,7 +100,7 @@ class Trained:
                 ("semantic_top1", "semantic top-1", "images", f"{_MICRO}, by confidence"),
                 ("top1", "top-1", "leaf_images", "among the leaves with images, by confidence"),
             )
-            # Of a softmax per level both are the same.
+            # For a softmax per level both are the same.
             if key in self.figures and (key, recipe.loss.head) != ("semantic_top1", "semantic_softmax")
         )
         size = recipe.data.size
@@ -121,14 +121,14 @@ class Trained:
 
 
 def load_run(run: str | os.PathLike[str], which: str = "best") -> Trained:
-    """The network of a run.
+    """Load the network of a run.
 
     Args:
         run: Its output folder.
         which: ``best`` (the highest semantic top-1, or top-1) or ``last``.
 
     Raises:
-        RunError: There is no run, no such checkpoint, or it is damaged.
+        RunError: There is no run or no such checkpoint, or it is damaged.
         InvalidArgumentError: ``which`` is something else.
     """
     folder = RunFolder(Path(run))
@@ -139,7 +139,7 @@ def load_run(run: str | os.PathLike[str], which: str = "best") -> Trained:
         try:
             state: dict[str, Any] | None = read_checkpoint(folder.best)
         except RunError as error:
-            raise RunError(f"{error} The last one may be whole: take that (which='last', --checkpoint last).") from None
+            raise RunError(f"{error} The last one may be intact: use that (which='last', --checkpoint last).") from None
     else:
         state = folder.newest()
     if state is None:
@@ -148,10 +148,10 @@ def load_run(run: str | os.PathLike[str], which: str = "best") -> Trained:
 
 
 def load_checkpoint(file: str | os.PathLike[str]) -> Trained:
-    """The network of one checkpoint of a run, ``RUN/checkpoints/step-00001234.pt``.
+    """Load the network of one checkpoint of a run, ``RUN/checkpoints/step-00001234.pt``.
 
     Raises:
-        RunError: There is no such file, it is damaged, or it does not lie in a run.
+        RunError: There is no such file, it is damaged, or it is not in a run's folder.
     """
     path = expanded(file, RunError).absolute()
     if not path.is_file():
@@ -183,12 +183,12 @@ def export_run(
 
     Args:
         run: Output folder of the run.
-        folder: Where to.
+        folder: Folder to write.
         which: ``best`` or ``last``.
-        name: Of the record; default: the recipe's, or, where that is the name of published weights, the architecture's
+        name: Name of the record; default: the recipe's or, if that is the name of published weights, the architecture's
             with that of the run's folder.
-        dtype: Of the weights, by default as they are.
-        force: Replace a folder of a former export.
+        dtype: Dtype of the weights; default: unchanged.
+        force: Replace the folder of an earlier export.
 
     Returns:
         The folder.
@@ -206,7 +206,7 @@ def export_run(
         labels = publish.folder_labels(checkpoint, space)
     else:
         config = publish.folder_config(checkpoint, trained.module, trained.class_names)
-        config["label_space"] = "own"  # also where one looks like a wnid
+        config["label_space"] = "own"  # even if one looks like a wnid
     if arguments := trained.recipe.model.arguments:
         config["model_args"] = dict(arguments)
     if trained.trained_on:
@@ -237,7 +237,7 @@ def _draft(checkpoint: Checkpoint) -> str:
 
 
 def _shared(name: str | None) -> str | None:
-    """A name of weights as others may read it: of a place on this machine its last part."""
+    """Return a name of weights fit for publication: only the last part of a path on this machine."""
     is_here = name is not None and is_place(name) and not name.startswith(HUB_PREFIX)
     return Path(name).name if is_here and name else name
 
@@ -254,7 +254,7 @@ def _card(checkpoint: Checkpoint, trained: Trained) -> str:
         library_name="timm", pipeline_tag="image-classification", tags=["image-classification", "timm"]
     )
     recipe = trained.recipe.model_copy(deep=True)
-    if isinstance(recipe.data.label_space, tuple):  # thousands of lines, maybe
+    if isinstance(recipe.data.label_space, tuple):  # maybe thousands of lines
         recipe.data.label_space = f"{len(recipe.data.label_space):,} wnids, those of {publish.LABELS_FILE}"
     recipe.model.start, recipe.loss.teacher = _shared(recipe.model.start), _shared(recipe.loss.teacher)
     parts = [

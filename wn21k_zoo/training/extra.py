@@ -1,4 +1,4 @@
-"""The libraries of the extra ``data``, in one place, so that whoever lacks one is told which extra to install."""
+"""The libraries of the ``data`` extra in one place, so that a missing one says which extra to install."""
 
 from __future__ import annotations
 

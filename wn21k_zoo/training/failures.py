@@ -1,4 +1,4 @@
-"""What torch says of a run that fails, as an error that says what to do."""
+"""Turn torch's errors in a failing run into errors that say what to do."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NO_ROOM = "unable to allocate shared memory"  # of torch's allocator
 
 
 def explained(problem: Exception, recipe: Recipe, world: World, images: int) -> Exception:
-    """What users can do something about as an error of ours; anything else as it is.
+    """Return an error of ours for what users can do something about; anything else unchanged.
 
     Args:
         problem: What was raised within the run.
-        recipe: Of the run.
+        recipe: The run's recipe.
         world: Its processes.
-        images: That go through the network at a time.
+        images: Number of images that go through the network at a time.
     """
     if isinstance(problem, Wn21kError):
         return problem
@@ -34,7 +34,7 @@ def explained(problem: Exception, recipe: Recipe, world: World, images: int) -> 
         return RunError(
             f"The memory of {world.device} is not enough for {images} images at a time: set data.batch_per_device "
             f"below {images} (a step keeps its {recipe.data.batch_size} images), or model.gradient_checkpointing to "
-            "true; the same command then goes on."
+            "true; the same command then resumes the run."
         )
     if world.size > 1 and _is_of_the_connection(problem):
         return TrainingError(
@@ -43,16 +43,16 @@ def explained(problem: Exception, recipe: Recipe, world: World, images: int) -> 
         )
     if recipe.model.compile and isinstance(problem, torch._dynamo.exc.TorchDynamoException):
         return RunError(
-            f"torch.compile failed: {first_line(problem)} It needs a C++ compiler, on GPUs Triton as well; --set "
-            "model.compile=false needs neither, and the same command then goes on."
+            f"torch.compile failed: {first_line(problem)} It needs a C++ compiler, on GPUs also Triton; --set "
+            "model.compile=false needs neither, and the same command then resumes the run."
         )
     return not_deterministic(problem) or problem
 
 
 def is_of_a_worker(problem: Exception) -> bool:
-    """Whether torch says by it that a process of a loader is gone, or has no memory to share.
+    """Whether this is torch's error for a loader process that is gone or has no shared memory.
 
-    It says the first amid anything that the program does. What else failed in a process is as it would be here.
+    Torch raises the former in the middle of anything. Other failures in a process count as if they had occurred here.
     """
     text = str(problem)
     is_gone = "DataLoader worker" in text and not text.startswith("Caught ")
@@ -60,22 +60,22 @@ def is_of_a_worker(problem: Exception) -> bool:
 
 
 def worker_gone(problem: Exception) -> DataError:
-    """What is said of that."""
+    """Return the error for that."""
     if any(words in str(problem) for words in (_NO_ROOM, "out of shared memory")):
         return DataError(
             "/dev/shm, through which processes hand over images, is full: make it larger (docker run --shm-size=8g or "  # noqa: S108
-            "--ipc=host; in Kubernetes an emptyDir with medium: Memory there), or take fewer workers (--workers), 0 "
-            "for none. A training run then goes on where it was."
+            "--ipc=host; in Kubernetes an emptyDir with medium: Memory there), or use fewer workers (--workers), 0 "
+            "for none. A training run then resumes where it was."
         )
     return DataError(
         f"A process that loads images is gone: {first_line(problem).rstrip('. ')}. If the machine was out of memory, "
-        'take fewer workers (--workers); a script of your own must be under `if __name__ == "__main__":`. A training '
-        "run then goes on where it was."
+        'use fewer workers (--workers); your own script must be under `if __name__ == "__main__":`. A training '
+        "run then resumes where it was."
     )
 
 
 def not_deterministic(problem: Exception) -> RecipeError | None:
-    """What torch says of an operation that run.deterministic forbids, as an error of ours; else None."""
+    """Convert torch's error for an operation that run.deterministic forbids; None for any other."""
     operation, forbidden, _ = str(problem).partition(" does not have a deterministic implementation")
     if not forbidden:
         return None
@@ -86,7 +86,7 @@ def not_deterministic(problem: Exception) -> RecipeError | None:
 
 
 def _is_of_the_connection(problem: Exception) -> bool:
-    """Of gloo's errors torch tells in words only."""
+    """Whether a connection failed; gloo's errors can only be told by their text."""
     return isinstance(problem, torch.distributed.DistError) or (
         isinstance(problem, RuntimeError) and "gloo/" in str(problem)
     )

@@ -1,8 +1,8 @@
-"""A folder of class folders with loose image files: the commonest data set of one's own.
+"""A folder of class folders with loose image files: the most common kind of custom data set.
 
 ``DIR/train/CLASS/...`` and ``DIR/val/CLASS/...`` (or ``validation``, ``valid``, ``test``), which may lack some of the
-classes; or ``DIR/CLASS/...``, of which one image in ten, chosen by a hash of its name, is for validation. Names are
-compared in one form of Unicode (NFC): some file systems and archives of macOS have another.
+classes; or ``DIR/CLASS/...``, where one image in ten, chosen by a hash of its name, is for validation. Names are
+compared in one form of Unicode (NFC): some macOS file systems and archives use another.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _VALIDATION = ("validation", "val", "valid", "test")
 _SPLITS = ("train", "validation", "all")
 _SHARDS = (".tar", ".parquet")
 _SKETCH = 64  # hashes
-_LOOK = 20  # files in a folder, that tell whether they are shards
+_LOOK = 20  # files looked at in a folder, to tell whether they are shards
 _GROUP = 1000  # files that count as one shard
 _INDEX = np.dtype([("offset", np.int64), ("size", np.int64), ("target", np.int32)])
 
 
 @dataclass(frozen=True, eq=False)
 class _Names:
-    """Many names in two arrays: forked processes share these, and would each come to have a copy of so many objects."""
+    """Many names in two arrays, which forked processes share; of separate objects each would end up with a copy."""
 
     text: NDArray[np.uint8]
     ends: NDArray[np.int64]
@@ -56,7 +56,7 @@ class _Names:
 
 @dataclass(frozen=True, eq=False)
 class _Listing:
-    """Images below some folders, class by class."""
+    """The images below some folders, class by class."""
 
     names: _Names
     targets: NDArray[np.int32]
@@ -66,16 +66,16 @@ class _Listing:
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class FolderDataset:
-    """Loose images with their classes; what :class:`wn21k_zoo.training.data.Loader` takes. Made by :func:`open_folder`.
+    """Loose images with their classes, for :class:`wn21k_zoo.training.data.Loader`. Created by :func:`open_folder`.
 
     Attributes:
         root: The folder.
         split: ``train``, ``validation`` or ``all``.
-        class_names: Names of the class folders (NFC) in byte order; a target is an index of it.
-        targets: Of each image, [n] int32.
-        left_out: Images whose classes a label space lacks.
-        passed_over: How many files there are, by suffix, whose names are not those of images; where it
-            is not divided into folders for its splits, in all of it.
+        class_names: Names of the class folders (NFC) in byte order; targets are indices into it.
+        targets: Class index of each image, [n] int32.
+        left_out: Number of images whose classes a label space lacks.
+        passed_over: Number of files that do not have the name of an image, by suffix; in the whole folder if that is
+            not divided into splits.
     """
 
     root: Path
@@ -97,11 +97,11 @@ class FolderDataset:
         )
 
     def name(self, sample: int) -> str:
-        """The path of an image below the root, with slashes."""
+        """Return the path of an image below the root, with slashes."""
         return self._names[self._numbers[sample]]
 
     def place(self, shard: int, key: str) -> str:
-        """What tells an image from all others: its path."""
+        """Return what identifies an image among all others: its path."""
         del shard
         return key
 
@@ -114,28 +114,29 @@ class FolderDataset:
             return None
 
     def mapped_to(self, space: LabelSpace) -> FolderDataset:
-        """The same with the targets of a label space, by the names of the folders; other synsets are left out.
+        """Map the targets to a label space, by the names of the folders; other synsets are left out.
 
         Raises:
-            DataError: A folder's name is no wnid, or none is a class of it.
+            DataError: A folder's name is not a wnid, or no folder's name is a class of the label space.
         """
         mapped = self.mapped(
             space.wnids, f"class of {space.name}; folders must be named by the wnids of its classes", WNID_PATTERN
         )
         if not len(mapped):
-            raise DataError(f"{self.root}, {self.split}: no folder is named by a class of {space.name}.")
+            raise DataError(f"{self.root}, {self.split}: no folder is named after a class of {space.name}.")
         return mapped
 
     def mapped(self, class_names: tuple[str, ...], what: str, may_lack: re.Pattern[str] | None = None) -> FolderDataset:
-        """The same with the targets of other classes, by name.
+        """Map the targets to other classes, by name.
 
         Raises:
-            DataError: A folder's name is none of them, nor one that may be left out; ``what`` says of what.
+            DataError: A folder's name is neither one of them nor one that may be left out; ``what`` says what it should
+                be.
         """
         index = {composed(name): number for number, name in enumerate(class_names)}
         unknown = set(self.class_names) - set(index)
         if wrong := [name for name in unknown if may_lack is None or not may_lack.fullmatch(name)]:
-            raise DataError(f"{self.root} has a folder {min(wrong)}, which is no {what}.")
+            raise DataError(f"{self.root} has a folder {min(wrong)}, which is not a {what}.")
         targets = np.array([index.get(name, -1) for name in self.class_names], np.int32)[self.targets]
         there = targets >= 0
         return dataclasses.replace(
@@ -149,45 +150,45 @@ class FolderDataset:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the files' names below the folder; not of what is in them, nor of where it lies."""
+        """Digest of the files' names below the folder, not of their contents or of where the folder is."""
         text, ends = self._names.text, self._names.ends
         if text.max(initial=0) > 127:
             names = [_composed_bytes(text[begin:end].tobytes()) for begin, end in itertools.pairwise(ends.tolist())]
             text = np.frombuffer(b"".join(names), np.uint8)
             ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
         digest = hashlib.sha256()
-        for array in (text, ends, self._numbers):  # as they lie: of millions of names a copy would be large
+        for array in (text, ends, self._numbers):  # in place: a copy of millions of names would be large
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     @property
     def sketch(self) -> str:
-        """The smallest hashes of the files' names; those of two sets agree as much as the sets (MinHash)."""
+        """The smallest hashes of the files' names; those of two sets overlap as much as the sets do (MinHash)."""
         return " ".join(f"{each:016x}" for each in np.sort(self._hashes)[:_SKETCH].tolist())
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Images of each group that is read like a shard."""
+        """Number of images in each group that is read like a shard."""
         return tuple(min(_GROUP, len(self) - first) for first in range(0, len(self), _GROUP))
 
     @property
     def is_here(self) -> bool:
-        """All of it is."""
+        """Always true."""
         return True
 
     def shard_name(self, number: int) -> str:
-        """That of all of it."""
+        """The name of the whole split, for every group."""
         del number
         return f"{self.root} ({self.split})"
 
     def open(self, number: int) -> tuple[_LooseFiles, NDArray[np.void]]:
-        """What reads the images of a group, and its index."""
+        """Return a reader of a group's images, and its index."""
         first = number * _GROUP
         names = tuple(self.name(sample) for sample in range(first, first + self.lengths[number]))
         return _LooseFiles(self.root, names), self.index(number)
 
     def index(self, number: int) -> NDArray[np.void]:
-        """What is in a group: number and target of each image."""
+        """Return number and target of each image of a group."""
         mine = self.targets[number * _GROUP : (number + 1) * _GROUP]
         index = np.zeros(len(mine), _INDEX)
         index["offset"], index["target"] = np.arange(len(mine)), mine
@@ -206,16 +207,16 @@ class _LooseFiles:
         return self._names[offset]
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file stays open."""
 
 
 def is_class_folder(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is a local folder that has folders, and neither shards, in these either, nor is one of ours.
+    """Whether a place is a local folder with subfolders, without shards in it or in these, and not one of ours.
 
-    Ours are what ``wn21k data prepare`` makes, finished or not.
+    Ours are those that ``wn21k data prepare`` writes, finished or not.
 
     Raises:
-        DataError: The path begins with ~ and the name of no user.
+        DataError: The path begins with ~ and an unknown user name.
     """
     folder = expanded(place, DataError)
     if not folder.is_dir() or (folder / INFO_FILE).exists() or is_unfinished(folder):
@@ -234,7 +235,7 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
 
 
 def _some_of(folder: Path) -> list[str]:
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # lost+found is for its owner alone
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # only its owner may read lost+found
         return [entry.name for entry in itertools.islice(entries, _LOOK)]
     return []
 
@@ -246,16 +247,16 @@ def _is_image(name: str) -> bool:
 def open_folder(
     place: str | os.PathLike[str], split: str = "train", *, label_space: str | LabelSpace | None = None
 ) -> FolderDataset:
-    """The images of a split.
+    """Open the images of a split.
 
     Args:
         place: The folder.
         split: ``train``, ``validation``, or ``all``.
-        label_space: Targets are indices in it, by the wnids that folders are named by, and images of other synsets left
-            out: a name, a text file of wnids or a label space. Default: in the sorted names of the folders.
+        label_space: A name, a text file of wnids or a label space. Targets are indices into it, by the wnids that name
+            the folders; images of other synsets are left out. Default: indices into the sorted names of the folders.
 
     Raises:
-        DataError: It holds no classes or images, or classes for validation that it has none to train on; with a label
+        DataError: The folder has no classes or images, or validation classes that its training part lacks; with a label
             space also as :meth:`FolderDataset.mapped_to`.
         MissingExtraError: It has HEIF photographs.
         UnknownLabelSpaceError, LabelSpaceError, UnknownSynsetError: As :meth:`LabelSpace.find`.
@@ -265,7 +266,7 @@ def open_folder(
 
 
 def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[:2]) -> list[FolderDataset]:
-    """The images of several splits, from one look at the folder; as :func:`open_folder`."""
+    """Open several splits with one look at the folder; as :func:`open_folder`."""
     root = expanded(place, DataError).absolute()
     for split in splits:
         if split not in _SPLITS:
@@ -276,9 +277,7 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
     below = _folders(root)
     if not _divides(root, below):
         if {name.casefold() for name in below} & {*_VALIDATION} and "train" in map(str.casefold, below):
-            raise DataError(
-                f"{root} has folders for training and validation; call them train and val, in small letters."
-            )
+            raise DataError(f"{root} has folders for training and validation; call them train and val, in lower case.")
         classes = _classes(root)
         listing = _listing(root, [[each] for each in classes])
         return [_dataset(root, split, classes, listing, _share(listing, split)) for split in splits]
@@ -302,7 +301,7 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
 
 
 def _listing(root: Path, folders: Sequence[Sequence[str]]) -> _Listing:
-    """What is in the folders of each class."""
+    """List the images in the folders of each class."""
     texts, lengths, hashes = [], [], []
     passed_over = Counter[str]()
     for of_class in folders:
@@ -320,7 +319,7 @@ def _listing(root: Path, folders: Sequence[Sequence[str]]) -> _Listing:
 
 
 def _share(listing: _Listing, split: str) -> NDArray[np.int64]:
-    """Of each class a tenth, at least one; or the others; or all."""
+    """Select a tenth of each class, at least one image; or the others; or all."""
     order = np.lexsort((listing.hashes, listing.targets))
     counts = np.bincount(listing.targets)
     rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -334,7 +333,7 @@ def _dataset(
 ) -> FolderDataset:
     targets = listing.targets[numbers]
     empty = np.flatnonzero(np.bincount(targets, minlength=len(classes)) == 0)
-    # A class of few images may have none for validation.
+    # A class with few images may have none for validation.
     if len(empty) and (split != "validation" or not len(numbers)):
         raise DataError(f"{root}, {split}: the class {classes[empty[0]]} has no images ({' '.join(IMAGE_SUFFIXES)}).")
     numbers = numbers[np.argsort(listing.hashes[numbers], kind="stable")].astype(np.int64)  # groups are mixed
@@ -357,11 +356,11 @@ def is_divided(place: str | os.PathLike[str]) -> bool:
 
 
 def is_among(path: Path, place: str | os.PathLike[str]) -> bool:
-    """Whether a folder would be one of the classes of a folder of classes, or be looked through for their images."""
+    """Whether a path would be a class in a folder of class folders, or be searched for images of one."""
     if not is_class_folder(place):
         return False
     root = expanded(place, DataError)
-    for mine in (path.absolute(), path.resolve()):  # also through links, and in other letters where that is the same
+    for mine in (path.absolute(), path.resolve()):  # also through links, and in other case if that is the same
         for above in (mine, *mine.parents):
             if not (above.exists() and above.samefile(root)):
                 continue
@@ -374,7 +373,7 @@ def is_among(path: Path, place: str | os.PathLike[str]) -> bool:
 
 
 def _divides(folder: Path, below: set[str]) -> bool:
-    """Whether its folder train is a part; it is a class where it has images of its own and there is no other part."""
+    """Whether its folder train is a split; it is a class if it directly has images and there is no other split."""
     if "train" not in below or below & {*_VALIDATION}:
         return "train" in below
     return bool(_folders(folder / "train")) or not any(map(_is_image, _some_of(folder / "train")))
@@ -391,14 +390,14 @@ def _classes(folder: Path, at_least: int = 2) -> list[str]:
         named = "; a class cannot be called train beside one called val or test" if folder.name == "train" else ""
         raise DataError(f"{folder} has {len(names)} folders; a folder per class is needed, at least {count}{named}.")
     if unreadable := [name for name in names if not _is_text(name)]:
-        raise DataError(f"{folder} has a folder {min(unreadable)!r}, whose name is no UTF-8; rename it.")
+        raise DataError(f"{folder} has a folder {min(unreadable)!r}, whose name is not valid UTF-8; rename it.")
     if len({composed(name) for name in names}) < len(names):
-        raise DataError(f"{folder} has two folders whose names look alike (two forms of Unicode); make one of them.")
+        raise DataError(f"{folder} has two folders whose names look alike (two forms of Unicode); merge them.")
     return sorted(names, key=lambda name: os.fsencode(composed(name)))
 
 
 def _is_text(name: str) -> bool:
-    """Whether a name can be written: Linux takes any bytes."""
+    """Whether a name can be encoded: Linux accepts any bytes."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -407,7 +406,7 @@ def _is_text(name: str) -> bool:
 
 
 def composed(name: str) -> str:
-    """With one character for ä, where some file systems and zip files of macOS have two."""
+    """Return a name with one character for ä, where some macOS file systems and zip files have two."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
@@ -416,7 +415,7 @@ def _composed_bytes(name: bytes) -> bytes:
 
 
 def _images(root: Path, below: str, passed_over: Counter[str]) -> list[str]:
-    """Without hidden ones, such as the ._photo.jpg beside each photo.jpg that macOS copies to other file systems.
+    """List images, but not hidden ones such as the ._photo.jpg beside each photo.jpg that macOS copies elsewhere.
 
     Other files are counted in ``passed_over``.
     """

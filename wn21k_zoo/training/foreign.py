@@ -1,9 +1,9 @@
-"""Data sets that others prepared, read without preparing them again; classes are matched by synset.
+"""Third-party data sets, read without preparing them again; classes are matched by synset.
 
-- WebDataset tar files of other makers (``timm/imagenet-w21-wds``, ``timm/imagenet-22k-wds``): their headers are read
-  once, and an index like that of our own shards is kept in the cache;
-- Parquet files with an image column (``timm/imagenet-w21-p`` on the Hub): of each file the label column is read once;
-  its images are copied into a tar shard of ours on the stage when it is their turn.
+- WebDataset tar files (``timm/imagenet-w21-wds``, ``timm/imagenet-22k-wds``): their headers are read once, and an index
+  like that of our own shards is kept in the cache;
+- Parquet files with an image column (``timm/imagenet-w21-p`` on the Hub): each file's label column is read once; its
+  images are copied into one of our tar shards on the stage when they are needed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SPLITS = {"train": "train", "validation": "validation", "val": "validation", "v
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's name says: ``imagenet22k-train-0000.tar``, ``data/validation-00000-of-00013.parquet``."""
+    """The split named in a file's name: ``imagenet22k-train-0000.tar``, ``data/validation-00000-of-00013.parquet``."""
     for part in reversed(re.split(r"[/._-]", name.lower())):
         if part in _SPLITS:
             return _SPLITS[part]
@@ -40,12 +40,12 @@ def split_of(name: str) -> str | None:
 
 
 def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray[np.void]:
-    """An index of the samples of a WebDataset tar whose synset is in ``classes``, dtype :data:`INDEX_DTYPE`.
+    """Index the samples of a WebDataset tar whose synset is in ``classes``, dtype :data:`INDEX_DTYPE`.
 
-    The synset is that in the sample's key (``n01440764_10026.jpg``), else the one that its json names.
+    The synset is that in the sample's key (``n01440764_10026.jpg``), otherwise the one in its json.
 
     Raises:
-        DataError: The file is no tar, or a sample names no synset.
+        DataError: The file is not a tar, or a sample names no synset.
     """
     entries: list[tuple[int, int, int]] = []
     image: tuple[int, int] | None = None
@@ -79,7 +79,7 @@ def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray
                     wnid = _synset_in(parse_json(extracted.read()))
             finish()
     except (tarfile.TarError, ValueError, EOFError) as error:
-        raise DataError(f"{name} is no WebDataset tar that can be read: {first_line(error)}") from None
+        raise DataError(f"{name} is not a readable WebDataset tar: {first_line(error)}") from None
     return np.array(entries, INDEX_DTYPE)
 
 
@@ -89,13 +89,12 @@ def _synset_in(details: Any) -> str:
 
 
 def index_parquet(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray[np.void]:
-    """Which rows of a Parquet file have a class in ``classes``.
+    """Index the rows of a Parquet file whose class is in ``classes``.
 
-    In the index, ``offset`` is the number of the row, ``size`` 0 and ``target`` the class. Rows without a label have
-    none.
+    In the index, ``offset`` is the row number, ``size`` 0 and ``target`` the class. Rows without a label have no class.
 
     Raises:
-        DataError: It has no label column whose values or names are synsets, or paths in place of images.
+        DataError: The file has no label column whose values or names are synsets, or has paths instead of images.
     """
     try:
         parquet = pq.ParquetFile(file)
@@ -103,11 +102,11 @@ def index_parquet(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDA
         _check_embedded(parquet, name)
         values = parquet.read(columns=[column])[column]
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name} is no Parquet file that can be read: {first_line(error)}") from None
+        raise DataError(f"{name} is not a readable Parquet file: {first_line(error)}") from None
     if names is not None:
         table = np.array([*(classes.get(_synset(one), -1) for one in names), -1], np.int32)
         numbers = values.fill_null(-1).to_numpy()
-        # Of a test split, whose labels are kept back, they are -1: no class.
+        # In a test split with withheld labels they are -1: no class.
         targets = table[np.where((numbers >= 0) & (numbers < len(names)), numbers, len(names))]
     else:
         targets = np.array([classes.get(_synset(one), -1) for one in values.to_pylist()], np.int32)
@@ -118,22 +117,22 @@ def index_parquet(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDA
 
 
 def _check_embedded(parquet: pq.ParquetFile, name: str) -> None:
-    """See that the images are there, where the file's statistics can tell."""
+    """Check that the images are there, as far as the file's statistics tell."""
     groups = [parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups)]
     chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
     bytes_of = [chunk for chunk in chunks if chunk.path_in_schema.endswith(".bytes")]
     known = all(chunk.statistics is not None and chunk.statistics.has_null_count for chunk in bytes_of)
     if bytes_of and known and all(chunk.statistics.null_count == chunk.num_values for chunk in bytes_of):
-        raise DataError(f"{name} holds paths of images and not the images; write it anew with their bytes in it.")
+        raise DataError(f"{name} holds paths of images and not the images; rewrite it with their bytes in it.")
 
 
 def _synset(*texts: object) -> str:
-    """The first WordNet id in these texts, or nothing."""
+    """Return the first WordNet id in these texts, or an empty string."""
     return next((found.group() for text in texts if (found := _WNID.search(str(text)))), "")
 
 
 def _label_column(schema: pa.Schema, name: str) -> tuple[str, list[str] | None]:
-    """The column with the class, and the names of its values where these are numbers (Hugging Face's ClassLabel)."""
+    """The column with the class, and the names of its values if these are numbers (Hugging Face's ClassLabel)."""
     features: dict[str, Any] = {}
     if schema.metadata and b"huggingface" in schema.metadata:
         features = parse_json(schema.metadata[b"huggingface"]).get("info", {}).get("features", {})
@@ -157,11 +156,11 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def convert_parquet(file: IO[bytes], rows: NDArray[np.void], target: Path) -> NDArray[np.void]:
-    """Copy the images of some rows of a Parquet file into a tar shard; memory holds one row group.
+    """Copy the images of some rows of a Parquet file into a tar shard; holds one row group in memory.
 
     Args:
         file: The Parquet file.
-        rows: As :func:`index_parquet` gives them.
+        rows: As :func:`index_parquet` returns them.
         target: The tar to write.
 
     Returns:

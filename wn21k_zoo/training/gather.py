@@ -1,4 +1,4 @@
-"""Second pass of data preparation: finished records of all classes into shards, in an order without pattern."""
+"""Second pass of data preparation: gather the finished records of all classes into shards, in pseudorandom order."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def write_shards(
             for number, (end, length) in enumerate(zip(ends, lengths, strict=True))
         ]
     finished = {path.stem for path in visible(work / "shards", "*.json")}
-    for path in visible(output, "*.tar"):  # of an unfinished run that came to other shards
+    for path in visible(output, "*.tar"):  # of an unfinished run that planned other shards
         if path.stem not in finished:
             path.unlink()
             index_path(path).unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def _sort(
 ) -> NDArray[np.int64]:
     """Distribute the samples of a split over its shards by their hashes; returns the shards' lengths.
 
-    Writes ``SPLIT.order.npy``, the samples shard by shard (unsorted within one), and ``SPLIT.bounds.npy``, the least
+    Writes ``SPLIT.order.npy``, the samples shard by shard (unsorted within one), and ``SPLIT.bounds.npy``, the smallest
     hash of each shard. Only the hashes are held in memory, 8 bytes per sample.
     """
     found = [
@@ -119,7 +119,7 @@ def _sort(
             order["target"][places] = labels[results[part].wnid]
         order.flush()
     finally:
-        del order  # a traceback would keep the file open, which Windows then neither writes anew nor removes
+        del order  # a traceback would keep the file open, which Windows then neither rewrites nor removes
     return lengths
 
 
@@ -134,7 +134,7 @@ def _samples(
 
 
 def write_shard(output: Path, names: list[str], split: str, number: int, first: int, length: int) -> int:
-    """Gather one shard from the class tars: a task; returns its number of samples."""
+    """Gather one shard from the class tars, as a task; returns its number of samples."""
     work = output / WORK_FOLDER
     order = np.load(work / f"{split}.order.npy", mmap_mode="r", allow_pickle=False)[first : first + length]
     order = np.sort(order, order=["order", "part", "start"])
@@ -160,7 +160,7 @@ def write_shard(output: Path, names: list[str], split: str, number: int, first: 
 
 
 def write_manifest(output: Path, results: list[ClassResult]) -> None:
-    """All parts as one file, with the shard that each image went to."""
+    """Write all parts as one file, with the shard that each image went to."""
     work = output / WORK_FOLDER
     bounds = {split: np.load(work / f"{split}.bounds.npy", allow_pickle=False) for split in _SPLITS}
     with (
@@ -172,13 +172,13 @@ def write_manifest(output: Path, results: list[ClassResult]) -> None:
             table = read_table(work / "classes" / f"{result.name}.parquet")
             table = table.append_column("shard", pa.array(_shard_of_each(table, bounds), pa.string()))
             waiting.append(table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA))
-            if sum(map(len, waiting)) >= _ROW_GROUP or number == len(results):  # one per class would be 21,841
+            if sum(map(len, waiting)) >= _ROW_GROUP or number == len(results):  # one group per class would be 21,841
                 writer.write_table(pa.concat_tables(waiting), row_group_size=_ROW_GROUP)
                 waiting.clear()
 
 
 def _shard_of_each(table: pa.Table, bounds: dict[str, NDArray[np.uint64]]) -> NDArray[np.object_]:
-    """The shard that each image of a part went to; None where it is not used."""
+    """The shard that each image of a part went to; None if it is not used."""
     shards = np.full(len(table), None, object)
     splits = np.array(table["split"].to_pylist(), object)
     orders = pc.fill_null(table["order"], 0).to_numpy()  # as uint64: float64 would round them
