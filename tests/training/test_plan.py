@@ -36,7 +36,7 @@ def test_a_plan_counts_the_teacher_wherever_it_is(tmp_path):
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_speed_that_is_none(speed):
-    with pytest.raises(RecipeError, match="are no speed"):
+    with pytest.raises(RecipeError, match="is not a speed"):
         plan(presets.in21k("resnet50"), images_per_second=speed)
 
 
