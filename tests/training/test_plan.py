@@ -57,7 +57,7 @@ def test_a_plan_counts_what_a_run_does():
         assert figures.batch_per_gpu * accumulation * gpus == 512
         assert figures.hours == pytest.approx(figures.steps * 512 / 1000 / gpus / 3600, abs=0.1)
     assert figures.parameters == sum(parameter.numel() for parameter in _resnet().parameters())
-    with pytest.raises(RecipeError, match="cannot be shared by 3"):
+    with pytest.raises(RecipeError, match="cannot be divided among 3"):
         plan(recipe, gpus=3)
     with pytest.raises(RecipeError, match="give --data or --images"):
         plan(small_recipe())

@@ -111,6 +111,5 @@ def disk_full_as_error(place: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DiskSpaceError(
-            f"No space is left on the disk of {place}. Finished work is kept: free some space and run the same command "
-            "again."
+            f"No space is left on the disk of {place}. Finished work is kept: make room and run the same command again."
         ) from None
