@@ -124,5 +124,5 @@ def test_torchvisions_names(shards, tmp_path):
 def test_what_is_no_data_set_of_ours(taker):
     with pytest.raises(InvalidArgumentError, match=r"takes what open_dataset or open_folder returns, .*'shards'"):
         taker("shards")
-    with pytest.raises(InvalidArgumentError, match="no list"):
+    with pytest.raises(InvalidArgumentError, match="not list"):
         taker([1])

@@ -148,7 +148,7 @@ def _memory(recipe: Recipe, module: nn.Module, micro: int, kept: float, num_clas
         return memory, ""
     teacher = _architecture_of(recipe.loss.teacher)
     if teacher is None:
-        return memory, "; memory excludes the teacher, whose network is not known here"
+        return memory, "; memory without the teacher, whose network is not known here"
     weights = _size(teacher, num_classes, recipe.data.size)[0].parameters()
     return memory + (4 + 2 * halved) * sum(parameter.numel() for parameter in weights), ""
 
