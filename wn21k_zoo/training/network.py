@@ -128,7 +128,7 @@ def _moved(
         )
     target.load_state_dict({name: weights[name] for name in wanted})
     if os.environ.get("RANK", "0") == "0":
-        left = f" but for {len(unused)} biases, such as {unused[0]}, for which there is no place" if unused else ""
+        left = f" but for {len(unused)} biases, such as {unused[0]}, which it does not have" if unused else ""
         _LOG.warning("model.start %s is a %s; a %s takes its weights%s", start, begun, architecture, left)
     return target
 

@@ -94,8 +94,8 @@ class Model(Section):
             architecture are taken if all that it has in addition are biases. With the prefix ``random:``, as if they
             were there, but random, for a trial.
         freeze_backbone: Train only the classifier; all before it stays unchanged, batch statistics too.
-        arguments: More arguments for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; none that
-            :func:`is_reserved`.
+        arguments: More arguments for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; none for which
+            :func:`is_reserved` is true.
         mean: Per-channel mean, subtracted from pixels in [0, 1].
         std: Per-channel divisor.
         channels_last: Memory format of the weights and images.
@@ -210,7 +210,7 @@ class Optimizer(Section):
             ``lamb``, whose decay is part of what the trust ratio scales (arXiv 1904.00962); ``sgd`` with Nesterov
             momentum and the L2 term.
         lr: Highest learning rate, before the classifier and layer factors.
-        weight_decay: Of weights with two dimensions or more; biases and one-dimensional parameters have none.
+        weight_decay: Decay of weights with two or more dimensions; biases and one-dimensional parameters have none.
         momentum: Momentum of SGD.
         betas: Betas of the others.
         clip_norm: Norm to which gradients are clipped; None: no clipping.
@@ -403,7 +403,7 @@ class Recipe(Section):
         return micro, mine // micro
 
     def steps(self, images: int) -> tuple[int, int]:
-        """Return the steps of an epoch of so many training images, and of the run.
+        """Return the steps of an epoch with this number of training images, and of the run.
 
         Raises:
             RecipeError: The images are not enough for one step.
@@ -417,7 +417,7 @@ class Recipe(Section):
         return of_epoch, min(of_run, self.schedule.max_steps or of_run)
 
     def counted(self, images: int) -> Recipe:
-        """Return a copy for so many images, with ``schedule.epochs`` and ``run.evaluate_every`` filled in where None.
+        """Return a copy with ``schedule.epochs`` and ``run.evaluate_every`` filled in from the images where None.
 
         Raises:
             RecipeError: The images are not enough for one step.
