@@ -18,10 +18,10 @@ def test_of_a_frozen_network_the_classifier_alone_is_as_in_training():
 
 def test_a_classifier_that_does_not_fit_is_not_put_into_another_order():
     module = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, depth=1)
-    with pytest.raises(RecipeError, match="is no linear layer of 4 outputs"):
+    with pytest.raises(RecipeError, match="is not a linear layer with 4 outputs"):
         reorder_head(module, torch.arange(4))
     module.head_dist = nn.Linear(192, 4)
-    with pytest.raises(RecipeError, match="is no linear layer of 5 outputs"):
+    with pytest.raises(RecipeError, match="is not a linear layer with 5 outputs"):
         check_head(module, 5)
 
 

@@ -130,7 +130,7 @@ def test_verify_names_a_damaged_image_that_had_a_twin(tmp_path):
                 break
     _, *damages = verify_shards(tmp_path / "out")
     assert {damage.key: damage.problem for damage in damages} == dict.fromkeys(
-        twins, "the image is damaged, or one of 2 that were equal"
+        twins, "the image is damaged, or another of 2 identical ones"
     )
 
 

@@ -48,7 +48,7 @@ def test_a_batch_without_images_changes_nothing(data):
 def test_a_batch_without_images_cannot_be_where_ranks_share_statistics(data):
     learner = learner_of(data)
     learner._world, learner._recipe.model.sync_batchnorm = World(0, 2, torch.device("cpu")), True
-    with pytest.raises(BadImagesError, match=r"sync_batchnorm needs one"):
+    with pytest.raises(BadImagesError, match=r"sync_batchnorm needs at least one"):
         learner.loss(NOTHING)
 
 

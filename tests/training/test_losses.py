@@ -192,7 +192,7 @@ def test_distillation_of_what_does_not_fit_is_a_typed_error():
     loss_of = SemanticDistillationLoss(SMALL)
     with pytest.raises(InvalidArgumentError, match="the teacher's logits must have the shape"):
         loss_of(torch.zeros(3, 6), torch.zeros(3, 7))
-    with pytest.raises(InvalidArgumentError, match="3 rows of the student and 2 of the teacher"):
+    with pytest.raises(InvalidArgumentError, match="student's logits have 3 rows, but the teacher's have 2"):
         loss_of(torch.zeros(3, 6), torch.zeros(2, 6))
     with pytest.raises(NonFiniteError):
         loss_of(torch.zeros(3, 6), torch.full((3, 6), math.nan))
@@ -265,7 +265,7 @@ def test_a_gpu_is_not_waited_for(order):
 
 @pytest.mark.parametrize("made", [SemanticSoftmaxLoss, SemanticDistillationLoss, SingleLabelLoss, SemanticAccuracy])
 def test_a_name_is_no_tree(made):
-    with pytest.raises(InvalidArgumentError, match=r"'fall11' is no tree; give one such as SemanticTree.load"):
+    with pytest.raises(InvalidArgumentError, match=r"'fall11' is not a tree; pass one such as SemanticTree.load"):
         made("fall11")
 
 
@@ -316,7 +316,7 @@ def test_logits_are_of_a_floating_type():
     for dtype in (torch.int64, torch.complex64, torch.bool):
         logits = torch.zeros(2, len(SMALL), dtype=dtype)
         for loss_of in (SemanticSoftmaxLoss(SMALL), SingleLabelLoss(SMALL), MultiLabelLoss(SMALL)):
-            with pytest.raises(InvalidArgumentError, match="must be of a floating type"):
+            with pytest.raises(InvalidArgumentError, match="must have a floating-point dtype"):
                 loss_of(logits, torch.tensor([0, 1]))
     with pytest.raises(InvalidArgumentError, match="label_smoothing must be"):
         SemanticSoftmaxLoss(SMALL, "a")
@@ -349,9 +349,9 @@ def test_what_compilers_are_told_of_the_loss_is_so(order, dtype):
 def test_what_is_no_tensor_and_what_is_mixed_is_explained():
     logits, targets = torch.zeros(2, len(SMALL)), torch.tensor([0, 1])
     for loss_of in (SemanticSoftmaxLoss(SMALL), SingleLabelLoss(SMALL), MultiLabelLoss(SMALL)):
-        with pytest.raises(InvalidArgumentError, match="logits must be a tensor, no ndarray"):
+        with pytest.raises(InvalidArgumentError, match="logits must be a tensor, not ndarray"):
             loss_of(logits.numpy(), targets)
-        with pytest.raises(InvalidArgumentError, match="targets must be a tensor, no list"):
+        with pytest.raises(InvalidArgumentError, match="targets must be a tensor, not list"):
             loss_of(logits, [0, 1])
-        with pytest.raises(InvalidArgumentError, match="add up the losses of both targets, by their shares"):
+        with pytest.raises(InvalidArgumentError, match="add the losses of both targets, weighted by their shares"):
             loss_of(logits, torch.eye(len(SMALL))[:2])

@@ -90,7 +90,7 @@ def test_what_no_metric_can_count_is_said(monkeypatch):
     distances = HierarchicalDistances(TREE)
     distances.update(torch.tensor([1, 1, len(TREE)]), torch.tensor([1, -1, 1]))
     for metric in (semantic, distances):
-        with pytest.raises(InvalidArgumentError, match="of 2 images are no classes, which are 0 to 10449"):
+        with pytest.raises(InvalidArgumentError, match="of 2 images are not classes, which are 0 to 10449"):
             metric.compute()
     for wrong in (lambda: HierarchicalDistances("fall11"), lambda: Calibration(0), lambda: LeafAccuracy([-1, 2])):
         with pytest.raises(InvalidArgumentError):

@@ -89,7 +89,7 @@ def test_a_head_goes_into_another_order_and_back(architecture):
 
 def test_a_head_that_cannot_have_another_order_is_refused_before_anything_starts(tmp_path):
     folder = make_folder(tmp_path / "data")
-    with pytest.raises(RecipeError, match="The classifier of LevitDistilled is no linear layer of 6 outputs"):
+    with pytest.raises(RecipeError, match="The classifier of LevitDistilled is not a linear layer with 6 outputs"):
         run(small_recipe("levit_128s", data={"size": 224}), folder, tmp_path / "run")
     assert not [path for path in (tmp_path / "run").iterdir() if path.name != ".lock"]
 

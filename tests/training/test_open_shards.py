@@ -65,7 +65,7 @@ def test_numbers_are_those_of_a_sequence(dataset):
     one = pickle.loads(pickle.dumps(TorchDataset(dataset)))  # noqa: S301
     assert np.array_equal(np.array(one[-1][0]), np.array(one[np.int64(len(one) - 1)][0]))
     for number in (len(one), -len(one) - 1):
-        with pytest.raises(IndexError, match="none has the number"):
+        with pytest.raises(IndexError, match="none has the index"):
             one[number]
     with pytest.raises(TypeError):
         one["0"]
@@ -122,7 +122,7 @@ def test_torchvisions_names(shards, tmp_path):
 
 @pytest.mark.parametrize("taker", [TorchDataset, lambda dataset: Loader(dataset, batch_size=1)])
 def test_what_is_no_data_set_of_ours(taker):
-    with pytest.raises(InvalidArgumentError, match=r"takes what open_dataset or open_folder gives, .*'shards'"):
+    with pytest.raises(InvalidArgumentError, match=r"takes what open_dataset or open_folder returns, .*'shards'"):
         taker("shards")
-    with pytest.raises(InvalidArgumentError, match="no list"):
+    with pytest.raises(InvalidArgumentError, match="not list"):
         taker([1])

@@ -108,7 +108,7 @@ def test_layers_must_be_known():
         def get_classifier(self):
             return self
 
-    with pytest.raises(RecipeError, match="what the layers of a Plain are"):
+    with pytest.raises(RecipeError, match="The layers of Plain are not known"):
         build_optimizer(small_recipe(optimizer={"layer_decay": 0.5}), Plain(1, 1))
 
 
@@ -156,7 +156,7 @@ def test_the_heads_of_a_distilled_transformer_have_their_rate():
     fast = sum(len(group["params"]) for group in groups if group["lr"] == pytest.approx(3e-3))
     assert fast == 4
     without = timm.create_model("test_convnext", num_classes=0)
-    with pytest.raises(RecipeError, match=r"no classifier that optimizer\.head_lr_factor"):
+    with pytest.raises(RecipeError, match=r"no classifier for optimizer\.head_lr_factor"):
         build_optimizer(small_recipe(optimizer={"head_lr_factor": 10.0}), without)
 
 

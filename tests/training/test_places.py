@@ -193,7 +193,7 @@ def test_classes_of_ones_own_with_their_ancestors(data, tmp_path, monkeypatch):
 
 def test_without_levels_a_softmax_per_level_is_refused(tmp_path):
     data = make_folder(tmp_path / "images", names=("n02123045", "n02099601", "n01443537"), images=12)
-    with pytest.raises(RecipeError, match="No class is above another one, so that semantic_softmax is one softmax"):
+    with pytest.raises(RecipeError, match="No class is an ancestor of another, so semantic_softmax is one softmax"):
         run(small_recipe(), data, tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.json").exists()
     run(small_recipe(loss={"kind": "single_label"}, schedule=SHORT), data, tmp_path / "run")

@@ -36,7 +36,7 @@ def test_a_plan_counts_the_teacher_wherever_it_is(tmp_path):
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_speed_that_is_none(speed):
-    with pytest.raises(RecipeError, match="are no speed"):
+    with pytest.raises(RecipeError, match="is not a speed"):
         plan(presets.in21k("resnet50"), images_per_second=speed)
 
 
@@ -57,7 +57,7 @@ def test_a_plan_counts_what_a_run_does():
         assert figures.batch_per_gpu * accumulation * gpus == 512
         assert figures.hours == pytest.approx(figures.steps * 512 / 1000 / gpus / 3600, abs=0.1)
     assert figures.parameters == sum(parameter.numel() for parameter in _resnet().parameters())
-    with pytest.raises(RecipeError, match="cannot be shared by 3"):
+    with pytest.raises(RecipeError, match="cannot be divided among 3"):
         plan(recipe, gpus=3)
     with pytest.raises(RecipeError, match="give --data or --images"):
         plan(small_recipe())

@@ -729,5 +729,5 @@ def test_options_that_are_damaged_are_one_error(tmp_path, text):
     for name in WNIDS[:2]:
         (tmp_path / "source" / name).mkdir(parents=True)
         (tmp_path / "source" / name / f"{name}_1.JPEG").write_bytes(jpeg(1))
-    with pytest.raises(DataOutputError, match=r"options\.json is damaged; .* begin anew \(--no-resume\)"):
+    with pytest.raises(DataOutputError, match=r"options\.json is damaged; .* start anew \(--no-resume\)"):
         prepare(tmp_path / "source", tmp_path / "out", PrepareOptions(min_images=0, val_per_class=0), workers=1)

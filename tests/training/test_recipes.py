@@ -273,7 +273,7 @@ def test_a_wrong_field_or_value_is_one_line(change, message):
         (["model.std=[0.5,0.5,0.5]"], "not followed by a normalisation"),
         (['model.arguments={"num_classes": 5}'], "model.arguments cannot have 'num_classes'"),
         (["data.label_space=winter"], "data.label_space: .* Did you mean winter21"),
-        (["name=my cats/v2"], "letters, digits, dots, - and _ make one"),
+        (["name=my cats/v2"], "use letters, digits, dots, - and _"),
         (["model.std=[0,1,1]"], "model.std must be above 0"),
         (["optimizer.betas=[0.9,1.0]"], "betas"),
         (["loss.kind=multi_label"], "no smoothing"),
@@ -281,9 +281,9 @@ def test_a_wrong_field_or_value_is_one_line(change, message):
             ["loss.kind=multi_label", "loss.label_smoothing=0", "loss.teacher=x", "loss.distillation_weight=1"],
             "multi_label cannot be distilled",
         ),
-        (["optimizer.momentum=0.5"], "momentum is of sgd"),
-        (["optimizer.name=sgd", "optimizer.betas=[0.5,0.9]"], "betas are not of sgd"),
-        (["schedule.name=constant", "schedule.end_divisor=3"], "no meaning"),
+        (["optimizer.momentum=0.5"], "momentum is for sgd"),
+        (["optimizer.name=sgd", "optimizer.betas=[0.5,0.9]"], "betas are not for sgd"),
+        (["schedule.name=constant", "schedule.end_divisor=3"], "no effect"),
     ],
 )
 def test_values_that_do_not_go_together(settings, message):
@@ -294,7 +294,7 @@ def test_values_that_do_not_go_together(settings, message):
 @pytest.mark.parametrize(("images", "processes"), [(509, 1), (3 * 127, 1), (2 * 127, 2)])
 def test_a_batch_that_can_only_be_cut_into_crumbs(images, processes):
     recipe = override(small_recipe(), [f"data.batch_size={images}", "data.batch_per_device=64"])
-    with pytest.raises(RecipeError, match=r"take a data\.batch_size with more divisors"):
+    with pytest.raises(RecipeError, match=r"choose a data\.batch_size with more divisors"):
         recipe.micro_batches(processes)
 
 
@@ -362,7 +362,7 @@ def test_where_there_is_no_recipe(tmp_path):
     with pytest.raises(RecipeError, match="Did you mean in21k"):
         load_recipe(f"{FOLDER / 'resnet50.py'}:in21")
     (tmp_path / "recipe.json").write_text("[]")
-    with pytest.raises(RecipeError, match="No recipe"):
+    with pytest.raises(RecipeError, match="Not a recipe"):
         load_recipe(str(tmp_path / "recipe.json"))
 
 
@@ -396,7 +396,7 @@ def test_what_follows_a_recipe_is_its_argument(tmp_path):
     with pytest.raises(RecipeError, match=r"The recipe of takes 1 argument; write .*mine\.py:of:TEXT"):
         load_recipe(f"{mine}:of")
     mine.write_text("def two(a, b):\n    pass\n")
-    with pytest.raises(RecipeError, match="takes 2 arguments, and can be given one at most"):
+    with pytest.raises(RecipeError, match="takes 2 arguments, but can be given at most one"):
         load_recipe(f"{mine}::x")
     mine.write_text("")
     with pytest.raises(RecipeError, match="has no function"):
@@ -522,7 +522,7 @@ def test_the_folder_of_a_run_stands_for_its_recipe(tmp_path):
     (tmp_path / "recipe.json").write_text(recipe.to_json())
     assert load_recipe(str(tmp_path)) == recipe
     (tmp_path / "recipe.json").write_text("[1]")
-    with pytest.raises(RecipeError, match=r"recipe\.json: No recipe"):
+    with pytest.raises(RecipeError, match=r"recipe\.json: Not a recipe"):
         load_recipe(str(tmp_path))
 
 
@@ -656,7 +656,7 @@ def test_a_list_runs_no_file(tmp_path):
 
 @pytest.mark.parametrize("where", [r"D:\runs\mine", "D:/runs/mine"])
 def test_a_drive_of_windows_is_no_name_of_a_recipe(where):
-    with pytest.raises(RecipeError, match=re.escape(f"{where} is no file")):
+    with pytest.raises(RecipeError, match=re.escape(f"{where} is not a file")):
         load_recipe(where)
 
 

@@ -1,4 +1,4 @@
-"""The classifier of a network, of whatever architecture: its order, its first weights, its training alone."""
+"""The classifier of a network of any architecture: its output order, its initial weights, training it alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["calm_head", "check_head", "freeze_backbone", "heads_of", "reorder_he
 
 
 def heads_of(module: nn.Module) -> list[nn.Module]:
-    """Its classifier; or several, whose logits it averages, such as those of a distilled transformer."""
+    """Return a network's classifier, or several whose logits it averages, as in a distilled transformer."""
     head = cast(Any, module).get_classifier()
     several = isinstance(head, (tuple, list, nn.ModuleList))
     return [each for each in (head if several else [head]) if isinstance(each, nn.Module)]
 
 
 def check_head(module: nn.Module, num_classes: int) -> None:
-    """See that :func:`reorder_head` can do its work.
+    """Check that :func:`reorder_head` can reorder a classifier.
 
     Raises:
         RecipeError: It cannot.
@@ -30,16 +30,16 @@ def check_head(module: nn.Module, num_classes: int) -> None:
         isinstance(each, (nn.Linear, nn.Conv2d)) and len(each.weight) == num_classes for each in heads
     ):
         raise RecipeError(
-            f"The classifier of {type(module).__name__} is no linear layer of {num_classes:,} outputs, which classes "
-            "in a tree need; take another model.architecture."
+            f"The classifier of {type(module).__name__} is not a linear layer with {num_classes:,} outputs, which "
+            "classes in a tree need; choose another model.architecture."
         )
 
 
 def reorder_head(module: nn.Module, index: Tensor) -> None:
-    """Give the classifier's outputs another order: output i becomes what output index[i] was.
+    """Reorder the classifier's outputs: output i becomes what output index[i] was.
 
     Raises:
-        RecipeError: Its classifier is no linear layer with as many outputs.
+        RecipeError: The classifier is not a linear layer with that many outputs.
     """
     check_head(module, len(index))
     with torch.no_grad():
@@ -49,10 +49,10 @@ def reorder_head(module: nn.Module, index: Tensor) -> None:
 
 
 def calm_head(module: nn.Module) -> None:
-    """Small weights for a new classifier on pretrained features.
+    """Give a new classifier on pretrained features small weights.
 
-    The initialisation of some of timm's networks depends on the number of outputs: with few of them the first logits
-    are so large, and so wrong, that the first steps ruin the features.
+    The initialisation of some timm networks depends on the number of outputs: with few outputs, the first logits are so
+    large, and so wrong, that the first steps ruin the features.
     """
     for head in heads_of(module):
         if isinstance(head, (nn.Linear, nn.Conv2d)):
@@ -62,7 +62,7 @@ def calm_head(module: nn.Module) -> None:
 
 
 def freeze_backbone(module: nn.Module) -> None:
-    """Let no training change the weights of what comes before the classifier.
+    """Freeze the weights of everything before the classifier.
 
     Raises:
         RecipeError: There is no classifier.
@@ -76,7 +76,7 @@ def freeze_backbone(module: nn.Module) -> None:
 
 
 def train_head(module: nn.Module) -> None:
-    """Let the classifier behave as in training, and what comes before it as in evaluation."""
+    """Put the classifier in training mode and everything before it in evaluation mode."""
     module.eval()
     for head in heads_of(module):
         head.train()

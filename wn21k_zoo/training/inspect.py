@@ -1,4 +1,4 @@
-"""A look at prepared shards: what is in them, how it looks, and whether it is still what was written."""
+"""Inspect prepared shards: their contents, their images, and whether they are still as written."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ __all__ = ["Damage", "contact_sheet", "describe", "verify_shards"]
 
 
 def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Counts, sizes, imbalance and classes per level of a prepared folder.
+    """Return counts, sizes, imbalance and classes per level of a prepared folder.
 
     Returns:
-        ``label_space``, ``preparation``; ``splits``: per split images, classes, bytes, shards, and the fewest, median
-        and most images of a class and ``imbalance``, the most over the fewest; ``levels``: per depth of the semantic
-        tree of the label space its classes, those with training images, and these images.
+        ``label_space`` and ``preparation``; ``splits``: per split the images, classes, bytes, shards, the fewest,
+        median and most images of a class, and ``imbalance``, the most over the fewest; ``levels``: per depth of the
+        label space's semantic tree the classes, those with training images, and the number of these images.
 
     Raises:
-        DataError: It is no prepared folder, or damaged.
+        DataError: The folder is not a prepared one, or is damaged.
     """
     folder = expanded(folder, DataError)
     info = read_info(folder)
@@ -87,18 +87,18 @@ def _class_counts(folder: Path, shards: tuple[Shard, ...], classes: int) -> NDAr
 def contact_sheet(
     folder: str | os.PathLike[str], synset: str | None, split: str = "train", count: int = 48, columns: int = 8
 ) -> Image.Image:
-    """The first images of a class, or of all, as one picture.
+    """Draw the first images of a class, or of all classes, as one picture.
 
     Args:
         folder: A prepared folder.
-        synset: A wnid; None: of all classes, as they stand in the shards.
-        split: Of which split.
-        count: At most so many.
-        columns: In a row.
+        synset: A wnid; None for images of all classes, in the order of the shards.
+        split: The split to take images from.
+        count: Maximum number of images.
+        columns: Images per row.
 
     Raises:
-        UnknownSynsetError: No image of that class is there.
-        DataError: No such split, or no prepared folder.
+        UnknownSynsetError: The class is unknown or has no image.
+        DataError: There is no such split, or the folder is not a prepared one.
     """
     folder = expanded(folder, DataError)
     info = read_info(folder)
@@ -106,7 +106,7 @@ def contact_sheet(
     if split not in info.splits:
         raise DataError(f"{folder} has no split {split!r}; its splits are {', '.join(info.splits)}.")
     if synset is not None and synset not in space:
-        raise UnknownSynsetError(f"{synset} is no class of {space.name}.{did_you_mean(synset, space.wnids)}")
+        raise UnknownSynsetError(f"{synset} is not a class of {space.name}.{did_you_mean(synset, space.wnids)}")
     target = space.index[synset] if synset is not None else None
     found = list(itertools.islice(_images(folder, info.splits[split], target), count))
     if not found:
@@ -123,7 +123,7 @@ def contact_sheet(
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 image.draft("RGB", (side, side))
                 sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
-        except Exception:  # Pillow has many kinds of error
+        except Exception:  # Pillow raises many kinds of error
             draw.text((x, y), "damaged", "red", font=font)
         known = target is None and 0 <= here < len(space)
         caption = space.names[here] if known else name.removesuffix(".jpg")
@@ -156,7 +156,7 @@ _NAMES = ["sha256", "key"]
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with a file of a prepared folder; ``key``: the image, where one can be named."""
+    """A problem with a file of a prepared folder; ``key`` is the image, where one can be named."""
 
     file: str
     key: str | None
@@ -166,16 +166,16 @@ class Damage:
 def verify_shards(
     folder: str | os.PathLike[str], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Damage]:
-    """Compare every shard with its sha256, every index with shard and manifest, every class with the label space.
+    """Check shards against their sha256, indexes against shards and manifest, classes against the label space.
 
-    Where a shard's hash is wrong, its images are compared one by one with the manifest, so that those are named.
+    Where a shard's hash is wrong, its images are compared one by one with the manifest to name the damaged ones.
 
     Args:
         folder: A prepared folder.
-        progress: Told of bytes read and to read.
+        progress: Called with the bytes read so far and in all.
 
     Raises:
-        DataError: It is no prepared folder.
+        DataError: The folder is not a prepared one.
     """
     folder = expanded(folder, DataError)
     info = read_info(folder)
@@ -185,7 +185,7 @@ def verify_shards(
         found.append(Damage("_info.json", None, f"its digest is not that of the classes of {space.name}"))
     try:
         manifest = _Manifest.read(folder / MANIFEST_FILE, space)
-    except Exception as error:  # of a damaged file pyarrow may give anything
+    except Exception as error:  # pyarrow may raise anything on a damaged file
         return [*found, Damage(MANIFEST_FILE, None, f"cannot be read: {error}")]
     shards = [(split, shard) for split, shards in info.splits.items() for shard in shards]
     total, done = sum(shard.num_bytes for _, shard in shards), 0
@@ -205,7 +205,7 @@ def verify_shards(
 
 @dataclass(frozen=True)
 class _Manifest:
-    """The rows of used images: the target of each and its split, and which rows are of a shard."""
+    """The rows of used images: target and split of each, and the rows of each shard."""
 
     path: Path
     targets: NDArray[np.int32]
@@ -222,7 +222,7 @@ class _Manifest:
         order = np.argsort(numbers, kind="stable")
         ends = np.cumsum(np.bincount(numbers, minlength=len(shards.dictionary)))
         with path.open("rb") as opened, pq.ParquetFile(opened) as file:
-            for group in range(file.num_row_groups):  # whether they can be read; they take much memory
+            for group in range(file.num_row_groups):  # check that they can be read; kept, they take much memory
                 file.read_row_group(group, columns=_NAMES)
         return cls(
             path=path,
@@ -233,7 +233,7 @@ class _Manifest:
 
     @functools.cached_property
     def names(self) -> Any:
-        """Hash and key of each row, a table."""
+        """A table of each row's hash and key."""
         return read_table(self.path, columns=_NAMES, filters=pc.field("shard").is_valid())
 
 
@@ -282,11 +282,11 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
     whole: Counter[str] = Counter()
     with path.open("rb") as file:
         for entry in index:
-            with contextlib.suppress(OSError, ValueError, OverflowError):  # it may be the index that is damaged
+            with contextlib.suppress(OSError, ValueError, OverflowError):  # the index may be what is damaged
                 file.seek(int(entry["offset"]))
                 whole[hashlib.sha256(file.read(int(entry["size"]))).hexdigest()] += 1
     wanted = Counter(names["sha256"].to_pylist())
     for key, digest in sorted(zip(names["key"].to_pylist(), names["sha256"].to_pylist(), strict=True)):
         if whole[digest] < wanted[digest]:
-            equal = f", or one of {wanted[digest]} that were equal" if wanted[digest] > 1 else ""
+            equal = f", or another of {wanted[digest]} identical ones" if wanted[digest] > 1 else ""
             yield Damage(shard.name, key, f"the image is damaged{equal}")

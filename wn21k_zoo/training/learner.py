@@ -1,4 +1,4 @@
-"""What a run changes step by step: a network with its optimizer, its schedule and its moving average."""
+"""What a run changes step by step: a network with its optimizer, schedule and moving average."""
 
 from __future__ import annotations
 
@@ -30,35 +30,36 @@ from wn21k_zoo.training.teacher import build_teacher
 
 __all__ = ["Learner", "check_finite"]
 
-_SMALLEST_SCALE = 2.0**-20  # 36 steps after the first, which has 2 ** 16, if none of them was right
-_OF_DEVICE = ("foreach", "fused")  # how an optimizer computes, not what
+_SMALLEST_SCALE = 2.0**-20  # 36 steps after the first, which has 2 ** 16, if all of them overflowed
+_OF_DEVICE = ("foreach", "fused")  # how an optimizer computes, not what it computes
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Learner:
-    """Computes losses and gradients, and changes weights by them.
+    """Computes losses and gradients, and updates the weights.
 
-    A step is :meth:`begin`, then for each part of its batch, within :meth:`gathering`, :meth:`loss` and
+    A step is :meth:`begin`, then, for each part of its batch within :meth:`gathering`, :meth:`loss` and
     :meth:`backward`, then :meth:`update`.
 
     Args:
         recipe: What to build.
-        splits: The data, for its classes.
-        world: The processes that train it together.
-        steps: Of the whole run.
-        begun: Whether it goes on from a checkpoint, which makes the weights that it once began with needless.
+        splits: The data, which gives the classes.
+        world: The processes that train together.
+        steps: Steps of the whole run.
+        begun: Whether the run resumes from a checkpoint, so that its starting weights are not needed.
 
     Attributes:
-        module: The network, as it is saved.
-        network: The same as it computes: compiled, and with its gradients added up over ranks.
-        levels: Of the tree, in the order of the network's outputs; None without one.
-        about_teacher: What is told about the network that is distilled; may be empty.
-        teacher_digest: Of all that decides what it says; empty without one.
-        whole: Whether weights and optimizer are those after a step; False, by the caller, around :meth:`update`.
+        module: The network as it is saved.
+        network: The same network as it computes: compiled, and with gradients reduced over ranks.
+        levels: The tree's levels, in the order of the network's outputs; None without a tree.
+        about_teacher: What to tell the user about the teacher; may be empty.
+        teacher_digest: Digest of everything that decides the teacher's outputs; empty without a teacher.
+        whole: Whether weights and optimizer are those after a whole step; the caller sets it to False around
+            :meth:`update`.
 
     Raises:
         RecipeError, ModelError: Something does not fit.
-        RunError: There is not enough memory for it.
+        RunError: There is not enough memory for the network.
     """
 
     def __init__(self, recipe: Recipe, splits: Splits, world: World, steps: int, begun: bool = False) -> None:
@@ -67,16 +68,16 @@ class Learner:
         if self.levels is not None and recipe.loss.kind == "semantic_softmax":
             check_levels(self.levels)
         self.whole, self.about_teacher, self.teacher_digest = True, "", ""
-        self._within = False  # a step, whose beginning kept the batch statistics
+        self._within = False  # a step, at whose beginning the batch statistics were saved
         self._there: torch.cuda.Event | None = None
         self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         try:
             self._build(splits, steps, begun)
-        except RuntimeError as error:  # _settle goes backward
+        except RuntimeError as error:  # _settle runs a backward pass
             if is_out_of_memory(error):
                 raise RunError(
-                    f"The memory of {world.device} is not enough for the network itself: see whether other processes "
-                    "use it, or take a smaller model.architecture."
+                    f"The memory of {world.device} is not enough for the network itself: check whether other processes "
+                    "use it, or choose a smaller model.architecture."
                 ) from error
             if (known := not_deterministic(error)) is not None:
                 raise known from error
@@ -115,9 +116,9 @@ class Learner:
         wrapped: nn.Module = self.module
         if self._world.size > 1:
             ids = [self._device.index] if self._device.type == "cuda" else None
-            # Gradients lie where they are added up over ranks, not there and a second time.
+            # Gradients are views of the buckets that are reduced over ranks, not second copies.
             wrapped = DistributedDataParallel(self.module, device_ids=ids, gradient_as_bucket_view=True)
-            # In training nothing reads batch statistics; those that are kept and evaluated are the first rank's.
+            # Nothing reads batch statistics in training; those saved and evaluated are the first rank's.
             wrapped.broadcast_buffers = False
             _settle(wrapped, recipe.data.size, self._device)
         self.network = wrapped
@@ -129,11 +130,11 @@ class Learner:
 
     @property
     def rate(self) -> float:
-        """The learning rate of the next step, before the factors of classifier and layers."""
+        """The learning rate of the next step, before the classifier and layer factors."""
         return float(self.optimizer.param_groups[0]["lr"]) / self._factor
 
     def begin(self) -> None:
-        """A step begins; the leading rank keeps the batch statistics, which it changes, of the one before."""
+        """Begin a step; the leading rank saves the batch statistics from before it, as the step changes them."""
         self._train()
         if self._world.leads:
             _copy(self._kept, self._buffers)
@@ -141,22 +142,22 @@ class Learner:
         self._mark()
 
     def _train(self) -> None:
-        """Let batch statistics, dropout and the like be those of training, where that is trained."""
+        """Put the network, or the part of it that is trained, in training mode."""
         self.network.train()
         if self._recipe.model.freeze_backbone:
             train_head(self.module.module)
 
     def _mark(self) -> None:
-        """What a checkpoint holds is there as soon as a GPU has done all it was asked until now."""
+        """Record that what a checkpoint holds is ready once the GPU has done all work queued so far."""
         if self._device.type == "cuda":
             self._there = torch.cuda.current_stream(self._device).record_event()
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
-        """Within, what a checkpoint holds is read without waiting for the step that a GPU is in.
+        """Within the block, read what a checkpoint holds without waiting for the GPU's current step.
 
-        That may wait for a rank that never comes. If that one went within a backward pass, the weights after it never
-        are there, and who reads them waits, too.
+        That step may wait for a rank that never arrives. If that rank was lost during a backward pass, the weights
+        after it never become available, and reading them waits as well.
         """
         if self._there is None or self._stream is None:
             yield
@@ -166,28 +167,28 @@ class Learner:
             yield
 
     def gathering(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Within, a part of a step's batch goes forward and backward; ranks add up gradients with its last part."""
+        """Wrap the passes of one part of a step's batch; only with the last part are gradients reduced over ranks."""
         if last or self._world.size == 1:
             return contextlib.nullcontext()
         return cast(contextlib.AbstractContextManager[Any], cast(Any, self.network).no_sync())
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Within, networks compute in the precision of the recipe."""
+        """Within the block, compute in the recipe's precision."""
         dtype = _DTYPES.get(self._recipe.run.precision)
         return torch.autocast(self._device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
     def laid_out(self, images: Tensor) -> Tensor:
-        """Images [B, 3, height, width] in the layout of the network's weights."""
+        """Return images [B, 3, height, width] in the memory format of the network's weights."""
         return images.contiguous(memory_format=self._format)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean over a batch, a scalar; NaN where it cannot be computed.
+        """Return the mean loss of a batch, a scalar; NaN where it cannot be computed.
 
-        0 of a batch without images, or with one that is left of more where batch statistics need two.
+        It is 0 for a batch without images, or with only one left of several where batch statistics need two.
 
         Raises:
-            BadImagesError: It would be 0, and other ranks wait for batch statistics of these images.
-            RecipeError: Batches have one image each, and batch statistics need two.
+            BadImagesError: The loss would be 0, but other ranks wait for batch statistics of these images.
+            RecipeError: Batches have one image each, but batch statistics need two.
         """
         if not len(batch):
             return self._nothing()
@@ -202,11 +203,11 @@ class Learner:
                 teacher = self._teacher(images) if self._teacher is not None else None
             try:
                 logits = self.network(images)
-            except Exception as error:  # torch.compile has a kind of its own
+            except Exception as error:  # torch.compile raises a type of its own
                 if "more than 1 value per channel" not in str(error):
                     raise
                 self._check_alone(error)
-                _copy(self._buffers, before)  # where layers before that one have counted the image
+                _copy(self._buffers, before)  # earlier layers may have counted the image
                 return self._nothing()
         loss: Tensor = self.criterion(logits, batch.targets, teacher, share)
         self._last = loss.detach(), logits.detach(), batch.targets
@@ -214,76 +215,76 @@ class Learner:
 
     def _check_alone(self, error: Exception) -> None:
         if self._recipe.micro_batches(self._world.size)[0] > 1:
-            return  # the others of its batch are damaged
+            return  # the other images of the batch are damaged
         raise RecipeError(f"One image alone cannot train batch normalisation: raise {self._recipe.bound}.") from error
 
     def _nothing(self) -> Tensor:
-        """A zero that goes backward through the network, for ranks wait for each other there; it changes nothing.
+        """Return a zero loss that changes nothing but has a backward pass, where ranks wait for each other.
 
         Raises:
-            BadImagesError: The other ranks wait for its batch statistics, which it has none of.
+            BadImagesError: Other ranks wait for batch statistics, and this rank has none.
         """
         model = self._recipe.model
         if model.sync_batchnorm and not model.freeze_backbone and self._world.size > 1:
             raise BadImagesError(
-                "All images of a batch are damaged, and model.sync_batchnorm needs one: raise data.batch_per_device, "
-                "and the run goes on; or remove those that are named above and begin anew."
+                "All images of a batch are damaged, and model.sync_batchnorm needs at least one: raise "
+                "data.batch_per_device and resume the run, or remove the images named above and start a new one."
             )
         size = self._recipe.data.size
-        # Until it has gone backward: gradient checkpointing computes it again there.
+        # In evaluation mode until after the backward pass, where gradient checkpointing computes this again.
         logits = self.network.eval()(torch.zeros(1, 3, size, size, device=self._device))
         self._last = logits.detach().sum() * 0, logits.detach(), torch.zeros(1, dtype=torch.int64, device=logits.device)
         return cast(Tensor, logits.sum() * 0)
 
     def backward(self, loss: Tensor) -> None:
-        """Add to the gradients."""
+        """Add the gradients of a loss to those so far."""
         scaled = self.scaler.scale(loss)
         if not self._recipe.model.gradient_checkpointing:
             scaled.backward()  # type: ignore[no-untyped-call]
             return
-        # What is computed a second time must not go into the batch statistics a second time.
+        # Recomputed activations must not update the batch statistics a second time.
         counted = {name: buffer.clone() for name, buffer in self._buffers.items()}
         scaled.backward()  # type: ignore[no-untyped-call]
         _copy(self._buffers, counted)
 
     def update(self) -> None:
-        """Change the weights; the caller says when all of the step is counted, by ``whole``."""
+        """Update the weights; the caller sets ``whole`` once the whole step is counted."""
         if self._recipe.optimizer.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.module.parameters(), self._recipe.optimizer.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        # It goes by steps, also where an overflow in fp16 made the scaler leave out the first one's update.
+        # The schedule counts steps, even where an overflow in fp16 made the scaler skip the first update.
         first = self._schedule.last_epoch == 0
         with warnings.catch_warnings(action="ignore", category=UserWarning) if first else contextlib.nullcontext():
             self._schedule.step()
         if self._average is not None:
-            self._average.update(self.module, self._schedule.last_epoch)  # the first is a copy
+            self._average.update(self.module, self._schedule.last_epoch)  # the first update copies
         self._within = False
         self._mark()
 
     def why_not_finite(self) -> str:
-        """What was wrong with the last loss; as :func:`explain`."""
+        """Say why the last loss is not finite; see :func:`explain`."""
         loss, logits, targets = self._last
         if math.isfinite(loss):
-            return "on another rank, or in another part of the batch than the last, whose loss is finite here."
+            return "on another rank, or in an earlier part of the batch; the loss of the last part is finite here."
         return explain(self.levels, logits, targets)
 
     def check_scale(self) -> None:
-        """See that gradients in fp16 can be had; waits for the device.
+        """Check that fp16 gradients do not always overflow; waits for the device.
 
         Raises:
-            NonFiniteError: They were too large again and again, so that no step changed anything.
+            NonFiniteError: They overflowed again and again, so that no step changed anything.
         """
         if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_SCALE:
             raise NonFiniteError(
-                "The gradients are not finite in fp16, however small the loss is made; set run.precision to bf16 or "
+                "The gradients are not finite in fp16, however small the loss is scaled; set run.precision to bf16 or "
                 "fp32."
             )
 
     def subject(self) -> nn.Module:
-        """The network that is evaluated, alike on all ranks: the moving average where there is one."""
+        """Return the network to evaluate, the same on all ranks: the moving average where there is one."""
         module = (self._average.module if self._average is not None else self.module).eval()
         if self._world.size > 1:
             for buffer in module.buffers():  # each rank's batch statistics are its own
@@ -291,9 +292,10 @@ class Learner:
         return module
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it after the last whole step, on the leading rank.
+        """Return the state after the last whole step, on the leading rank.
 
-        Within a step the weights are those from before until :meth:`update`, and the batch statistics were kept.
+        Within a step the weights stay those from before it until :meth:`update`; the batch statistics are the ones
+        that :meth:`begin` saved.
         """
         model, kept = self.module.module.state_dict(), self._kept if self._within else {}
         return {
@@ -305,7 +307,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` said."""
+        """Restore what :meth:`state_dict` returned."""
         self.module.module.load_state_dict(state["model"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
@@ -313,7 +315,7 @@ class Learner:
             saved.update({key: own[key] for key in _OF_DEVICE if key in own})
         self.optimizer.load_state_dict(state["optimizer"])
         for weight, own in self.optimizer.state.items():
-            for name, value in own.items():  # as it lies there, which may be otherwise than on another device
+            for name, value in own.items():  # in the weight's memory layout, which may differ between devices
                 if value.dim() and value.shape == weight.shape and value.stride() != weight.stride():
                     own[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
         self._schedule.load_state_dict(state["schedule"])
@@ -321,25 +323,24 @@ class Learner:
 
 
 def check_levels(levels: Levels) -> None:
-    """See that a softmax per level is another loss than a softmax over all classes.
+    """Check that a softmax per level differs from a softmax over all classes.
 
     Raises:
-        RecipeError: It is not.
+        RecipeError: It does not.
     """
     if not levels.depths:
         raise RecipeError(
-            "Each class is above or below the others, so no level has two to choose between; set loss.kind to "
-            "single_label."
+            "The classes form a single chain, so no level has two to choose between; set loss.kind to single_label."
         )
     if not levels.tree.depths.any():
         raise RecipeError(
-            "No class is above another one, so that semantic_softmax is one softmax over all of them: set loss.kind to "
+            "No class is an ancestor of another, so semantic_softmax is one softmax over all of them: set loss.kind to "
             "single_label, or data.label_space to classes that have ancestors among them."
         )
 
 
 def check_finite(weights: Iterable[Tensor], step: int) -> None:
-    """See that weights are numbers.
+    """Check that weights are finite.
 
     Raises:
         NonFiniteError: They are not.
@@ -347,25 +348,25 @@ def check_finite(weights: Iterable[Tensor], step: int) -> None:
     if not get_total_norm([each.detach() for each in weights if each.is_floating_point()]).isfinite():
         raise NonFiniteError(
             f"The weights after step {step:,} are not finite, although its loss was; the last checkpoint is "
-            "as it was. A lower learning rate or optimizer.clip_norm may help."
+            "unchanged. A lower learning rate or optimizer.clip_norm may help."
         )
 
 
 def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
-    """Copy tensors into those of the same names, with one call per type of numbers."""
+    """Copy tensors into those of the same names, with one call per dtype."""
     for dtype in {each.dtype for each in targets.values()}:
         names = [name for name, each in targets.items() if each.dtype == dtype]
         torch._foreach_copy_([targets[name] for name in names], [sources[name] for name in names])
 
 
 def _settle(network: DistributedDataParallel, size: int, device: torch.device) -> None:
-    """Let the backward pass come by which the order of what ranks add up together is chosen.
+    """Run the backward pass by which DDP chooses what ranks reduce together, and in which order.
 
-    Else that is the first after a resume, too, and its step adds up in another order than in a run without an end
-    between: to other bits where there are three ranks or more. It changes no weights and no statistics.
+    Otherwise the first step after a resume would do so too, and reduce in another order than in an uninterrupted run:
+    to different bits with three or more ranks. Changes no weights and no statistics.
     """
     with warnings.catch_warnings():
-        # Of parameters such as a class token, whose gradients DDP then copies; they are small.
+        # Given for parameters such as a class token; DDP then copies their gradients, which are small.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         network.eval()(torch.zeros(1, 3, size, size, device=device)).sum().backward()
     network.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""The levels of a tree as tensors: where each level's outputs stand, and each class's ancestor on each level.
+"""The levels of a tree as tensors: where each level's outputs are, and each class's ancestor on each level.
 
 Shape suffixes: B batch, N classes, K levels.
 """
@@ -22,21 +22,21 @@ _MAX_WEIGHT = 20.0  # arXiv 2104.10972 has no bound; the published code has this
 
 
 class Levels(nn.Module):
-    """The levels that get a softmax of their own: the depths with more than one class (arXiv 2104.10972, section 3.3).
+    """The levels with a softmax of their own: the depths with more than one class (arXiv 2104.10972, section 3.3).
 
     Args:
         tree: The classes and their hierarchy.
-        order: In which order logits come: ``published`` is that of the tree's label space; in ``level`` order the
-            classes of one level are adjacent, sorted by wnid.
+        order: Order of the logits: ``published`` is that of the tree's label space; in ``level`` order the classes of
+            one level are adjacent, sorted by wnid.
 
     Attributes:
         depths: Depth of each level, K numbers.
-        slices: Where each level stands in level order.
+        slices: Where each level is in level order.
         weights: W_k of each level, K numbers: N over the number of classes that are as deep or deeper, at most 20.
-        ancestors: Position within level k of the ancestor (or itself) of a class, -1 where it has none, [N, K] int64;
-            rows are in the order of the label space, whatever ``order`` is.
-        columns: Index in the label space of what stands at each position of the level order, [N] int64.
-        positions: Its inverse, [N] int64.
+        ancestors: Position within level k of a class's ancestor (or itself), -1 where it has none, [N, K] int64; rows
+            are in the order of the label space, whatever ``order`` is.
+        columns: Index in the label space of the class at each position of the level order, [N] int64.
+        positions: Inverse of ``columns``, [N] int64.
     """
 
     ancestors: Tensor
@@ -59,26 +59,24 @@ class Levels(nn.Module):
         self.register_buffer("positions", torch.from_numpy(hierarchy.position.copy()), persistent=False)
 
     def split(self, logits_bn: Tensor) -> list[Tensor]:
-        """Logits of each level in float32, [B, N] -> K tensors [B, size of the level]."""
+        """Split logits by level, in float32: [B, N] -> K tensors [B, size of the level]."""
         self.check_width(logits_bn)
         if self.order == "published":
             logits_bn = logits_bn.index_select(1, self.columns)
-        # Not by slices: the gradient of each would be as large as all the logits.
+        # Not by slicing: the gradient of each slice would be as large as all the logits.
         parts = torch.split(logits_bn.float(), self._widths, 1)
         return [parts[depth] for depth in self.depths]
 
     def check_width(self, logits: Tensor, name: str = "logits") -> None:
-        """See that there is an output for each class, of a floating type.
+        """Check that there is an output of a floating-point dtype for each class.
 
         Raises:
             InvalidArgumentError: There is not.
         """
         if not isinstance(logits, Tensor):
-            raise InvalidArgumentError(
-                f"{name} must be a tensor, no {type(logits).__name__}; torch.as_tensor makes one."
-            )
+            raise InvalidArgumentError(f"{name} must be a tensor, not {type(logits).__name__}; use torch.as_tensor.")
         if not logits.is_floating_point():
-            raise InvalidArgumentError(f"{name} must be of a floating type, not {logits.dtype}.")
+            raise InvalidArgumentError(f"{name} must have a floating-point dtype, not {logits.dtype}.")
         if logits.ndim != 2 or logits.shape[1] != self.num_classes or not len(logits):
             raise InvalidArgumentError(
                 f"{name} must have the shape [batch, {self.num_classes}], one output per class of {self.tree.name}, "
@@ -86,19 +84,19 @@ class Levels(nn.Module):
             )
 
     def check(self, logits_bn: Tensor, targets_b: Tensor) -> None:
-        """See that shapes fit, at no cost; on the CPU also that targets are in range.
+        """Check that shapes fit, at no cost; on the CPU also that targets are in range.
 
-        Elsewhere that would wait for the device; see :meth:`in_range`.
+        On other devices that would wait for the device; see :meth:`in_range`.
 
         Raises:
-            InvalidArgumentError: They do not, or are not.
+            InvalidArgumentError: Shapes do not fit, or targets are out of range.
         """
         self.check_width(logits_bn)
         if not isinstance(targets_b, Tensor):
-            raise InvalidArgumentError(f"targets must be a tensor, no {type(targets_b).__name__}.")
+            raise InvalidArgumentError(f"targets must be a tensor, not {type(targets_b).__name__}.")
         if targets_b.shape != logits_bn.shape[:1] or targets_b.dtype != torch.int64:
             mixed = targets_b.shape == logits_bn.shape and targets_b.is_floating_point()
-            advice = "; of mixed images add up the losses of both targets, by their shares" if mixed else ""
+            advice = "; for mixed images, add the losses of both targets, weighted by their shares" if mixed else ""
             raise InvalidArgumentError(
                 f"targets must be class indices, int64 of the shape [{len(logits_bn)}]; they are {targets_b.dtype} of "
                 f"{list(targets_b.shape)}{advice}."
@@ -107,33 +105,33 @@ class Levels(nn.Module):
             self.check_range(targets_b)
 
     def check_range(self, targets_b: Tensor) -> None:
-        """Raise :class:`InvalidArgumentError` for targets that are no class; waits for the device."""
+        """Raise :class:`InvalidArgumentError` for targets that are not classes; waits for the device."""
         low, high = (int(bound) for bound in torch.aminmax(targets_b))
         if low < 0 or high >= self.num_classes:
             raise InvalidArgumentError(
                 f"A target is {low if low < 0 else high}, but {self.tree.name} has the classes 0 to "
-                f"{self.num_classes - 1}; do the data and the tree speak the same label space?"
+                f"{self.num_classes - 1}; do the data and the tree use the same label space?"
             )
 
     def in_range(self, targets_b: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets that can be looked up without harm, [B], and whether all were in range, []; waits for nothing."""
+        """Return targets that are safe to look up, [B], and whether all were in range, []; waits for nothing."""
         valid = (targets_b >= 0) & (targets_b < self.num_classes)
         return targets_b.where(valid, 0), valid.all()
 
 
 def check_tree(tree: object) -> None:
-    """See that it is one.
+    """Check that an argument is a tree.
 
     Raises:
         InvalidArgumentError: It is not.
     """
     if not isinstance(tree, SemanticTree):
-        raise InvalidArgumentError(f"{tree!r:.60} is no tree; give one such as SemanticTree.load('fall11').")
+        raise InvalidArgumentError(f"{tree!r:.60} is not a tree; pass one such as SemanticTree.load('fall11').")
 
 
 def _ancestors(tree: SemanticTree, hierarchy: Hierarchy, depths: tuple[int, ...]) -> np.ndarray[tuple[int, int]]:
     everywhere = np.full((len(tree), len(hierarchy.starts) - 1), -1, np.int64)
-    for node, parent in zip(hierarchy.order, hierarchy.parents, strict=True):  # parents stand before their children
+    for node, parent in zip(hierarchy.order, hierarchy.parents, strict=True):  # parents come before their children
         if parent >= 0:
             everywhere[node] = everywhere[hierarchy.order[parent]]
         depth = tree.depths[node]

@@ -1,7 +1,7 @@
 """The losses of arXiv 2104.10972: semantic softmax, its distillation, and the paper's baselines.
 
-All take logits of any floating type and reduce in float32; none loops over samples or waits for a device. On the CPU
-targets out of range and numbers that are not finite are errors at once. On other devices, where looking would mean
+All take logits of any floating-point dtype and reduce in float32; none loops over samples or waits for a device. On the
+CPU, targets out of range and non-finite numbers raise an error at once. On other devices, where checking would mean
 waiting, they make the loss NaN, and :func:`explain` says why.
 
 Shape suffixes: B batch, N classes, K levels.
@@ -27,17 +27,17 @@ __all__ = ["MultiLabelLoss", "SemanticDistillationLoss", "SemanticSoftmaxLoss", 
 class SemanticSoftmaxLoss(nn.Module):
     """Cross-entropy with label smoothing inside each level, summed over levels (arXiv 2104.10972, section 3.3).
 
-    Level k counts for the samples whose chain of ancestors reaches it, is divided by the whole batch, and weighs
-    W_k = min(20, N / number of classes at depth k or deeper).
+    Level k counts the samples whose chain of ancestors reaches it, is divided by the size of the whole batch, and has
+    the weight W_k = min(20, N / number of classes at depth k or deeper).
 
-    On the CPU it is an operation of its own, with a first derivative alone, and of ``torch.func`` ``jvp`` only, not
-    compiled; elsewhere it is made of torch's. Numbers that are not finite are seen where they count: in the levels that
-    a sample of the batch reaches.
+    On the CPU it is a custom operator with first derivatives only, and of ``torch.func`` supports ``jvp`` only, not
+    compiled; elsewhere it consists of torch's own operators. Non-finite numbers are noticed where they count: in the
+    levels that a sample of the batch reaches.
 
     Args:
         tree: The classes and their hierarchy.
         label_smoothing: Share of the target that is spread over the level's classes.
-        order: In which order logits come, see :class:`Levels`; ``level`` is faster.
+        order: Order of the logits, see :class:`Levels`; ``level`` is faster.
 
     Raises:
         InvalidArgumentError: label_smoothing is not in [0, 1); from the call: shapes or targets that do not fit.
@@ -49,14 +49,14 @@ class SemanticSoftmaxLoss(nn.Module):
         self.levels, self.label_smoothing = Levels(tree, order), _smoothing(label_smoothing)
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
-        """Mean loss of a batch.
+        """Return the mean loss of a batch.
 
         Args:
             logits_bn: [B, N].
             targets_b: Indices in the tree's label space, whatever the order of the logits, [B] int64.
 
         Returns:
-            A number, float32.
+            A float32 scalar.
         """
         levels = self.levels
         levels.check(logits_bn, targets_b)
@@ -73,10 +73,10 @@ class SemanticSoftmaxLoss(nn.Module):
             list(levels.weights),
             self.label_smoothing,
         )[0]
-        return loss.where(all_in_range, math.nan)  # a compiled check looks at no values
+        return loss.where(all_in_range, math.nan)  # when compiled, the check above looks at no values
 
     def _plain(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
-        """The same in plain operations on fixed shapes, for devices and compilers."""
+        """Compute the same with plain operations on fixed shapes, for other devices and compilers."""
         targets_b, all_in_range = self.levels.in_range(targets_b)
         ancestors = self.levels.ancestors[targets_b]
         loss = logits_bn.new_zeros((), dtype=torch.float32)
@@ -99,7 +99,7 @@ def _semantic_softmax(
     weights: list[float],
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """Loss, and each level's p without its target, one level after the other, while its numbers are in the cache.
+    """Return the loss and each level's p minus its target, level by level, while a level's numbers are in the cache.
 
     Samples that do not reach a level cost nothing there.
     """
@@ -111,10 +111,10 @@ def _semantic_softmax(
         scores = logits[:, starts[level] : stops[level]].index_select(0, rows).float()
         at = ancestors[rows, level, None]
         p = torch.softmax(scores, 1, out=error)
-        # The largest p is at least 1 / n, so that its logarithm is exact where that of the target's p is -inf.
+        # The largest p is at least 1 / n, so its logarithm is exact even where that of the target's p is -inf.
         log_sum = scores.amax(1) - p.amax(1).log_()
         smoothed = (1 - smoothing) * scores.gather(1, at)[:, 0]
-        if smoothing:  # else classes that are masked by -inf may be
+        if smoothing:  # without smoothing, classes may be masked by -inf
             smoothed += smoothing * scores.mean(1)
         loss += weights[level] / len(logits) * (log_sum - smoothed).sum(dtype=torch.float64)
         if smoothing:
@@ -136,7 +136,7 @@ def _semantic_softmax_backward(
     weights: list[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient by the logits, [B, N]."""
+    """Return the gradient with respect to the logits, [B, N]."""
     gradient = torch.zeros(len(ancestors), len(errors) // len(ancestors), dtype=torch.float32)
     scale = float(loss_gradient) / len(ancestors)
     for level, rows, error in _reached(errors, ancestors, starts, stops):
@@ -148,7 +148,7 @@ def _semantic_softmax_backward(
 def _reached(
     errors: Tensor, ancestors: Tensor, starts: list[int], stops: list[int]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each level that some sample reaches, the rows of those, and where their errors are, [rows, classes]."""
+    """Yield each level that any sample reaches, the rows of those samples, and their errors, [rows, classes]."""
     begin = 0
     for level, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         rows = (ancestors[:, level] >= 0).nonzero()[:, 0]
@@ -173,7 +173,7 @@ def _(loss_gradient, errors, ancestors, positions, starts, stops, weights, dtype
 def _keep_errors(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     logits, ancestors, _, positions, *ctx.levels, _ = inputs
     ctx.dtype = logits.dtype
-    ctx.set_materialize_grads(False)  # nobody has one by the errors, and it would be as large as the logits
+    ctx.set_materialize_grads(False)  # the errors get no gradient, and zeros would be as large as the logits
     ctx.save_for_backward(output[1], ancestors, positions)
 
 
@@ -188,16 +188,16 @@ _semantic_softmax.register_autograd(_gradient, setup_context=_keep_errors)
 
 
 class SemanticDistillationLoss(nn.Module):
-    """How far a student's softmax of each level is from the teacher's (arXiv 2104.10972, section 3.4).
+    """Distance of a student's per-level softmax from the teacher's (arXiv 2104.10972, section 3.4).
 
-    Per level the squared difference, weighted per sample by the teacher's probability in its top 5 % (rounded up) of
-    the level's classes, summed over classes, levels and, as in the published code, the batch. Its weight beside the
-    other loss is not published.
+    Per level: the squared difference, weighted per sample by the teacher's probability in its top 5 % (rounded up) of
+    the level's classes; summed over classes, levels and, as in the published code, the batch. Its weight relative to
+    the other loss is not published.
 
     Args:
         tree: The classes and their hierarchy.
-        order: In which order the logits of both come, see :class:`Levels`.
-        per_level: A softmax per level; or one over all classes, for the distillation of a single-label network.
+        order: Order of both networks' logits, see :class:`Levels`.
+        per_level: Use a softmax per level, or else one over all classes, to distil a single-label network.
 
     Raises:
         InvalidArgumentError: From the call: shapes that do not fit.
@@ -209,19 +209,21 @@ class SemanticDistillationLoss(nn.Module):
         self.levels, self.per_level = Levels(tree, order), per_level
 
     def forward(self, student_bn: Tensor, teacher_bn: Tensor) -> Tensor:
-        """Sum over a batch.
+        """Return the loss summed over a batch.
 
         Args:
             student_bn: Logits, [B, N].
-            teacher_bn: Logits, [B, N]; no gradient goes there.
+            teacher_bn: Logits, [B, N]; they get no gradient.
 
         Returns:
-            A number, float32.
+            A float32 scalar.
         """
         self.levels.check_width(student_bn, "the student's logits")
         self.levels.check_width(teacher_bn, "the teacher's logits")
         if len(student_bn) != len(teacher_bn):
-            raise InvalidArgumentError(f"{len(student_bn)} rows of the student and {len(teacher_bn)} of the teacher.")
+            raise InvalidArgumentError(
+                f"The student's logits have {len(student_bn)} rows, but the teacher's have {len(teacher_bn)}."
+            )
         loss = student_bn.new_zeros((), dtype=torch.float32)
         parts = self.levels.split if self.per_level else lambda logits_bn: [logits_bn.float()]
         for ours, theirs in zip(parts(student_bn), parts(teacher_bn.detach()), strict=True):
@@ -238,7 +240,7 @@ class SingleLabelLoss(nn.Module):
     Args:
         tree: The classes.
         label_smoothing: Share of the target that is spread over all classes.
-        order: In which order logits come, see :class:`Levels`.
+        order: Order of the logits, see :class:`Levels`.
 
     Raises:
         InvalidArgumentError: As :class:`SemanticSoftmaxLoss`.
@@ -250,7 +252,7 @@ class SingleLabelLoss(nn.Module):
         self.levels, self.label_smoothing = Levels(tree, order), _smoothing(label_smoothing)
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
-        """Mean loss of a batch: logits [B, N] and indices in the label space [B] int64 to a number, float32."""
+        """Return the mean loss, a float32 scalar, of logits [B, N] and indices in the label space, [B] int64."""
         self.levels.check(logits_bn, targets_b)
         targets_b, all_in_range = self.levels.in_range(targets_b)
         if self.levels.order == "level":
@@ -263,21 +265,21 @@ class SingleLabelLoss(nn.Module):
 class MultiLabelLoss(nn.Module):
     """The paper's second baseline: a sigmoid per class, true for a class and all its ancestors.
 
-    The asymmetric loss is that of arXiv 2009.14119, equation 7: negatives with p below ``clip`` count nothing, and the
-    exponents weaken easy ones. Summed over classes, mean over the batch. Its gradient is the whole one; some trainings
-    take the weights of that equation for constants.
+    The asymmetric loss is that of arXiv 2009.14119, equation 7: negatives with p below ``clip`` do not count, and the
+    exponents down-weight easy ones. Summed over classes, mean over the batch. Its gradient is the full one; some
+    training code treats the weights of that equation as constants.
 
     Args:
         tree: The classes and their hierarchy.
-        gamma_negative: Exponent for classes that are false; 4 in that paper.
-        gamma_positive: Exponent for classes that are true; 0 in that paper.
+        gamma_negative: Exponent for negative classes; 4 in that paper.
+        gamma_positive: Exponent for positive classes; 0 in that paper.
         clip: Probability margin of negatives; 0.05 in that paper.
-        order: In which order logits come, see :class:`Levels`.
+        order: Order of the logits, see :class:`Levels`.
 
     Raises:
         InvalidArgumentError: As :class:`SemanticSoftmaxLoss`.
-        NonFiniteError: As :class:`SemanticSoftmaxLoss`, where the loss is not finite; of a class that is false the clip
-            bounds it, and an infinite logit is as a large one.
+        NonFiniteError: As :class:`SemanticSoftmaxLoss`, where the loss is not finite; for a negative class the clip
+            bounds it, so an infinite logit counts like a large one.
     """
 
     chains: Tensor
@@ -298,7 +300,7 @@ class MultiLabelLoss(nn.Module):
         self.gamma_negative, self.gamma_positive, self.clip = gamma_negative, gamma_positive, clip
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
-        """Mean loss of a batch: logits [B, N] and indices in the label space [B] int64 to a number, float32."""
+        """Return the mean loss, a float32 scalar, of logits [B, N] and indices in the label space, [B] int64."""
         self.levels.check(logits_bn, targets_b)
         targets_b, all_in_range = self.levels.in_range(targets_b)
         truth = self._truth(targets_b)
@@ -316,15 +318,15 @@ class MultiLabelLoss(nn.Module):
         return loss.where(all_in_range, math.nan)
 
     def _truth(self, targets_b: Tensor) -> Tensor:
-        """For each sample and output whether it is the class or one of its ancestors, [B, N] bool."""
+        """For each sample and output, whether the output is the class or one of its ancestors, [B, N] bool."""
         truth = torch.zeros(len(targets_b), self.levels.num_classes + 1, dtype=torch.bool, device=targets_b.device)
         return truth.scatter_(1, self.chains[targets_b], True)[:, :-1]
 
 
 def _chains(levels: Levels) -> Tensor:
-    """Where the outputs of each class and its ancestors stand, N after their end, [N, longest] int64.
+    """Positions of the outputs of each class and its ancestors, padded with N, [N, longest] int64.
 
-    Of all depths, those of one class too, which have no softmax of their own.
+    Covers all depths, including those with one class, which have no softmax of their own.
     """
     chains = levels.tree.class_tree_list
     found = torch.full((len(chains), max(map(len, chains))), levels.num_classes)
@@ -335,7 +337,7 @@ def _chains(levels: Levels) -> Tensor:
 
 
 def explain(levels: Levels | None, logits_bn: Tensor, targets_b: Tensor) -> str:
-    """Say why a loss is not finite; for devices on which the loss itself does not look. Waits for the device.
+    """Say why a loss is not finite, for devices on which the loss itself does not check; waits for the device.
 
     ``levels`` is None for classes without a tree.
 
@@ -348,7 +350,7 @@ def explain(levels: Levels | None, logits_bn: Tensor, targets_b: Tensor) -> str:
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    """Whether somebody wants a derivative forwards, which an operation of one's own would silently leave out."""
+    """Whether a forward-mode derivative is wanted, which a custom operator would silently leave out."""
     if torch.compiler.is_compiling():
         return False
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]

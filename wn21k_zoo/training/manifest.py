@@ -1,4 +1,4 @@
-"""The manifest: a row for every image of the source, and what it all adds up to."""
+"""The manifest, with a row for every image of the source, and its totals."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field("orientation", pa.int8()),  # EXIF, 1 is upright
     ]
 )
-# What a class's own part knows besides: where its records lie in its tar, and the number that they are sorted by.
+# A class's own part also has the place of each record in the class's tar, and the number that records are sorted by.
 PART_SCHEMA = pa.schema(
     [
         *(field for field in MANIFEST_SCHEMA if field.name != "shard"),
@@ -80,10 +80,10 @@ PUBLISHED_TOTALS: Mapping[str, PublishedTotals] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class ClassResult:
-    """What became of one class of the source (or of one split of it, where the source is split).
+    """What became of one class of the source (or of one of its splits, where the source is split).
 
-    ``images`` counts file names, ``reasons`` those that are not used, by reason; ``odd`` used ones that are no plain
-    upright JPEG, by kind.
+    ``images`` counts file names; ``reasons`` counts those not used, by reason; ``odd`` counts used ones that are not
+    plain upright JPEGs, by kind.
     """
 
     name: str
@@ -99,23 +99,23 @@ class ClassResult:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether its images should have been used, although they may be damaged."""
+        """Whether its images should be used, even if some are damaged."""
         return self.decision in ("kept", "damaged archive")
 
     @property
     def bad(self) -> int:
-        """Images that should have been used and cannot be."""
+        """Number of images that should be used but cannot be."""
         return sum(self.reasons.values()) if self.is_wanted else 0
 
 
 def read_table(path: Path, **options: Any) -> pa.Table:
-    """A Parquet file of ours; Arrow itself would take a path such as ``s3:x`` for a URL, and none that is no UTF-8."""
+    """Read a Parquet file of ours; by path, Arrow would take ``s3:x`` for a URL and refuse names that are not UTF-8."""
     with path.open("rb") as file:
         return pq.read_table(file, **options)
 
 
 def classes_csv(results: Iterable[ClassResult]) -> str:
-    """One line per class; the two splits of a source that is split already are added up."""
+    """Return a CSV with one line per class; the two splits of a source that is already split are added up."""
     lines: dict[str, list[Any]] = {}
     for one in results:
         line = lines.setdefault(one.wnid, [one.wnid, one.decision, 0, 0, 0, 0])
@@ -129,7 +129,7 @@ def classes_csv(results: Iterable[ClassResult]) -> str:
 
 
 def summary(results: Sequence[ClassResult], space: LabelSpace, options: Mapping[str, Any]) -> str:
-    """The readable summary, in Markdown: options, totals beside the published ones, what was left out and why."""
+    """Return a summary in Markdown: options, totals beside the published ones, what was left out and why."""
     kept = [one for one in results if one.decision == "kept"]
     train, validation = sum(one.train for one in kept), sum(one.validation for one in kept)
     classes = len({one.wnid for one in kept})

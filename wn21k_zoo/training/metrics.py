@@ -1,7 +1,7 @@
-"""How good predictions are: per level of the hierarchy, on the imaged classes, and how far off mistakes are.
+"""How good predictions are: per level of the hierarchy, on classes with images, and how far off mistakes are.
 
-Each metric counts on the device of what it is given and waits for it only in ``compute``. Counts are whole numbers, or
-sums of them, and are added up over ranks exactly; with ``over_ranks`` False each rank's are its own.
+Each metric counts on the device of its inputs and waits for it only in ``compute``. Counts are integers, or sums of
+them, and are added up over ranks exactly; with ``over_ranks`` False each rank keeps its own.
 
 Shape suffixes: B batch, N classes, K levels.
 """
@@ -32,14 +32,14 @@ __all__ = [
 ]
 
 
-_ROUNDING = 0.01  # by so much sums of probabilities in half precision may miss 1
+_ROUNDING = 0.01  # how far sums of probabilities in half precision may be from 1
 
 
 class Counts(nn.Module):
-    """Whole numbers that are added up over batches and ranks.
+    """Integer counts that are added up over batches and ranks.
 
     Attributes:
-        over_ranks: Whether those of all ranks count, where there are several; else each rank's are its own.
+        over_ranks: Whether to add up the counts of all ranks, where there are several; else each rank keeps its own.
     """
 
     counts: Tensor
@@ -47,7 +47,7 @@ class Counts(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        # No buffer: in a network under DDP rank 0's counts would take the place of all others' before each forward.
+        # Not a buffer: in a network under DDP, rank 0's counts would replace all others' before each forward pass.
         self.counts = torch.zeros(shape, dtype=torch.int64)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -56,18 +56,18 @@ class Counts(nn.Module):
         return self
 
     def reset(self) -> None:
-        """Forget all."""
+        """Set all counts to 0."""
         self.counts = torch.zeros_like(self.counts)
 
     def _count(self, more: Tensor) -> None:
-        self.counts = self.counts + more  # not in place: a program's processes may share what they were given
+        self.counts = self.counts + more  # not in place: a program's processes may share this memory
 
     def _add(self, rows_b: Tensor, *columns_b: Tensor) -> None:
-        """Add to each column, in the rows that are named, whole numbers, [B] each.
+        """Add integers to each column, in the given rows, [B] each.
 
-        First among themselves: torch before 2.13 loses on MPS what is scattered into a column of another tensor
-        (https://github.com/pytorch/pytorch/issues/163327), and adds up there in 32 bits, enough for a batch of two
-        thousand images.
+        They are first added up by themselves: on MPS, torch before 2.13 loses what is scattered into a column of
+        another tensor (https://github.com/pytorch/pytorch/issues/163327), and adds in 32 bits, enough for a batch of
+        two thousand images.
         """
         empty = torch.zeros(len(self.counts), dtype=torch.int64, device=self.counts.device)
         self._count(torch.stack([empty.scatter_add(0, rows_b, each.long()) for each in columns_b], 1))
@@ -82,7 +82,7 @@ class Counts(nn.Module):
 
 
 class BrokenRows(Counts):
-    """How many rows of logits are not finite."""
+    """The number of rows of logits that are not finite."""
 
     def __init__(self) -> None:
         super().__init__(2)
@@ -94,7 +94,7 @@ class BrokenRows(Counts):
         self._count(torch.stack([broken.sum(), torch.ones_like(broken, dtype=torch.int64).sum()]))
 
     def check(self) -> None:
-        """See that there were none, over all ranks.
+        """Check that there were none, over all ranks.
 
         Raises:
             NonFiniteError: There were.
@@ -105,26 +105,26 @@ class BrokenRows(Counts):
 
 
 def _is_broken(largest: Tensor) -> Tensor:
-    """Whether the largest of some numbers, which is NaN where one of them is, is NaN or inf."""
+    """Whether a maximum, which is NaN if any of its numbers is, is NaN or inf."""
     return largest.isnan() | (largest == math.inf)
 
 
 def _not_finite(images: str) -> NonFiniteError:
     return NonFiniteError(
         f"The logits of {images} images are NaN or infinite: the network diverged (a lower optimizer.lr may help), or "
-        "is too wide for fp16 (take bf16 or fp32)."
+        "its numbers are too large for fp16 (use bf16 or fp32)."
     )
 
 
 def _out_of_range(images: int, num_classes: int) -> InvalidArgumentError:
     return InvalidArgumentError(
-        f"The targets or predictions of {images:,} images are no classes, which are 0 to {num_classes - 1}; do the "
-        "data and the tree speak the same label space?"
+        f"The targets or predictions of {images:,} images are not classes, which are 0 to {num_classes - 1}; do the "
+        "data and the tree use the same label space?"
     )
 
 
 class SemanticFigures(TypedDict):
-    """What :class:`SemanticAccuracy` computes, in percent; ``levels`` is by depth."""
+    """What :class:`SemanticAccuracy` computes, in percent; ``levels`` is keyed by depth."""
 
     semantic_top1: float
     levels: dict[int, float]
@@ -137,36 +137,36 @@ class SemanticAccuracy(Counts):
 
     Args:
         tree: The classes and their hierarchy.
-        order: In which order logits come, see :class:`Levels`.
+        order: Order of the logits, see :class:`Levels`.
 
     Raises:
-        InvalidArgumentError: From ``update``: shapes or targets that do not fit; of a GPU such targets from
+        InvalidArgumentError: From ``update``: shapes or targets that do not fit; on a GPU such targets raise from
             ``compute``.
-        NonFiniteError: From ``compute``: a logit was NaN or inf; -inf is smaller than all others.
+        NonFiniteError: From ``compute``: a logit was NaN or inf; -inf is just the smallest value.
     """
 
     def __init__(self, tree: SemanticTree, order: Order = "published") -> None:
         levels = Levels(tree, order)
-        super().__init__(len(levels.depths) + 1, 2)  # the last: images with broken logits, and with impossible targets
+        super().__init__(len(levels.depths) + 1, 2)  # last row: images with broken logits, with impossible targets
         self.levels = levels
 
     @torch.no_grad()
     def update(self, logits_bn: Tensor, targets_b: Tensor) -> None:
-        """Count a batch: logits [B, N] and indices in the label space [B] int64; an empty batch is none."""
+        """Count a batch: logits [B, N] and indices in the label space [B] int64; an empty batch is ignored."""
         if not len(targets_b):
             return
         self.levels.check(logits_bn, targets_b)
-        there = (targets_b >= 0) & (targets_b < self.levels.num_classes)  # else a GPU would be of no use afterwards
+        there = (targets_b >= 0) & (targets_b < self.levels.num_classes)  # else the GPU would be unusable afterwards
         ancestors = self.levels.ancestors[targets_b.where(there, 0)]
         best = [scores.max(1) for scores in self.levels.split(logits_bn)]
         predicted = torch.stack([each.indices for each in best], 1)
         largest = torch.stack([each.values for each in best], 1)
-        broken = _is_broken(largest).any(1)  # -inf: all of a level are masked
+        broken = _is_broken(largest).any(1)  # -inf is allowed: all of a level are masked
         levels = torch.stack([(predicted == ancestors).sum(0), (ancestors >= 0).sum(0)], 1)
         self._count(torch.cat([levels, torch.stack([broken.sum(), (~there).sum()])[None]]))
 
     def compute(self) -> SemanticFigures:
-        """Percentages over all ranks: ``semantic_top1``, and ``levels``: depth -> percent where something was valid."""
+        """Return percentages over all ranks: ``semantic_top1``, and ``levels``: depth -> percent, for valid depths."""
         *total, broken, impossible = self._total()
         if impossible:
             raise _out_of_range(impossible, self.levels.num_classes)
@@ -182,14 +182,14 @@ class SemanticAccuracy(Counts):
 
 
 class LeafAccuracy(Counts):
-    """Top-1 and top-5 among a choice of classes, over the images of these classes.
+    """Top-1 and top-5 among chosen classes, over the images of these classes.
 
     Args:
-        classes: Indices in the label space, such as those that have images.
+        classes: Indices in the label space, such as those of classes with images.
 
     Raises:
-        InvalidArgumentError: No classes, or a negative one; from ``update``: scores that lack one.
-        NonFiniteError: From ``compute``: a score was NaN or inf; -inf is smaller than all others.
+        InvalidArgumentError: No classes, or a negative index; from ``update``: scores that lack one of the classes.
+        NonFiniteError: From ``compute``: a score was NaN or inf; -inf is just the smallest value.
     """
 
     classes: Tensor
@@ -206,10 +206,10 @@ class LeafAccuracy(Counts):
 
     @torch.no_grad()
     def update(self, scores_bn: Tensor, targets_b: Tensor) -> Tensor:
-        """Count a batch: scores [B, N] and targets [B] int64, both of the label space; gives predictions, [B] int64."""
+        """Count scores [B, N] and targets [B] int64, both of the label space; returns predictions, [B] int64."""
         if scores_bn.shape[1] < len(self.chosen):
             raise InvalidArgumentError(
-                f"The scores are of {scores_bn.shape[1]:,} classes, and one that counts has the index "
+                f"The scores are of {scores_bn.shape[1]:,} classes, but a class that counts has the index "
                 f"{len(self.chosen) - 1:,}."
             )
         chosen = scores_bn.index_select(1, self.classes)
@@ -225,7 +225,7 @@ class LeafAccuracy(Counts):
         return self.chosen[targets_b.clamp(0, last)] & (targets_b >= 0) & (targets_b <= last)
 
     def compute(self) -> dict[str, float]:
-        """Percentages over all ranks: ``top1``, ``top5``; and ``images`` of the classes."""
+        """Return percentages over all ranks, ``top1`` and ``top5``; and ``images``, how many the classes have."""
         first, any_of_five, count, broken = self._total()
         if broken:
             raise _not_finite(f"{broken:,}")
@@ -236,7 +236,7 @@ class ClassAccuracy(Counts):
     """Top-1 of each class by itself, whatever its share of the images.
 
     Args:
-        num_classes: So many, from the first of the label space, can be counted.
+        num_classes: Number of classes to count, from the first of the label space.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -244,20 +244,20 @@ class ClassAccuracy(Counts):
 
     @torch.no_grad()
     def update(self, predictions_b: Tensor, targets_b: Tensor, counted_b: Tensor | None = None) -> None:
-        """Count a batch of class indices, [B] int64 each; or only those of [B] bool."""
+        """Count a batch of class indices, [B] int64 each, or only those where ``counted_b``, [B] bool, is true."""
         rows = targets_b.clamp(0, len(self.counts) - 1)
-        there = rows == targets_b  # what is beyond is not counted
+        there = rows == targets_b  # other targets are not counted
         counted_b = there if counted_b is None else counted_b & there
         self._add(rows, counted_b, counted_b & (predictions_b == targets_b))
 
     def per_class(self) -> dict[int, tuple[int, int]]:
-        """Of each class of which images count, by its index: so many, and right ones; over all ranks."""
+        """Map each class with counted images, by its index, to their number and that of right ones, over all ranks."""
         total = self._total()
         pairs = enumerate(zip(total[::2], total[1::2], strict=True))
         return {index: (images, right) for index, (images, right) in pairs if images}
 
     def compute(self) -> dict[str, float]:
-        """``balanced_top1``: the mean percentage of the classes of which images count, over all ranks."""
+        """Return ``balanced_top1``: the mean percentage of the classes with counted images, over all ranks."""
         shares = [right / images for images, right in self.per_class().values()]
         return {"balanced_top1": 100 * sum(shares) / max(1, len(shares))}
 
@@ -266,17 +266,17 @@ class HierarchicalDistances(Counts):
     """How far predicted classes are from true ones in the tree.
 
     - ``mean_lca_error``: by how many levels the lowest common ancestor of prediction and truth lies above the truth; a
-      right one counts 0, one in another tree of the forest counts as if there were a root above all (the hierarchical
-      distance of arXiv 1912.09393, as depth).
-    - ``mean_lca_error_of_mistakes``: the same over the wrong ones.
-    - ``hierarchical_precision``, ``hierarchical_recall``: common ancestors, each class among its own, as a share of the
-      prediction's and of the truth's, micro-averaged (Kiritchenko et al. 2006).
+      right prediction counts 0, one in another tree of the forest counts as if there were a root above all (the
+      hierarchical distance of arXiv 1912.09393, as depth).
+    - ``mean_lca_error_of_mistakes``: the same over wrong predictions only.
+    - ``hierarchical_precision``, ``hierarchical_recall``: common ancestors, each class included in its own, as a share
+      of the prediction's and of the truth's, micro-averaged (Kiritchenko et al. 2006).
 
     Args:
         tree: The classes and their hierarchy.
 
     Raises:
-        InvalidArgumentError: That is no tree; from ``compute``: a prediction or target was no class of it.
+        InvalidArgumentError: ``tree`` is not one; from ``compute``: a prediction or target was not a class of it.
     """
 
     chains: Tensor
@@ -294,14 +294,14 @@ class HierarchicalDistances(Counts):
 
     @torch.no_grad()
     def update(self, predictions_b: Tensor, targets_b: Tensor, counted_b: Tensor | None = None) -> None:
-        """Count a batch of class indices, [B] int64 each; or only those of [B] bool.
+        """Count a batch of class indices, [B] int64 each, or only those where ``counted_b``, [B] bool, is true.
 
         Raises:
             InvalidArgumentError: There are not as many predictions as targets.
         """
         if predictions_b.shape != targets_b.shape:
             raise InvalidArgumentError(
-                f"Predictions of shape {list(predictions_b.shape)} and targets of {list(targets_b.shape)} are no pairs."
+                f"Predictions of shape {list(predictions_b.shape)} do not match targets of {list(targets_b.shape)}."
             )
         counted = torch.ones_like(targets_b) if counted_b is None else counted_b.long()
         there = (torch.minimum(predictions_b, targets_b) >= 0) & (
@@ -319,7 +319,7 @@ class HierarchicalDistances(Counts):
         self._count((each * counted).sum(1))
 
     def compute(self) -> dict[str, float]:
-        """Errors in levels, the rest in percent, over all ranks."""
+        """Return errors in levels and the rest in percent, over all ranks."""
         images, mistakes, errors, common, predicted, truth, impossible = self._total()
         if impossible:
             raise _out_of_range(impossible, len(self.depths))
@@ -332,24 +332,24 @@ class HierarchicalDistances(Counts):
 
 
 class Calibration(Counts):
-    """Whether confidences are shares of right predictions: the reliability diagram of arXiv 1706.04599.
+    """How well confidence matches the share of right predictions: the reliability diagram of arXiv 1706.04599.
 
     Args:
-        bins: Equally wide parts of [0, 1].
+        bins: Number of equally wide bins of [0, 1].
 
     Raises:
-        InvalidArgumentError: There are none; from ``compute``: a confidence was outside [0, 1].
+        InvalidArgumentError: There are no bins; from ``compute``: a confidence was outside [0, 1].
     """
 
     def __init__(self, bins: int = 15) -> None:
         if bins < 1:
             raise InvalidArgumentError(f"bins is {bins}; it must be at least 1.")
-        super().__init__(bins + 1, 3)  # the last: those that are none
+        super().__init__(bins + 1, 3)  # last row: confidences outside [0, 1]
         self.bins = bins
 
     @torch.no_grad()
     def update(self, confidence_b: Tensor, right_b: Tensor, counted_b: Tensor | None = None) -> None:
-        """Count a batch: confidences in [0, 1], whether predictions were right, [B] each; or only those of [B] bool."""
+        """Count confidences in [0, 1] and whether predictions were right, [B] each, or only those in ``counted_b``."""
         confidence_b = confidence_b.float()
         right_b = right_b.bool()
         counted_b = torch.ones_like(right_b) if counted_b is None else counted_b
@@ -360,7 +360,7 @@ class Calibration(Counts):
         self._add(at, counted_b, counted_b & right_b, millionths * counted_b)
 
     def compute(self) -> dict[str, float | list[dict[str, float]]]:
-        """``calibration_error``: the expected one in percent; ``reliability``: per bin that has images, its figures."""
+        """Return the expected ``calibration_error`` in percent, and ``reliability``: figures per bin with images."""
         *total, impossible, _, _ = self._total()
         if impossible:
             raise InvalidArgumentError(f"The confidences of {impossible:,} images are not in [0, 1].")

@@ -1,4 +1,4 @@
-"""Images of a batch mixed with each other: mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899)."""
+"""Mix the images of a batch with each other: mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["mix"]
 
 
 def mix(images: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, float]:
-    """Mix each image with that as far from the end of the batch as it is from the beginning.
+    """Mix each image with the one at its place in the reversed batch.
 
-    One share is drawn for a batch, from torch's generator of the CPU; where both ways are asked for, each has half of
-    the batches.
+    One share is drawn per batch, from torch's CPU generator; where both methods are asked for, each gets half of the
+    batches.
 
     Args:
         images: [batch, channels, height, width].
-        mixup: Both parameters of the Beta distribution of the share in which pixels are added up; 0: not that way.
-        cutmix: The same of the share outside the rectangle that is of the other image.
+        mixup: Both parameters of the Beta distribution of the share with which pixels are blended; 0 turns mixup off.
+        cutmix: The same for the share outside the rectangle that is taken from the other image.
 
     Returns:
-        The mixed images, and the share of the first in each: the rest is of ``images.flip(0)``.
+        The mixed images, and the share of the original in each: the rest is from ``images.flip(0)``.
     """
     if not mixup and not cutmix:
         return images, 1.0
@@ -42,7 +42,7 @@ def mix(images: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, float]:
 
 
 def _part(length: int, share: float) -> tuple[int, int]:
-    """So much of a side, around a place that may be anywhere, as far as it lies within."""
+    """Return a share of a side, around a random place, cut off where it would leave the side."""
     size, centre = int(length * share), int(float(torch.rand(())) * length)
     begin = centre - size // 2
     return max(0, begin), min(length, begin + size)

@@ -1,7 +1,7 @@
-"""From a recipe to the network that is trained.
+"""Build the network that a recipe trains.
 
-Heads over a tree are kept in level order while they are trained (:class:`wn21k_zoo.training.levels.Levels`), for the
-sake of the loss's speed; :func:`wn21k_zoo.training.heads.reorder_head` goes there and back.
+Heads over a tree are kept in level order during training (:class:`wn21k_zoo.training.levels.Levels`), which makes the
+loss faster; :func:`wn21k_zoo.training.heads.reorder_head` converts to and from it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from wn21k_zoo.training.weights import classes_of, is_place, refuse_run
 __all__ = ["Normalized", "build_network", "checkpoint_gradients", "few_for_statistics", "try_size", "wrong_size"]
 
 _LOG = logging.getLogger(__name__)
-_ENOUGH = 32  # images for batch statistics: arXiv 1803.08494, figure 1
+_ENOUGH = 32  # images, for batch statistics: arXiv 1803.08494, figure 1
 
 
 class Normalized(nn.Module):
-    """A network behind a normalisation of its pixels.
+    """A network with a normalisation of pixels before it.
 
     Args:
-        module: Takes normalised images.
-        mean: Subtracted per channel from pixels in [0, 1].
-        std: Divided by, per channel.
+        module: The network, which takes normalised images.
+        mean: Per-channel mean, subtracted from pixels in [0, 1].
+        std: Per-channel divisor.
     """
 
     scale: Tensor
@@ -50,7 +50,7 @@ class Normalized(nn.Module):
         self._identity = bool((means == 0).all() and (stds == 1).all())
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pixels in [0, 1], [batch, 3, height, width], to logits [batch, classes]."""
+        """Compute logits [batch, classes] from pixels in [0, 1], [batch, 3, height, width]."""
         logits: Tensor = self.module(images if self._identity else images * self.scale + self.shift)
         return logits
 
@@ -58,18 +58,18 @@ class Normalized(nn.Module):
 def build_network(
     recipe: Recipe, class_names: Sequence[str], levels: Levels | None, *, pretrained: bool = True
 ) -> nn.Module:
-    """The network of a recipe, with the weights that it starts from, on the CPU.
+    """Build a recipe's network on the CPU, with the weights that it starts from.
 
     Args:
-        recipe: Its architecture, start and arguments.
-        class_names: Of the head's outputs, wnids where they are synsets.
-        levels: In whose order the head is to be.
-        pretrained: Whether weights that it starts from are needed, which then may be out of reach.
+        recipe: Gives architecture, start and arguments.
+        class_names: Names of the head's outputs, wnids where they are synsets.
+        levels: The levels whose order the head gets.
+        pretrained: Whether to load the starting weights; if not, they need not be available.
 
     Raises:
-        RecipeError: There is no such architecture, its classifier cannot have such an order, or the start is of another
-            one or the folder of a run.
-        ModelError, UnknownModelError: The start cannot be had.
+        RecipeError: There is no such architecture, its classifier cannot have that order, or the start has another
+            architecture or is the folder of a run.
+        ModelError, UnknownModelError: The starting weights are not available.
     """
     convert.check_architecture(recipe.model.architecture, RecipeError)
     torch.manual_seed(recipe.run.seed)
@@ -77,7 +77,7 @@ def build_network(
     try:
         if start is not None and start.startswith(RANDOM) and not is_place(start.removeprefix(RANDOM)):
             with contextlib.suppress(UnresolvedLabelSpaceError):
-                registry.resolve_checkpoint(start.removeprefix(RANDOM))  # a trial finds a wrong name, too
+                registry.resolve_checkpoint(start.removeprefix(RANDOM))  # a trial finds wrong names, too
         if start is None or start.startswith(RANDOM) or not pretrained:
             module = convert.build(recipe.model.architecture, num_classes=len(class_names), **arguments)
         else:
@@ -112,9 +112,9 @@ def _started(
 def _moved(
     module: nn.Module, start: str, begun: str, architecture: str, num_classes: int, arguments: dict[str, Any]
 ) -> nn.Module:
-    """The weights of one architecture in another that differs by biases which it lacks.
+    """Move the weights of one architecture to another that lacks some of its biases.
 
-    The published code, too, loads what fits and leaves the rest.
+    The published code, too, loads what fits and leaves out the rest.
     """
     target = convert.build(architecture, num_classes=num_classes, **arguments)
     weights, wanted, modules = module.state_dict(), target.state_dict(), dict(target.named_modules())
@@ -128,16 +128,16 @@ def _moved(
         )
     target.load_state_dict({name: weights[name] for name in wanted})
     if os.environ.get("RANK", "0") == "0":
-        left = f" but for {len(unused)} biases, such as {unused[0]}, for which there is no place" if unused else ""
+        left = f" but for {len(unused)} biases, such as {unused[0]}, which it does not have" if unused else ""
         _LOG.warning("model.start %s is a %s; a %s takes its weights%s", start, begun, architecture, left)
     return target
 
 
 def checkpoint_gradients(module: nn.Module, architecture: str) -> None:
-    """Make a network compute again what it needs to go backward.
+    """Switch on gradient checkpointing: recompute activations in the backward pass.
 
     Raises:
-        RecipeError: It cannot.
+        RecipeError: The network does not support it.
     """
     try:
         cast(Any, module).set_grad_checkpointing()
@@ -148,7 +148,7 @@ def checkpoint_gradients(module: nn.Module, architecture: str) -> None:
 
 
 def few_for_statistics(module: nn.Module, recipe: Recipe, ranks: int) -> str:
-    """What is said of batch statistics over one image, or over few because there are many ranks; else empty."""
+    """Return a remark on batch statistics over one image, or over few because of many ranks; else an empty string."""
     images, model = recipe.data.batch_size // ranks, recipe.model
     has_statistics = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules())
     if not has_statistics or model.freeze_backbone or (model.sync_batchnorm and ranks > 1):
@@ -158,14 +158,14 @@ def few_for_statistics(module: nn.Module, recipe: Recipe, ranks: int) -> str:
     if ranks == 1 or images >= min(_ENOUGH, recipe.data.batch_per_device):
         return ""
     return (
-        f"batch normalisation over {images} images per process is another training than over more; "
+        f"batch normalisation over {images} images per process trains differently than over more; "
         "model.sync_batchnorm=true, or a larger data.batch_size, avoids that"
     )
 
 
 @torch.no_grad()
 def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_classes: int) -> None:
-    """See that a network takes images of a size and gives a logit for each class.
+    """Check that a network takes images of a size and returns a logit for each class.
 
     Raises:
         RecipeError: It does not.
@@ -179,11 +179,11 @@ def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_
         raise wrong_size(what, size, error) from error
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise RecipeError(f"{what} gives {got} for an image, not [1, {num_classes}]; see its model.arguments.")
+        raise RecipeError(f"{what} returns {got} for an image, not [1, {num_classes}]; check its model.arguments.")
 
 
 def wrong_size(what: str, size: int, error: Exception) -> RecipeError:
-    """What is said of a network that does not take images of a size."""
+    """Return the error for a network that does not take images of a size."""
     return RecipeError(
         f"{what} does not take images of {size} pixels: {first_line(error).rstrip('.')}; set data.size, or "
         f"model.arguments.img_size={size} where the architecture takes that."

@@ -1,4 +1,4 @@
-"""One image of a data set at a time: what is open of it, and what torch's own loaders take."""
+"""Access to a data set one image at a time: its open shards, and a dataset for torch's own loaders."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from wn21k_zoo.training.folder import FolderDataset
 __all__ = ["AnyDataset", "OpenShards", "TorchDataset", "check_dataset"]
 
 AnyDataset: TypeAlias = ImageDataset | ShardedDataset | FolderDataset
-"""Ours are named, since for pyright a cached property is not what a protocol calls a property."""
+"""Names our classes instead of a protocol, since pyright does not take a cached property for a protocol's property."""
 
 
 def check_dataset(dataset: object, taker: str) -> None:
-    """See that images can be read from it.
+    """Check that images can be read from an argument.
 
     Raises:
         InvalidArgumentError: It is something else, such as the name of a folder.
     """
     if not hasattr(dataset, "lengths"):
         named = isinstance(dataset, (str, os.PathLike))
-        what = f"such as open_dataset({str(dataset)!r})" if named else f"no {type(dataset).__name__}"
-        raise InvalidArgumentError(f"{taker} takes what open_dataset or open_folder gives, {what}.")
+        what = f"such as open_dataset({str(dataset)!r})" if named else f"not {type(dataset).__name__}"
+        raise InvalidArgumentError(f"{taker} takes what open_dataset or open_folder returns, {what}.")
 
 
 class OpenShards:
-    """The shards of a data set that were read from last; in another process, forked or not, none of them is open.
+    """The shards of a data set that were read last, kept open; another process, forked or not, opens its own.
 
     Args:
-        dataset: Whose.
-        limit: So many stay open.
+        dataset: The data set.
+        limit: Number of shards to keep open.
     """
 
     def __init__(self, dataset: ImageDataset, limit: int) -> None:
@@ -60,18 +60,18 @@ class OpenShards:
             file.close()
 
     def __getitem__(self, number: int) -> tuple[Images, NDArray[np.void]]:
-        """What reads the images of a shard, and its index.
+        """Return the reader of a shard's images, and its index.
 
         Raises:
-            DataError: It is missing or damaged.
+            DataError: The shard is missing or damaged.
         """
-        if self._process != os.getpid():  # a fork, which would move the file's position for the others
+        if self._process != os.getpid():  # a fork, whose reads would move the others' file position
             self._open, self._process = OrderedDict(), os.getpid()
         found = self._open.get(number)
         for _ in range(5):
             if found is not None:
                 break
-            with contextlib.suppress(FileNotFoundError):  # another process needed its room on the stage
+            with contextlib.suppress(FileNotFoundError):  # another process needed its space on the stage
                 found = self._dataset.open(number)
         if found is None:
             raise DataError(
@@ -87,16 +87,16 @@ class OpenShards:
 class TorchDataset(Dataset[tuple[Any, int]]):
     """The images of a data set one by one, for torch's DataLoader, timm's ``create_loader`` and the like.
 
-    :class:`wn21k_zoo.training.data.Loader` is faster on shards, since it reads them one after another, and resumes
-    within an epoch.
+    :class:`wn21k_zoo.training.data.Loader` is faster on shards, which it reads one after another, and can resume within
+    an epoch.
 
     Args:
         dataset: From :func:`wn21k_zoo.training.data.open_dataset` or ``open_folder``.
-        transform: Called with a PIL image, RGB, upright and on white, such as a transform of torchvision, timm or
-            :func:`wn21k_zoo.create_transform`; may be set later. Default: none.
+        transform: Called with a PIL image that is RGB, upright and on white; such as a transform of torchvision, timm
+            or :func:`wn21k_zoo.create_transform`; may be set later. Default: none.
 
     Raises:
-        InvalidArgumentError: That is no data set of ours.
+        InvalidArgumentError: ``dataset`` is not one of these.
 
     Example:
         >>> dataset = TorchDataset(open_folder("photos"), wn21k_zoo.create_transform("resnet50.miil_in21k", True))
@@ -111,12 +111,12 @@ class TorchDataset(Dataset[tuple[Any, int]]):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The name of each class, as torchvision calls them."""
+        """The name of each class; torchvision calls the attribute this, too."""
         return self.dataset.class_names
 
     @cached_property
     def targets(self) -> NDArray[np.int64]:
-        """The class of each image, [len(self)], for torch's WeightedRandomSampler, say; no image is read for them."""
+        """The class of each image, [len(self)], say for torch's WeightedRandomSampler; read without the images."""
         indexes = [self.dataset.index(shard)["target"] for shard in range(len(self.dataset.lengths))]
         return np.concatenate(indexes).astype(np.int64)
 
@@ -127,7 +127,7 @@ class TorchDataset(Dataset[tuple[Any, int]]):
         return f"TorchDataset({self.dataset!r}, {self.transform!r})"
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """An image, transformed, and the index of its class.
+        """Return an image, transformed, and the index of its class.
 
         Raises:
             IndexError: There are fewer images.
@@ -138,7 +138,7 @@ class TorchDataset(Dataset[tuple[Any, int]]):
         if sample < 0:
             sample += len(self)
         if not 0 <= sample < len(self):
-            raise IndexError(f"There are {len(self):,} images, and none has the number {index}.")
+            raise IndexError(f"There are {len(self):,} images, but none has the index {index}.")
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         file, entries = self._shards[shard]
         entry = entries[sample - int(self._starts[shard])]
@@ -146,6 +146,6 @@ class TorchDataset(Dataset[tuple[Any, int]]):
             pixels = decode(file.read(int(entry["offset"]), int(entry["size"])))
         except (BadImageError, OSError) as error:
             name = self.dataset.place(shard, file.key(int(entry["offset"])))
-            raise BadImagesError(f"{name} is damaged ({error}); remove it, or get it anew.") from None
+            raise BadImagesError(f"{name} is damaged ({error}); remove it or replace it.") from None
         image = Image.fromarray(pixels)
         return self.transform(image) if self.transform is not None else image, int(entry["target"])

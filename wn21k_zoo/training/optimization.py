@@ -1,4 +1,4 @@
-"""What a network is trained by: loss, optimizer, schedule, moving average."""
+"""What a network is trained with: loss, optimizer, schedule, moving average."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Criterion(nn.Module):
     """The loss of a recipe.
 
     Args:
-        recipe: Its kind, smoothing and distillation.
-        tree: The classes and their hierarchy, None without one.
+        recipe: Gives kind, smoothing and distillation.
+        tree: The classes and their hierarchy; None without one.
     """
 
     def __init__(self, recipe: Recipe, tree: SemanticTree | None) -> None:
@@ -49,10 +49,11 @@ class Criterion(nn.Module):
             self.distillation = SemanticDistillationLoss(tree, "level", recipe.loss.kind == "semantic_softmax")
 
     def forward(self, logits: Tensor, targets: Tensor, teacher: Tensor | None = None, share: float = 1.0) -> Tensor:
-        """Mean over a batch; logits and the teacher's in level order where there is a tree, [batch, classes].
+        """Return the mean over a batch; both networks' logits, [batch, classes], are in level order if there is a tree.
 
-        Of mixed images, see :func:`wn21k_zoo.training.mixing.mix`, so much is of the targets, and the rest of those in
-        reverse order. What is not finite is NaN here and no error, so that all ranks get to where they agree to stop.
+        ``share`` is that of the targets in mixed images, see :func:`wn21k_zoo.training.mixing.mix`; the rest is that of
+        the targets in reverse order. A loss that is not finite is NaN here and not an error, so that all ranks reach
+        the point where they agree to stop.
         """
         try:
             loss = self._of(logits, targets)
@@ -72,13 +73,13 @@ class Criterion(nn.Module):
 
 
 def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
-    """The optimizer of a recipe; biases and one-dimensional parameters have no weight decay, as published.
+    """Build a recipe's optimizer; biases and one-dimensional parameters have no weight decay, as published.
 
-    With AdamW and LAMB, which published recipes of later networks take, nor has what a network of timm's exempts, such
-    as position embeddings.
+    With AdamW and LAMB, which published recipes of later networks use, neither do the parameters that a timm network
+    exempts, such as position embeddings.
 
     Raises:
-        RecipeError: The network has no classifier or no layers, which the recipe has rates for.
+        RecipeError: The recipe has learning rates for a classifier or layers that the network does not have.
     """
     settings = recipe.optimizer
     exempt: set[str] = set()
@@ -86,7 +87,7 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
         exempt = set(getattr(module, "no_weight_decay", set)())
     of_head = {id(parameter) for head in heads_of(module) for parameter in head.parameters()}
     if settings.head_lr_factor != 1 and not of_head:
-        raise RecipeError("The network has no classifier that optimizer.head_lr_factor could be for; set it to 1.")
+        raise RecipeError("The network has no classifier for optimizer.head_lr_factor to apply to; set it to 1.")
     above = _layers_above(module) if settings.layer_decay != 1 else {}
     groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
@@ -102,10 +103,10 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
         }
         for (in_head, depth, decays), members in sorted(groups.items(), key=lambda item: item[0])
     ]
-    # In fp16 those that are not fused make the host wait for a GPU at each step.
+    # In fp16, optimizers that are not fused make the host wait for a GPU at each step.
     fused = True if next(module.parameters()).device.type == "cuda" else None
     if settings.name == "sgd":
-        # A fused one that leaves out its first step, for an overflow in fp16, goes on from momenta that nobody set.
+        # If an overflow in fp16 makes a fused one skip its first step, it goes on with uninitialised momenta.
         fused = None if recipe.run.precision == "fp16" else fused
         return torch.optim.SGD(
             parameters, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=fused
@@ -113,28 +114,28 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     if settings.name == "lamb":
         from timm.optim.lamb import Lamb
 
-        # Its own clipping would come on top of clip_norm.
+        # Its own clipping would be in addition to clip_norm.
         return cast(Optimizer, Lamb(parameters, lr=settings.lr, betas=settings.betas, max_grad_norm=None))
     kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
     return kind(parameters, lr=settings.lr, betas=settings.betas, fused=fused)
 
 
 def _layers_above(module: nn.Module) -> dict[str, int]:
-    """How many layers stand above that of each parameter, the classifier among them."""
+    """Return the number of layers above each parameter's own, including the classifier."""
     from timm.models import group_parameters
 
     try:
         layers = group_parameters(module, cast(Any, module).group_matcher(coarse=False), reverse=True)
     except AttributeError:
         raise RecipeError(
-            f"Nobody says what the layers of a {type(module).__name__} are; set optimizer.layer_decay to 1."
+            f"The layers of {type(module).__name__} are not known; set optimizer.layer_decay to 1."
         ) from None
     last = max(layers.values())
     return {name: last - layer for name, layer in layers.items()}
 
 
 def build_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRScheduler:
-    """The schedule of a recipe over so many steps."""
+    """Build a recipe's schedule over a number of steps."""
     settings = recipe.schedule
     warmup = round(settings.warmup * steps)
     if settings.name == "one_cycle" and steps > 1:
@@ -142,7 +143,7 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRSchedu
             optimizer,
             max_lr=[group["lr"] for group in optimizer.param_groups],
             total_steps=steps,
-            # With no step to rise in it would divide by zero.
+            # With no warm-up step it would divide by zero.
             pct_start=max(settings.warmup, 1.001 / steps),
             div_factor=settings.start_divisor,
             final_div_factor=settings.end_divisor,
@@ -163,13 +164,13 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRSchedu
 
 
 def average_of(module: nn.Module, decay: float) -> ModelEmaV3:
-    """Its moving average, batch statistics included: those of the live weights do not fit averaged ones.
+    """Build a network's moving average, batch statistics included: those of live weights do not fit averaged ones.
 
-    At its beginning it goes back over a tenth of the steps alone, else the weights that a short run begins with would
-    be most of it: at step t the decay is (t - 1) / (t + 9) at most, about TensorFlow's ExponentialMovingAverage.
+    At first it spans only a tenth of the steps so far, else the initial weights would dominate it in a short run: at
+    step t the decay is (t - 1) / (t + 9) at most, about as in TensorFlow's ExponentialMovingAverage.
 
-    What is no floating-point number is copied. torch's own averages that, too, and rounds down: indices into tables of
-    position biases then are wrong. And it makes the host wait for a GPU at each update.
+    Buffers that are not floating-point are copied. torch's own class averages them, too, and rounds down, which makes
+    indices into tables of position biases wrong. It also makes the host wait for a GPU at each update.
     """
     from timm.utils import ModelEmaV3
 

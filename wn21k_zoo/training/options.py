@@ -1,4 +1,4 @@
-"""What a person asks of data preparation, and what it tells of its progress."""
+"""The options of data preparation, and its progress reports."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Resize = Literal["squash", "short-edge", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """What the bytes of the output depend on.
+    """The options that decide the bytes of the output.
 
     Args:
-        label_space: A label space, the name of a shipped one, or a text file of wnids; the class indices are positions
-            in it. It is kept as a label space.
-        min_images: A class must have more image names than this (published: 500). Not asked of a source that is split.
-        val_per_class: So many names per class, first in byte order, are the validation split (published: 50).
-        size: In pixels (published: 224).
+        label_space: A label space, the name of a shipped one, or a text file of wnids; class indices are positions in
+            it. It is stored as a label space.
+        min_images: A class must have more image names than this (published: 500). Ignored for a source that is split.
+        val_per_class: Names per class, first in byte order, that form the validation split (published: 50).
+        size: Size in pixels (published: 224).
         resize: ``squash`` to a square, or ``short-edge``.
-        quality: Of JPEG, 1 to 100 (OpenCV's default, and so the published one: 95).
+        quality: JPEG quality, 1 to 100 (OpenCV's default, and so the published one: 95).
         shard_size: Samples per shard.
 
     Raises:
@@ -64,7 +64,7 @@ class PrepareOptions:
         return LabelSpace.find(self.label_space)
 
     def recorded(self) -> dict[str, Any]:
-        """As ``_info.json`` has them."""
+        """Return the options as ``_info.json`` has them."""
         space = self.space
         name = space.name if space.is_shipped else f"{space.name} ({space.digest[:12]})"
         return {**vars(self), "label_space": name}
@@ -82,7 +82,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Tasks:
-    """How tasks are run: so many workers (None: all cores, of this machine or of the cluster), an engine, whom to tell.
+    """How to run tasks: number of workers (None: all cores of this machine or the cluster), engine, progress callback.
 
     Raises:
         InvalidArgumentError: Fewer than one worker.
@@ -98,19 +98,18 @@ class Tasks:
             whole_number("workers", self.workers, 1)
 
     def run(self, function: Callable[..., Any], tasks: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
-        """Results in the order in which they are ready."""
+        """Yield results in the order in which they become ready."""
         return run_tasks(function, tasks, workers=self.workers, engine=self.engine, address=self.address)
 
 
 @contextlib.contextmanager
 def disk_full_as_error(place: Path) -> Iterator[None]:
-    """A full disk in the block is a :class:`DiskSpaceError`."""
+    """Turn a full disk within the block into a :class:`DiskSpaceError`."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DiskSpaceError(
-            f"No space is left on the disk of {place}. What is finished is kept: make room and run the same command "
-            "again."
+            f"No space is left on the disk of {place}. Finished work is kept: make room and run the same command again."
         ) from None

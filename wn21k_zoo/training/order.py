@@ -1,9 +1,9 @@
 """The order of samples: a function of seed and epoch, whatever the number of ranks, workers and restarts.
 
 Shards are shuffled, then the samples within a window of shards. So a machine needs only the shards of one window at a
-time (and the next ones on their way), which is what network file systems and object storage are good at; the shards
-themselves are mixed already. Random numbers are the raw output of NumPy's Philox generator, which NumPy promises not to
-change (NEP 19), sorted stably.
+time (while the next ones are fetched), which suits network file systems and object storage; the shards themselves are
+already mixed. Random numbers are the raw output of NumPy's Philox generator, which NumPy promises not to change
+(NEP 19), sorted stably.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["SampleOrder", "permutation"]
 
 
 def permutation(count: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of ``range(count)`` that depends on the integers of ``key`` alone, shape [count]."""
+    """Return a permutation of ``range(count)`` that depends only on the integers of ``key``, shape [count]."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     numbers = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
     return np.argsort(numbers, kind="stable")
@@ -32,7 +32,7 @@ class SampleOrder:
 
     Args:
         lengths: Samples of each shard.
-        window: So many shards are mixed with each other; 0: no shuffling at all.
+        window: Number of shards that are mixed with each other; 0: no shuffling at all.
         seed: The same seed gives the same order.
     """
 
@@ -45,12 +45,12 @@ class SampleOrder:
 
     @functools.cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Number of the first sample of each shard when they are counted through."""
+        """Index of each shard's first sample among the samples of all shards."""
         return np.cumsum([0, *self.lengths[:-1]], dtype=np.int64)
 
     @property
     def num_windows(self) -> int:
-        """How many windows an epoch has."""
+        """Number of windows of an epoch."""
         return -(-len(self.lengths) // (self.window or 1))
 
     def windows(self, epoch: int) -> Sequence[NDArray[np.int64]]:
@@ -58,10 +58,10 @@ class SampleOrder:
         return _windows(self, epoch)
 
     def samples(self, epoch: int, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        """Which samples stand at the positions ``begin`` to ``end`` of an epoch.
+        """Return the samples at the positions ``begin`` to ``end`` of an epoch.
 
         Returns:
-            Shard and number within it, shape [end - begin] each, and the window that the last one lies in.
+            Shard and index within it, shape [end - begin] each, and the window that contains the last sample.
         """
         bounds = _window_bounds(self, epoch)
         pieces = []
@@ -92,7 +92,7 @@ def _window_bounds(order: SampleOrder, epoch: int) -> NDArray[np.int64]:
 
 @functools.lru_cache(maxsize=4)
 def _window_samples(order: SampleOrder, epoch: int, window: int) -> NDArray[np.int64]:
-    """All samples of a window, counted through over all shards, in their order."""
+    """Return the samples of a window, as indices over all shards, in their order."""
     shards: Sequence[int] = order.windows(epoch)[window].tolist()
     samples = np.concatenate([order.starts[shard] + np.arange(order.lengths[shard]) for shard in shards])
     if not order.window:

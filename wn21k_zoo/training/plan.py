@@ -1,4 +1,4 @@
-"""What a recipe costs before it is run: steps, images, hours, memory."""
+"""Estimate the cost of a recipe before it is run: steps, images, hours, memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from wn21k_zoo.training.weights import is_place, resolved, teacher_record
 
 __all__ = ["IMAGES", "Plan", "plan"]
 
-# Training images; of ImageNet-1K by arXiv 1409.0575.
+# Training images; that of ImageNet-1K is from arXiv 1409.0575.
 IMAGES: Mapping[str, int] = MappingProxyType(
     {"imagenet1k": 1_281_167, **{name: totals.train for name, totals in PUBLISHED_TOTALS.items()}}
 )
@@ -38,20 +38,20 @@ class Plan:
     """Figures of a run.
 
     Attributes:
-        steps_per_epoch: Steps of an epoch.
-        steps: Of the run.
-        epochs: Of the run; part of one where ``schedule.max_steps`` ends it.
-        images_seen: Over all epochs.
+        steps_per_epoch: Steps per epoch.
+        steps: Steps of the run.
+        epochs: Epochs of the run; fractional where ``schedule.max_steps`` ends it.
+        images_seen: Images over all epochs.
         batch_per_gpu: Images that go through the network at a time.
-        accumulation: How often that makes a step.
-        classes: Of its head.
-        parameters: Of the network.
-        memory_gb: A guess per GPU: weights, gradients, optimizer, averages, teacher, and what is kept of the images to
-            go backward; without what the allocator and the convolutions take besides.
-        hours: None when nobody says how fast it is.
-        images_per_second: Per GPU; published for a V100 where it is not given.
+        accumulation: Number of these batches per step.
+        classes: Outputs of the head.
+        parameters: Parameters of the network.
+        memory_gb: A guess per GPU: weights, gradients, optimizer, averages, teacher, and the activations kept for the
+            backward pass; excludes what the allocator and the convolutions take in addition.
+        hours: None when the speed is not known.
+        images_per_second: Per GPU; if not given, that published for a V100.
         assumed: How hours were estimated.
-        remarks: What to think about; empty when there is nothing.
+        remarks: What to consider; empty when there is nothing.
     """
 
     steps_per_epoch: int
@@ -77,32 +77,32 @@ def plan(
     images: int | None = None,
     classes: int | None = None,
 ) -> Plan:
-    """Figures of a recipe on a number of GPUs.
+    """Return the figures of a recipe on a number of GPUs.
 
     Args:
         recipe: The recipe.
-        gpus: How many.
-        images_per_second: Of one GPU in training, teacher included; default: what is published for a V100.
-        images: Training images; default: the published number of the recipe's label space.
-        classes: How many; default: those of the recipe's label space, or 1,000.
+        gpus: Number of GPUs.
+        images_per_second: Training speed of one GPU, teacher included; default: that published for a V100.
+        images: Training images; default: the published number for the recipe's label space.
+        classes: Number of classes; default: those of the recipe's label space, or 1,000.
 
     Raises:
-        RecipeError: The images are not known, or the batch cannot be shared.
+        RecipeError: The number of images is not known, or the batch cannot be divided among the GPUs.
     """
     recipe.check()
     recipe = resolved(recipe, otherwise={})  # the recipe of a run has them
     if images_per_second is not None and not 0 < images_per_second < math.inf:
-        raise RecipeError(f"{images_per_second} images per second are no speed; give a number above 0.")
+        raise RecipeError(f"{images_per_second} images per second is not a speed; give a number above 0.")
     space = recipe.data.space
     images = IMAGES.get(space.name if space else "") if images is None else images
     if images is None:
         what = space.name if space and space.is_shipped else "your data"
-        raise RecipeError(f"How many images {what} has is not known; give --data or --images.")
+        raise RecipeError(f"The number of images in {what} is not known; give --data or --images.")
     micro, group = recipe.micro_batches(gpus)
     per_epoch, steps = recipe.steps(images)
     seen = steps * recipe.data.batch_size
     speed, assumed = (
-        (images_per_second, "as given, of each GPU (a run tells the sum)")
+        (images_per_second, "as given, per GPU (a run reports the sum)")
         if images_per_second
         else _published_speed(recipe, micro)
     )
@@ -137,7 +137,7 @@ def plan(
 
 
 def _memory(recipe: Recipe, module: nn.Module, micro: int, kept: float, num_classes: int) -> tuple[float, str]:
-    """Bytes of weights, gradients, optimizer, teacher and what is kept for the way back; and what is not counted."""
+    """Return bytes of weights, gradients, optimizer, teacher and kept activations, and a note on what is left out."""
     halved = recipe.run.precision != "fp32"
     parameters = sum(parameter.numel() for parameter in module.parameters())
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -158,7 +158,7 @@ def _rounded(number: float) -> float:
 
 
 def _published_speed(recipe: Recipe, images: int) -> tuple[float | None, str]:
-    """Images per second of one V100, with the teacher's forward pass in its turn."""
+    """Return images per second of one V100, including the teacher's forward pass, and where that is from."""
     known = ARCHITECTURES.get(recipe.model.architecture)
     if known is None:
         return None, "unknown; give images per second"
@@ -180,10 +180,10 @@ def _published_speed(recipe: Recipe, images: int) -> tuple[float | None, str]:
 
 
 def _architecture_of(name: str) -> str | None:
-    """Of a record, a folder or a run's checkpoint; None where that is not there, or on the Hub.
+    """Return the architecture of a record, a folder or a run's checkpoint; None if that is missing or on the Hub.
 
     Raises:
-        UnknownModelError, RecipeError: There is no such record, or it can be no teacher.
+        UnknownModelError, RecipeError: There is no such record, or it cannot be a teacher.
     """
     name = name.removeprefix(RANDOM)
     if not is_place(name):
@@ -206,7 +206,7 @@ def _size(
     gradient_checkpointing: bool = False,
     frozen: bool = False,
 ) -> tuple[nn.Module, float]:
-    """Network, and bytes that are kept of one image in float32 to go backward; nothing is computed or allocated."""
+    """Return network and bytes of float32 activations kept per image; nothing is computed or allocated."""
     convert.check_architecture(architecture, RecipeError)
     with torch.device("meta"):
         try:
@@ -218,7 +218,7 @@ def _size(
         kept = _kept(module, architecture, size)
         if gradient_checkpointing:
             checkpoint_gradients(module, architecture)
-            # What a block keeps while it is computed again is another guess.
+            # What a block keeps while it is recomputed is a further guess.
             kept = _kept(module, architecture, size) + kept / 8
     return module, kept
 
@@ -228,12 +228,12 @@ def _kept(module: nn.Module, architecture: str, size: int) -> float:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        held.append(storage)  # else another may come to have its address
+        held.append(storage)  # else another one may get its address
         storages[storage._cdata] = storage.nbytes()
         return tensor
 
     held: list[torch.UntypedStorage] = []
-    images = 2  # some batch statistics cannot be had of one
+    images = 2  # some batch statistics need more than one
     try:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             module(torch.empty(images, 3, size, size))

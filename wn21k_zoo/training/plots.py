@@ -1,4 +1,4 @@
-"""Pictures: how runs went, and whether confidences can be relied on. Needs the extra ``plot``."""
+"""Plots of how runs went and of how reliable confidences are. Needs the extra ``plot``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["check_picture", "plot_reliability", "plot_runs"]
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> Path:
-    """Loss, learning rate, accuracies and speed of runs over their steps, as PNG.
+    """Plot loss, learning rate, accuracies and speed of runs over their steps, as PNG.
 
     Raises:
         RunError: A folder has no metrics.
         DataOutputError: The picture cannot be written.
-        MissingExtraError: Without matplotlib.
+        MissingExtraError: matplotlib is not installed.
     """
     metrics = [_metrics(run) for run in runs]
     check_picture(output)
@@ -36,7 +36,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
             ("evaluation", "top1", "", "--"),
             ("train", "images_per_second", "images per second", "-"),
         )
-        places = [axes.flat[number] for number in (0, 1, 2, 2, 3)]  # both accuracies in one
+        places = [axes.flat[number] for number in (0, 1, 2, 2, 3)]  # both accuracies share a panel
         for place, (kind, name, title, style) in zip(places, panels, strict=True):
             for number, lines in enumerate(metrics):
                 points = [
@@ -66,15 +66,15 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
 
 
 def plot_reliability(figures: Mapping[str, Any], output: Path) -> Path:
-    """A reliability diagram (arXiv 1706.04599): accuracy over confidence, and how many images each bin has, as PNG.
+    """Plot a reliability diagram (arXiv 1706.04599): accuracy over confidence, and images per bin, as PNG.
 
     Args:
-        figures: With ``reliability`` and ``calibration_error``, as :func:`wn21k_zoo.training.evaluate.evaluate` gives.
-        output: Where to.
+        figures: With ``reliability`` and ``calibration_error``, as from :func:`wn21k_zoo.training.evaluate.evaluate`.
+        output: The file to write.
 
     Raises:
         DataOutputError: The picture cannot be written.
-        MissingExtraError: Without matplotlib.
+        MissingExtraError: matplotlib is not installed.
     """
     with _default_style():
         figure, axes = _figure(1, 1, (5, 5))
@@ -107,11 +107,11 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def check_picture(path: Path) -> None:
-    """See that a picture can be made and written, before the work for it.
+    """Check that a picture can be made and written, before the work for it.
 
     Raises:
-        DataOutputError: It cannot be written, or is to be no PNG.
-        MissingExtraError: Without matplotlib.
+        DataOutputError: It cannot be written, or its name does not end in .png.
+        MissingExtraError: matplotlib is not installed.
     """
     if path.suffix.lower() != ".png":
         raise DataOutputError(f"{path}: pictures are PNG; name a file that ends in .png.")
@@ -120,7 +120,7 @@ def check_picture(path: Path) -> None:
 
 
 def _figure_class() -> Any:
-    # A notebook's MPLBACKEND may not be installed here, and none is needed; matplotlib would refuse to be imported.
+    # No backend is needed; if a notebook's MPLBACKEND is not installed here, matplotlib would fail to import.
     backend = os.environ.pop("MPLBACKEND", None) if "matplotlib" not in sys.modules else None
     try:
         import matplotlib
@@ -132,13 +132,13 @@ def _figure_class() -> Any:
             os.environ["MPLBACKEND"] = backend
     if backend:
         with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend  # as it does itself
+            matplotlib.rcParams["backend"] = backend  # as matplotlib does itself
     return Figure
 
 
 @contextlib.contextmanager
 def _default_style() -> Iterator[None]:
-    """Within, a matplotlibrc, which the current folder may have one of, decides nothing."""
+    """Within the block, ignore any matplotlibrc; the current folder may have one."""
     _figure_class()
     from matplotlib import style
 

@@ -1,18 +1,18 @@
-"""From the archives of ImageNet-21K to shards: ``wn21k data prepare``.
+"""Turn the archives of ImageNet-21K into shards: ``wn21k data prepare``.
 
 Two passes of independent tasks, each of which puts its result in place whole or not at all:
 
 1. a task per class reads its images, checks and resizes them, and writes a tar of finished records and a manifest part;
-2. a task per shard gathers its records from the class tars, in an order that is fixed by a hash of their keys.
+2. a task per shard gathers its records from the class tars, in an order fixed by a hash of their keys.
 
-So it can be killed at any moment and goes on where it was, and the bytes depend on the source and the options alone,
-not on the number of workers, the engine, or the order in which tasks end. The price is room for the output twice over
-while it runs; of the source nothing is copied, but for a few classes at a time of a compressed archive.
+So it can be killed at any moment and resumes where it was, and the bytes depend only on the source and the options, not
+on the number of workers, the engine, or the order in which tasks end. The price is space for the output twice over
+while it runs; nothing of the source is copied, except a few classes at a time of a compressed archive.
 
-What the paper leaves open is decided here and in :mod:`wn21k_zoo.training.encode`: names are files that end in .jpeg,
-.jpg, .png, .webp or .bmp (published: .JPEG); a name that stands in an archive twice means its last occurrence, as
-unpacking would have it; validation images are the first names in byte order, whatever the locale; a class whose own
-archive is damaged is left out, and all its images count as bad.
+What the paper leaves open is decided here and in :mod:`wn21k_zoo.training.encode`: names are those of files that end in
+.jpeg, .jpg, .png, .webp or .bmp (published: .JPEG); if a name is in an archive twice, its last occurrence counts, as
+when unpacking; validation images are the first names in byte order, whatever the locale; a class whose own archive is
+damaged is left out, and all its images count as bad.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["PrepareOptions", "Progress", "prepare"]
 
 _LOG = logging.getLogger(__name__)
 _WORK_DONE = ".work.done"
-_HIDDEN = (".DS_Store", "._*", ".fseventsd", ".Spotlight-V100", ".TemporaryItems", ".Trash*", ".nfs*")  # nobody's
+_HIDDEN = (".DS_Store", "._*", ".fseventsd", ".Spotlight-V100", ".TemporaryItems", ".Trash*", ".nfs*")  # no user's
 
 
 def prepare(
@@ -61,18 +61,18 @@ def prepare(
     resume: bool = True,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> DatasetInfo:
-    """Prepare ``source`` into the folder ``output``; goes on where an earlier run with the same options ended.
+    """Prepare ``source`` into the folder ``output``; resumes an earlier run with the same options.
 
     Args:
         source: Any layout of :mod:`wn21k_zoo.training.sources`.
         output: A new or empty folder, or one that this function began.
-        options: What to make; default: what is published.
+        options: What to make; default: as published.
         workers: Processes, or Ray tasks at a time. Default: all cores, of this machine or of the cluster.
         engine: ``local`` or ``ray``; the result is the same to the byte. On a cluster all nodes must see both paths.
-        ray_address: Of a running Ray cluster; default: ``RAY_ADDRESS``, else one on this machine.
+        ray_address: Address of a running Ray cluster; default: ``RAY_ADDRESS``, else one on this machine.
         max_bad: Allowed share of images that cannot be used.
-        allow_truncated: Go on with what is there where an archive ends too early; the class it ends in is left out.
-        resume: If false, what an unfinished run left is deleted first.
+        allow_truncated: If an archive ends too early, go on with what it has; the class it ends in is left out.
+        resume: If false, delete what an unfinished run left first.
         progress: Called after each task.
 
     Returns:
@@ -89,7 +89,7 @@ def prepare(
     if output.exists() and not output.is_dir():
         raise DataOutputError(f"{output} is a file; name a folder for the output.")
     tasks = Tasks(workers, engine, ray_address, progress)
-    if engine == "ray":  # its workers stand elsewhere
+    if engine == "ray":  # its workers run in another folder
         source, output = source.absolute(), output.absolute()
     shutil.rmtree(output / _WORK_DONE, ignore_errors=True)
     opened = open_source(source)
@@ -107,16 +107,16 @@ def prepare(
         info = _finish(output, results, shards, options, recorded)
         progress(Progress(stage="manifest", done=1, total=1, images=0))
     try:
-        # Half a folder of work is no work that could go on: another name first.
+        # A half-deleted work folder cannot be resumed, so rename it first.
         replace(output / WORK_FOLDER, output / _WORK_DONE, patience=10)
-    except PermissionError:  # on Windows, while somebody looks into it
-        _LOG.warning("%s is of no use any more, and could not be removed; remove it", output / WORK_FOLDER)
+    except PermissionError:  # on Windows, while something has it open
+        _LOG.warning("%s is no longer needed, but could not be removed; remove it", output / WORK_FOLDER)
     shutil.rmtree(output / _WORK_DONE, ignore_errors=True)
     return info
 
 
 def _recorded(options: PrepareOptions, source: Source) -> dict[str, Any]:
-    """The options as ``_info.json`` has them, without those that do not apply to a source that is split already."""
+    """Return the options as ``_info.json`` has them, without those that do not apply to an already split source."""
     recorded = options.recorded()
     if source.is_split:
         recorded = {name: value for name, value in recorded.items() if name in ("label_space", "quality", "shard_size")}
@@ -132,7 +132,8 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], output: Path) -> No
             if before.get(name) != now.get(name)
         )
         raise DataOutputError(
-            f"{output} was begun otherwise ({differing}); do it as then, name another folder, or delete this one."
+            f"{output} was begun with other settings ({differing}); use the same ones, name another folder, or delete "
+            "this one."
         )
 
 
@@ -142,13 +143,13 @@ def _read(state: Path, output: Path) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise DataOutputError(f"{state} is damaged; name another folder than {output}, or begin anew (--no-resume).")
+        raise DataOutputError(f"{state} is damaged; name another folder than {output}, or start anew (--no-resume).")
     return content
 
 
 @contextlib.contextmanager
 def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[None]:
-    """The output folder, ours alone, with room to work in and without what killed tasks left."""
+    """Hold the output folder exclusively, with its work folders and without what killed tasks left."""
     work = output / WORK_FOLDER
     state = work / OPTIONS_FILE
     if output.exists() and not work.is_dir() and any(not _is_the_systems(entry.name) for entry in output.iterdir()):
@@ -176,7 +177,7 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
     except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
         if error.filename is None or not str(error.filename).startswith(str(output)):
             raise
-        raise DataOutputError(f"{output} cannot be written ({error.strerror}); name a folder that can.") from None
+        raise DataOutputError(f"{output} cannot be written ({error.strerror}); name a writable folder.") from None
 
 
 def _is_the_systems(name: str) -> bool:
@@ -186,7 +187,7 @@ def _is_the_systems(name: str) -> bool:
 def _prepare_classes(
     source: Source, options: PrepareOptions, output: Path, tasks: Tasks, max_bad: float, allow_truncated: bool
 ) -> list[ClassResult]:
-    """First pass: every class of the source that is not finished yet."""
+    """First pass: prepare every class of the source that is not finished yet."""
     work = output / WORK_FOLDER
     results = {result.name: result for result in finished_classes(work / "classes")}
     done = images = 0
@@ -203,7 +204,7 @@ def _prepare_classes(
                 positions[one.name], last = one.position - last, one.position
                 before = results.get(one.name)
                 if before is None or before.source_bytes != one.num_bytes:
-                    for receipt in (work / "shards").iterdir():  # the shards will not be of the same classes
+                    for receipt in (work / "shards").iterdir():  # the classes of the shards will differ
                         receipt.unlink()
                     yield one, options, work / "classes", source.is_split
         except CutOffError as error:
@@ -219,11 +220,11 @@ def _prepare_classes(
         if source.sequential and len(results) % 50 == 0:
             check_space_during(results.values(), done, source.num_bytes, output)
         if images > 10_000:
-            _refuse_bad(list(results.values()), 5 * max_bad)  # no need to wait for the end where it is that bad
+            _refuse_bad(list(results.values()), 5 * max_bad)  # no need to wait for the end if it is that bad
     if cut_off and not allow_truncated:
         raise DataSourceError(
             f"{str(cut_off[0]).rstrip('.')}. {len(results):,} classes are finished and kept: get the whole file and "
-            "run the same command again, or go on without the rest by --allow-truncated."
+            "run the same command again, or go on without the rest with --allow-truncated."
         )
     if not any(result.train + result.validation for result in results.values()):
         for folder in ("classes", "shards"):  # nothing is lost, and other options may follow
@@ -232,8 +233,7 @@ def _prepare_classes(
         fewer = Counter(result.decision for result in results.values())
         what = "; ".join(f"{count:,} classes {decision}" for decision, count in sorted(fewer.items()))
         raise DataSourceError(
-            f"No image of the source is to be used: {what or 'no classes in it'}. Look at --label-space and "
-            "--min-images."
+            f"No image of the source is to be used: {what or 'no classes in it'}. Check --label-space and --min-images."
         )
     return [results[name] for name in sorted(results)]
 
@@ -247,8 +247,8 @@ def _refuse_bad(results: list[ClassResult], max_bad: float) -> None:
             reasons.update(one.reasons)
         most = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
         raise BadImagesError(
-            f"{bad:,} of {images:,} images cannot be used ({most}), more than {max_bad:.1%}. What is finished is kept: "
-            "look at the source, or run again with a higher --max-bad."
+            f"{bad:,} of {images:,} images cannot be used ({most}), more than {max_bad:.1%}. Finished work is kept: "
+            "check the source, or run again with a higher --max-bad."
         )
 
 
@@ -259,7 +259,7 @@ def _finish(
     options: PrepareOptions,
     recorded: dict[str, Any],
 ) -> DatasetInfo:
-    """Manifest, summary, and at last ``_info.json``, which says that it is complete."""
+    """Write manifest, summary and, last, ``_info.json``, which marks the output as complete."""
     space = options.space
     write_manifest(output, results)
     write_whole(output / "classes.csv", classes_csv(results))

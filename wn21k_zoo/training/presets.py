@@ -1,4 +1,4 @@
-"""Recipes to begin with: what is published of arXiv 2104.10972, and what is not, in one place.
+"""Recipes to start from: what is published about arXiv 2104.10972, and what is not, in one place.
 
 ``training/recipes/`` has one file per architecture that takes these and changes fields.
 
@@ -8,15 +8,15 @@ one-dimensional parameters; one cycle with 10 % warm-up from 1/20; 80 epochs; 8 
 and ViT with 64 (issue 17); mixed precision; label smoothing 0.2; squash to 224, cutout, RandAugment, no normalisation.
 Distillation, with TResNet-L V2 or ViT-B as good teachers (issue 35). From scratch, for one softmax over all classes:
 140 epochs, SGD without momentum, learning rate 1e-2 (train_single_label_from_scratch.py). Fine-tuning: Adam, learning
-rate 2e-4 (issue 5); on ImageNet-1K like usual training there but for that (issue 21), and distilled (issue 9); on
-CIFAR-100 a whole command (Transfer_learning.md: 128 images, 50 epochs, cosine, moving average 0.995, smoothing 0.1,
+rate 2e-4 (issue 5); on ImageNet-1K otherwise like the usual training there (issue 21), and distilled (issue 9); on
+CIFAR-100 a complete command (Transfer_learning.md: 128 images, 50 epochs, cosine, moving average 0.995, smoothing 0.1,
 random erasing 0.5; SGD at 2e-4 was better than Adam), and for ViT SGD at 1e-2 (issue 40). Throughputs of a V100, the
-highest there are.
+highest available.
 
 Not published, and chosen here: the batch of the other networks, 512, the default of the published script; the weight of
-the distillation, and its form in fine-tuning; which ImageNet-1K weights they began with; batch, epochs, smoothing,
-schedule and moving average of the fine-tuning on ImageNet-1K, whose images are squashed in training as published and
-cropped in evaluation as timm does with the published results; semantic softmax and distillation from scratch; all of
+distillation, and its form in fine-tuning; which ImageNet-1K weights they started from; batch, epochs, smoothing,
+schedule and moving average of fine-tuning on ImageNet-1K, whose images are squashed in training as published and
+cropped in evaluation as timm does for the published results; semantic softmax and distillation from scratch; all of
 :func:`finetune`, which is for folders of any size; the ``modern`` family.
 """
 
@@ -48,24 +48,24 @@ __all__ = [
     "without_distillation",
 ]
 
-# What the stand-in of training/results was distilled with: 2.5 points of semantic top-1. Not tried on ImageNet-21K. Of
-# the mean over a batch: the published function adds up over it, so that of 64 images its own 1 is 64 here.
+# Used to distil the stand-in of training/results, for 2.5 points of semantic top-1. Not tried on ImageNet-21K. Weights
+# the mean over a batch: the published function sums over it, so for 64 images a weight of 1 there is 64 here.
 DISTILLATION_WEIGHT = 10.0
 _EPOCHS_FROM_SCRATCH = 140
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What is known of training an architecture.
+    """What is known about training an architecture.
 
     Attributes:
         record: Name of the published 21K-P checkpoint.
-        start: ImageNet-1K weights that have not seen ImageNet-21K and were there when the paper was, or None.
-        teacher: Record that is distilled.
+        start: ImageNet-1K weights that have not seen ImageNet-21K and existed when the paper appeared, or None.
+        teacher: Record of the distillation teacher.
         train_speed: Published images per second of training on one V100 in mixed precision.
         batch: Images per step of pretraining, on 8 GPUs.
-        max_batch: Published largest batch there, with 90 % of which speeds were measured; None where it is not.
-        speed_note: What else is published of the speed.
+        max_batch: Published largest batch on a V100, 90 % of which was used to measure speeds; None if not published.
+        speed_note: What else is published about the speed.
         infer_speed: Published images per second of inference on one V100.
     """
 
@@ -107,7 +107,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             train_speed=300, infer_speed=1460, max_batch=240,
         ),
         "vit_base_patch16_224_miil": Architecture(
-            # The same network but for the biases of its queries, keys and values, which have no place here.
+            # The same network except for the biases of queries, keys and values, which this one does not have.
             record="vit_base_patch16_224_miil.in21k", start="deit_base_patch16_224.fb_in1k",
             train_speed=340, infer_speed=1140, max_batch=160,
             speed_note="; in apex's O2, which is faster than autocast",
@@ -122,8 +122,8 @@ def in21k(architecture: str, start: str | None = None) -> Recipe:
 
     Args:
         architecture: One of :data:`ARCHITECTURES`.
-        start: ImageNet-1K weights to begin with: a record, timm's name, a folder, ``hf-hub:ORG/NAME``. Where neither
-            these nor known ones are there, it is :func:`from_scratch`: not what the published checkpoint went through.
+        start: ImageNet-1K weights to start from: a record, timm's name, a folder, ``hf-hub:ORG/NAME``. If none are
+            given or known, the recipe is :func:`from_scratch`, which is not how the published checkpoint was trained.
     """
     known = _known(architecture)
     recipe = Recipe(name=known.record, model=Model(architecture=architecture, start=start or known.start))
@@ -134,16 +134,16 @@ def in21k(architecture: str, start: str | None = None) -> Recipe:
 
 
 def without_distillation(recipe: Recipe) -> Recipe:
-    """The same without a teacher."""
+    """The same recipe without a teacher."""
     recipe = _without_teacher(recipe)
     recipe.name = f"{recipe.name}_without_distillation"
     return recipe
 
 
 def winter21(recipe: Recipe) -> Recipe:
-    """On the release of winter 2021, without a teacher: the published ones were trained on fall11.
+    """The same recipe on the winter 2021 release, without a teacher: the published ones were trained on fall11.
 
-    ``loss.teacher`` may be one all the same: it is read through the tree.
+    ``loss.teacher`` may still be set to one: it is read through the tree.
     """
     recipe = _without_teacher(recipe)
     recipe.name = f"{recipe.name}_winter21"
@@ -152,11 +152,11 @@ def winter21(recipe: Recipe) -> Recipe:
 
 
 def from_scratch(recipe: Recipe) -> Recipe:
-    """From random weights: 140 epochs, SGD without momentum, learning rate 1e-2, 8 GPUs of 64 images.
+    """The same recipe from random weights: 140 epochs, SGD without momentum, learning rate 1e-2, 8 GPUs of 64 images.
 
     Published for :func:`single_label`; semantic softmax and distillation are our addition, not tried on ImageNet-21K.
-    At the beginning the gradient of semantic softmax is ten times that of a single label, or more, and with it, by SGD,
-    the first steps: ``optimizer.clip_norm`` is there for a run that does not begin well.
+    At first the gradient of semantic softmax is ten times that of a single label, or more, and with SGD so are the
+    first steps; set ``optimizer.clip_norm`` if a run starts badly.
     """
     recipe = recipe.model_copy(deep=True)
     recipe.name = f"{recipe.name}_from_scratch"
@@ -186,14 +186,14 @@ def modern(architecture: str) -> Recipe:
     """What we would do today: AdamW or LAMB, cosine, moving average, bf16, stronger augmentation; not tried.
 
     LAMB for the networks with batch normalisation, as in arXiv 2110.00476; AdamW and stochastic depth for the others,
-    as in arXiv 2106.10270, at the upper end of what the authors recommend to Adam for this very transfer (2e-4 to 5e-4:
-    issue 17 of their repository); with the mixup of both. It begins with ImageNet-1K weights where
-    :data:`ARCHITECTURES` has some, else with random ones and for more epochs.
+    as in arXiv 2106.10270, at the upper end of the learning rates that the authors recommend with Adam for this very
+    transfer (2e-4 to 5e-4: issue 17 of their repository); with the mixup of both. Starts from ImageNet-1K weights where
+    :data:`ARCHITECTURES` has some, else from random ones and for more epochs.
 
     It crops, down to 8 % of an image: shards made by ``wn21k data prepare --resize short-edge --size 256`` or larger
-    leave it more to see than squashed ones of 224 pixels. The norm to which gradients are clipped is the usual one of a
-    single label; those of semantic softmax begin with ten times that or more, and are clipped at first in each step,
-    which to AdamW and LAMB means little.
+    give it more to see than squashed ones of 224 pixels. Gradients are clipped to the norm usual for a single label;
+    those of semantic softmax start at ten times that or more, so at first they are clipped in each step, which matters
+    little to AdamW and LAMB.
     """
     known = _known(architecture)
     recipe = Recipe(name=f"{architecture}.modern_in21k", model=Model(architecture=architecture, start=known.start))
@@ -227,7 +227,7 @@ def in1k(architecture: str) -> Recipe:
 
 
 def finetune(start: str | os.PathLike[str] = "mobilenetv3_large_100.miil_in21k") -> Recipe:
-    """Weights fine-tuned on a folder of class folders of one's own.
+    """Fine-tuning of weights on one's own folder of class folders.
 
     Args:
         start: A record, timm's name, a folder such as an exported run, or ``hf-hub:ORG/NAME``.
@@ -253,7 +253,7 @@ def finetune(start: str | os.PathLike[str] = "mobilenetv3_large_100.miil_in21k")
 
 
 def _described(start: str) -> tuple[str, str, int, Any, Any, float | None]:
-    """Name, architecture, pixels, mean, std and share of the centre crop of weights; None for a squash."""
+    """Return the name, architecture, pixels, mean, std and centre crop share (None for a squash) of weights."""
     folder = building.configured_folder(start)
     if folder is None:
         checkpoint = registry.resolve_checkpoint(start)
@@ -280,7 +280,7 @@ def _without_teacher(recipe: Recipe) -> Recipe:
 def _known(architecture: str) -> Architecture:
     if architecture not in ARCHITECTURES:
         raise RecipeError(
-            f"Nothing is published of {architecture!r}.{did_you_mean(architecture, ARCHITECTURES)} Known: "
-            f"{', '.join(ARCHITECTURES)}; for others write a Recipe of your own."
+            f"Nothing is published about {architecture!r}.{did_you_mean(architecture, ARCHITECTURES)} Known: "
+            f"{', '.join(ARCHITECTURES)}; for others write your own Recipe."
         )
     return ARCHITECTURES[architecture]

@@ -1,4 +1,4 @@
-"""What a run says while it works: a bar or lines on stderr, metrics.jsonl always, TensorBoard when installed."""
+"""What a run reports while it works: a bar or lines on stderr, metrics.jsonl, and TensorBoard when installed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Of the leading rank; the others have one that is silent.
+    """Reports the progress of the leading rank; the other ranks have a silent one.
 
     Args:
-        folder: Of the run; None: silent.
+        folder: Folder of the run; None: silent.
         total: Steps of the run.
         first: Step at which it begins.
     """
@@ -48,12 +48,12 @@ class Reporter:
             self._bar.start()
 
     def step(self, step: int) -> None:
-        """A step is done."""
+        """Report that a step is done."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step)
 
     def train(self, values: dict[str, Any]) -> None:
-        """A line of metrics about the last steps."""
+        """Record and report metrics of the last steps."""
         self._record({"kind": "train", **values})
         text = (
             f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:,.0f} images/s  "
@@ -67,7 +67,7 @@ class Reporter:
             self.say(f"step {values['step']:,}/{self._total:,}  {text}  {_duration(left)} left")
 
     def evaluation(self, values: dict[str, Any]) -> None:
-        """A line of metrics about the validation images."""
+        """Record and report metrics of the validation images."""
         self._record({"kind": "evaluation", **values})
         shown = ("semantic_top1", "top1", "top5", "mean_lca_error")
         self.say(
@@ -76,7 +76,7 @@ class Reporter:
         )
 
     def say(self, text: str) -> None:
-        """A line on stderr."""
+        """Print a line on stderr."""
         if self._file is None:
             return
         if self._bar is not None:
@@ -85,7 +85,7 @@ class Reporter:
             say(text)
 
     def close(self) -> None:
-        """The end."""
+        """Stop the bar and close the files."""
         if self._bar is not None:
             self._bar.stop()
         if self._file is not None:
@@ -109,7 +109,7 @@ class Window:
     """Sums since the last line of metrics.
 
     Args:
-        device: Where the losses are.
+        device: Device of the losses.
 
     Attributes:
         waited: Seconds spent waiting for images; the caller adds to it.
@@ -121,20 +121,20 @@ class Window:
         self._begin = time.perf_counter()
 
     def begin(self) -> None:
-        """Steps begin, or go on after something else."""
+        """Start the clock: steps begin, or go on after something else."""
         self._begin = time.perf_counter()
 
     def pause(self) -> None:
-        """Something else begins, such as an evaluation."""
+        """Stop the clock: something else begins, such as an evaluation."""
         self._elapsed += time.perf_counter() - self._begin
 
     def add(self, loss: Tensor, images: int) -> None:
-        """Count a step of so many images."""
+        """Count a step and its images."""
         self._loss += loss
         self._steps, self._images = self._steps + 1, self._images + images
 
     def read(self) -> tuple[float, float, float]:
-        """Mean loss, images per second of all ranks, share of the time spent waiting for images; begins anew."""
+        """Return mean loss, images per second of all ranks and share of time spent waiting for images; then reset."""
         loss = float(self._loss) / self._steps  # waits for the device, so that the clock below is right
         now = time.perf_counter()
         elapsed = self._elapsed + now - self._begin
@@ -144,16 +144,16 @@ class Window:
         return figures
 
     def share(self, world: World) -> None:
-        """Make the losses until now the mean of all ranks' on each; they call it together."""
+        """Set the losses so far to the mean over all ranks, on each of them; all ranks must call it together."""
         if world.size > 1:
             self._loss.fill_(world.mean(float(self._loss))[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """What of it does not depend on the clock."""
+        """Return the part of the state that does not depend on the clock."""
         return {"loss": self._loss, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` said."""
+        """Restore what :meth:`state_dict` returned."""
         self._loss, self._steps = state["loss"].to(self._loss.device), state["steps"]
 
 
@@ -161,13 +161,13 @@ def _tensorboard(folder: RunFolder, first: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Readers leave out what a former start has said of this step and later ones.
+        # Readers then ignore what an earlier start logged for this step and later ones.
         return SummaryWriter(str(folder.path / "tensorboard"), purge_step=first + 1)
     except ImportError:  # not installed
         return None
     except OSError as error:
         raise RunError(f"{folder.path / 'tensorboard'} cannot be written: {first_line(error)}.") from None
-    except Exception as error:  # one that does not fit its protobuf or NumPy
+    except Exception as error:  # a version that does not fit its protobuf or NumPy
         _LOG.warning("TensorBoard does not work here and is left out: %s", first_line(error))
         return None
 

@@ -1,6 +1,6 @@
-"""What a run is made of. A recipe is a Python function that takes another recipe and changes fields.
+"""The settings of a run. A recipe is a Python function that takes another recipe and changes fields.
 
-``training/recipes/`` has one file per architecture; a file of one's own is used the same way::
+``training/recipes/`` has one file per architecture; your own file is used the same way::
 
     from wn21k_zoo.training.presets import in21k
 
@@ -11,8 +11,8 @@
 
     torchrun -m wn21k_zoo.training.train --recipe mine.py:mine --data DIR --output DIR --set schedule.epochs=40
 
-Functions whose names begin with _ are no recipes. A field that does not exist, a value of another type, or values that
-do not go together are errors before anything starts.
+Functions whose names begin with _ are not recipes. A field that does not exist, a value of the wrong type, or values
+that do not go together are errors before anything starts.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ except ImportError as error:
 
 __all__ = ["ELSEWHERE", "NAME", "RANDOM", "Model", "Recipe", "Section", "is_reserved", "sized"]
 
-_EPOCHS, _STEPS, _EVALUATIONS = 20, 1000, 20  # where a recipe leaves it open
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a recipe, and of the record that comes of it
+_EPOCHS, _STEPS, _EVALUATIONS = 20, 1000, 20  # where a recipe leaves them open
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a recipe, and of the record that it results in
 
 
-# What others call fields of here.
+# What other libraries call our fields.
 ELSEWHERE = MappingProxyType({
     "amp": "precision", "batch": "batch_size", "ema": "ema_decay", "image_size": "size", "img_size": "size",
     "learning_rate": "lr", "model_ema": "ema_decay", "pretrained": "start", "smoothing": "label_smoothing",
@@ -52,7 +52,7 @@ ELSEWHERE = MappingProxyType({
 
 
 class Section(pydantic.BaseModel):
-    """Fields that exist, with values of their types; pydantic's error becomes ours."""
+    """A pydantic model that rejects unknown fields and values of wrong types with our error instead of pydantic's."""
 
     model_config = pydantic.ConfigDict(
         extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False, validate_default=True
@@ -89,19 +89,19 @@ class Model(Section):
 
     Attributes:
         architecture: timm's name, or one of this package (``ofa_flops_595m_s``).
-        start: Weights to begin with: a record's or timm's name, a folder, ``hf-hub:ORG/NAME``; None: random ones. Its
-            head is kept if it speaks the same classes; a new one begins with small weights. Of another architecture
-            they are taken if all that it has in addition are biases. ``random:`` before it: as if it were there, but
-            with random weights, for a trial.
-        freeze_backbone: Train the classifier alone; all before it stays as it began, batch statistics too.
-        arguments: More for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; none that
-            :func:`is_reserved`.
-        mean: Subtracted per channel from pixels in [0, 1].
-        std: Divided by, per channel.
+        start: Weights to start from: a record's or timm's name, a folder, ``hf-hub:ORG/NAME``; None: random ones. Their
+            head is kept if it has the same classes; a new head starts with small weights. Weights of another
+            architecture are taken if all that it has in addition are biases. With the prefix ``random:``, as if they
+            were there, but random, for a trial.
+        freeze_backbone: Train only the classifier; all before it stays unchanged, batch statistics too.
+        arguments: More arguments for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; none for which
+            :func:`is_reserved` is true.
+        mean: Per-channel mean, subtracted from pixels in [0, 1].
+        std: Per-channel divisor.
         channels_last: Memory format of the weights and images.
         compile: Run the network through torch.compile, and its loss where the classes are in a tree.
         gradient_checkpointing: Compute activations twice and keep fewer.
-        sync_batchnorm: Batch statistics over all ranks; on GPUs only.
+        sync_batchnorm: Compute batch statistics over all ranks; on GPUs only.
     """
 
     architecture: str
@@ -126,20 +126,20 @@ class Data(Section):
     """Images, their order and augmentation.
 
     Attributes:
-        label_space: Classes of the head: the name of a label space, wnids, or a text file of them, such as those of a
-            tree of one's own with their ancestors; images of other classes are left out. None: those of the data, which
-            for prepared shards are all of the label space that they were prepared for.
+        label_space: Classes of the head: the name of a label space, wnids, or a text file of them, such as those of
+            your own tree with their ancestors; images of other classes are left out. None: those of the data, which for
+            prepared shards are all of the label space that they were prepared for.
         size: Height and width in pixels.
-        batch_size: Of one optimizer step over all ranks; kept when the number of ranks changes.
-        batch_per_device: At most so many images go through the network at a time; the rest is accumulated.
+        batch_size: Images of one optimizer step over all ranks; kept when the number of ranks changes.
+        batch_per_device: Largest number of images that go through the network at a time; the rest is accumulated.
         augmentation: ``published`` (cutout and RandAugment), ``modern`` (random resized crop, flip, RandAugment, random
             erasing), ``finetune`` (random resized crop, flip) or ``none`` (as in evaluation).
-        mixup: Images of a batch are added up in pairs, in shares from the Beta distribution with this parameter, and
-            their losses with them (arXiv 1710.09412); 0: no.
-        cutmix: The same with a rectangle of one in the other (arXiv 1905.04899); with both, each has half the batches.
+        mixup: Blend the images of a batch in pairs, and their losses, with shares from the Beta distribution with this
+            parameter (arXiv 1710.09412); 0: off.
+        cutmix: The same with a rectangle of one in the other (arXiv 1905.04899); with both, each gets half the batches.
         crop_pct: Evaluation resizes the shorter side to size / crop_pct and crops the centre; None: squash.
-        window: So many shards are mixed with each other.
-        max_bad: Share of damaged samples that is endured; of few images ten always are, for 0.01.
+        window: Number of shards that are mixed with each other.
+        max_bad: Share of damaged samples that is tolerated; of few images ten always are, for 0.01.
     """
 
     label_space: str | tuple[str, ...] | None = "fall11"
@@ -159,7 +159,7 @@ class Data(Section):
         if isinstance(value, LabelSpace):
             return value.name if value.is_shipped else value.wnids
         listed = isinstance(value, (list, tuple)) and all(isinstance(wnid, str) for wnid in value)
-        if not (value is None or isinstance(value, str) or listed):  # a set has no order that stays
+        if not (value is None or isinstance(value, str) or listed):  # a set has no stable order
             raise pydantic_core.PydanticCustomError("no_classes", "Give a name, a file or a list of wnids")
         return value
 
@@ -182,11 +182,11 @@ class Loss(Section):
     Attributes:
         kind: A softmax per level of the tree, one over all classes, or a sigmoid per class and ancestor.
         label_smoothing: Share of the target that is spread over the level's, or all, classes.
-        teacher: Whose predictions are distilled: a record, a folder (such as an exported run), a Hub repository, or a
-            checkpoint of a run (``RUN/checkpoints/best.pt``, which must stay as it is); of other classes or another
-            kind of head, it is read through the tree.
-        teacher_head: How the outputs of a teacher's folder or repository are to be read, where that does not say.
-        distillation_weight: Of the distillation loss, summed over classes and levels and averaged over images.
+        teacher: Network to distil: a record, a folder (such as an exported run), a Hub repository, or a checkpoint of a
+            run (``RUN/checkpoints/best.pt``, which must stay unchanged); if it has other classes or another kind of
+            head, it is read through the tree.
+        teacher_head: How to read the outputs of a teacher's folder or repository that does not say so.
+        distillation_weight: Weight of the distillation loss, summed over classes and levels and averaged over images.
     """
 
     kind: Literal["semantic_softmax", "single_label", "multi_label"] = "semantic_softmax"
@@ -197,26 +197,26 @@ class Loss(Section):
 
     @property
     def head(self) -> Head:
-        """How the outputs of a network that was trained so are to be read."""
+        """How to read the outputs of a network that was trained with this loss."""
         heads: dict[str, Head] = {"single_label": "softmax", "multi_label": "sigmoid"}
         return heads.get(self.kind, "semantic_softmax")
 
 
 class Optimizer(Section):
-    """How weights are changed.
+    """How weights are updated.
 
     Attributes:
         name: ``adam`` with weight decay as an L2 term of the gradient, as published; ``adamw`` with decoupled decay;
             ``lamb``, whose decay is part of what the trust ratio scales (arXiv 1904.00962); ``sgd`` with Nesterov
             momentum and the L2 term.
-        lr: Highest learning rate, before the factors of classifier and layers.
-        weight_decay: Of weights with two dimensions or more; biases and one-dimensional parameters have none.
-        momentum: Of SGD.
-        betas: Of the others.
-        clip_norm: Largest norm of the gradient; None: any.
-        head_lr_factor: The classifier's learning rate is so many times that of the rest.
-        layer_decay: The learning rate of each layer is so many times that of the one above it; timm says which layers a
-            network has. To fine-tune transformers 0.65 or 0.75 are usual (github.com/facebookresearch/mae).
+        lr: Highest learning rate, before the classifier and layer factors.
+        weight_decay: Decay of weights with two or more dimensions; biases and one-dimensional parameters have none.
+        momentum: Momentum of SGD.
+        betas: Betas of the others.
+        clip_norm: Norm to which gradients are clipped; None: no clipping.
+        head_lr_factor: Ratio of the classifier's learning rate to that of the rest.
+        layer_decay: Ratio of each layer's learning rate to that of the layer above it; timm says which layers a network
+            has. To fine-tune transformers, 0.65 or 0.75 are usual (github.com/facebookresearch/mae).
     """
 
     name: Literal["adam", "adamw", "lamb", "sgd"] = "adam"
@@ -230,15 +230,15 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
-    """How the learning rate goes.
+    """The learning rate over the run.
 
     Attributes:
         name: ``one_cycle`` (cosine up, cosine down), ``cosine`` (linear up, cosine down) or ``constant``.
-        epochs: Times that each image is seen; None: 20, and of few images so many that there are 1,000 steps.
-        max_steps: End after so many steps at the latest; the schedule is shortened to match.
+        epochs: Times that each image is seen; None: 20, or with few images as many as give 1,000 steps.
+        max_steps: Maximum number of steps; the schedule is shortened to match.
         warmup: Share of the steps in which the rate rises.
-        start_divisor: It begins with lr / start_divisor.
-        end_divisor: It ends with the first rate / end_divisor (one_cycle); the step after the last would have
+        start_divisor: The first rate is lr / start_divisor.
+        end_divisor: The last rate is the first one / end_divisor (one_cycle); the step after the last would have
             lr / end_divisor (cosine).
     """
 
@@ -251,20 +251,20 @@ class Schedule(Section):
 
 
 class Run(Section):
-    """The machine's side of it.
+    """How a run executes: seed, precision, checkpoints, evaluation.
 
     Attributes:
-        seed: Of the order of images, their augmentation, new weights and dropout.
-        precision: Of the forward pass; ``fp16`` with a scaled loss. Products of matrices and convolutions in ``fp32``
+        seed: Seed of the order of images, their augmentation, new weights and dropout.
+        precision: Precision of the forward pass; ``fp16`` scales the loss. Matrix products and convolutions in ``fp32``
             are TF32 on GPUs that have it.
-        ema_decay: Of a moving average of the weights, which is then what is evaluated and exported; None: none.
-        checkpoint_minutes: A checkpoint at least so often, and with each evaluation. That is also what a run loses that
-            is told to stop on a disk where its checkpoint cannot be written within 26 seconds.
-        keep: So many of the last checkpoints are kept, and the best.
+        ema_decay: Decay of a moving average of the weights, which is then evaluated and exported; None: no average.
+        checkpoint_minutes: Longest time between checkpoints; each evaluation also writes one. This is also what a run
+            loses if told to stop on a disk where its checkpoint cannot be written within 26 seconds.
+        keep: Number of latest checkpoints to keep, besides the best.
         evaluate_every: Epochs between evaluations; the last epoch always ends with one. None: about 20 in all.
-        evaluate_batches: At most so many batches of each rank; None: all.
-        log_every: Steps between lines of metrics.jsonl; at least one an epoch.
-        deterministic: Only deterministic algorithms; on the CPU they are anyway.
+        evaluate_batches: Maximum number of batches to evaluate per rank; None: all.
+        log_every: Steps between lines of metrics.jsonl; at least one line per epoch.
+        deterministic: Use only deterministic algorithms; on the CPU they are anyway.
     """
 
     seed: int = pydantic.Field(default=0, ge=0, lt=2**63)
@@ -279,19 +279,19 @@ class Run(Section):
 
 
 class Recipe(Section):
-    """Everything that decides what a run computes, save the data and the machine.
+    """Everything that decides what a run computes, except the data and the machine.
 
     Attributes:
-        name: Of the run's result, such as ``resnet50.miil_in21k``.
+        name: Name of the run's result, such as ``resnet50.miil_in21k``.
         model: The network.
         data: Images, their order and augmentation.
         loss: What is minimised.
-        optimizer: How weights are changed.
-        schedule: How the learning rate goes.
+        optimizer: How weights are updated.
+        schedule: The learning rate over the run.
         run: Precision, seeds, checkpoints.
 
     Raises:
-        RecipeError: At construction or assignment, with the nearest names of a field that does not exist.
+        RecipeError: At construction or assignment; for an unknown field it suggests the nearest names.
     """
 
     name: str
@@ -303,13 +303,13 @@ class Recipe(Section):
     run: Run = Run()
 
     def check(self) -> None:
-        """See that the values go together.
+        """Check that the values go together.
 
         Raises:
             RecipeError: They do not; says which.
         """
         if not NAME.fullmatch(self.name):
-            raise RecipeError(f"name cannot be {self.name!r}: letters, digits, dots, - and _ make one.")
+            raise RecipeError(f"name cannot be {self.name!r}: use letters, digits, dots, - and _.")
         _check_arguments(self.model.arguments)
         try:
             self.data.space  # noqa: B018
@@ -318,7 +318,7 @@ class Recipe(Section):
         problems = (
             (
                 self.loss.teacher is not None and self.loss.distillation_weight == 0,
-                "loss.teacher is set, but loss.distillation_weight is 0; set it, too, or leave out the teacher.",
+                "loss.teacher is set, but loss.distillation_weight is 0; set it, too, or remove the teacher.",
             ),
             (
                 self.loss.teacher is None and self.loss.distillation_weight > 0,
@@ -342,7 +342,7 @@ class Recipe(Section):
             *self._ignored(),
             (
                 self.loss.kind == "multi_label" and self.loss.teacher is not None,
-                "multi_label cannot be distilled; leave out loss.teacher, or take another loss.kind.",
+                "multi_label cannot be distilled; remove loss.teacher, or choose another loss.kind.",
             ),
             (any(not 0 <= beta < 1 for beta in self.optimizer.betas), "optimizer.betas must be in [0, 1)."),
             (
@@ -355,45 +355,45 @@ class Recipe(Section):
                 raise RecipeError(message)
 
     def _ignored(self) -> list[tuple[bool, str]]:
-        """What would be set in vain."""
+        """Return the checks for settings that would have no effect."""
         usual_optimizer, usual_schedule = Optimizer(), Schedule()
         name, schedule = self.optimizer.name, self.schedule.name
         return [
             (
                 name != "sgd" and self.optimizer.momentum != usual_optimizer.momentum,
-                f"optimizer.momentum is of sgd; {name} has optimizer.betas.",
+                f"optimizer.momentum is for sgd; {name} has optimizer.betas.",
             ),
             (
                 name == "sgd" and self.optimizer.betas != usual_optimizer.betas,
-                "optimizer.betas are not of sgd, which has optimizer.momentum.",
+                "optimizer.betas are not for sgd, which has optimizer.momentum.",
             ),
             (
                 self.model.freeze_backbone and self.optimizer.layer_decay != usual_optimizer.layer_decay,
-                "optimizer.layer_decay is of the layers that model.freeze_backbone keeps from changing.",
+                "optimizer.layer_decay is for the layers that model.freeze_backbone keeps from changing.",
             ),
             (
                 schedule == "constant" and self.schedule.end_divisor != usual_schedule.end_divisor,
-                "schedule.end_divisor has no meaning where schedule.name is constant.",
+                "schedule.end_divisor has no effect where schedule.name is constant.",
             ),
         ]
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
-        """Images that go through the network at a time on each of so many ranks, and how often that makes a step.
+        """Return the images that go through the network at a time on each rank, and how many such batches make a step.
 
         Raises:
-            RecipeError: The batch cannot be shared by so many.
+            RecipeError: The batch cannot be divided among that many ranks.
         """
         images, at_most = self.data.batch_size, self.data.batch_per_device
         if images % world_size:
             raise RecipeError(
-                f"data.batch_size {images} cannot be shared by {world_size} processes; change one of them."
+                f"data.batch_size {images} cannot be divided among {world_size} processes; change one of them."
             )
         mine = images // world_size
         micro = max(size for size in range(1, min(mine, at_most) + 1) if mine % size == 0)
         if 4 * micro < min(mine, at_most):
             raise RecipeError(
-                f"The {mine} images that each process has of a step can be divided evenly into parts of {micro} at "
-                f"most, far below data.batch_per_device {at_most}; take a data.batch_size with more divisors."
+                f"The {mine} images of each process per step can be divided evenly into parts of at most {micro}, far "
+                f"below data.batch_per_device {at_most}; choose a data.batch_size with more divisors."
             )
         if micro == 1 and (self.data.mixup or self.data.cutmix):
             raise RecipeError(
@@ -403,10 +403,10 @@ class Recipe(Section):
         return micro, mine // micro
 
     def steps(self, images: int) -> tuple[int, int]:
-        """Of an epoch of so many training images, and of the run.
+        """Return the steps of an epoch with this number of training images, and of the run.
 
         Raises:
-            RecipeError: They are not enough for one step.
+            RecipeError: The images are not enough for one step.
         """
         of_epoch = images // self.data.batch_size
         if not of_epoch:
@@ -417,10 +417,10 @@ class Recipe(Section):
         return of_epoch, min(of_run, self.schedule.max_steps or of_run)
 
     def counted(self, images: int) -> Recipe:
-        """The same for so many images, with numbers where ``schedule.epochs`` and ``run.evaluate_every`` are None.
+        """Return a copy with ``schedule.epochs`` and ``run.evaluate_every`` filled in from the images where None.
 
         Raises:
-            RecipeError: They are not enough for one step.
+            RecipeError: The images are not enough for one step.
         """
         of_epoch, of_run = self.steps(images)
         recipe = self.model_copy(deep=True)
@@ -430,11 +430,11 @@ class Recipe(Section):
 
     @property
     def bound(self) -> str:
-        """The field that lets one image alone go through the network, where that is so."""
+        """The field that causes images to go through the network one at a time, where they do."""
         return "data.batch_per_device" if self.data.batch_per_device == 1 else "data.batch_size"
 
     def debug(self, processes: int = 1) -> Recipe:
-        """Two steps of it on the CPU in seconds: few and small images, start and teacher with random weights.
+        """Return a variant of two steps on the CPU, in seconds: few small images, start and teacher random.
 
         Images have 32 pixels, where the network takes that.
         """
@@ -452,42 +452,44 @@ class Recipe(Section):
         return small
 
     def to_json(self) -> str:
-        """All fields, to be read by people and by :meth:`from_json`."""
+        """Return all fields as JSON, for people and :meth:`from_json` to read."""
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Recipe:
-        """What :meth:`to_json` wrote.
+        """Read what :meth:`to_json` wrote.
 
         Raises:
-            RecipeError: It is something else.
+            RecipeError: The text is something else.
         """
         try:
             return Recipe(**parse_json(text))
         except (ValueError, TypeError) as error:
-            raise error if isinstance(error, RecipeError) else RecipeError(f"No recipe: {first_line(error)}") from None
+            raise (
+                error if isinstance(error, RecipeError) else RecipeError(f"Not a recipe: {first_line(error)}")
+            ) from None
 
 
-RANDOM = "random:"  # before a name: that network, but without its weights
+RANDOM = "random:"  # prefix of a name: that network, but without its weights
 
 
 def is_reserved(argument: str) -> bool:
-    """Whether the data, other fields or verified fetching decide on an argument of ``timm.create_model``."""
+    """Whether an argument of ``timm.create_model`` is left to the data, other fields or verified fetching."""
     return convert.names_weights(argument) or argument in ("features_only", "in_chans", "num_classes")
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     if reserved := sorted(filter(is_reserved, arguments)):
         raise RecipeError(
-            f"model.arguments cannot have {reserved[0]!r}: weights are those of model.start, outputs the classes of "
-            "the data."
+            f"model.arguments cannot have {reserved[0]!r}: the weights are those of model.start, the outputs the "
+            "classes of the data."
         )
 
 
 def sized(architecture: str, arguments: dict[str, Any], size: int) -> dict[str, Any] | None:
-    """Arguments with which a network takes images of a size, None if there are none; nothing is computed or allocated.
+    """Return arguments with which a network takes images of a size, or None; nothing is computed or allocated.
 
-    Transformers and mixers are built for one size, which can be chosen then.
+    Transformers and mixers are built for one size, which can be chosen when building them.
     """
     import torch
 
@@ -502,9 +504,9 @@ def sized(architecture: str, arguments: dict[str, Any], size: int) -> dict[str, 
 def _as_recipe_error(section: type[Section], error: pydantic.ValidationError) -> RecipeError:
     first = error.errors(include_url=False)[0]
     inner = first.get("ctx", {}).get("error")
-    if isinstance(inner, RecipeError):  # of a section within this one
+    if isinstance(inner, RecipeError):  # from a section within this one
         return inner
-    place = ".".join(str(part) for part in first["loc"][:2])  # what follows are the types that it could have had
+    place = ".".join(str(part) for part in first["loc"][:2])  # the rest are the types that it could have
     where = section.__name__.lower()
     if first["type"] in ("extra_forbidden", "no_such_attribute"):
         name = str(first["loc"][-1])

@@ -1,4 +1,4 @@
-"""Recipes from files of one's own, from ours, or of runs, and other values for their fields."""
+"""Load recipes from files, one's own, shipped or of runs, and override their fields."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["listed_in", "load_recipe", "override", "shipped_recipes"]
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipe files that come with the package, by name without ``.py``: a wheel has a copy of a clone's."""
+    """Return the shipped recipe files, by name without ``.py``; a wheel has a copy of those in a clone."""
     package = Path(__file__).parent.parent
     folder = package / "_recipes"
     if not folder.is_dir():
@@ -29,10 +29,10 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_recipe(where: str) -> Recipe:
-    """The recipe of ``FILE.py`` (its first function), ``FILE.py:function``, or a run's ``recipe.json``.
+    """Load the recipe of ``FILE.py`` (its first function), ``FILE.py:function``, or a run's ``recipe.json``.
 
-    ``FILE.py:function:text`` gives the text to the function as its argument. In place of FILE.py stands the name of one
-    of :func:`shipped_recipes`, where no run or file has that name.
+    ``FILE.py:function:text`` passes the text to the function as its argument. FILE.py may also be the name of one of
+    :func:`shipped_recipes`, where no run or file has that name.
 
     Raises:
         RecipeError: No such file or function, or the function fails.
@@ -41,7 +41,7 @@ def load_recipe(where: str) -> Recipe:
     if is_run(path):
         path /= RECIPE_FILE
     if not path.is_file() or path.suffix not in (".py", ".json"):
-        what = "is a folder; name a file in it" if path.is_dir() else "is no file"
+        what = "is a folder; name a file in it" if path.is_dir() else "is not a file"
         beside = [each.name for each in visible(path.parent, "*.py")] if path.parent.is_dir() else []
         near = did_you_mean(path.name, [*beside, *shipped_recipes()])
         raise RecipeError(
@@ -60,9 +60,9 @@ def load_recipe(where: str) -> Recipe:
         raise RecipeError(f"{path} has no recipe {name!r}.{did_you_mean(name, every)} It has {', '.join(every)}.")
     function = every[name or next(iter(every if argument else functions))]
     if argument and not inspect.signature(function).parameters:
-        raise RecipeError(f"The recipe {function.__name__} takes no argument, and {where} gives it {argument!r}.")
+        raise RecipeError(f"The recipe {function.__name__} takes no argument, but {where} gives it {argument!r}.")
     if (required := _required(function)) > bool(argument):
-        how = f"; write {path}:{function.__name__}:TEXT" if required == 1 else ", and can be given one at most"
+        how = f"; write {path}:{function.__name__}:TEXT" if required == 1 else ", but can be given at most one"
         raise RecipeError(f"The recipe {function.__name__} takes {required} argument{'s'[: required - 1]}{how}.")
     try:
         recipe = function(argument) if argument else function()
@@ -76,7 +76,7 @@ def load_recipe(where: str) -> Recipe:
         raise RecipeError(f"{where} fails with {first_line(error)}.") from error
     if not isinstance(recipe, Recipe):
         others = [each for each in every if each != function.__name__]
-        near = f" If it is none, name another ({', '.join(others)})." if others else ""
+        near = f" If it is not a recipe, name another ({', '.join(others)})." if others else ""
         raise RecipeError(
             f"{path}: {function.__name__} returns a {type(recipe).__name__}, not a recipe; does it end with `return "
             f"recipe`?{near}"
@@ -85,11 +85,11 @@ def load_recipe(where: str) -> Recipe:
 
 
 def _divided(where: str) -> tuple[Path, str | None, str | None]:
-    """File, function and text."""
+    """Split into file, function and text."""
     if match := re.fullmatch(r"(.+?\.py)(?::(\w*))?(?::(.+))?", where, re.DOTALL):
         return expanded(match[1], RecipeError), match[2], match[3]
     path = expanded(where, RecipeError)
-    match = re.fullmatch(r"(\w{2,})(?::(\w*))?(?::(.+))?", where, re.DOTALL)  # one letter is a drive of Windows
+    match = re.fullmatch(r"(\w{2,})(?::(\w*))?(?::(.+))?", where, re.DOTALL)  # one letter is a Windows drive
     if match is None or path.is_file() or is_run(path):
         return path, None, None
     return shipped_recipes().get(match[1], Path(match[1])), match[2], match[3]
@@ -103,12 +103,12 @@ def _text(path: Path) -> str:
 
 
 def listed_in(path: Path) -> dict[str, str]:
-    """The functions that a file defines as recipes, and what each says of itself in a line; the file is not run.
+    """Return the recipe functions of a file, with the first line of each one's docstring; the file is not run.
 
-    Left out are functions that say that they return something else than a recipe, or that return nothing.
+    Functions that are annotated to return something other than a recipe, or that return nothing, are left out.
 
     Raises:
-        RecipeError: It is no Python, or cannot be read.
+        RecipeError: The file is not Python, or cannot be read.
     """
     try:
         body = ast.parse(path.read_bytes()).body
@@ -132,12 +132,12 @@ def _returns_recipe(node: ast.FunctionDef) -> bool:
 
 
 def _required(function: Callable[..., Any]) -> int:
-    """How many arguments it cannot do without."""
+    """Number of required arguments."""
     return sum(each.default is each.empty for each in inspect.signature(function).parameters.values())
 
 
 def _functions_in(path: Path) -> dict[str, Callable[..., Recipe]]:
-    """The public functions that are defined in a file, in order."""
+    """Return the public functions defined in a file, in order."""
     spec = importlib.util.spec_from_file_location(f"wn21k_recipe_{path.stem}", path)
     assert spec is not None  # noqa: S101
     assert spec.loader is not None  # noqa: S101
@@ -160,12 +160,12 @@ def _functions_in(path: Path) -> dict[str, Callable[..., Recipe]]:
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """A copy with fields changed as ``section.field=value``; null is None, and none where a field can be that.
+    """Return a copy with fields set by ``section.field=value``; null is None, as is none where a field can be None.
 
-    Lists and objects are JSON; of ``model.arguments`` also ``model.arguments.NAME=value``.
+    Lists and objects are JSON; ``model.arguments.NAME=value`` sets a single one of ``model.arguments``.
 
     Raises:
-        RecipeError: No such field, or a value that it cannot have.
+        RecipeError: There is no such field, or it cannot have that value.
     """
     changed = recipe.model_copy(deep=True)
     for setting in settings:
@@ -220,7 +220,7 @@ def _value(text: str) -> Any:
 
 
 def _as_python(text: str) -> Any:
-    """What is no JSON: true, false and null in capitals, numbers such as .1 and 1_000, and text."""
+    """Parse what is not JSON: true, false and null in capitals, numbers such as .1 and 1_000, and text."""
     if text.lower() in ("true", "false", "null"):
         return parse_json(text.lower())
     for kind in (int, float):

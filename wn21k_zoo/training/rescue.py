@@ -1,4 +1,4 @@
-"""The end of a run that was told to stop and does not come to it: inside a step of minutes, or waiting for another."""
+"""End a run that was told to stop but does not get there: inside a step of minutes, or waiting for another rank."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Rescue"]
 
 
 class Rescue:
-    """Writes, from another thread than the run's, the checkpoint that can be had, and marks the run preempted.
+    """Writes whatever checkpoint is possible, from a thread other than the run's, and marks the run preempted.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         world: Its processes; all but the leading one wait until that is done.
 
     Attributes:
-        changing: Whoever changes what a checkpoint holds has this lock meanwhile.
-        save: Writes a checkpoint of what is there, called with that lock; None while there is nothing to write.
-        begun: Whether the status of the run is of this time, and not of one before.
+        changing: Lock to hold while changing what a checkpoint holds.
+        save: Writes a checkpoint of the current state, called with that lock; None while there is nothing to write.
+        begun: Whether the status of the run is from this start, not an earlier one.
     """
 
     def __init__(self, folder: RunFolder, world: World) -> None:
@@ -36,10 +36,10 @@ class Rescue:
         self.begun = False
 
     def __call__(self, until: float) -> None:
-        """Do it; a run that failed on another rank is not marked.
+        """Write the checkpoint and mark the run, unless it failed on another rank.
 
         Args:
-            until: When to be done, by :func:`time.monotonic`; what is not written then is left.
+            until: Deadline, by :func:`time.monotonic`; what is not written by then is abandoned.
 
         Raises:
             RunError: The mark cannot be written.
@@ -51,14 +51,14 @@ class Rescue:
         self.keep(until)
         if on_terminal():
             sys.stderr.write("\x1b[?25h\n")  # the bar hides the cursor
-        if self._failed():  # on another rank, for whose sake torchrun ends this one
+        if self._failed():  # on another rank, which made torchrun end this one
             return
         step = self._folder.newest_step()
         mark_preempted(self._folder.path, step)
-        say(f"told to stop, it left what it was in; begun again it goes on at step {step:,}")
+        say(f"told to stop, the run abandoned what it was doing; when started again it resumes at step {step:,}")
 
     def keep(self, until: float) -> None:
-        """Write the checkpoint that can be had; one that is not written until then is left."""
+        """Write whatever checkpoint is possible; one that is not written by the deadline is abandoned."""
         thread = threading.Thread(target=self._save, daemon=True)
         thread.start()
         thread.join(max(0.0, until - time.monotonic()))
