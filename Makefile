@@ -1,4 +1,4 @@
-# Each line is a command that a person could type. .venv is made once and reused until pyproject.toml changes.
+# Each recipe line is a command you could type yourself. .venv is made once and reused until pyproject.toml changes.
 ifeq ($(OS),Windows_NT)
 PYTHON ?= python
 BIN := .venv/Scripts

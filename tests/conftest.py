@@ -1,4 +1,4 @@
-"""Fixtures. The tests never touch a person's caches, and no test of the default run reaches the internet."""
+"""Fixtures. Tests never touch the user's caches, and default runs never use the internet."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-# Before anything imports huggingface_hub, which reads these once.
+# Set before anything imports huggingface_hub, which reads these once.
 _HOME = tempfile.mkdtemp(prefix="wn21k-test-")
 os.environ.update(
     HF_HOME=_HOME,
@@ -35,14 +35,14 @@ settings.load_profile("same_examples")
 
 
 def pytest_collection_finish(session):
-    """Where no test that needs a GPU is among them none sees one, nor processes that it starts: it gives other bits."""
+    """Hide GPUs, also from subprocesses, unless a collected test needs one: a GPU computes different bits."""
     if not any(item.get_closest_marker("gpu") for item in session.items):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _on_the_cpu():
-    """The same on a Mac."""
+    """Hide the GPU of a Mac."""
     with pytest.MonkeyPatch.context() as patch:
         asked = torch.backends.mps.is_available
         patch.setattr(
@@ -55,12 +55,12 @@ EMBEDDED = "efficientnet_lite0.embedded_in1k"
 
 
 def pytest_unconfigure():
-    """Leave nothing behind, in none of the processes that run tests."""
+    """Clean up after every process that ran tests."""
     shutil.rmtree(_HOME, ignore_errors=True)
 
 
 def run_in_terminal(command, environment):
-    """Run with stderr on a pseudo-terminal, as a person would; returns the process and what the terminal showed."""
+    """Run with stderr on a pseudo-terminal; returns the process and what the terminal showed."""
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
@@ -81,7 +81,7 @@ def run_in_terminal(command, environment):
 
 
 def start_interruptible(command, **options):
-    """Start a process that Ctrl-C reaches also where a shell runs the tests in the background, with SIGINT ignored."""
+    """Start a process that Ctrl-C reaches even if the tests run in the background, with SIGINT ignored."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

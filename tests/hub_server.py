@@ -1,9 +1,8 @@
-"""A small server that speaks as much of the Hub's resolve protocol as a download needs, and that can fail in many ways.
+"""A small server of the Hub's resolve protocol, as far as downloads need it, that can fail in many ways.
 
-A fault is a dict; each is used up by one GET of a body, in order, and the last one stays if ``always`` is set:
-``status`` (with ``headers``), ``cut`` (share of the bytes that are sent before the connection breaks), ``stall`` (share
-that is sent before nothing more comes), ``flip`` (one byte is changed), ``on: 'HEAD'`` (of HEAD requests in place of
-GETs).
+A fault is a dict; each GET of a body uses up one, in order, and the last one stays if ``always`` is set. Its keys:
+``status`` (with ``headers``), ``cut`` (share of the bytes sent before the connection breaks), ``stall`` (share sent
+before nothing more comes), ``flip`` (one byte is changed), ``on: 'HEAD'`` (applies to HEAD requests, not GETs).
 """
 
 import hashlib
@@ -19,7 +18,7 @@ CHUNK = 64 * 1024
 
 
 class Seen(list):
-    """'METHOD path' of each request; with the request headers and how many bytes of bodies were sent."""
+    """'METHOD path' of each request, with request headers and the number of body bytes sent."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         end = int(len(body) * fault.get("cut", fault.get("stall", 1.0)))
         for begin in range(0, end, CHUNK):
             piece = body[begin : min(begin + CHUNK, end)]
-            with self.server.mutex:  # before the client can have it
+            with self.server.mutex:  # before the client can receive it
                 self.server.seen.body_bytes += len(piece)
             try:
                 self.wfile.write(piece)
@@ -134,7 +133,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 64
 
-    def handle_error(self, *_):  # a client that was killed is no news
+    def handle_error(self, *_):  # killed clients are expected
         pass
 
 
@@ -145,9 +144,9 @@ def hub_server(
     """Serve {'ORG/NAME/resolve/main/FILE': bytes}; yields (endpoint, :class:`Seen`).
 
     Args:
-        files: What there is; any other revision has the same files.
-        status: Answer every request with it.
-        faults: See above.
+        files: The files; every revision has the same ones.
+        status: Status for every request.
+        faults: Faults, as described above.
         cdn: Redirect to another host, which has ETags of its own, as the Hub does for large files.
         hashes: Send ETags and commits.
         ranges: Understand Range requests.

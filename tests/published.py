@@ -1,7 +1,6 @@
-"""The published checkpoints without their values: keys and shapes of each file, and weights that follow from a rule.
+"""The published checkpoints without their values: keys and shapes of each file, and weights made by a rule.
 
-``data/published_architectures.json`` has, besides the keys, the logits that the original networks give with such
-weights.
+Besides the keys, ``data/published_architectures.json`` has the logits of the original networks with these weights.
 """
 
 import hashlib
@@ -26,7 +25,7 @@ ARCHITECTURE_OF = {
 
 
 def state_dict(name, counters=True):
-    """The entries of a published file; without ``counters`` as files that have no num_batches_tracked."""
+    """The entries of a published file; without ``counters``, like files that lack num_batches_tracked."""
     keys = REFERENCE[name]["keys"]
     return {key: _value(key, tuple(shape)) for key, shape in keys.items() if counters or len(shape)}
 

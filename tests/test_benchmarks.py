@@ -1,4 +1,4 @@
-"""The benchmarks can be read: all that they import is there. Two of them are run in tests/training, as slow tests."""
+"""The benchmarks can be imported. Two of them also run in tests/training, as slow tests."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every card says what its record says, no more and no less, and the files in the checkout are up to date."""
+"""Every card says exactly what its record says, and the files in the checkout are up to date."""
 
 import functools
 import os
@@ -38,7 +38,7 @@ MEASURED_HERE = Metric(
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the two things that are generated."""
+    """A copy of the generated files: README and cards."""
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / cards.FOLDER).mkdir()
     for path in (ROOT / cards.FOLDER).glob("*.md"):
@@ -48,7 +48,7 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def run(checkout, monkeypatch):
-    """The commands, in that copy; ``change`` puts other records in place of those of the same name."""
+    """The commands, run in that copy; ``change`` replaces records of the same name."""
     monkeypatch.setattr(cards, "find_checkout", lambda: checkout)
 
     def invoke(*arguments, change=()):
@@ -82,7 +82,7 @@ def test_front_matter_is_that_of_the_record(checkpoint):
     ]
     assert found == metrics
     for one in card.data.eval_results or ():
-        assert one.verified is None  # the Hub's to say
+        assert one.verified is None  # only the Hub may set it
         assert one.source_url == checkpoint.paper
 
 
@@ -141,11 +141,11 @@ def test_card_names_every_door(checkpoint):
     ("file", "name", "which"),
     [
         ("mobilenetv3_large_100", "mobilenetv3_large_100.miil_in21k", ""),
-        ("ofa_flops_595m_s", "ofa_flops_595m_s.miil_in21k", "DIR"),  # by itself: another door might register it
+        ("ofa_flops_595m_s", "ofa_flops_595m_s.miil_in21k", "DIR"),  # run alone: another entry point might register it
     ],
 )
 def test_usage_is_as_the_card_says(file, name, which, tmp_path):
-    """Word for word, with rule-made weights on a Hub that is here; for OFA, whose weights are on no Hub, a folder's."""
+    """Run word for word, with rule-made weights on a local Hub; for OFA, which is on no Hub, from a folder."""
     pytest.importorskip("transformers")
     torch.save(published.state_dict(file), tmp_path / "file.pth")
     place = publish.export_folder(tmp_path / "file.pth", tmp_path / "DIR")
@@ -171,7 +171,7 @@ def test_usage_is_as_the_card_says(file, name, which, tmp_path):
         done = subprocess.run([sys.executable, "-c", python], **options)
         assert done.returncode == 0, done.stderr
         if not which:
-            shutil.rmtree(place)  # the command makes it
+            shutil.rmtree(place)  # the command recreates it
             done = subprocess.run(["sh", "-e", "-c", shell], **options)
             assert done.returncode == 0, done.stderr
             assert (place / "model.safetensors").is_file()

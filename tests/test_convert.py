@@ -1,4 +1,4 @@
-"""Conversion is right when the converted network gives the logits that the original one gives."""
+"""A conversion is right if the converted network gives the same logits as the original."""
 
 import builtins
 import functools
@@ -23,7 +23,7 @@ from wn21k_zoo.registry import get_checkpoint
 
 @pytest.fixture(scope="module", params=published.REFERENCE)
 def converted(request):
-    """(name in the reference, what its published entries become)."""
+    """(name in the reference, its published entries after conversion)."""
     wrapped = {f"module.{key}": value for key, value in published.state_dict(request.param, counters=False).items()}
     return request.param, convert.convert_state_dict(wrapped)
 
@@ -103,7 +103,7 @@ def test_the_embedded_file_becomes_timms():
     published_values = list(torch.load(path, weights_only=True).values())
     assert found.architecture == "tf_efficientnet_lite0"
     assert len(found.state_dict) == 296
-    # Both list their entries in the order of the network.
+    # Both list entries in the order of the network.
     pairs = zip(found.state_dict.values(), published_values, strict=True)
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
@@ -138,7 +138,7 @@ def test_files_that_are_none(tmp_path):
 
 
 class Reduced:
-    """Unpickling it calls a function."""
+    """Calls a function when it is unpickled."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -147,7 +147,7 @@ class Reduced:
         return self.call
 
     def __call__(self, *_):
-        """What a pickle calls must look callable when it is written."""
+        """Makes it look callable, which pickling requires."""
 
 
 class Stateful:
@@ -204,7 +204,7 @@ def test_hostile_pickles_execute_nothing(kind, form, tmp_path):
     with pytest.raises(ConversionError, match="nothing in it was executed"):
         convert.convert_file(path)
     assert not marker.exists()
-    if form == "plain":  # it is not harmless: Python's own unpickling does execute it
+    if form == "plain":  # the file is harmful: Python's own unpickling executes it
         pickle.loads(path.read_bytes())  # noqa: S301
         assert marker.exists()
 

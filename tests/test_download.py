@@ -52,7 +52,7 @@ def test_unreachable_is_known_at_once():
 
 
 def test_a_server_that_never_answers_costs_less_than_a_second(monkeypatch):
-    monkeypatch.setattr(hub, "_probe", lambda *_: time.sleep(3))  # a look-up of a name that hangs
+    monkeypatch.setattr(hub, "_probe", lambda *_: time.sleep(3))  # a DNS lookup that hangs
     begin = time.monotonic()
     assert not download.is_reachable(DEFAULT)
     assert time.monotonic() - begin < 1

@@ -115,7 +115,7 @@ def test_two_processes_or_threads_write_files_of_different_names(tmp_path):
         assert one.name.endswith(".tmp")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # the last two as programs of Windows write
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # the last two as Windows programs write
 def test_texts_that_others_write(tmp_path, encoding):
     (tmp_path / "mine.txt").write_text("n02121808 # Katze, größer\n", encoding=encoding)
     assert LabelSpace.from_file(tmp_path / "mine.txt").wnids == ("n02121808",)
@@ -165,7 +165,7 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
         return opened(self, mode)
 
     monkeypatch.setattr(Path, "open", refused)
-    # A folder that is not ours, and on Windows a file that another program has open.
+    # In a folder that is not ours; on Windows, also a file that another program has open.
     for mode, names in (("ab", ("there", "new")), ("xb", ("there",))):
         allowed.append(mode)
         for name in names:
@@ -202,7 +202,7 @@ def test_without_a_console_nothing_is_said(monkeypatch, capsys):
 
 
 class Closed(io.StringIO):
-    """A terminal that is gone, or a log whose disk is full."""
+    """A closed terminal, or a log on a full disk."""
 
     def write(self, text=""):
         raise OSError(errno.EIO, "Input/output error")
@@ -224,7 +224,7 @@ def test_a_url_is_no_place_to_write_to(text, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataOutputError, match="is a URL; name a path of this machine"):
         local_path(kind(text), DataOutputError)
-    if os.name != "nt":  # where no folder can be called so
+    if os.name != "nt":  # where no folder can have this name
         Path(text.partition("/")[0]).mkdir()
         assert local_path(kind(text), DataOutputError) == Path(text)
 

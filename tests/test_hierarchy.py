@@ -13,7 +13,7 @@ from wn21k_zoo.tree import SemanticTree
 
 FALL11 = SemanticTree.load("fall11")
 HEADS = ("semantic_softmax", "softmax", "sigmoid")
-# Lists in which ancestors are likely: classes of fall11 together with what stands above them.
+# Lists in which ancestors are likely: classes of fall11 with some of their ancestors.
 classes = st.lists(st.integers(0, len(FALL11) - 1), min_size=1, max_size=25, unique=True).map(
     lambda chosen: sorted({index for start in chosen for index in FALL11.class_tree_list[start]})
 )

@@ -1,4 +1,4 @@
-"""torch.hub, from a checkout that is not installed: in subprocesses, with nothing importable but the dependencies."""
+"""torch.hub from an uninstalled checkout, in subprocesses where only the dependencies are importable."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from conftest import EMBEDDED
 from wn21k_zoo.checkpoints import CHECKPOINTS
 
 CHECKOUT = Path(__file__).parents[1]
-# What else this environment has must not be needed.
+# Nothing else in this environment may be needed.
 BLOCK = """
 import sys
 from importlib.machinery import PathFinder
@@ -40,7 +40,7 @@ def run(code, tmp_path, **variables):
 
 @pytest.fixture
 def cached_checkout(tmp_path):
-    """The checkout where torch.hub would have laid it, and trusted."""
+    """The checkout where torch.hub would have put it, already trusted."""
     (tmp_path / "hub").mkdir()
     place = tmp_path / "hub" / "owner_repo_main"
     place.mkdir()
@@ -97,7 +97,7 @@ def test_every_checkpoint_has_an_entry_point(checkpoint):
     spec.loader.exec_module(hubconf)
     create = getattr(hubconf, checkpoint.name.replace(".", "_"))
     assert checkpoint.name in create.__doc__
-    with torch.device("meta"):  # no time for initial weights
+    with torch.device("meta"):  # saves the time to initialise weights
         assert create(pretrained=False, num_classes=3).num_classes == 3
 
 

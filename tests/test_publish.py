@@ -1,4 +1,4 @@
-"""An exported folder gives the same predictions in timm, in transformers and here; and goes to a Hub and back."""
+"""An exported folder predicts the same in timm, transformers and here, also after a trip to a Hub and back."""
 
 import base64
 import json
@@ -180,7 +180,7 @@ def test_dtypes(tmp_path):
 
 
 def test_a_name_that_only_timm_has(tmp_path, monkeypatch):
-    """As a checkpoint of timm's: with a card of what is known."""
+    """Treated like a timm checkpoint, with a card of what is known."""
     module = timm.create_model("mobilenetv3_small_050")
     monkeypatch.setattr(publish, "build_checkpoint", lambda checkpoint, pretrained: module)
     place = publish.export_folder("mobilenetv3_small_050.lamb_in1k", tmp_path / "small")
@@ -275,7 +275,7 @@ def test_what_an_export_states_may_be_damaged(folder, tmp_path, wrong):
     place = damaged_copy(folder, tmp_path, config_json=json.dumps(config))
     with pytest.raises(ModelError, match=r"config\.json is damaged, export the model again"):
         models.load_model(place)
-    assert models.load_model(place, label_space="imagenet1k", head="softmax").head == "softmax"  # who knows better
+    assert models.load_model(place, label_space="imagenet1k", head="softmax").head == "softmax"  # callers may override
     assert len(models.load_model(place, label_space="own").label_space) == 1000
 
 
@@ -340,7 +340,7 @@ def test_what_cannot_be_published(folder, tmp_path, monkeypatch):
 
 @contextmanager
 def write_server():
-    """As much of the Hub as an upload needs; yields its endpoint, what was committed, and the requests."""
+    """A Hub as far as uploads need one; yields its endpoint, the commits and the requests."""
     committed, seen = {}, []
 
     class Handler(BaseHTTPRequestHandler):
@@ -459,7 +459,7 @@ def test_a_folder_is_nothing_to_export(folder, tmp_path, monkeypatch):
             InvalidArgumentError, match="is a folder; export takes a record's name, a timm model or a w"
         ):
             publish.export_folder(model, tmp_path / "out")
-    (tmp_path / EMBEDDED).mkdir()  # a record's name goes before a folder that happens to be there
+    (tmp_path / EMBEDDED).mkdir()  # a record's name takes precedence over a folder of that name
     assert {path.name for path in publish.export_folder(EMBEDDED, tmp_path / "out").iterdir()} == FILES
 
 

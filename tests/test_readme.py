@@ -1,4 +1,4 @@
-"""What the README shows is what the program does."""
+"""The README shows the program's real output."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def shown():
 
 
 def stable(text):
-    """Without what may differ in the last digit between machines: small runners-up, and the figures themselves."""
+    """Strip what may differ between machines: small runners-up and the figures themselves."""
     rows = [re.split(r" {2,}(?=\S+ \d\.\d\d)", line)[0] for line in text.splitlines()]
     return [NUMBER.sub("#", row).split() for row in rows if row.strip()]
 

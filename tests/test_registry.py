@@ -10,7 +10,7 @@ from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.errors import UnknownModelError, UnresolvedLabelSpaceError
 from wn21k_zoo.labels import LabelSpace
 
-# Of timm 1.0.31: everything with these numbers of classes, save the two with 1,000 classes and no in1k tag.
+# In timm 1.0.31: all with these numbers of classes, except the two with 1,000 classes and no in1k tag.
 RESOLVED = {
     "1.0.31": {
         "imagenet1k": 1_319,

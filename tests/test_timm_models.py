@@ -1,4 +1,4 @@
-"""timm's door, and create_model: every record, with random weights served by a local Hub where they cannot be had."""
+"""timm.create_model and ours on every record; a local Hub serves random weights where real ones are missing."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_every_record_is_listed():
 
 @every_record
 def test_every_record_builds(checkpoint):
-    with torch.device("meta"):  # no time for initial weights
+    with torch.device("meta"):  # saves the time to initialise weights
         module = timm.create_model(f"wn21k_{checkpoint.name}")
     assert module.num_classes == len(LabelSpace.load(checkpoint.label_space))
     assert timm.data.resolve_model_data_config(module) == checkpoint.data_config
@@ -85,7 +85,7 @@ def test_options(create, embedded, tmp_path):
 
 @pytest.fixture(scope="module")
 def published_hub():
-    """A Hub that has random weights of the default checkpoint, in a subprocess's sight."""
+    """A Hub with random weights of the default checkpoint, for a subprocess."""
     torch.manual_seed(0)
     weights = safetensors.torch.save(timm.create_model("mobilenetv3_large_100", num_classes=11_221).state_dict())
     with hub_server({"timm/mobilenetv3_large_100.miil_in21k/resolve/main/model.safetensors": weights}) as (endpoint, _):
@@ -170,7 +170,7 @@ OFA = "ofa_flops_595m_s.miil_in21k"
 
 @pytest.mark.parametrize("name", [OFA, "mobilenetv3_large_100.miil_in21k"])
 def test_a_file_of_ones_own_in_place_of_the_published_weights(name, tmp_path):
-    """Nothing is fetched, which here would fail; and ours takes the arguments that timm's function keeps to itself."""
+    """Fetches nothing, which would fail here; ours also accepts arguments that timm's function does not pass on."""
     with pytest.raises(DownloadError):
         wn21k_zoo.create_model(name)
     first = wn21k_zoo.create_model(name, pretrained=False, num_classes=3)

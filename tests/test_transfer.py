@@ -1,4 +1,4 @@
-"""The fault table: what a bad network, server, disk or neighbour may do to a download, and what comes of it."""
+"""What a bad network, server, disk or concurrent process may do to a download, and what must come of it."""
 
 import contextlib
 import hashlib
@@ -60,14 +60,14 @@ def checkpoint_of(kind, endpoint, **changes):
 
 
 def plain_checkpoint(url):
-    """Of a file that nobody states a hash of."""
+    """A checkpoint whose file has no known hash."""
     checkpoint = checkpoint_of("plain", "")
     return type(checkpoint)(**{**vars(checkpoint), "sources": (URLSource(url=url),)})
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """An empty cache, and short waits."""
+    """An empty cache and short waits."""
     monkeypatch.setenv("WN21K_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(transfer, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(hub, "BACKOFF_SECONDS", 0.01)
@@ -76,7 +76,7 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """hub_server as the Hub of this process."""
+    """Start hub_server as the Hub of this process."""
     import huggingface_hub
     from huggingface_hub import constants, file_download
 
@@ -149,7 +149,7 @@ def test_where_no_hash_is_known_it_goes_on_with_the_same_version_only(root, serv
     assert seen.headers[-1]["If-Range"] == f'"{SHA256}"'
 
     part = root / "part"
-    part.write_bytes(bytes(1000))  # of a former version
+    part.write_bytes(bytes(1000))  # left by an earlier version
     expected = transfer.Expected(num_bytes=len(BODY), etag='"former"')
     part.rename(root / f"new.{expected.version}.part")
     assert transfer.transfer(f"{endpoint}/files/plain.pth", root / "new", expected) == SHA256
@@ -219,7 +219,7 @@ def test_a_file_of_another_size_is_refused_before_it_is_read(root, serve):
     endpoint, seen = serve({f"{REPO}/resolve/main/{NAME}": BODY + bytes(40_000_000)})
     with pytest.raises(ChecksumError, match=r"3,000,000 bytes expected, got 43,000,000"):
         download.fetch(checkpoint_of("hub", endpoint, sha256=SHA256, num_bytes=len(BODY)))
-    assert seen.body_bytes < 40_000_000  # two tries, neither to its end
+    assert seen.body_bytes < 40_000_000  # two tries, neither complete
     assert not leftovers(root)
 
 
@@ -287,7 +287,7 @@ def test_a_server_error_that_stays_is_a_typed_error(kind, root, serve):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stall_ends(kind, root, serve, monkeypatch):
-    """With the real waits it takes 22 s: the marked test below."""
+    """With the real waits, this takes 22 s: see the marked test below."""
     monkeypatch.setattr(transfer, "STALL_SECONDS", 1.0)
     monkeypatch.setattr(transfer.Patience, "__init__", patience_of(2.5))
     endpoint, _ = serve(files_of(kind), faults=[{"stall": 0.3, "always": True}])
@@ -397,7 +397,7 @@ def test_killed_at_60_percent_over_https_it_goes_on(kind, root, tmp_path):
         first.kill()
         first.communicate()
         assert list(cache.entries(root)) == []
-        time.sleep(0.2)  # what is on its way to a dead client is still counted
+        time.sleep(0.2)  # bytes in flight to the dead client are still counted
         sent = seen.body_bytes
         second = start(kind, endpoint, root, **trust)
         assert second.communicate(timeout=30)[0] == f"fetched {SHA256}\n"
@@ -571,7 +571,7 @@ def test_a_cache_that_cannot_be_written(root, serve, monkeypatch, tmp_path):
         assert download.fetch(checkpoint).path == path  # a hit writes nothing
         cache_less = checkpoint_of("hub", endpoint, revision="other")
         if os.geteuid() == 0:
-            monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may write everywhere
+            monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
         before = seen.body_bytes
         with pytest.raises(CacheError, match="cannot be"):
             download.fetch(cache_less)
@@ -612,7 +612,7 @@ def test_a_mirror_is_asked_first_and_not_believed(root, serve, monkeypatch):
         monkeypatch.setenv("WN21K_MIRROR", f"{mirror}/mirror")
         cache.remove(download.fetch(checkpoint_of("hub", origin)).path, root)
         assert origin_seen.body_bytes == len(BODY)
-    monkeypatch.setenv("WN21K_MIRROR", "http://127.0.0.1:9")  # gone: the origin has it
+    monkeypatch.setenv("WN21K_MIRROR", "http://127.0.0.1:9")  # down, so the origin is used
     assert download.fetch(checkpoint_of("hub", origin)).sha256 == SHA256
 
 
@@ -658,7 +658,7 @@ def test_no_mirror_stands_in_for_an_origin_that_refuses(kind, status, root, serv
 
 @pytest.fixture
 def endless():
-    """A server that sends 10 MB to everybody, and does not say so before."""
+    """A server that sends everybody 10 MB without announcing the size."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -799,12 +799,12 @@ def test_of_the_hubs_own_cache_only_what_has_a_hash_is_used(root, monkeypatch, t
     for folder in ("blobs", "refs", "snapshots/abc"):
         (repository / folder).mkdir(parents=True)
     (repository / "refs" / "main").write_text("abc")
-    blob = repository / "blobs" / "9e26dfeeb6e641a33dae4961196235bdb965b21b"  # a small file, by its Git hash
+    blob = repository / "blobs" / "9e26dfeeb6e641a33dae4961196235bdb965b21b"  # a small file, named by its Git hash
     blob.write_bytes(b"{}")
     (repository / "snapshots/abc/config.json").symlink_to(blob)
     source = HubSource(repo_id=REPO)
     assert download.fetch_file(source, ("config.json",)).path.read_bytes() == b"{}"
-    (repository / "snapshots" / "abc" / NAME).write_bytes(BODY)  # no link, so that nobody says what it should be
+    (repository / "snapshots" / "abc" / NAME).write_bytes(BODY)  # not a link, so its hash is unknown
     with pytest.raises(OfflineError):
         download.fetch_file(source, (NAME,))
     assert find_local(checkpoint_of("hub", "")) is None
@@ -845,7 +845,7 @@ def test_what_nobody_states_a_hash_of_must_not_change(root, serve):
     files["files/plain.pth"] = b"a new version"
     with pytest.raises(ChecksumError, match="first download"):
         download.fetch(checkpoint)
-    for place in cached_files(checkpoint.sources):  # what wn21k cache prune does
+    for place in cached_files(checkpoint.sources):  # as wn21k cache prune does
         cache.remove(place, root)
     with pytest.warns(download.UnverifiedWeightsWarning):
         assert download.fetch(checkpoint).path.read_bytes() == b"a new version"

@@ -285,7 +285,7 @@ def test_bad_published_files(tmp_path, monkeypatch):
 def test_what_is_not_in_a_tree_is_told_with_what_is_above_it():
     pets = SemanticTree.from_wnids(["n02121808", "n02123045", "n02084071"])
     with pytest.raises(UnknownSynsetError, match=r"n02123597 is not a class .*nearest ancestor there is .*n02121808"):
-        pets.index("n02123597")  # a Siamese is a domestic cat, and no tabby
+        pets.index("n02123597")  # a Siamese is a domestic cat but not a tabby
     with pytest.raises(UnknownSynsetError, match=r"n03001627 is not a class .*; nor is any of its ancestors"):
         pets.index("n03001627")  # a chair
 

@@ -47,7 +47,7 @@ def server(monkeypatch):
             self.send_response(status)
             for name, value in extra.items():
                 self.send_header(name, value)
-            if self.path not in ("/large", "/short"):  # a body whose size is not announced
+            if self.path not in ("/large", "/short"):  # these do not announce their size
                 self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -65,7 +65,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def public(server, monkeypatch):
-    """The server, taken for a public one."""
+    """The server, treated as a public one."""
     monkeypatch.setattr(urls, "_is_public", lambda address: address == "127.0.0.1")
     return server
 

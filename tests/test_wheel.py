@@ -1,4 +1,4 @@
-"""The wheel, outside the checkout, does what the checkout does."""
+"""The wheel, outside the checkout, works like the checkout."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert shipped <= set(names)
-    assert "wn21k_zoo/py.typed" in names  # or no type checker looks at our annotations
+    assert "wn21k_zoo/py.typed" in names  # without it, type checkers ignore our annotations
     recipes = {f"wn21k_zoo/_recipes/{path.name}" for path in (ROOT / "training" / "recipes").glob("*.py")}
     assert recipes == {name for name in names if "recipes/" in name}
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -41,7 +41,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 
 @pytest.fixture(scope="module")
 def site(wheel, tmp_path_factory):
-    """A folder where the wheel alone is installed."""
+    """A folder with only the wheel installed."""
     site = tmp_path_factory.mktemp("site")
     install = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""A program of a user's, for mypy alone (`make check`): what the annotations of the package promise."""
+"""A user's program, only for mypy (`make check`): checks what the package's annotations promise."""
 
 from typing import Any, assert_type
 

@@ -1,4 +1,4 @@
-"""download, verify, cache, lock and convert, as a person runs them, against a local server."""
+"""The commands download, verify, cache, lock and convert, against a local server."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ def run(tmp_path):
 
 
 def call(*arguments):
-    """In this process: where neither a server nor a terminal matters."""
+    """Run in this process, where neither a server nor a terminal matters."""
     return CliRunner().invoke(app, arguments)
 
 
@@ -137,7 +137,7 @@ def test_one_bad_name_does_not_stop_the_rest(run):
 def test_all_of_them_where_nothing_can_be_reached(run):
     begin = time.monotonic()
     done = run("download", "--all", HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
-    assert done.returncode == 3  # the embedded one is here
+    assert done.returncode == 3  # the embedded one is available
     assert [row["name"] for row in rows(done)] == [EMBEDDED]
     assert done.stderr.count("\n") == 13
     assert "Traceback" not in done.stderr
@@ -155,7 +155,7 @@ def test_offline_says_what_to_do(run, tmp_path):
 
 
 def test_what_is_copied_from_elsewhere_is_found(run, tmp_path):
-    """The advice of the message above, followed."""
+    """Follows the advice of the message above."""
     with hub_server(FILES) as (endpoint, _):
         assert run("download", NAME, "--cache-dir", tmp_path / "stick", endpoint=endpoint).returncode == 0
     (tmp_path / "stick").rename(tmp_path / "cache")
@@ -197,7 +197,7 @@ def test_interrupted_it_says_so_and_goes_on_later(tmp_path):
         before = seen.body_bytes
         again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert json.loads(again.stdout)["sha256"] == SHA256
-    # A quarter was there; the server may count as late as now what it was sending when the first process ended.
+    # A quarter was there; bytes in flight when the first process ended may be counted only now.
     assert seen.body_bytes - before < 0.9 * len(BODY)
 
 
@@ -220,7 +220,7 @@ def test_lock_writes_what_the_sources_say_and_keeps_the_rest(run, tmp_path):
 
 def test_a_plain_server_is_locked_by_hashing_its_file(monkeypatch):
     record = registry.get_checkpoint(NAME)
-    name = f"weights-{SHA256[:8]}.pth"  # with its hash in the name a mirror may have it, for whoever downloads
+    name = f"weights-{SHA256[:8]}.pth"  # named by its hash, so a mirror may serve it to a download
     with hub_server({name: BODY}, hashes=False) as (endpoint, _), hub_server({}) as (mirror, asked):
         monkeypatch.setenv("WN21K_MIRROR", mirror)
         source = URLSource(url=f"{endpoint}/{name}")

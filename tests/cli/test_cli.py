@@ -67,7 +67,7 @@ def test_names_of_others_command_no_terminal(tmp_path, chosen):
     done = run("predict", photo, tmp_path / f"b{NASTY}.png", "--model", tmp_path / "model", "--format", chosen)
     assert done.exit_code == 3
     assert not [code for code in done.output if code not in "\n" and not code.isprintable()]
-    assert len(done.stderr.splitlines()) == 2  # what is wrong with one, and how many failed
+    assert len(done.stderr.splitlines()) == 2  # what is wrong with the one, and the number of failures
     if chosen == "jsonl":
         assert {f"cat{NASTY}", "[link=x]dog[/]"} == {
             each["name"] for each in json.loads(done.stdout.splitlines()[0])["top_k"]
@@ -122,7 +122,7 @@ def test_level_threshold_and_top_k():
 
 
 def test_stdin_and_globs(folder):
-    done = run("predict", "-", *MODEL, stdin=f"\ufeff{folder / 'b.png'}\n\nsample:coffee\n")  # PowerShell's mark
+    done = run("predict", "-", *MODEL, stdin=f"\ufeff{folder / 'b.png'}\n\nsample:coffee\n")  # PowerShell's BOM
     assert [json.loads(line)["source"] for line in done.stdout.splitlines()] == [str(folder / "b.png"), "sample:coffee"]
     assert run("predict", "-", *MODEL, stdin="").exit_code == 1
     assert run("predict", "-", "sample:cat", *MODEL).exit_code == 2
@@ -195,7 +195,7 @@ def test_what_is_hidden_in_a_folder_is_left_alone(folder):
     results = map(json.loads, run("predict", folder, *MODEL).stdout.splitlines())
     assert [Path(result["source"]).name for result in results] == ["b.png", "a.JPG", "c.png"]
     hidden = json.loads(run("predict", folder / ".thumbnails", *MODEL).stdout)
-    assert hidden["source"].endswith("a.png")  # named by the user
+    assert hidden["source"].endswith("a.png")  # hidden, but the user named it
 
 
 @pytest.mark.slow
@@ -388,7 +388,7 @@ def test_completion_imports_no_torch():
 def test_interrupt_is_130_without_a_traceback():
     process = start_interruptible([sys.executable, "-m", "wn21k_zoo", "predict", "-", *MODEL])
     try:
-        process.stdin.write("sample:cat\n" * 16)  # one batch: its results come while stdin is still open
+        process.stdin.write("sample:cat\n" * 16)  # one batch: results arrive while stdin is still open
         process.stdin.flush()
         assert process.stdout.readline().startswith("{")
         process.send_signal(signal.SIGINT)
@@ -498,6 +498,6 @@ def test_who_has_had_enough_is_known_by_windows_word_for_it_too(monkeypatch):
     errors = (BrokenPipeError(), OSError(errno.EINVAL, "Invalid argument"), ValueError())
     assert [_is_closed_pipe(error) for error in errors] == [True, False, False]
     monkeypatch.setattr("wn21k_zoo.cli.app.os", SimpleNamespace(name="nt"))
-    assert [_is_closed_pipe(error) for error in errors] == [True, False, False]  # it is of something else
+    assert [_is_closed_pipe(error) for error in errors] == [True, False, False]  # stdout is not closed
     monkeypatch.setattr(sys, "stdout", Closed())
     assert [_is_closed_pipe(error) for error in errors] == [True, True, False]

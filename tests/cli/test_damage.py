@@ -1,4 +1,4 @@
-"""Files that somebody cut, mixed up or filled with something else: one line that says so, or the rest is done."""
+"""Truncated, swapped or overwritten files: a one-line message, or the rest is processed."""
 
 import json
 import shutil
@@ -67,14 +67,14 @@ def check(command):
     assert "wn21k: unexpected" not in done.stderr, command
     assert "Traceback" not in done.stderr, command
     if done.exit_code:
-        assert done.stderr or done.stdout, command  # `data verify` tells on stdout
-        said = [line for line in done.stderr.splitlines() if "━" not in line]  # of a progress bar
+        assert done.stderr or done.stdout, command  # `data verify` reports on stdout
+        said = [line for line in done.stderr.splitlines() if "━" not in line]  # skips progress bars
         assert all(line.startswith("wn21k: ") for line in said), done.stderr
     return done
 
 
 def broken(content):
-    """The same JSON with something else in each place, at the top and one below."""
+    """Variants of some JSON with each value removed or replaced, at the top level and one below."""
     for key in content:
         yield {other: value for other, value in content.items() if other != key}
         for wrong in (None, -1, "x", [None], {"a": 1}):

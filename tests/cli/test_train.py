@@ -57,11 +57,11 @@ def test_plan_of_data_that_is_there(data, run):
     planned = json.loads(wn21k("train", "plan", run, "--data", data, "--gpus", 1).stdout)
     assert planned["steps"] == json.loads((run / "status.json").read_text())["total"]
     assert planned["images_seen"] == planned["steps"] * recipe["data"]["batch_size"]
-    assert json.loads(wn21k("train", "plan", run, "--gpus", 1).stdout) == planned  # the run knows its images
+    assert json.loads(wn21k("train", "plan", run, "--gpus", 1).stdout) == planned  # the run records its images
     more = json.loads(wn21k("train", "plan", run / "recipe.json", "--images", 1000, "--gpus", 1).stdout)
     assert (more["classes"], more["steps_per_epoch"]) == (planned["classes"], 1000 // recipe["data"]["batch_size"])
     other = wn21k("train", "plan", run, "--set", "data.label_space=imagenet1k", "--gpus", 1)
-    assert json.loads(other.stdout)["classes"] == 1000  # other classes, and their images
+    assert json.loads(other.stdout)["classes"] == 1000  # the images of other classes
     assert wn21k("train", "plan", run, "--data", data / "nothing").exit_code == 1
 
 
@@ -183,7 +183,7 @@ def test_compare(run):
 def test_compared_runs_stand_side_by_side_and_fit_a_terminal():
     results = RECIPES.parent / "results" / "stand_in"
     runs = sorted(folder for folder in results.iterdir() if (folder / "metrics.jsonl").is_file())
-    assert len(runs) > 6  # more than stand beside each other
+    assert len(runs) > 6  # more than fit side by side
     shown = wn21k("train", "compare", *runs, "-f", "table").stdout
     assert max(map(len, shown.splitlines())) <= 120
     assert all(run.name in shown for run in runs)  # not folded

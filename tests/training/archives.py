@@ -1,4 +1,4 @@
-"""Small archives in every layout in which ImageNet-21K is handed out, from images that are made here."""
+"""Small archives in every layout in which ImageNet-21K is distributed, with generated images."""
 
 import gzip
 import io
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 WNIDS = ("n02123045", "n02084071", "n07920052")  # tabby, dog, espresso: in fall11, winter21
-OUTSIDE = "n04399382"  # a noun synset that is in neither
+OUTSIDE = "n04399382"  # a noun synset in neither
 
 
 def jpeg(seed, width=48, height=40, **options):
@@ -21,7 +21,7 @@ def jpeg(seed, width=48, height=40, **options):
 
 
 def make_classes(images=12):
-    """{wnid: {name: bytes}}; the sizes lie on both sides of 32 pixels."""
+    """{wnid: {name: bytes}}; sizes below and above 32 pixels."""
     classes = {}
     for number, wnid in enumerate((*WNIDS, OUTSIDE)):
         classes[wnid] = {
@@ -58,7 +58,7 @@ def write_folder(folder, files):
 
 
 def split_files(classes, validation):
-    """As the processed ImageNet-21K-P of image-net.org lies there."""
+    """Laid out like the processed ImageNet-21K-P of image-net.org."""
     files = {}
     for wnid, images in classes.items():
         for rank, name in enumerate(sorted(images)):

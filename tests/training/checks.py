@@ -1,4 +1,4 @@
-"""Runs in this process, and what became of them."""
+"""Start runs in this process and check their results."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from wn21k_zoo.training.state import RunFolder
 from .runs import small_recipe
 
 ALONE = World(0, 1, torch.device("cpu"))
-# A rate at which weights go far in a few steps, by an optimizer that does not blow rounding up as Adam's division does.
+# Moves weights far in a few steps, with an optimizer that does not amplify rounding as Adam's division does.
 FAST = {"name": "sgd", "lr": 0.05}
 
 needs_compiler = pytest.mark.skipif(
@@ -29,7 +29,7 @@ def run(recipe, data, output, world=ALONE, **options):
 
 
 def run_told(recipe, data, output, world=ALONE, **options):
-    """A run that listens to signals, and would not end this process for their sake."""
+    """A run that listens to signals without letting them end this process."""
     signals = Signals(patience=300)
     with signals.listening():
         return run(recipe, data, output, world, signals=signals, **options)
@@ -56,7 +56,7 @@ def assert_same_weights(one, other):
 
 
 def assert_close_weights(one, other, atol=2e-6, recipe=None):
-    """The same to rounding, after they have gone far from where they began."""
+    """Assert weights equal up to rounding, after having moved far from their initial values."""
     begin = build_network(recipe or small_recipe(), "abcdef", None).state_dict()
     moved = max(float((begin[key] - value).abs().max()) for key, value in one["model"].items())
     assert moved > 1e-2

@@ -19,7 +19,7 @@ from .runs import make_folder
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """The number of threads decides in which order numbers are added up."""
+    """Run on one thread: the number of threads determines the order of additions."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,13 +28,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Class folders of a module's own."""
+    """Class folders, one set per test module."""
     return make_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Makes a run get SIGTERM after a step."""
+    """Make a run receive SIGTERM after a step."""
 
     def at(step):
         react = engine._Run._react
@@ -53,7 +53,7 @@ def stop_at(monkeypatch):
 
 @pytest.fixture
 def at_loss(monkeypatch):
-    """Makes logits go through something before each loss; it is given their number, from 1."""
+    """Pass logits through a function before each loss; it also gets the number of the call, from 1."""
 
     def at(action):
         forward, numbers = Criterion.forward, itertools.count(1)
@@ -71,7 +71,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """67 training samples in 7 shards, 8 for validation."""
+    """67 training samples in 7 shards, 8 samples for validation."""
     folder = tmp_path_factory.mktemp("shards")
     source = folder / "source"
     for number, wnid in enumerate(WNIDS[:2]):
@@ -84,7 +84,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture
 def damaged(shards, tmp_path):
-    """In two shards all of sample 5 is zero but its first two bytes; the folder, and names of shard and file."""
+    """Two shards whose sample 5 is zeroed after its first two bytes; the folder, and names of shard and file."""
     folder = tmp_path / "damaged"
     shutil.copytree(shards, folder)
     names = []

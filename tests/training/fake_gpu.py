@@ -1,7 +1,7 @@
-"""A GPU that there is not: tensors that are on it and have no values, so that whatever would wait for one fails.
+"""A fake GPU, whose tensors have no values, so that anything that would wait for a value fails.
 
-Two kinds: fake ones on ``cuda``, which also tell devices apart, but cannot go backward where torch finds no GPU; and
-those of the device ``meta``, which can.
+There are two kinds: fake tensors on ``cuda``, which also tell devices apart but cannot run backward where torch finds
+no GPU; and tensors on the device ``meta``, which can.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Traffic", "fake_gpu", "moved"]
 
 
 class _NoTransfer(TorchDispatchMode):
-    """An operation that takes a tensor of one device and gives one of another makes the host wait."""
+    """Reject copies between devices, which make the host wait."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -30,7 +30,7 @@ class _NoTransfer(TorchDispatchMode):
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up ``bytes`` that operations read and write within, for tensors of any device."""
+    """Adds up the ``bytes`` that operations read and write inside the context, on any device."""
 
     bytes = 0
 
@@ -43,17 +43,17 @@ class Traffic(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Within, ``device="cuda"`` gives tensors of a device, shape and type, without values.
+    """Inside, ``device="cuda"`` gives tensors with a device, shape and type but no values.
 
-    Errors are: what the host would have to know, as in ``if tensor.any()``, what has as many elements as values say, as
-    ``tensor.nonzero()``, tensors of two devices together, and copies between devices.
+    These are errors: values that the host needs, as in ``if tensor.any()``; results whose size depends on values, as
+    in ``tensor.nonzero()``; mixing tensors of two devices; and copies between devices.
     """
     with FakeTensorMode(allow_non_fake_inputs=False), _NoTransfer():
         yield
 
 
 def moved(thing, device="cuda"):
-    """Something with all tensors in it on such a device, as if it had been built there; objects change in place."""
+    """Move all tensors of something to such a device, as if built there; objects change in place."""
     if isinstance(thing, Tensor):
         there = torch.empty(thing.shape, dtype=thing.dtype, device=device)
         return nn.Parameter(there, thing.requires_grad) if isinstance(thing, nn.Parameter) else there

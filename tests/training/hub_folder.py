@@ -1,4 +1,4 @@
-"""A stand-in for a dataset repository on the Hub: what huggingface_hub's file system asks, from a folder."""
+"""A stand-in for a dataset repository on the Hub: serves a folder to huggingface_hub's file system."""
 
 import hashlib
 import json

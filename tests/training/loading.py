@@ -1,4 +1,4 @@
-"""What tests of the loader share."""
+"""Shared by the tests of the loader."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ SIZE = 32
 
 @dataclass(frozen=True)
 class Noisy:
-    """An augmentation that shows which random numbers it got."""
+    """An augmentation that shows which random numbers it was given."""
 
     size: int = SIZE
 

@@ -1,4 +1,4 @@
-"""What the published losses and the metric give on inputs that follow from a rule, and what ours give on the same."""
+"""Values of the published losses and metric on rule-made inputs, and ours on the same inputs."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ from wn21k_zoo.tree import SemanticTree
 
 LOSSES = json.loads((Path(__file__).parent.parent / "data" / "published_losses.json").read_text())["cases"]
 ORDERS = ("published", "level")  # of logits
-WAYS = ("forward", "_plain")  # to compute semantic softmax
+WAYS = ("forward", "_plain")  # of computing semantic softmax
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def _inputs(seed, num_classes, batch):
-    """Student's logits, targets and teacher's logits; every other sample is right."""
+    """Student logits, targets and teacher logits; every other sample is correct."""
     rng = np.random.Generator(np.random.PCG64(seed))
     student = (3 * rng.standard_normal((batch, num_classes))).astype(np.float32)
     targets = rng.integers(0, num_classes, batch)
@@ -27,7 +27,7 @@ def _inputs(seed, num_classes, batch):
 
 
 def loss_values(case, order, way="forward", device="cpu"):
-    """What ours give on the same inputs, by the names that the values have in :data:`LOSSES`, as numbers."""
+    """Our values on the same inputs as numbers, by their names in :data:`LOSSES`."""
     tree = SemanticTree.load(case)
     inputs = _inputs(11, len(tree), LOSSES[case]["B"])
     student, targets, teacher = (each.to(device) for each in inputs)

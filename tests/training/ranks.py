@@ -1,4 +1,4 @@
-"""What a rank of a training runs: batches, and a collective after each, for which all ranks must come."""
+"""What each rank of a training runs: batches, each followed by a collective that all ranks must join."""
 
 from wn21k_zoo.training.data import Loader, Squash, open_dataset
 

@@ -30,7 +30,7 @@ BATCH = 8
 
 
 def make_folder(folder, images=10, names=WNIDS):
-    """A folder of class folders; each class has a colour of its own, so that there is something to learn."""
+    """A folder of class folders; each class has its own colour, so there is something to learn."""
     generator = np.random.default_rng(0)
     for number, name in enumerate(names):
         (folder / name).mkdir(parents=True)
@@ -44,7 +44,7 @@ def make_folder(folder, images=10, names=WNIDS):
 
 
 def small_recipe(architecture="test_convnext", **sections):
-    """Batches of 8 of 54 images, so 6 steps an epoch."""
+    """Batches of 8 out of 54 images, so 6 steps per epoch."""
     recipe = Recipe(name="small", model={"architecture": architecture})
     recipe.data.label_space, recipe.data.size, recipe.data.window = None, 32, 1
     recipe.data.batch_size = recipe.data.batch_per_device = BATCH
@@ -57,14 +57,14 @@ def small_recipe(architecture="test_convnext", **sections):
 
 
 def run_until_killed(recipe_json, data, output):
-    """A run in a process of its own, in one thread; what a test kills."""
+    """A run in its own process, on one thread, for a test to kill."""
     os.environ["TERM"] = "dumb"
     torch.set_num_threads(1)
     train(Recipe.from_json(recipe_json), data, Path(output), World(0, 1, torch.device("cpu")), workers=0)
 
 
 def joined(store, rank, world_size, device="cpu"):
-    """This process among so many, in one thread; on ``cuda`` each has a GPU, which computes as a CPU does."""
+    """Join the process group, on one thread; on ``cuda`` each rank has a GPU, which computes like a CPU."""
     torch.set_num_threads(1)
     if device == "cuda":
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
@@ -86,7 +86,7 @@ def run_rank(store, rank, world_size, recipe_json, data, output, device="cpu"):
 
 
 def in_ninth_step(action):
-    """The logits of the ninth step go through ``action`` first."""
+    """Pass the logits of the ninth step through ``action`` first."""
     forward, calls = Criterion.forward, []
 
     def changed(self, logits, *others):
@@ -97,7 +97,7 @@ def in_ninth_step(action):
 
 
 class Measured(nn.Module):
-    """A network that counts what it gives."""
+    """A network that feeds its outputs to an evaluation."""
 
     def __init__(self, evaluation):
         super().__init__()
@@ -109,7 +109,7 @@ class Measured(nn.Module):
 
 
 def measure_on_rank(store, rank, world_size, results):
-    """Counts every world_size-th row of two batches, in a network under DDP, and puts what all ranks say together."""
+    """Evaluate every world_size-th row of two batches in a DDP network; puts the figures of all ranks together."""
     joined(store, rank, world_size)
     tree = SemanticTree.from_wnids(WNIDS)
     generator = torch.Generator().manual_seed(3)
@@ -119,7 +119,7 @@ def measure_on_rank(store, rank, world_size, results):
     network = DistributedDataParallel(measured) if world_size > 1 else measured
     for batch in (slice(0, 50), slice(50, None)):
         network(logits[batch][rank::world_size], targets[batch][rank::world_size])
-    evaluation.compute()  # as a second time, the counts of this rank are its own still
+    evaluation.compute()  # the second call must give the same: each rank keeps its own counts
     results.put(evaluation.compute())
     if world_size > 1:
         dist.destroy_process_group()
@@ -138,7 +138,7 @@ def run_rank_that_breaks(store, rank, world_size, recipe_json, data, output, res
 
 
 def run_rank_that_fails_alone(store, rank, world_size, recipe_json, data, output, results):
-    """A rank of a run of which the last one fails in its ninth step, while the others wait for it."""
+    """A rank of a run whose last rank fails in its ninth step, while the others wait for it."""
 
     def failing(logits):
         raise OSError("this rank alone")
@@ -158,7 +158,7 @@ def run_rank_that_fails_alone(store, rank, world_size, recipe_json, data, output
 def run_rank_told_to_stop(store, rank, world_size, recipe_json, data, output, results):
     """A rank of a run in which the last rank alone gets SIGTERM in the first evaluation.
 
-    Puts the exit code and how many batches it had evaluated.
+    Puts the exit code and the number of batches evaluated.
     """
     world = joined(store, rank, world_size)
     update, calls = Evaluation.update, []
@@ -180,7 +180,7 @@ def run_rank_told_to_stop(store, rank, world_size, recipe_json, data, output, re
 
 
 def run_that_is_stuck(store, rank, world_size, recipe_json, data, output):
-    """A rank of a run whose ninth step does not end: it is inside one call of C++, where no handler runs."""
+    """A rank of a run whose ninth step hangs inside one C++ call, where no signal handler runs."""
 
     def stuck(logits):
         Path(f"{store}.stuck{rank}").touch()

@@ -1,4 +1,4 @@
-"""What a process of its own runs; imports nothing heavy."""
+"""Functions that run in subprocesses; imports nothing heavy."""
 
 import os
 import time
@@ -14,12 +14,12 @@ def stage_all(place, stage, results):
 
 
 def index_all(place, cache, results):
-    """How many indexes this process wrote."""
+    """Puts the number of indexes this process wrote."""
     os.environ["WN21K_DATA_CACHE"] = str(cache)
     write, written = dataset.write_index, []
 
     def slowly(path, index):
-        time.sleep(0.2)  # the others come meanwhile
+        time.sleep(0.2)  # gives the others time to arrive
         written.append(path)
         write(path, index)
 
@@ -29,5 +29,5 @@ def index_all(place, cache, results):
 
 
 def no_locks(*_, **__):
-    """As on a network file system that has none."""
+    """As on a network file system without locks."""
     raise OSError(37, "No locks available")

@@ -1,4 +1,4 @@
-"""Every operation against Pillow's, written from Pillow's own functions; the geometry, the draws and the pipeline."""
+"""Every operation against one built from Pillow's functions; the geometry, the random draws and the pipeline."""
 
 # ruff: noqa: S311
 
@@ -80,7 +80,7 @@ PILLOW = {
     "solarize": lambda image, m, _: ImageOps.solarize(image, m),
     "brightness": lambda image, m, _: ImageEnhance.Brightness(image).enhance(1 + m),
 }
-# Pillow's binary for these machines multiplies and adds in one, with one rounding in place of two.
+# Pillow's binaries for these machines fuse multiply and add, with one rounding instead of two.
 FUSED = platform.machine().lower() in ("arm64", "aarch64")
 ALLOWED = dict.fromkeys(PILLOW, 0)
 """Greatest difference in levels."""
@@ -107,7 +107,7 @@ def images():
         "tiny": noise.integers(0, 256, (2, 1, 3), np.uint8),
     }
     for image in found.values():
-        image.flags.writeable = False  # an operation that writes into its input fails
+        image.flags.writeable = False  # operations that write to their input fail
     return found
 
 
@@ -161,7 +161,7 @@ def test_same_state_gives_the_same_image(images):
 
 def test_input_stays_as_it_is(images):
     for image in images.values():
-        mine = image.copy()  # writable, so that nothing but the augmentation's own care protects it
+        mine = image.copy()  # writable, so only the augmentation itself protects it
         for seed in range(60):
             found = PublishedAugmentation(mine.shape[0])(mine, random.Random(seed))
             assert not np.shares_memory(found, mine)
@@ -178,7 +178,7 @@ def test_what_is_augmented_is_squashed_first(images):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Operations that change nothing and write down with what they were called."""
+    """Operations that change nothing and record how they were called."""
     calls = []
 
     def stub(name):
@@ -186,7 +186,7 @@ def recorded(monkeypatch):
             calls.append((name, magnitude))
             return image
 
-        # Every magnitude is its own index, also where the real ones repeat.
+        # Each magnitude is its index, even where the real ones repeat.
         return augment.Operation(function, tuple(float(index) for index in range(10)), OPERATIONS[name].signed)
 
     stubs = {name: stub(name) for name in OPERATIONS}
@@ -306,5 +306,5 @@ def test_the_whole_is_pillows():
     for seed in range(100):
         ours = PublishedAugmentation(64)(image, random.Random(seed))
         theirs = by_pillow(image, 64, random.Random(seed))
-        # Of one level a later operation, such as equalize, can make several.
+        # Later operations, such as equalize, can turn a difference of one level into several.
         assert np.mean(ours != theirs) <= 0.01 * FUSED, seed

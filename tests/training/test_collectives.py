@@ -1,7 +1,7 @@
-"""All that ranks do together, on the device of one: gloo on the CPU and, where there is a GPU, NCCL.
+"""All collectives of ranks, on one device: gloo on the CPU and, where there is a GPU, NCCL.
 
-NCCL takes no GPU for two ranks. So this is the first of two, of which the second never says anything: what they add up
-is that of the first, and what they wait for is there at once.
+NCCL does not allow two ranks on one GPU. So this is the first of two ranks, the second of which contributes nothing:
+sums are those of the first, and nothing is waited for.
 """
 
 import math
@@ -33,7 +33,7 @@ GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 @pytest.fixture
 def world(request, monkeypatch):
-    # A port of 0 is any that is free.
+    # Port 0 means any free port.
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -44,7 +44,7 @@ def world(request, monkeypatch):
 
 def recipe_for_two(architecture="test_efficientnet", **model):
     recipe = small_recipe(architecture, model=model, run={"ema_decay": 0.9}, optimizer={"clip_norm": 1.0})
-    recipe.data.batch_per_device = 2  # twice for a step of this one
+    recipe.data.batch_per_device = 2  # two micro-batches per step on this rank
     return recipe
 
 
@@ -119,7 +119,7 @@ def test_sums_that_are_to_be_the_same_are_chosen_before_a_group_is_made(data, tm
 @pytest.mark.parametrize("world", ["cpu", GPU], indirect=True)
 def test_what_it_says_to_others_comes_back(world):
     assert (world.any(True), world.any(False)) == (True, False)
-    assert world.mean(3.0, math.pi) == pytest.approx([1.5, math.pi / 2])  # of two, one of which said nothing
+    assert world.mean(3.0, math.pi) == pytest.approx([1.5, math.pi / 2])  # over two ranks, one of which said nothing
     assert world.broadcast(2**40 + 1) == 2**40 + 1
 
 
@@ -129,7 +129,7 @@ def test_told_to_stop_it_goes_on_to_the_same_bits(world, data, tmp_path, stop_at
     recipe = recipe_for_two()
     recipe.run.precision, recipe.run.deterministic = precision, world.device.type == "cuda"
     figures = run(recipe, data, tmp_path / "whole", world)
-    assert figures["images"] == 3  # of 6, of which the other has 3
+    assert figures["images"] == 3  # of 6, the other rank having 3
     stop_at(7)
     with pytest.raises(Preempted):
         run_told(recipe, data, tmp_path / "parts", world)
@@ -176,7 +176,7 @@ def test_what_a_checkpoint_holds_can_be_read_beside_a_step(data, device):
     learner = Learner(recipe, open_splits(recipe, data), World(0, 1, torch.device(device)), 10)
     batch = Batch(torch.rand(4, 3, 32, 32, device=device), torch.arange(4, device=device), torch.arange(4))
     learner.begin()
-    learner.backward(learner.loss(batch))  # whose kernels are then there: to load one may wait for the GPU
+    learner.backward(learner.loss(batch))  # loads the kernels, which may wait for the GPU
     learner.update()
     expected = copied(learner.state_dict())
     learner.begin()

@@ -1,4 +1,4 @@
-"""Random and central crops: their shapes, and that they are drawn as torchvision draws them."""
+"""Random and central crops: their shapes, and that they are drawn as in torchvision."""
 
 # ruff: noqa: S311
 
@@ -23,7 +23,7 @@ COUNT = 4000
 
 
 def assert_alike(ours, theirs):
-    """Top, left, height and width of many rectangles, of which each follows the same distribution."""
+    """Top, left, height and width of many rectangles, all from the same distribution."""
     ours, theirs = np.array(ours), np.array(theirs)
     for of in (
         lambda each: each[:, 2] * each[:, 3],

@@ -65,7 +65,7 @@ def test_samples_have_their_own_targets_and_evaluation_their_own_order(shards):
 
 
 def test_randomness_is_what_it_has_always_been():
-    """A run that is resumed with another version goes on with the same crops."""
+    """A run resumed with another version continues with the same crops."""
     assert randomness(1, 2, 3).random() == 0.26713145990474474
 
 
@@ -186,8 +186,8 @@ def test_ranks_that_wait_for_each_other_get_to_the_end(damaged, tmp_path):
 @pytest.mark.parametrize(
     ("bad", "seen", "world_size", "max_bad", "ends"),
     [
-        (10, 10, 1, 0.01, False),  # ten always may be
-        (11, 1100, 1, 0.01, False),  # as 40 of 4,000 may be
+        (10, 10, 1, 0.01, False),  # ten are always allowed
+        (11, 1100, 1, 0.01, False),  # as 40 of 4,000 are allowed
         (41, 1100, 1, 0.01, True),
         (5, 600, 1, 0.002, False),  # 8 of 4,000
         (5, 600, 2, 0.002, True),  # 4 of the half that a rank has
@@ -239,7 +239,7 @@ def test_a_look_at_a_batch_costs_an_evaluation_nothing(shards):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_who_counts_batches_misses_no_epoch(shards, workers):
-    """Trainers of others take as many as ``len`` says, and never ask for the one after the last."""
+    """Other trainers take ``len`` batches and never ask for one more."""
     counting, asking = loader(shards, workers=workers), loader(shards)
     for epoch in range(3):
         same(batches(islice(counting, len(counting))), batches(asking))
@@ -473,7 +473,7 @@ def test_many_files_may_be_open():
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))  # as macOS has it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))  # as on macOS
         allow_open_files()
         hard = 4096 if before[1] == resource.RLIM_INFINITY else before[1]
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(4096, hard)

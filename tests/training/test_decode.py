@@ -1,4 +1,4 @@
-"""What training sees of an image file, beside what a prediction sees of it."""
+"""What training sees of an image file, compared with what a prediction sees."""
 
 import contextlib
 import io
@@ -34,12 +34,12 @@ def rotated(orientation):
 
 
 def with_preview(data):
-    """A JPEG with another one, whole, in its metadata."""
+    """A JPEG with another complete JPEG in its metadata."""
     preview = encoded(Image.fromarray(NOISE[:8, :8, :3]), "JPEG")
     return data[:2] + b"\xff\xe2" + (len(preview) + 2).to_bytes(2, "big") + preview + data[2:]
 
 
-FILM = b"\0\0\0\x18ftypmp42" + bytes(100_000)  # phones put seconds of film behind a photograph
+FILM = b"\0\0\0\x18ftypmp42" + bytes(100_000)  # phones append seconds of video to a photograph
 FILES = {
     "JPEG": encoded(Image.fromarray(NOISE[..., :3]), "JPEG"),
     "grey JPEG": encoded(Image.fromarray(NOISE[..., 0]), "JPEG"),
@@ -70,7 +70,7 @@ def test_it_is_what_a_prediction_sees(name):
     pixels = decode(FILES[name])
     assert pixels.flags.writeable
     expected = np.asarray(load_image(FILES[name]))
-    np.testing.assert_allclose(pixels, expected, rtol=0, atol=int(name == "CMYK JPEG"))  # rounded otherwise
+    np.testing.assert_allclose(pixels, expected, rtol=0, atol=int(name == "CMYK JPEG"))  # rounded differently
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -79,7 +79,7 @@ def test_what_a_prediction_takes_is_stored(name):
     height, width = np.asarray(load_image(FILES[name])).shape[:2]
     stored = store_image(FILES[name], 500, "squash", 95)
     assert decode(stored.data).shape == (height, width, 3) == (stored.stored_height, stored.stored_width, 3)
-    assert len(stored.data) < 5000  # no film
+    assert len(stored.data) < 5000  # the video is gone
     if stored.action == "copied":
         assert FILES[name].startswith(stored.data)
 

@@ -1,4 +1,4 @@
-"""What each step of a training asks of a device, seen without a GPU: none of it may make the host wait for one."""
+"""The device operations of a training step, tested without a GPU: none may make the host wait for one."""
 
 import re
 
@@ -35,7 +35,7 @@ def batch(dtype=torch.float32, classes=CLASSES, device="cuda", size=8):
 
 
 def forward_and_backward(loss_of, *inputs, dtype):
-    """What a loss needs of a GPU; ``inputs`` are numbers of those that :func:`batch` gives."""
+    """Run a loss on a fake GPU; ``inputs`` are indices into what :func:`batch` returns."""
     with fake_gpu():
         loss = moved(loss_of)(*(batch(dtype)[which] for which in inputs))
         assert (loss.dtype, loss.shape, loss.device.type) == (torch.float32, (), "cuda")
@@ -86,7 +86,7 @@ def test_a_softmax_per_level_moves_little_more_than_one_over_all_classes():
     with Traffic() as levels:
         moved(SemanticSoftmaxLoss(TREE, order="level"), "meta")(logits, targets).backward()
     assert one.bytes > 5 * logits.nbytes
-    assert levels.bytes < 1.3 * one.bytes  # one read and written more, to put the gradients side by side
+    assert levels.bytes < 1.3 * one.bytes  # one extra read and write, to concatenate the gradients
 
 
 @pytest.mark.parametrize(("tree", "order"), [(TREE, "published"), (TREE, "level"), (None, "published")])
@@ -124,7 +124,7 @@ def test_a_step_waits_for_nothing(tmp_path, optimizer):
         learner.update()
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw"])  # torch can run a fused SGD on no tensor without values
+@pytest.mark.parametrize("name", ["adam", "adamw"])  # torch cannot run a fused SGD on tensors without values
 def test_in_fp16_fused_optimizers_wait_for_nothing(name, monkeypatch):
     module = timm.create_model("test_resnet", num_classes=3)
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""How much a preparation will be, and whether there is room."""
+"""How large a preparation will be, and whether there is room for it."""
 
 import io
 import types
@@ -31,14 +31,14 @@ def test_twice_the_output_is_needed_less_what_is_there(tmp_path, monkeypatch):
         dry_run._refuse_space(expected, have, tmp_path)
         with pytest.raises(DiskSpaceError):
             dry_run._refuse_space(expected + 1, have, tmp_path)
-    done = [types.SimpleNamespace(stored_bytes=4)] * 2  # of a fifth of the source, so 40 of all and 72 to come
+    done = [types.SimpleNamespace(stored_bytes=4)] * 2  # from a fifth of the source, so 40 in all and 72 to come
     dry_run.check_space_during(done, 20, 100, tmp_path)
     with pytest.raises(DiskSpaceError):
         dry_run.check_space_during(done, 20, 200, tmp_path)
 
 
 def test_space_is_reckoned_for_the_classes_that_were_not_looked_at(tmp_path, monkeypatch):
-    image = jpeg(0, 16, 16)  # about 3.3 kB as a record
+    image = jpeg(0, 16, 16)  # about 3.3 kB when stored
     files = {f"{wnid}/a.jpg": image for wnid in LabelSpace.load("fall11").wnids[:64]}
     write_folder(tmp_path / "in", files)
     needed = 2 * len(files) * (len(image) + 2816)

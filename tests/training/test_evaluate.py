@@ -1,4 +1,4 @@
-"""What is told of each image and each class; the figures themselves are in test_export.py and test_metrics.py."""
+"""Reports per image and per class; test_export.py and test_metrics.py test the figures themselves."""
 
 import copy
 import csv
@@ -178,7 +178,7 @@ def test_position_embeddings_are_resampled_to_the_size_of_the_images(data, tmp_p
     figures = evaluate(tmp_path / "vit", data, **how)
     assert figures["input_size"] == [3, 64, 64]
     with pytest.raises(InvalidArgumentError, match=r"does not take images of 64 pixels: .*image_size"):
-        evaluate(vit, data, label_space=ClassNames(WNIDS), **how)  # the caller's stays as it is
+        evaluate(vit, data, label_space=ClassNames(WNIDS), **how)  # the caller's network is unchanged
 
 
 def test_any_network_and_size_may_be_tried(run, data):

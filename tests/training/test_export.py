@@ -65,7 +65,7 @@ def test_an_exported_run_predicts_at_once(exported, data):
 
 def test_the_names_of_synsets_may_be_taken_as_they_are(exported, data):
     found = wn21k_zoo.predict(data / WNIDS[5] / "3.jpg", model=exported, label_space="own")
-    assert (found.label_space, found.head) == ("own", "softmax")  # whatever it was trained for
+    assert (found.label_space, found.head) == ("own", "softmax")  # whatever loss it was trained with
     assert found.top_k[0].name in LabelSpace("x", sorted(WNIDS)).unique_names
 
 
@@ -176,7 +176,7 @@ def test_a_card_says_nothing_of_this_machine(exported, data, tmp_path):
     run = tmp_path / "my <b>run\n#1"
     train(small_recipe(model={"start": str(start)}, schedule={"max_steps": 1}), data, run, ALONE, workers=0)
     trained = load_run(run)
-    trained.recipe.name = "resnet50.miil_in21k"  # that of published weights, so the folder's is taken
+    trained.recipe.name = "resnet50.miil_in21k"  # the name of published weights, so the folder's name is used
     assert trained.checkpoint().name == "test_convnext.my-b-run-1"
     card = (export_run(run, tmp_path / "model") / "README.md").read_text()
     assert '"start": "start"' in card
@@ -326,7 +326,7 @@ def test_an_exported_run_has_no_name_of_published_weights_and_its_own_preprocess
 
 @pytest.mark.slow
 def test_a_record_is_evaluated_by_synset_and_with_its_own_preprocessing(tmp_path):
-    # Loose images and shards of the same classes: goldfish, tabby and one that ImageNet-1K lacks.
+    # Loose images and shards of the same classes: goldfish, tabby and one that is not in ImageNet-1K.
     images = make_folder(tmp_path / "images", names=("n01443537", "n02123045"), images=8)
     name = "efficientnet_lite0.embedded_in1k"
     loose = evaluate(name, images, workers=0)
@@ -337,7 +337,7 @@ def test_a_record_is_evaluated_by_synset_and_with_its_own_preprocessing(tmp_path
     prepare(tmp_path / "images2", tmp_path / "shards", options, workers=1)
     shards = evaluate(name, tmp_path / "shards", workers=0)
     assert (shards["split"], shards["images"], shards["leaf_images"]) == ("validation", 16, 16)
-    # The same as a person would do it.
+    # The same, done by hand.
     transform, module = create_transform(name), create_model(name).eval()
     space, right = LabelSpace.load("imagenet1k"), 0
     for wnid in ("n01443537", "n02123045"):
@@ -354,7 +354,7 @@ def test_what_is_loaded_is_the_average_of_the_checkpoint_that_is_asked_for(run, 
     folder = RunFolder(tmp_path / "run")
     for path, value in ((folder.best, 1.0), (folder.steps()[0], 2.0)):
         checkpoint = read_checkpoint(path)
-        path.unlink()  # both names may be of one file
+        path.unlink()  # both names may be links to one file
         for tensor in checkpoint["average"].values():
             tensor.fill_(value)
         torch.save(checkpoint, path)
@@ -439,7 +439,7 @@ def test_plots_are_pictures(run, data, tmp_path):
 
 def test_raw_semantic_top1_is_the_published_protocol_whatever_the_head(run, data, tmp_path):
     figures = evaluate(run, data, workers=0)
-    assert figures["raw_semantic_top1"] == figures["semantic_top1"]  # a softmax within a level keeps its order
+    assert figures["raw_semantic_top1"] == figures["semantic_top1"]  # a softmax within a level preserves the order
     recipe = small_recipe(loss={"kind": "single_label"}, schedule={"max_steps": 2})
     train(recipe, data, tmp_path / "run", ALONE, workers=0)
     figures = evaluate(tmp_path / "run", data, workers=0)
@@ -459,7 +459,7 @@ def test_the_head_of_a_run_is_in_the_order_of_its_classes(run):
     weights = {key.removeprefix(prefix): value for key, value in state["average"].items() if key.startswith(prefix)}
     network = timm.create_model("test_convnext", num_classes=len(WNIDS)).eval()
     network.load_state_dict(weights, strict=False)
-    columns = Levels(SemanticTree.from_label_space(trained.space), "level").columns  # which class is in which place
+    columns = Levels(SemanticTree.from_label_space(trained.space), "level").columns  # maps places to classes
     assert columns.tolist() != list(range(len(WNIDS)))
     pixels = torch.rand(2, 3, 32, 32)
     with torch.no_grad():

@@ -81,7 +81,7 @@ def test_what_cannot_be_run_is_said_before_anything_is_written(data, tmp_path, s
         run(small_recipe(**sections), data, tmp_path / "run")
     assert type(error.value).__module__ == "wn21k_zoo.errors"
     assert not (tmp_path / "run" / "recipe.json").exists()
-    run(small_recipe(schedule={"max_steps": 1}), data, tmp_path / "run")  # nothing is in the way of a right one
+    run(small_recipe(schedule={"max_steps": 1}), data, tmp_path / "run")  # nothing is left that blocks a correct run
 
 
 def test_what_is_no_recipe_or_device_is_said(data, tmp_path):
@@ -225,7 +225,7 @@ def broken(image, random):
     raise RuntimeError("of the caller")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's, of its half-made iterator
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from torch's half-constructed iterator
 def test_processes_that_cannot_be_started_are_told(tmp_path, monkeypatch):
     def refused(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -283,7 +283,7 @@ def test_what_torch_says_amid_the_end_does_not_hide_the_reason(data, tmp_path, m
     with pytest.raises(DataError, match="A process that loads images is gone"):
         run(small_recipe(), data, tmp_path)
     assert "A process that loads images is gone" in RunFolder(tmp_path).status()["reason"]
-    assert not RunFolder(tmp_path).steps()  # nothing was run
+    assert not RunFolder(tmp_path).steps()  # no step was run
 
 
 def test_others_that_are_gone_are_said_in_one_line(data, tmp_path, monkeypatch):

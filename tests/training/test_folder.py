@@ -107,7 +107,7 @@ def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):
     make_folder(tmp_path / "3" / "val", names=(two, "b"))
     assert [len(each) for each in open_folders(tmp_path / "3")] == [20, 20]
     trained, again = (open_folder(tmp_path / each, "train") for each in "12")
-    assert trained.digest == again.digest  # so that a run goes on
+    assert trained.digest == again.digest  # so a run can resume
     assert again.mapped((two, "b"), "class").targets.tolist() == again.mapped((one, "b"), "class").targets.tolist()
     make_folder(tmp_path / "1", names=(two,))
     with pytest.raises(DataError, match="whose names look alike"):
@@ -144,7 +144,7 @@ def test_images_are_those_that_a_prediction_takes_from_a_folder(tmp_path):
     for each in ("a", "b"):
         (tmp_path / each).mkdir()
         (tmp_path / each / "notes.txt").touch()
-        (tmp_path / each / "._0.jpg").touch()  # of macOS
+        (tmp_path / each / "._0.jpg").touch()  # as macOS creates
         for number, suffix in enumerate(IMAGE_SUFFIXES):
             (tmp_path / each / f"{number}{suffix.upper()}").touch()
     folder = open_folder(tmp_path, "all")
@@ -274,7 +274,7 @@ def test_one_damaged_file_of_a_few_is_endured_in_every_epoch(tmp_path, caplog):
     for epoch in range(25):
         assert [len(batch) for batch in loader] == [59], epoch
     assert loader.bad_samples == 25
-    assert len(caplog.records) == 1  # it is named once
+    assert len(caplog.records) == 1  # reported only once
 
 
 def test_of_many_damaged_files_some_are_named(tmp_path, caplog):

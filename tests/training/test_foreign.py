@@ -24,7 +24,7 @@ from .loading import SIZE, batches
 
 
 def timm_wds(folder, classes, keyed=True):
-    """As timm's WebDataset repositories are: several kinds per key, a json, numbers of another list of classes."""
+    """Like timm's WebDataset repositories: several files per key, a json, numbers from another list of classes."""
     samples = [(name, data) for files in classes.values() for name, data in files.items()]
     random.Random(0).shuffle(samples)  # noqa: S311
     for number in range(3):
@@ -56,7 +56,7 @@ def test_webdataset_tars_of_others(tmp_path, keyed):
 
 
 def hugging_face_parquet(folder, classes):
-    """As Hugging Face stores timm/imagenet-w21-p: an image struct, a ClassLabel whose names are synsets, row groups."""
+    """Like timm/imagenet-w21-p on Hugging Face: an image struct, a ClassLabel whose names are synsets, row groups."""
     (folder / "data").mkdir(parents=True)
     names = sorted(classes)
     rows = [(name, data, names.index(wnid)) for wnid, files in classes.items() for name, data in files.items()]
@@ -170,7 +170,7 @@ CLASSES = {"n02123045": 4, "n02084071": 0}
         ({"n02123045_1.json": b'{"class_name": "n02084071"}', "n02123045_1.jpg": b"a"}, [(b"a", 4)]),  # the key counts
         ({"01.jpg": b"a", "01.json": b'{"class_name": "n02084071"}'}, [(b"a", 0)]),
         ({"part/01.jpg": b"a", "part/01.json": b'{"synset": "n02084071"}'}, [(b"a", 0)]),
-        ({"n07920052_1.jpg": b"a", "n02084071_1.jpg": b"b"}, [(b"b", 0)]),  # of a class that is not asked for
+        ({"n07920052_1.jpg": b"a", "n02084071_1.jpg": b"b"}, [(b"b", 0)]),  # a class that is not asked for
     ],
 )
 def test_samples_of_a_tar_by_key_and_kind(files, expected):
@@ -198,7 +198,7 @@ def test_what_stands_behind_the_end_of_a_tar(rest):
     whole = tar_bytes({"n02123045_1.jpg": b"a"})
     assert [target for _, _, target in index_tar(io.BytesIO(whole + rest), "x.tar", CLASSES).tolist()] == [4]
     cut = whole.rstrip(b"\0")
-    cut += b"\0" * (-len(cut) % 512)  # without its end
+    cut += b"\0" * (-len(cut) % 512)  # without the end-of-archive marker
     with pytest.raises(DataError, match=r"x\.tar is not a readable WebDataset tar: .*no header"):
         index_tar(io.BytesIO(cut + b"rubbish" * 100 + rest), "x.tar", CLASSES)
 
@@ -236,7 +236,7 @@ def parquet(table, names=None, **options):
 
 
 def test_rows_of_a_table_by_a_column_of_text(tmp_path):
-    # A name in words beside the synset, a class 0, one that is not asked for, and images of which one is missing.
+    # A name in words besides the synset, a class 0, a class that is not asked for, and one missing image.
     table = pa.table(
         {
             "label": ["tabby", "dog", "espresso", "dog"],
@@ -281,7 +281,7 @@ def test_paths_in_place_of_images_are_refused():
     table = pa.table({"image": pa.array([{"bytes": None, "path": "a"}] * 3, kind), "synset": ["n02123045"] * 3})
     with pytest.raises(DataError, match=r"x\.parquet holds paths of images and not the images"):
         index_parquet(parquet(table), "x.parquet", CLASSES)
-    assert len(index_parquet(parquet(table, write_statistics=False), "x", CLASSES)) == 3  # nobody can tell
+    assert len(index_parquet(parquet(table, write_statistics=False), "x", CLASSES)) == 3  # cannot be told
 
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())])

@@ -80,8 +80,8 @@ def test_info_counts(prepared):
 def test_a_contact_sheet_shows_the_images_of_a_class(prepared, tmp_path):
     sheet = contact_sheet(prepared, WNIDS[0], count=8, columns=4)
     assert sheet.size == (4 * 116 + 4, 2 * 130 + 24)
-    assert np.asarray(sheet)[30:130, 10:110].std() > 5  # a picture, not paper
-    assert contact_sheet(prepared, WNIDS[2], count=8, columns=4).size == (4 * 116 + 4, 130 + 24)  # it has but four
+    assert np.asarray(sheet)[30:130, 10:110].std() > 5  # a picture, not blank
+    assert contact_sheet(prepared, WNIDS[2], count=8, columns=4).size == (4 * 116 + 4, 130 + 24)  # it has only four
     assert contact_sheet(prepared, None, "validation").size == (8 * 116 + 4, 130 + 24)
     with pytest.raises(UnknownSynsetError, match="Did you mean n02123045"):
         contact_sheet(prepared, "n02123046")

@@ -1,4 +1,4 @@
-"""The launch files: their syntax, and that they start what there is. Nothing here sees a cluster."""
+"""The launch files: their syntax, and that what they start exists. No cluster is used."""
 
 import json
 import os
@@ -67,7 +67,7 @@ needs_bash = pytest.mark.skipif(os.name == "nt" or shutil.which("bash") is None,
 
 
 def with_programs(tmp_path, **scripts):
-    """An environment in which these programs are others."""
+    """An environment in which these programs are replaced by scripts."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, script in scripts.items():
@@ -109,12 +109,12 @@ def mark(folder, state):
 @pytest.mark.parametrize(
     ("before", "elsewhere", "after", "code", "expected", "state"),
     [
-        ("preempted", False, None, 1, 1, "waiting"),  # it failed before it began: an old mark must not put it back
+        ("preempted", False, None, 1, 1, "waiting"),  # it failed before it began: an old mark must not requeue it
         ("preempted", False, "failed", 1, 1, "failed"),
         ("preempted", True, "failed", 1, 1, "failed"),
         ("preempted", True, "preempted", 1, 143, "preempted"),
         (None, True, "preempted", 1, 143, "preempted"),
-        (None, False, "preempted", 1, 1, "failed"),  # torchrun stopped the others when one was gone
+        (None, False, "preempted", 1, 1, "failed"),  # torchrun stopped the others when one died
         (None, False, "running", 1, 1, "failed"),
         (None, False, "finished", 0, 0, "finished"),
         (None, False, None, 2, 2, None),
@@ -128,7 +128,7 @@ def test_the_exit_code_says_whether_this_run_was_told_to_stop(
         mark(output, before)
     mark(tmp_path / "other", after or "")
     write = f"mkdir -p {output}; cp {tmp_path}/other/status.json {output}" if after is not None else ":"
-    if elsewhere:  # by the run.sh of another machine
+    if elsewhere:  # written by run.sh on another machine
         write += f"; touch {output}/.asked-to-stop"
     environment = with_programs(tmp_path, torchrun=f'echo "$@" > {tmp_path}/arguments; {write}; exit {code}')
     done = subprocess.run(["bash", LAUNCH / "run.sh", output, "-m", "a b"], env=environment, capture_output=True)
@@ -146,7 +146,7 @@ def test_the_exit_code_says_whether_this_run_was_told_to_stop(
         ("waiting", False, 143),
         ("running", False, 143),
         ("failed", False, 7),
-        (None, True, 7),  # because another machine's failed: told to stop by srun, say
+        (None, True, 7),  # because another machine's run failed: srun stopped this one, say
         ("waiting", True, 7),
     ],
 )
@@ -156,7 +156,7 @@ def test_told_to_stop_before_the_run_can_say_anything(tmp_path, state, failed, e
     write = f"cp {tmp_path}/other/status.json {output}" if state else ":"
     write += f"; touch {output}/.failed" if failed else ""
     mark(tmp_path / "other", state or "")
-    mark(output, "failed")  # of another time
+    mark(output, "failed")  # left by an earlier run
     environment = with_programs(
         tmp_path, torchrun=f"trap '{write}; {end}' TERM; touch {tmp_path}/begun; while true; do sleep 0.1; done"
     )
@@ -195,7 +195,7 @@ def test_a_run_told_to_stop_ends_with_143_and_goes_on(tmp_path):
         while not (output / "metrics.jsonl").exists() or len((output / "metrics.jsonl").read_text()) <= reached:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGTERM)  # as Slurm does it
+        os.killpg(process.pid, signal.SIGTERM)  # as Slurm does
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 143, errors
         assert json.loads((output / "status.json").read_text())["state"] == "preempted"
@@ -205,7 +205,7 @@ def test_a_run_told_to_stop_ends_with_143_and_goes_on(tmp_path):
 def is_rank(process, rank):
     try:
         return process.environ().get("RANK") == rank and "wn21k_zoo.training.train" in process.cmdline()
-    except psutil.Error:  # it is gone
+    except psutil.Error:  # the process is gone
         return False
 
 

@@ -1,4 +1,4 @@
-"""What a learner does between the runs that tests of the engine compare."""
+"""What a learner does in between: the engine tests compare only whole runs."""
 
 import math
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ def test_a_batch_without_images_changes_nothing(data):
     assert float(loss.detach()) == 0
     assert all(not parameter.grad.any() for parameter in learner.module.parameters())
     assert all(torch.equal(before[name], buffer) for name, buffer in learner.module.named_buffers())
-    assert float(learner.loss(some_batch()).detach()) > 0  # as in training again
+    assert float(learner.loss(some_batch()).detach()) > 0  # back in training mode
     assert any(not torch.equal(before[name], buffer) for name, buffer in learner.module.named_buffers())
 
 
@@ -78,7 +78,7 @@ def test_one_image_that_is_left_of_more_is_left_out_where_it_must(data):
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_a_gpu_goes_on_where_a_cpu_was(data, name, monkeypatch):
-    """There optimizers are fused, and with them goes another way through the scaler of fp16."""
+    """Optimizers are fused there, which takes another path through the fp16 scaler."""
     sections = {"architecture": "test_convnext", "optimizer": {"name": name, "clip_norm": 1.0}}
     sections["run"] = {"precision": "fp32" if name == "sgd" else "fp16", "ema_decay": 0.9}
     plain = learner_of(data, **sections)
@@ -140,7 +140,7 @@ def test_what_ranks_agree_on(loss, broken, save):
 
 
 def test_nothing_is_rescued_of_a_step_half_done():
-    # No attribute of the run but these is looked at.
+    # Only these attributes of the run are used.
     engine._Run._rescued(SimpleNamespace(writer=object(), learner=SimpleNamespace(whole=False)))
     engine._Run._rescued(SimpleNamespace(writer=None, learner=SimpleNamespace(whole=True)))
 

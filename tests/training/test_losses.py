@@ -22,7 +22,7 @@ from wn21k_zoo.training.losses import (
 from wn21k_zoo.training.metrics import SemanticAccuracy
 from wn21k_zoo.tree import SemanticTree
 
-# Three depths, of which the last has one class; three roots, two of them without children.
+# Three depths, the last with one class; three roots, two of them without children.
 SMALL = SemanticTree.from_wnids(
     ["n02121808", "n02084071", "n01861778", "n02123045", "n00017222", "n00007846"], name="small"
 )
@@ -49,7 +49,7 @@ def test_levels_are_the_published_ones(case):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("case", sorted(LOSSES))
 def test_losses_and_metric_are_the_published_ones(case, order, way, device):
-    # The published positions count the classes of a level in the order of the class list, which is sorted by wnid.
+    # Published positions count the classes of a level in class-list order, which is sorted by wnid.
     for quantity, value in loss_values(case, order, way, device).items():
         torch.testing.assert_close(
             value, LOSSES[case][quantity], **CLOSE, msg=lambda text, of=quantity: f"{of}: {text}"
@@ -101,7 +101,7 @@ def test_both_ways_to_compute_it_agree_with_the_definition(targets, smoothing, s
             weight = min(20, len(SMALL) / int((SMALL.depths >= depth).sum()))
             expected = expected - weight * (wanted * row[members].log_softmax(0)).sum() / len(targets)
     expected_gradient = torch.autograd.grad(expected, exact)[0].float()
-    # torch's logsumexp, which the plain operations use, rounds a probability by the size of its logit.
+    # torch's logsumexp, used by the plain operations, rounds a probability relative to the size of its logit.
     rounding = torch.finfo(torch.float32).eps * float(logits.detach().abs().max())
     for path, atol in ((loss_of, 1e-6), (loss_of._plain, 1e-6 + rounding)):
         loss = path(logits, torch.tensor(targets))
@@ -128,7 +128,7 @@ def test_half_precision_is_reduced_in_float32(dtype, order):
         torch.testing.assert_close(gradient, torch.autograd.grad(expected, single)[0].to(dtype))
 
 
-# Most depths of the second have one class, an ancestor of all others.
+# Most depths of the second tree have one class, an ancestor of all others.
 @pytest.mark.parametrize(
     "tree", [SMALL, SemanticTree.from_wnids(["n02121808", "n02123045", "n02084071"]).with_ancestors()]
 )
@@ -254,9 +254,9 @@ def test_torch_compile_takes_the_others_whole(make):
 def test_a_gpu_is_not_waited_for(order):
     loss_of = SemanticSoftmaxLoss(SMALL, order=order).cuda()
     logits, targets = torch.randn(9, len(SMALL), device="cuda", requires_grad=True), torch.arange(9).cuda() % len(SMALL)
-    loss_of(logits, targets).backward()  # what is made once
+    loss_of(logits, targets).backward()  # triggers one-time set-up
     try:
-        with warnings.catch_warnings(action="ignore"):  # that it does not see all
+        with warnings.catch_warnings(action="ignore"):  # it warns that it misses some synchronisations
             torch.cuda.set_sync_debug_mode("error")
         loss_of(logits, targets).backward()
     finally:
@@ -287,7 +287,7 @@ def test_where_nobody_looks_a_target_out_of_range_is_nan(made, target):
     assert loss(logits, torch.tensor([0, target])).isnan()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:FutureWarning")  # which torch's own rules take
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:FutureWarning")  # used by torch's own derivative rules
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_derivative_forwards_is_that_of_the_gradient(order):
     loss_of, targets = SemanticSoftmaxLoss(SMALL, 0.2, order), torch.arange(len(SMALL))
@@ -330,7 +330,7 @@ def test_negatives_below_the_clip_count_nothing_whatever_the_exponent():
 
 
 def test_losses_have_no_state():
-    """A checkpoint with a loss in it loads whatever the version made of its constants."""
+    """So a checkpoint that holds a loss loads whatever a version does with its constants."""
     for loss_of in (SemanticSoftmaxLoss(SMALL), SingleLabelLoss(SMALL), MultiLabelLoss(SMALL)):
         assert not loss_of.state_dict()
 

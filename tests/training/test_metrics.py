@@ -56,10 +56,10 @@ def test_a_cat_for_a_tabby_is_nearer_than_a_dog():
 def test_leaf_accuracy_chooses_among_the_given_classes_only():
     metric = LeafAccuracy([4, 1, 8])
     scores = torch.zeros(3, 10)
-    scores[:, 0] = 9  # no class to choose
+    scores[:, 0] = 9  # not one of the classes to choose from
     scores[0, 4] = scores[1, 8] = scores[2, 1] = 1
     assert metric.update(scores, torch.tensor([4, 1, 0])).tolist() == [4, 8, 1]
-    assert metric.compute() == {"top1": 50, "top5": 100, "images": 2}  # 0 is none of the classes
+    assert metric.compute() == {"top1": 50, "top5": 100, "images": 2}  # 0 is not one of the classes
     assert metric.has(torch.tensor([0, 1, 4, 8, 9, 100])).tolist() == [False, True, True, True, False, False]
     metric.reset()
     assert metric.compute() == {"top1": 0, "top5": 0, "images": 0}
@@ -70,7 +70,7 @@ def test_logits_that_are_not_finite_have_no_semantic_accuracy(bad):
     metric = SemanticAccuracy(TREE)
     logits, targets = torch.zeros(3, len(TREE)), torch.tensor([1, 2, 3])
     metric.update(logits, targets)
-    logits[:, 7] = -math.inf  # masked, and so is all of level 1
+    logits[:, 7] = -math.inf  # masked, as is all of level 1
     logits[:, torch.tensor(TREE.levels[1])] = -math.inf
     metric.update(logits, targets)
     metric.compute()
@@ -85,7 +85,7 @@ def test_logits_that_are_not_finite_have_no_semantic_accuracy(bad):
 
 def test_what_no_metric_can_count_is_said(monkeypatch):
     semantic = SemanticAccuracy(TREE)
-    monkeypatch.setattr(semantic.levels, "check_range", lambda targets: None)  # as on a GPU, which is not waited for
+    monkeypatch.setattr(semantic.levels, "check_range", lambda targets: None)  # as on a GPU, which is not synchronised
     semantic.update(torch.zeros(3, len(TREE)), torch.tensor([1, -1, len(TREE)]))
     distances = HierarchicalDistances(TREE)
     distances.update(torch.tensor([1, 1, len(TREE)]), torch.tensor([1, -1, 1]))
@@ -164,7 +164,7 @@ def test_perfect_predictions_are_perfect_whatever_the_head(head, order):
     assert (figures["semantic_top1"], figures["top1"], figures["images"]) == (100, 100, 5)
     assert (figures["leaf_images"], figures["leaves"], figures["classes_with_images"]) == (3, 3, 5)
     assert figures["mean_lca_error"] == figures["mean_lca_error_of_mistakes"] == 0
-    assert figures["hierarchical_precision"] == figures["hierarchical_recall"] == 100  # of leaves, as top1
+    assert figures["hierarchical_precision"] == figures["hierarchical_recall"] == 100  # over leaves, like top1
     assert figures["calibration_error"] < 0.1
     assert figures["balanced_top1"] == 100
     if head != "sigmoid":
@@ -177,7 +177,7 @@ def test_of_classes_below_one_that_is_less_certain_the_likeliest_is_chosen(targe
     # feline and canine; wolf, fox and hyena below the second
     tree = SemanticTree.from_wnids(["n02114100", "n02118333", "n02117135", "n02083346", "n02120997"])
     logits = torch.zeros(1, 5)
-    logits[0, target], logits[0, 4] = 3.0, 9.0  # canine is less likely than any of the three among themselves
+    logits[0, target], logits[0, 4] = 3.0, 9.0  # canine is less likely in its level than each of the three in theirs
     evaluation = Evaluation(tree, "semantic_softmax", range(3), order)
     columns = evaluation._levels.columns if order == "level" else slice(None)
     evaluation.update(logits[:, columns], torch.tensor([target]))
@@ -187,7 +187,7 @@ def test_of_classes_below_one_that_is_less_certain_the_likeliest_is_chosen(targe
 def test_mistakes_among_classes_without_levels_are_as_far_as_wordnet_says():
     flat = SemanticTree.from_wnids(["n02123045", "n02084071", "n00017222"])  # tabby, dog, plant
     evaluation = Evaluation(flat, "softmax", range(3), "level")
-    logits = torch.eye(3)[[0, 1, 1, 2]]  # the third is a tabby, taken for a dog
+    logits = torch.eye(3)[[0, 1, 1, 2]]  # the third is a tabby mistaken for a dog
     evaluation.update(logits[:, evaluation._levels.columns], torch.tensor([0, 1, 0, 2]))
     figures = evaluation.compute()
     assert figures["top1"] == figures["raw_top1"] == 75
@@ -253,7 +253,7 @@ def test_figures_are_the_same_in_either_order(head):
 def test_semantic_accuracy_is_over_pairs_and_not_the_mean_of_levels():
     animal, cat, plant = (NESTED.index(wnid) for wnid in ("n00015388", "n02121808", "n00017222"))
     logits = torch.zeros(4, len(NESTED))
-    logits[:, [animal, cat]] = 1  # said of all four
+    logits[:, [animal, cat]] = 1  # predicted for all four
     metric = SemanticAccuracy(NESTED)
     metric.update(logits, torch.tensor([cat, plant, plant, plant]))
     assert metric.compute() == {"semantic_top1": 40, "levels": {0: 25, 1: 100}}
@@ -274,7 +274,7 @@ def test_the_default_bins_are_fifteen():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_outputs_of_any_kind_that_are_not_finite_give_no_figures(bad):
-    evaluation = Evaluation(NESTED, "sigmoid", range(5))  # of which infinity would be a confidence of 1
+    evaluation = Evaluation(NESTED, "sigmoid", range(5))  # for a sigmoid, infinity would be a confidence of 1
     logits = torch.zeros(3, 5)
     logits[1, 2] = bad
     evaluation.update(logits, torch.tensor([0, 1, 2]))
@@ -285,8 +285,8 @@ def test_outputs_of_any_kind_that_are_not_finite_give_no_figures(bad):
 @pytest.mark.parametrize(
     ("imaged", "leaves"),
     [
-        (("n00015388", "n02123045"), 1),  # animal and tabby: an ancestor, though no parent
-        (("n02121808", "n02084071"), 2),  # cat and dog: of the cat's tabby there is no image
+        (("n00015388", "n02123045"), 1),  # animal and tabby: an ancestor, but not a parent
+        (("n02121808", "n02084071"), 2),  # cat and dog: the cat's child tabby has no images
     ],
 )
 def test_leaves_are_those_with_no_imaged_class_below(imaged, leaves):
@@ -336,7 +336,7 @@ def test_logits_in_half_precision_are_read_in_float32():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_scores_that_are_no_numbers_are_told(value):
     metric = LeafAccuracy([0, 2])
-    metric.update(torch.tensor([[0.1, value, 0.2], [0.1, 0.3, -math.inf]]), torch.tensor([2, 0]))  # not of the choice
+    metric.update(torch.tensor([[0.1, value, 0.2], [0.1, 0.3, -math.inf]]), torch.tensor([2, 0]))  # not a choice
     assert metric.compute() == {"top1": 100, "top5": 100, "images": 2}
     metric.update(torch.tensor([[0.1, 0.2, value]]), torch.tensor([0]))
     with pytest.raises(NonFiniteError, match="The logits of 1 images"):
@@ -364,7 +364,7 @@ def test_counts_go_where_a_metric_goes_and_nowhere_else():
     assert "counts" not in dict(metric.named_buffers())  # which DDP would overwrite
     assert metric.to("meta").counts.device.type == "meta"
     shared = ClassAccuracy(3)
-    other = copy.copy(shared)  # as a process has it that was given the memory
+    other = copy.copy(shared)  # like a process that was given the memory
     shared.update(targets, targets)
     assert (shared.compute(), other.compute()) == ({"balanced_top1": 100.0}, {"balanced_top1": 0.0})
     shared.reset()

@@ -111,7 +111,7 @@ def test_a_start_of_the_same_classes_of_ones_own_keeps_its_head(tmp_path):
     turned = build_network(recipe, sorted(names, reverse=True), None).state_dict()
     assert not torch.equal(turned["head.fc.weight"], trained["head.fc.weight"])
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["pretrained_cfg"]["label_names"] = config.pop("label_names")  # where timm takes them from, too
+    config["pretrained_cfg"]["label_names"] = config.pop("label_names")  # timm reads them from there, too
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert torch.equal(
         build_network(recipe, sorted(names), None).state_dict()["head.fc.weight"], trained["head.fc.weight"]

@@ -1,4 +1,4 @@
-"""Images one by one, for the loaders of others."""
+"""Single images, for other libraries' loaders."""
 
 import io
 import os
@@ -46,7 +46,7 @@ def test_images_and_targets_are_those_of_the_loader(dataset):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_torchs_own_loader_takes_them(dataset, workers):
     one_by_one = TorchDataset(dataset, to_tensor)
-    expected = [each[1] for each in one_by_one]  # so that processes are forked while shards are open
+    expected = [each[1] for each in one_by_one]  # so processes fork while shards are open
     found = list(DataLoader(one_by_one, batch_size=8, num_workers=workers))
     assert [target for _, targets in found for target in targets] == expected
     assert sum(len(targets) for _, targets in found) == len(dataset)

@@ -57,7 +57,7 @@ def test_the_heads_rate_keeps_its_proportion_to_the_end(schedule, factor, diviso
 def test_an_average_has_averaged_batch_statistics():
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     average = average_of(module, 0.5)
-    average.update(module, 1)  # the first is a copy
+    average.update(module, 1)  # the first update is a copy
     before = module[1].running_mean.clone()
     module(torch.rand(2, 3, 4, 4))
     average.update(module, 2)

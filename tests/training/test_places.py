@@ -1,4 +1,4 @@
-"""Where a run's images, weights, classes and output lie."""
+"""Where a run's images, weights, classes and output are."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(data, tmp_path, mo
     monkeypatch.chdir("elsewhere")
     run(RunFolder(tmp_path / "parts").recipe(), data, tmp_path / "parts")
     assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
-    with pytest.raises(UnknownModelError):  # a new one needs them
+    with pytest.raises(UnknownModelError):  # a new run needs them
         run(RunFolder(tmp_path / "parts").recipe(), data, tmp_path / "new")
 
 
@@ -91,7 +91,7 @@ def test_a_teacher_may_move_but_not_change(data, tmp_path, stop_at):
     config = json.loads((tmp_path / "changed" / "config.json").read_text())
     config["pretrained_cfg"]["mean"] = [0.5, 0.5, 0.5]
     (tmp_path / "changed" / "config.json").write_text(json.dumps(config))
-    for other in ("model6", "changed"):  # other weights, the same of another normalisation
+    for other in ("model6", "changed"):  # other weights; the same with another normalisation
         recipe.loss.teacher = str(tmp_path / other)
         with pytest.raises(RunError, match="is not the same as when"):
             run(recipe, data, tmp_path / "parts")
@@ -106,7 +106,7 @@ def test_a_start_says_of_what_size_its_network_is(data, tmp_path, stop_at):
     run(small_recipe("test_vit", model={"arguments": {"img_size": 32}}, schedule=SHORT), data, tmp_path / "first")
     exported = export_run(tmp_path / "first", tmp_path / "exported")
     config = json.loads((exported / "config.json").read_text())
-    config["pretrained_cfg"] |= {"fixed_input_size": True, "input_size": [3, 32, 32]}  # as timm says it
+    config["pretrained_cfg"] |= {"fixed_input_size": True, "input_size": [3, 32, 32]}  # as timm writes it
     del config["model_args"]
     (exported / "config.json").write_text(json.dumps(config))
     recipe = small_recipe("test_vit", model={"start": str(exported)}, schedule=SHORT)
@@ -114,7 +114,7 @@ def test_a_start_says_of_what_size_its_network_is(data, tmp_path, stop_at):
     with pytest.raises(Preempted):
         run_told(recipe, data, tmp_path / "run")
     stop_at(-1)
-    exported.rename(tmp_path / "gone")  # which the same command does not need again
+    exported.rename(tmp_path / "gone")  # resuming does not need it again
     other = recipe.model_copy(deep=True)
     other.model.arguments = {"drop_rate": 0.1}
     with pytest.raises(RunError, match=r"model\.arguments"):
@@ -125,7 +125,7 @@ def test_a_start_says_of_what_size_its_network_is(data, tmp_path, stop_at):
 
 def test_a_random_teacher_is_the_same_after_a_resume(data, tmp_path, stop_at):
     run(small_recipe(schedule=SHORT), make_folder(tmp_path / "others", names=WNIDS[:4]), tmp_path / "first")
-    exported = export_run(tmp_path / "first", tmp_path / "exported")  # whose classifier is replaced
+    exported = export_run(tmp_path / "first", tmp_path / "exported")  # its classifier is replaced
     recipe = small_recipe(model={"start": str(exported)}, schedule=SHORT)
     recipe.loss.teacher, recipe.loss.distillation_weight = "random:resnet10t", 1.0
     stop_at(3)
@@ -138,7 +138,7 @@ def test_a_random_teacher_is_the_same_after_a_resume(data, tmp_path, stop_at):
 @pytest.mark.parametrize("name", ["resnet50.miil_in21k", "hf-hub:a/b", "random:resnet50.miil_in21k", None])
 def test_names_that_are_no_places_stay(name):
     recipe = small_recipe(model={"start": name}, loss={"teacher": name}, data={"label_space": "fall11"})
-    assert resolved(recipe, otherwise={}) == recipe  # out of reach as that repository is
+    assert resolved(recipe, otherwise={}) == recipe  # although that repository is out of reach
 
 
 def test_one_name_for_a_place(tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_classes_of_ones_own_with_their_ancestors(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = small_recipe(data={"label_space": "mine.txt"})
     figures = run(recipe, data, tmp_path / "run")
-    assert figures["classes_with_images"] == 5  # two are ancestors of the three, and one is left out
+    assert figures["classes_with_images"] == 5  # three and two of their ancestors; one is left out
     assert set(figures["levels"]) == {12, 13}  # above, each level has one class
     monkeypatch.chdir("/")
     (tmp_path / "mine.txt").rename(tmp_path / "moved.txt")
@@ -187,7 +187,7 @@ def test_classes_of_ones_own_with_their_ancestors(data, tmp_path, monkeypatch):
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
     assert LabelSpace.find("~/moved.txt").wnids == tree.wnids
-    (tmp_path / "fall11").write_text("n02121620")  # a file that has the name of another one
+    (tmp_path / "fall11").write_text("n02121620")  # a file with the name of a label space
     assert resolved(small_recipe(data={"label_space": f"{tmp_path}/fall11"})).data.label_space == ("n02121620",)
 
 

@@ -81,7 +81,7 @@ def test_a_plan_says_when_batch_statistics_come_from_few_images():
     for change, gpus in (("", 8), ("model.sync_batchnorm=true", 64), ("model.freeze_backbone=true", 64)):
         assert plan(override(recipe, change.split()), gpus=gpus).remarks == ""
     assert plan(presets.in21k("vit_base_patch16_224_miil"), gpus=64).remarks == ""
-    few = override(recipe, ["data.batch_per_device=8"])  # as its owner wants it
+    few = override(recipe, ["data.batch_per_device=8"])  # set by the user
     assert plan(few, gpus=1).remarks == plan(few, gpus=2).remarks == ""
 
 
@@ -158,7 +158,7 @@ def test_the_memory_of_a_plan_has_its_parts():
     assert memory(run={"precision": "bf16"}) == plain
     assert memory(run={"ema_decay": 0.9}) - plain == pytest.approx(4 * parameters, abs=0.11)
     assert plain - memory(optimizer={"name": "sgd"}) == pytest.approx(4 * parameters, abs=0.11)
-    kept = 2 * (plain - memory(data={"batch_per_device": 32}))  # of 64 images
+    kept = 2 * (plain - memory(data={"batch_per_device": 32}))  # for 64 images
     single = memory(run={"precision": "fp32"})
     assert single - plain == pytest.approx(kept - 2 * parameters, rel=0.1)
     taught = memory(loss={"teacher": "vit_base_patch16_224_miil.in21k", "distillation_weight": 1.0})

@@ -1,4 +1,4 @@
-"""Pictures of runs and of calibration."""
+"""Plots of runs and of calibration."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_a_picture_of_calibration_has_accuracy_over_confidence(tmp_path, monkeyp
 
 
 def test_no_program_is_run_for_a_picture(tmp_path, monkeypatch):
-    """As a matplotlibrc in the current folder would have it."""
+    """Settings as in a matplotlibrc in the current folder."""
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     monkeypatch.setattr("matplotlib.texmanager.TexManager.make_dvi", lambda *_: pytest.fail("latex"))
     row = {"kind": "train", "step": 1, "loss": 5.0, "lr": 0.1, "images_per_second": 70.0}

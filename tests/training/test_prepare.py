@@ -60,7 +60,7 @@ from .archives import (
 from .staging import no_locks
 
 OPTIONS = PrepareOptions(min_images=10, val_per_class=3, size=32, shard_size=7)
-# The same from the command line.
+# The same on the command line.
 COMMAND = [sys.executable, "-m", "wn21k_zoo", "data", "prepare"]
 COMMAND += ["--min-images", "10", "--val-per-class", "3", "--size", "32", "--shard-size", "7"]
 
@@ -497,7 +497,7 @@ def test_what_is_not_finished_is_no_data_set(tmp_path):
         if progress.stage == stage:
             raise KeyboardInterrupt
 
-    for stage in ("classes", "manifest"):  # without a shard, and with all of them
+    for stage in ("classes", "manifest"):  # without any shard, and with all of them
         with pytest.raises(KeyboardInterrupt):
             prepare(source, tmp_path / "out", OPTIONS, workers=1, progress=stop)
         assert any((tmp_path / "out").glob("*.tar")) == (stage == "manifest")

@@ -1,4 +1,4 @@
-"""Runs in processes of their own: killed, told to stop, and several together."""
+"""Runs in subprocesses: killed, told to stop, and several together."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ from .runs import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Processes that begin with all of it imported, also what torch imports when an optimizer is made (5 seconds in 2.12).
+# Processes start with everything imported, including what torch imports for an optimizer (5 seconds in 2.12).
 FORKS = multiprocessing.get_context("forkserver" if os.name != "nt" else "spawn")
 if os.name != "nt":
     FORKS.set_forkserver_preload(["wn21k_zoo.training.engine", "tests.training.runs", "torch._dynamo"])
@@ -79,13 +79,13 @@ def command(recipe, data, output, tmp_path, *, ranks=1, workers=0):
     ]  # fmt: skip
 
 
-# The same number of threads in all: it decides in which order numbers are added up.
+# The same number of threads everywhere: it determines the order of additions.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
 def start():
-    """Starts processes, each in a session of its own, and sees that none is left."""
+    """Start processes, each in its own session, and leave none behind."""
     started = []
 
     def begin(arguments):
@@ -100,7 +100,7 @@ def start():
 
 
 def kill_all(process):
-    """torchrun and its workers at once."""
+    """Kill torchrun and its workers at once."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
         member.kill()
@@ -109,7 +109,7 @@ def kill_all(process):
 
 
 def run_on_ranks(count, recipe, data, output, device="cpu"):
-    """A run by so many ranks, without torchrun, whose processes would each import torch anew."""
+    """A run on this many ranks without torchrun, whose processes would each import torch again."""
     store = output.with_name(f"{output.name}.store")
     processes = [
         FORKS.Process(target=run_rank, args=(str(store), rank, count, recipe.to_json(), str(data), str(output), device))
@@ -122,7 +122,7 @@ def run_on_ranks(count, recipe, data, output, device="cpu"):
 
 @contextlib.contextmanager
 def started(processes):
-    """Within, they run; none is left over, or pytest would wait for it at its end."""
+    """Run processes inside the context; none is left, or pytest would wait for it on exit."""
     try:
         for process in processes:
             process.start()
@@ -135,7 +135,7 @@ def started(processes):
 
 
 def joined(processes, seconds):
-    """How they end within so many seconds in all."""
+    """Exit codes of processes, within this many seconds in all."""
     deadline = time.monotonic() + seconds
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
@@ -157,7 +157,7 @@ def wait_for_step(output, step, process):
     [
         (BATCH, {}),
         (2, {}),
-        # The smallest network, for C++ is compiled for half a minute.
+        # The smallest network: compiling the C++ takes half a minute.
         pytest.param(2, {"compile": True, "architecture": "test_vit", "arguments": {"depth": 1}}, marks=needs_compiler),
         (2, {"gradient_checkpointing": True}),
     ],
@@ -179,7 +179,7 @@ def test_two_ranks_equal_one_to_rounding(data, tmp_path, images, model):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("model", "lr"),
-    # At a higher rate batch normalisation over so few images blows up rounding.
+    # At a higher learning rate, batch normalisation over so few images amplifies rounding.
     [({}, 0.05), ({"architecture": "test_efficientnet", "sync_batchnorm": True}, 0.001)],
     ids=["plain", "sync_batchnorm"],
 )
@@ -205,7 +205,7 @@ def test_with_a_frozen_backbone_batch_normalisation_is_the_same_on_two_ranks(dat
     one, two = (final(tmp_path / name)["model"] for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], rtol=0, atol=2e-6 * name.startswith("classifier."), msg=name)
-    assert float(one["classifier.bias"].abs().max()) > 1e-3  # it began with zeros
+    assert float(one["classifier.bias"].abs().max()) > 1e-3  # it started at zero
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_without_a_compiler_torch_compile_says_so_in_one_line(data, tmp_path):
     assert "--set model.compile=false" in last
     assert "Traceback" not in done.stderr
     assert RunFolder(output).status()["state"] == "failed"
-    recipe.model.compile = False  # then the same goes on
+    recipe.model.compile = False  # the same run then resumes
     run(recipe, data, output)
     assert RunFolder(output).status()["state"] == "finished"
 
@@ -230,7 +230,7 @@ def test_without_a_compiler_torch_compile_says_so_in_one_line(data, tmp_path):
 def test_a_rank_without_an_image_changes_nothing(tmp_path):
     folder = make_folder(tmp_path / "images")
     (folder / open_folder(folder, "train").name(7)).write_bytes(b"nothing")
-    # At a higher rate the loss of so few images jumps, and takes rounding with it.
+    # At a higher learning rate, the loss of so few images jumps and amplifies rounding.
     slow = {**FAST, "lr": 0.01}
     recipe = small_recipe(optimizer=slow, data={"batch_size": 2, "batch_per_device": 2}, schedule={"epochs": 1})
     run(recipe, folder, tmp_path / "one")
@@ -241,7 +241,7 @@ def test_a_rank_without_an_image_changes_nothing(tmp_path):
 
 
 def in_processes(target, tmp_path, count, *arguments):
-    """What each of so many ranks puts into a queue."""
+    """What each of this many ranks puts into a queue."""
     results = FORKS.Queue()
     processes = [
         FORKS.Process(target=target, args=(str(tmp_path / f"store{count}"), rank, count, *arguments, results))
@@ -351,7 +351,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(data, tmp_path, start, ranks
     ("ranks", "number", "code", "everybody"),
     [
         (1, "SIGTERM", 143, False),
-        (1, "SIGTERM", 143, True),  # as Slurm and containers tell all of them
+        (1, "SIGTERM", 143, True),  # sent to all processes, as by Slurm and containers
         (1, "SIGINT", 130, True),
         (2, "SIGTERM", 1, False),
         (2, "SIGTERM", 1, True),

@@ -41,7 +41,7 @@ def short(where):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Class folders, and shards of them in fall11."""
+    """Class folders, and fall11 shards of them."""
     folder = tmp_path_factory.mktemp("images")
     for number, wnid in enumerate(WNIDS):
         (folder / "classes" / wnid).mkdir(parents=True)
@@ -53,7 +53,7 @@ def images(tmp_path_factory):
 
 
 def fits(begun, architecture):
-    """Whether weights of one architecture are all that another needs."""
+    """Whether weights of one architecture provide all that another needs."""
     if begun == architecture:
         return True
     with torch.device("meta"):
@@ -136,7 +136,7 @@ def test_what_begins_with_random_weights_says_so_unless_it_is_given_some(archite
 def test_the_head_of_a_file_has_the_commands_and_the_cost(path):
     head = path.read_text().partition('"""\n')[0]
     assert re.search(r"chosen|our choice", head, re.IGNORECASE)
-    # Each command in one line, without its label.
+    # Each command on one line, without its label.
     text = re.sub(r"\\\n\s+", "", head)
     commands = [match[0].split() for match in re.finditer(r"(?:python -m|torchrun) .*", text)]
     trainer = ["-m", "wn21k_zoo.training.train", "--recipe", f"training/recipes/{path.name}"]
@@ -150,7 +150,7 @@ def test_the_head_of_a_file_has_the_commands_and_the_cost(path):
     for command, before in zip(commands, starts, strict=True):
         arguments = command[len(before) :]
         assert arguments[:8] == [*trainer, "--data", "DIR", "--output", "DIR"]
-        override(load_recipe(str(path)), arguments[9::2])  # what follows are --set
+        override(load_recipe(str(path)), arguments[9::2])  # the rest are --set options
         assert set(arguments[8::2]) <= {"--set"}
     if path.stem in (*presets.ARCHITECTURES, "baselines"):
         costs = {name: plan(load_recipe(f"{path}:{name}"), gpus=8) for name in listed_in(path)}
@@ -165,7 +165,7 @@ def test_the_head_of_a_file_has_the_commands_and_the_cost(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ALL, ids=short)
 def test_every_recipe_takes_two_steps(where, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of megabytes that are removed at once
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of megabytes that are deleted right away
     recipe = load_recipe(where).debug()
     data = images / ("classes" if recipe.data.label_space is None else "shards")
     torch.set_num_threads(1)
@@ -576,7 +576,7 @@ def test_a_recipe_file_has_its_helpers_and_leaves_the_path_alone(tmp_path, monke
     text += "def mine():\n    return presets.in1k('resnet50')\n"
     (tmp_path / "mine.py").write_text(text)
     before = list(sys.path)
-    assert load_recipe(str(tmp_path / "mine.py")) == presets.in1k("resnet50")  # the first that needs no argument
+    assert load_recipe(str(tmp_path / "mine.py")) == presets.in1k("resnet50")  # the first recipe that needs no argument
     assert sys.path == before
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))

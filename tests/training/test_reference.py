@@ -1,4 +1,4 @@
-"""Runs beside the same training written down in plain torch: what a step, an epoch and an evaluation compute."""
+"""Runs compared with the same training in plain torch: what a step, an epoch and an evaluation compute."""
 
 import math
 
@@ -34,7 +34,7 @@ def batch_of(folder, samples):
 
 
 def levels_of(tree):
-    """The classes of each depth by index, and each class's ancestor there as a place among them, -1 for none."""
+    """Class indices of each depth, and each class's ancestor there as a position among them, -1 for none."""
     members = [np.flatnonzero(tree.depths == depth).tolist() for depth in range(2)]
     places = []
     for target in range(len(tree)):
@@ -61,7 +61,7 @@ def loss_of(recipe, logits, targets, tree, teacher):
     if teacher is not None:
         for ours, theirs in zip(parts, teacher.split([len(each) for each in members], 1), strict=True):
             p = theirs.softmax(1)
-            certainty = p.max(1).values  # 5 % of three classes are one
+            certainty = p.max(1).values  # 5 % of three classes, rounded up to one
             distance = ((ours.softmax(1) - p).square().sum(1) * certainty).sum() / len(targets)
             loss = loss + recipe.loss.distillation_weight * distance
     return loss
@@ -76,7 +76,7 @@ def rate_of(recipe, step, steps):
 
 
 def by_hand(recipe, data, teacher):
-    """Weights, moving average, and of each step loss and rate."""
+    """Weights, moving average, and the loss and learning rate of each step."""
     folder, tree = open_folder(data), SemanticTree.from_wnids(open_folder(data).class_names)
     torch.manual_seed(recipe.run.seed)
     network = timm.create_model(recipe.model.architecture, num_classes=6)
@@ -139,7 +139,7 @@ def semantic_top1(tree, logits, targets):
     ("architecture", "kind", "teacher", "optimizer"),
     [
         ("test_convnext", "semantic_softmax", None, ADAMW | {"clip_norm": 5.0}),
-        # Adam divides by what may be near 0, which with batch statistics makes much of rounding.
+        # Adam may divide by values near 0, which amplifies rounding with batch statistics.
         ("test_efficientnet", "semantic_softmax", "random:resnet10t", SGD | {"clip_norm": 200.0}),
         ("test_convnext", "single_label", None, ADAMW | {"clip_norm": 2.2}),
     ],

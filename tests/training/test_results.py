@@ -1,4 +1,4 @@
-"""What training/results says is what its runs recorded."""
+"""training/results reports what its runs recorded."""
 
 import json
 from pathlib import Path

@@ -25,13 +25,13 @@ def recipe_of_everything():
     recipe.run.ema_decay, recipe.optimizer.clip_norm, recipe.data.batch_per_device = 0.9, 1.0, 4
     recipe.data.augmentation, recipe.schedule.name, recipe.optimizer.name = "modern", "cosine", "adamw"
     recipe.data.mixup, recipe.data.cutmix = 0.2, 1.0
-    recipe.run.log_every = 4  # lines over the ends of epochs and of the first part
+    recipe.run.log_every = 4  # lines that span the ends of epochs and of the first part
     return recipe
 
 
 @pytest.fixture(scope="module", params=[small_recipe, recipe_of_everything], ids=["plain", "with everything"])
 def in_one_go(request, one_thread, data, tmp_path_factory):
-    """A recipe, and the folder of a run of it that nothing stopped."""
+    """A recipe, and the folder of an uninterrupted run of it."""
     folder = tmp_path_factory.mktemp("whole")
     run(request.param(), data, folder)
     return request.param(), folder
@@ -114,7 +114,7 @@ def test_a_second_ctrl_c_ends_it_at_once_and_is_marked(data, tmp_path, at_loss):
 
 @pytest.fixture
 def ctrl_c():
-    """Python's own handler, which is not there where a shell has the tests ignore the signal."""
+    """Install Python's own handler, missing where a shell makes the tests ignore the signal."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

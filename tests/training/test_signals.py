@@ -1,4 +1,4 @@
-"""A process that is told to stop, and what is rescued of a run that does not come to its end."""
+"""A process that is told to stop, and what is saved of an unfinished run."""
 
 import io
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 
 @pytest.fixture
 def deaf():
-    """To Ctrl-C."""
+    """Ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, before)
@@ -124,7 +124,7 @@ def test_a_terminal_has_its_cursor_back(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no signal to stand for another")
 def test_windows_way_to_end_a_program_is_as_sigterm(monkeypatch):
-    monkeypatch.setattr("wn21k_zoo.training.signals._ENDS", (signal.SIGTERM, signal.SIGUSR1))  # for SIGBREAK
+    monkeypatch.setattr("wn21k_zoo.training.signals._ENDS", (signal.SIGTERM, signal.SIGUSR1))  # stands in for SIGBREAK
     before = signal.getsignal(signal.SIGUSR1)
     signals = Signals(patience=300)
     with signals.listening(), signals.patient(lambda until: None):

@@ -62,7 +62,7 @@ def test_a_class_archive_that_is_there_twice_is_refused(tmp_path, packed):
     (tmp_path / "nested.tar").write_bytes(gzip.compress(content) if packed else content)
     with pytest.raises(DataSourceError, match=rf"has the files of {WNIDS[0]} in several places"):
         classes_of(tmp_path / "nested.tar", tmp_path)
-    with pytest.raises(DataSourceError, match="in several places"):  # what is done and passed over counts, too
+    with pytest.raises(DataSourceError, match="in several places"):  # classes that are done or skipped count, too
         list(open_source(tmp_path / "nested.tar").classes(tmp_path, lambda name: False))
 
 
@@ -80,7 +80,7 @@ def test_damage_within_an_archive_is_not_its_end(tmp_path, layout):
 
 
 def header(name, size, kind=tarfile.REGTYPE):
-    """As tarfile itself would not write it."""
+    """A header that tarfile itself would not write."""
     block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
     block[124:136] = (b"\xff" if size < 0 else b"\x80") + (size % 256**11).to_bytes(11, "big")
     block[156:157], block[148:156] = kind, b" " * 8

@@ -1,4 +1,4 @@
-"""The data of a run, and how its images are changed."""
+"""The data of a run, and how its images are augmented."""
 
 import contextlib
 
@@ -60,7 +60,7 @@ def test_the_loader_of_a_run_has_what_its_recipe_says(shards, tmp_path):
     splits = open_splits(recipe, shards)
     training, validation = open_loaders(recipe, splits, ALONE, workers=0)
     assert validation.max_bad == recipe.data.max_bad
-    assert len(training) == 67 // 8 * 4  # four parts of 2 make a step; what is less than a step is left out
+    assert len(training) == 67 // 8 * 4  # four micro-batches of 2 make a step; a partial step is dropped
     orders = {
         window: [batch.samples.tolist() for batch in Loader(
             splits.train, batch_size=2, augmentation=Squash(32), seed=3, window=window, accumulation=4, workers=0

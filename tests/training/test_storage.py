@@ -18,11 +18,11 @@ from .staging import index_all, no_locks, stage_all
 
 
 def test_remote_shards_are_staged_once_verified_and_kept_below_the_limit(shards, tmp_path):
-    place = f"file://{shards}"  # fsspec's own path to local files: nothing is read in place
+    place = f"file://{shards}"  # local files through fsspec: nothing is read in place
     dataset = open_dataset(place, stage=Stage(tmp_path / "stage", limit=60_000))
     same(batches(loader(shards)), batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=3, workers=2)))
     staged = list((tmp_path / "stage").rglob("*.tar"))
-    if os.name != "nt":  # where nobody can remove what a worker has open
+    if os.name != "nt":  # where files that a worker has open cannot be removed
         assert 0 < sum(path.stat().st_size for path in staged) <= 60_000
         assert len(staged) < 7
 
@@ -61,7 +61,7 @@ def test_a_shard_that_is_damaged_where_it_lies_is_not_used(damaged, tmp_path):
 
 
 class OfTheWebError(Exception):
-    """As aiohttp's, which are no OSError."""
+    """Like the errors of aiohttp, which are not OSErrors."""
 
 
 def test_what_a_storage_raises_names_the_shard(tmp_path):
@@ -193,7 +193,7 @@ def test_mapped_shards_are_verified_where_they_are_staged(damaged, tmp_path):
 
 def test_the_shards_of_the_next_epoch_are_staged_once(shards, tmp_path):
     dataset = open_dataset(f"file://{shards}", stage=Stage(tmp_path / "stage"))
-    one = Loader(dataset, batch_size=2, augmentation=Noisy(), window=7)  # all of an epoch is its last window
+    one = Loader(dataset, batch_size=2, augmentation=Noisy(), window=7)  # the whole epoch fits in the last window
     threads = set()
     for _ in one:
         threads.add(one._batches.dataset._ahead)

@@ -1,4 +1,4 @@
-"""Teachers that speak other classes than the student, or have another kind of head."""
+"""Teachers with other classes than the student, or with another kind of head."""
 
 import pytest
 import timm
@@ -28,7 +28,7 @@ WOLF = "n02114100"
 
 
 def translated(logits, wnids, head, student="semantic_softmax", tree=TREE):
-    """Probabilities of each of the tree's classes by wnid, one image."""
+    """Probability of each class of the tree by wnid, for one image."""
     teacher = Translated(nn.Identity(), LabelSpace("theirs", wnids), head, tree, student)
     found = teacher(torch.tensor([logits])).exp()[0]
     return dict(zip([tree.wnids[index] for index in Levels(tree).columns], found.tolist(), strict=True)), teacher.known
@@ -48,7 +48,7 @@ def test_a_softmax_over_finer_classes_is_added_up_and_what_is_missing_is_spread_
 
 
 def test_a_semantic_softmax_over_more_classes_keeps_what_both_have():
-    wnids = (*WNIDS, "n02374451")  # horse, a mammal beside the felines and canines
+    wnids = (*WNIDS, "n02374451")  # horse, a mammal like the felines and canines
     logits = torch.randn(7, generator=torch.Generator().manual_seed(0))
     found, known = translated(logits.tolist(), wnids, "semantic_softmax")
     feline, canine, horse = logits[[3, 4, 6]].softmax(0).tolist()
@@ -89,8 +89,8 @@ def test_a_semantic_softmax_teaches_one_softmax_over_other_classes():
     tree = SemanticTree.from_wnids((FELINE, CANINE, PLANT, LION))
     wnids = (*WNIDS, WOLF)
     found, known = translated([0.0] * 7, wnids, "semantic_softmax", "softmax", tree)
-    # One of three is a mammal, of which a half is a feline, so a lion, and a half a canine, so a wolf. A person is
-    # nothing that the student knows: that third is spread.
+    # A third is mammal, half of it feline and so lion, half canine and so wolf. The student does not know person, so
+    # that third is spread.
     third = 1 / 3 / 4
     assert found == pytest.approx({FELINE: third, CANINE: 1 / 6 + third, PLANT: 1 / 3 + third, LION: 1 / 6 + third})
     assert known == 3
@@ -146,7 +146,7 @@ def test_a_teacher_that_says_nothing_of_a_level_counts_for_little():
         )
         for logits in ([9.0, 0.0, 0.0], [0.0, 0.0, 9.0])  # a feline; a person, who is neither feline nor canine
     )
-    student = torch.tensor([[0.0, 0.0, 0.0, 5.0, -5.0, 0.0]])  # in level order, sure of one of the second level
+    student = torch.tensor([[0.0, 0.0, 0.0, 5.0, -5.0, 0.0]])  # in level order, sure of one in the second level
     where = Levels(TREE).slices[1]
     certain = [float(each[:, where].softmax(1).max()) for each in (sure, unsure)]
     assert certain[0] > 0.99

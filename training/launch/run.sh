@@ -1,30 +1,30 @@
 #!/bin/bash
-# torchrun, for the launch files beside:
+# Run torchrun for the launch files in this folder:
 #
 #     run.sh OUTPUT ARGUMENTS_OF_TORCHRUN...
 #
-# It passes SIGTERM on, and ends with 143 when it was told to stop, here or on another machine, and the run did not fail
-# for a reason of its own: torchrun then ends with 1, as it does after any failure. A worker that is gone without that
-# (killed for want of memory, say) makes torchrun stop the others, which look preempted; that is a failure.
+# Forwards SIGTERM, and exits with 143 if it was told to stop, here or on another machine, and the run did not fail by
+# itself; torchrun exits with 1 in that case, as after any failure. A worker that dies without such a request (out of
+# memory, say) makes torchrun stop the others, which then look preempted; that counts as a failure.
 set -u
 status="$1/status.json"
-asked="$1/.asked-to-stop" # seen by all machines, as the folder is
+asked="$1/.asked-to-stop" # visible to all machines, like the folder
 failed="$1/.failed"
 mkdir -p "$1"
 shift
 
-mark() { # $1: states, with | between them; $2: the one in their place
-    new="${status%/*}/.status.json.$HOSTNAME.$$" # other machines may do the same
+mark() { # $1: states, separated by |; $2: the state to replace them
+    new="${status%/*}/.status.json.$HOSTNAME.$$" # other machines may be doing the same
     sed -E "s/\"state\": \"($1)\"/\"state\": \"$2\"/" "$status" >"$new" &&
         grep -Eq "\"state\": \"($1)\"" "$status" && mv -f "$new" "$status"
     rm -f "$new"
 }
 
-# The marks of another time say nothing about this one.
+# Marks of an earlier run say nothing about this one.
 [ -f "$status" ] && mark 'preempted|failed' waiting
 rm -f "$asked" "$failed"
 
-set -m # a process group of its own: a signal to the group of this shell reaches torchrun once, from here
+set -m # torchrun gets its own process group: a signal to this shell's group reaches it only once, from here
 torchrun "$@" &
 child=$!
 told=no
@@ -32,12 +32,12 @@ trap 'trap "" TERM; told=yes; : >"$asked"; kill -TERM "$child"' TERM
 trap 'told=yes; : >"$asked"; kill -INT "$child"' INT
 wait "$child"
 code=$?
-while kill -0 "$child" 2>/dev/null; do # the signal ended the waiting, not the child
+while kill -0 "$child" 2>/dev/null; do # the signal interrupted the wait, not the child
     wait "$child"
     code=$?
 done
 [ "$code" -eq 0 ] && exit 0
-[ "$code" -eq 143 ] && code=1 # torchrun ended by the signal itself; whether that is a preemption is decided here
+[ "$code" -eq 143 ] && code=1 # the signal itself killed torchrun; whether that is a preemption is decided here
 if [ "$told" = no ] && [ ! -e "$asked" ]; then
     : >"$failed" # before any other machine is told to stop because this one failed
     [ -f "$status" ] && mark 'running|preempted' failed

@@ -1,4 +1,4 @@
-r"""The paper's baselines beside semantic softmax: TResNet-M with one softmax over all classes, and with many labels.
+r"""The paper's baselines for semantic softmax: TResNet-M with one softmax over all classes, or with many labels.
 
     1 GPU    python -m wn21k_zoo.training.train --recipe training/recipes/baselines.py --data DIR --output DIR
     8 GPUs   torchrun --nproc-per-node 8 -m wn21k_zoo.training.train \
@@ -6,18 +6,18 @@ r"""The paper's baselines beside semantic softmax: TResNet-M with one softmax ov
     4 nodes  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
                  -m wn21k_zoo.training.train --recipe training/recipes/baselines.py --data DIR --output DIR
 
-On 8 V100 (estimated, not measured: images over the published 670 images per second and GPU):
+Cost on 8 V100s (estimated, not measured: images over the published 670 images per second per GPU):
 
     single_label                     944 M images    48.9 hours
     single_label_distilled           944 M images    71.3 hours
     single_label_from_scratch      1,652 M images    85.6 hours
     multi_label                      944 M images    48.9 hours
 
-Published: that both were compared with semantic softmax, each with and without distillation, the losses, and the rest
-of the training as in tresnet_m.py; of random weights, the code of single_label_from_scratch alone. Chosen: the
-exponents and the clip of the asymmetric loss, which are those of its own paper (arXiv 2009.14119), and the weight of
-the distillation. How many labels at once were distilled is not published, and no recipe here does it. Not run to its
-end by this project.
+Published: the comparison of both with semantic softmax, each with and without distillation; the losses; the rest of
+the training, as in tresnet_m.py; from random weights, only the code of single_label_from_scratch. Chosen: the exponents
+and clip of the asymmetric loss, taken from its own paper (arXiv 2009.14119), and the distillation weight. How the
+multi-label baseline was distilled is not published, and no recipe here does it. This project has run none of these
+recipes to completion.
 """
 
 from wn21k_zoo.training import presets

@@ -1,4 +1,4 @@
-r"""Semantic softmax beside its baseline on a stand-in for ImageNet-21K: 199 synsets, 64 pixels, minutes on a CPU.
+r"""Semantic softmax against its baseline on a stand-in for ImageNet-21K: 199 synsets, 64 pixels, minutes on a CPU.
 
     1 GPU or CPU   python -m wn21k_zoo.training.train \
                        --recipe training/recipes/stand_in.py --data DIR --output DIR
@@ -7,15 +7,15 @@ r"""Semantic softmax beside its baseline on a stand-in for ImageNet-21K: 199 syn
     4 nodes        torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
                        -m wn21k_zoo.training.train --recipe training/recipes/stand_in.py --data DIR --output DIR
 
-Three arms with the same network, images, steps and seeds: single_label, semantic (the first), distilled; the last takes
-its teacher from runs/teacher-model, where `wn21k train export` puts what the recipe teacher made. The data is 200
-classes of Tiny ImageNet as one tar per class, 150 images each; 199 of them are classes of ImageNet-21K-P. The head
-speaks all 11,221 classes of fall11, of which 199 have images. training/results/stand_in/run.sh does all of it, and has
-beside it what came of it.
+Three arms share the network, images, steps and seeds: single_label, semantic (the first recipe) and distilled, which
+reads its teacher from runs/teacher-model, where `wn21k train export` puts the model trained by the recipe `teacher`.
+The data is 200 classes of Tiny ImageNet, one tar of 150 images per class; 199 of them are classes of ImageNet-21K-P.
+The head has all 11,221 classes of fall11, 199 of which have images. training/results/stand_in/run.sh runs everything;
+the results are beside it.
 
-Images seen: 155,136 per arm, 51,712 for the teacher. Hours: images seen / images per second / 3600, which the log there
-has: 0.1 to 0.3 on one core of a busy CPU; more than one GPU is not worth starting. Nothing of this is published; all of
-it is chosen.
+Images seen: 155,136 per arm, 51,712 for the teacher. Hours: images seen / images per second / 3600, with the speed from
+the log there: 0.1 to 0.3 on one core of a busy CPU; more than one GPU is not worth it. None of these settings is
+published; all are chosen.
 """
 
 from wn21k_zoo.training.recipe import Recipe
@@ -40,7 +40,7 @@ def single_label() -> Recipe:
 
 
 def distilled() -> Recipe:
-    """Semantic softmax and the teacher's predictions."""
+    """Semantic softmax with distillation from the teacher."""
     recipe = semantic()
     recipe.name = "regnetx_002.stand_in_distilled"
     recipe.loss.teacher, recipe.loss.distillation_weight = "runs/teacher-model", 10.0
@@ -48,9 +48,9 @@ def distilled() -> Recipe:
 
 
 def teacher() -> Recipe:
-    """Semantic softmax on EfficientNet-Lite0, which begins with the ImageNet-1K weights of the extra ``embedded``.
+    """Semantic softmax on EfficientNet-Lite0, starting from the ImageNet-1K weights of the extra ``embedded``.
 
-    Those have seen these classes; the arms above begin with random weights.
+    Those have seen these classes; the arms above start from random weights.
     """
     recipe = semantic()
     recipe.name = "tf_efficientnet_lite0.stand_in_teacher"

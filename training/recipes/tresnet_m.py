@@ -1,6 +1,6 @@
 r"""TResNet-M: ImageNet-21K-P (published: 76.4 % semantic top-1), ImageNet-1K (83.1 % top-1).
 
-The first recipe; the others by :NAME after the file:
+The commands run the first recipe; append :NAME to the file for another one:
 
     1 GPU    python -m wn21k_zoo.training.train \
                  --recipe training/recipes/tresnet_m.py --data DIR --output DIR
@@ -11,10 +11,10 @@ The first recipe; the others by :NAME after the file:
                  --recipe training/recipes/tresnet_m.py --data DIR --output DIR
              or one of training/launch/
 
-The batch of a step stays the same on any number of GPUs; on many, batch normalisation sees few images of it, and
-model.sync_batchnorm=true is for that. What each recipe takes on 8 V100 (estimated, not measured: images
-over the published 670 images per second and GPU, with a teacher at its published inference speed in
-turn; `wn21k train plan` computes it for others):
+The batch per step is the same on any number of GPUs. On many GPUs, batch normalisation sees few of its images at a
+time; model.sync_batchnorm=true is for that. Cost of each recipe on 8 V100s (estimated, not measured: images over the
+published 670 images per second per GPU, plus any teacher's forward pass at its published inference speed;
+`wn21k train plan` computes it for other settings):
 
     in21k                            944 M images    71.3 hours
     in21k_without_distillation       944 M images    48.9 hours
@@ -24,13 +24,13 @@ turn; `wn21k train plan` computes it for others):
     in1k                              51 M images     3.9 hours
     in1k_without_distillation         51 M images     2.7 hours
 
-in1k takes the usual folders, DIR/train/n01440764/... and DIR/val/n01440764/...; the others what `wn21k data prepare`
-makes. The published speeds are the highest there are, in half precision; a V100 has no bf16, which in21k_modern takes.
-That one crops, and shards made with --resize short-edge --size 256 leave it more to see.
+The in1k recipes read the usual folders, DIR/train/n01440764/... and DIR/val/n01440764/...; the others read the output
+of `wn21k data prepare`. The published speeds are the highest reported, in half precision. in21k_modern uses bf16, which
+a V100 lacks, and it crops: shards made with --resize short-edge --size 256 leave it more to crop from.
 
-ImageNet-1K weights to begin with: tresnet_m.miil_in1k; which ones the authors took is not published.
-wn21k_zoo/training/presets.py says what is published and what had to be chosen, above all the weight of the distillation
-and most of the fine-tuning. None of these recipes has been run to its end by this project.
+ImageNet-1K weights to start from: tresnet_m.miil_in1k; which ones the authors used is not published.
+wn21k_zoo/training/presets.py lists what is published and what had to be chosen, above all the distillation weight and
+most of the fine-tuning. This project has run none of these recipes to completion.
 """
 
 from wn21k_zoo.training import presets
@@ -48,7 +48,7 @@ def in21k_without_distillation() -> Recipe:
 
 
 def in21k_winter21() -> Recipe:
-    """On the release of winter 2021."""
+    """On the winter 2021 release."""
     return presets.winter21(in21k())
 
 
@@ -58,7 +58,7 @@ def in21k_from_scratch() -> Recipe:
 
 
 def in21k_modern() -> Recipe:
-    """With what has become common since; not tried."""
+    """With techniques that have become common since; not tried."""
     return presets.modern("tresnet_m")
 
 
