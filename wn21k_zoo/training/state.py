@@ -141,7 +141,7 @@ class RunFolder:
             return None
         if not is_run(self.path):
             raise RunError(
-                f"{self.path} has checkpoints but no {RECIPE_FILE}; restore that, or name another output folder."
+                f"{self.path} has checkpoints and no {RECIPE_FILE}; restore that, or name another output folder."
             )
         return self.recipe()
 

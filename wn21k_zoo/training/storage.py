@@ -135,7 +135,7 @@ class Stage:
         """
         path = self.folder / name
         if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(self.folder)):
-            raise DataError(f"{name} is not the name of a shard: it is outside the data set; do not trust that one.")
+            raise DataError(f"{name} is not the name of a shard: it is outside of the data set; do not trust that one.")
         if not path.is_file():
             make_folder(path.parent, DataError, ELSEWHERE)
             with exclusive(Path(f"{path}.lock"), DataError, ELSEWHERE):
