@@ -70,9 +70,7 @@ def prepare(
         str | None,
         typer.Option("--ray-address", help="Of a Ray cluster. Default: RAY_ADDRESS, else one on this machine."),
     ] = None,
-    max_bad: Annotated[
-        float, typer.Option("--max-bad", min=0, max=1, help="Allowed share of unusable images.")
-    ] = 0.01,
+    max_bad: Annotated[float, typer.Option("--max-bad", min=0, max=1, help="Allowed share of unusable images.")] = 0.01,
     allow_truncated: Annotated[
         bool, typer.Option("--allow-truncated", help="Use the part that is there of an archive that ends too early.")
     ] = False,

@@ -16,9 +16,7 @@ __all__ = ["export", "publish"]
 def export(
     model: Annotated[str, typer.Argument(help="A record, a timm model or a published weight file.")],
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
-    record: Annotated[
-        str | None, typer.Option("--record", help="The record of a weight file, if several fit.")
-    ] = None,
+    record: Annotated[str | None, typer.Option("--record", help="The record of a weight file, if several fit.")] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, float16 or bfloat16. Default: that of the weights.")
     ] = None,

@@ -99,9 +99,7 @@ def plan(
         int | None,
         typer.Option("--images", min=1, help="Training images. Default: of --data, of the run, or as published."),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="Training data, to count its images and classes.")
-    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Training data, to count its images and classes.")] = None,
     set: SetOption = None,  # noqa: A002
     format: FormatOption = None,  # noqa: A002
 ) -> None:
