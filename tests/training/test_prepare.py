@@ -486,7 +486,7 @@ def test_classes_of_a_list_of_ones_own(tmp_path):
             with pytest.raises(DataError, match=rf"{out}: _info.json names unknown classes"):
                 look(out)
     (out / "_info.json").write_text(json.dumps({**whole, "wnids": WNIDS[1]}))
-    with pytest.raises(DataError, match="no list"):
+    with pytest.raises(DataError, match="is not a list"):
         read_info(out)
 
 
