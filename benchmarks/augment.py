@@ -1,8 +1,8 @@
-"""Microseconds of each operation of wn21k_zoo.training.augment beside Pillow's, and images per second of all of it.
+"""Time of each operation of wn21k_zoo.training.augment compared with Pillow's, and images per second of all of it.
 
-Same process, one thread, rounds interleaved; the medians and their ratio are printed. Both sides get and return what
-they would in a loader of their own: arrays here, Pillow images there, so no conversion is counted. The whole
-augmentation draws the same on both sides; from 256 px, Pillow's resize is part of both.
+Same process, one thread, rounds interleaved; prints microseconds per operation, as medians, and their ratio. Each side
+works on what its own loader would use, arrays here and Pillow images there, so no conversion is counted. The whole
+augmentation draws the same random numbers on both sides; from 256 px, Pillow's resize is part of both.
 
     python benchmarks/augment.py [--size 224] [--rounds 15] [--images 300]
 """
@@ -24,7 +24,7 @@ from skimage import data
 from wn21k_zoo.training.augment import OPERATIONS, PublishedAugmentation, resize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.training.test_augment import PILLOW  # the one that ours is proved equal to
+from tests.training.test_augment import PILLOW  # the tests prove ours equal to it
 
 
 def seconds_of(function, *arguments) -> float:
@@ -34,7 +34,7 @@ def seconds_of(function, *arguments) -> float:
 
 
 def pillow_square(image: Image.Image, size: float, source: random.Random) -> Image.Image:
-    """As the tests' cutout, but drawn in one call instead of pixel by pixel."""
+    """The tests' cutout, but drawn in one call instead of pixel by pixel."""
     half = int(size) // 2
     x, y = int(source.random() * image.width), int(source.random() * image.height)
     image = image.copy()

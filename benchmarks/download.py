@@ -1,4 +1,4 @@
-"""Download and load a checkpoint of ViT-B/16's size from a local server, beside huggingface_hub + safetensors alone.
+"""Download and load a checkpoint of ViT-B/16's size from a local server, compared with huggingface_hub + safetensors.
 
     python benchmarks/download.py [--rounds 3]
 
@@ -60,7 +60,7 @@ def main():
 
 
 def make_weights(folder):
-    """In another process: huggingface_hub reads its endpoint when it is first imported."""
+    """In another process, as huggingface_hub reads its endpoint when it is first imported."""
     file = folder / "vit.safetensors"
     subprocess.run([sys.executable, "-c", WEIGHTS, str(file)], check=True)
     return file
@@ -93,7 +93,7 @@ def theirs(folder):
 
 
 def measure(fetch, cache):
-    """Seconds for download, load, and find and load again; the cache is empty before and after."""
+    """Seconds to download, to load, and to find and load again; the cache is empty before and after."""
     import safetensors.torch
 
     begin = time.perf_counter()
@@ -108,7 +108,7 @@ def measure(fetch, cache):
 
 
 def touch(state):
-    """Safetensors maps the file; this reads it."""
+    """Read all values, as safetensors only maps the file."""
     return sum(float(value.sum()) for value in state.values())
 
 

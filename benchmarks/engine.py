@@ -1,10 +1,10 @@
-"""Images per second of the engine's step beside the bare forward and backward pass, on the same synthetic images.
+"""Images per second of the engine's step compared with a bare training step, on the same synthetic images.
 
     python benchmarks/engine.py --architecture resnet50 --size 224 --batch 64 --device cuda
 
-Both do forward, loss, backward, clipping and the optimizer with the same network, precision and memory format; the
-engine adds what a run needs: agreement on stops and on losses that are not finite, seeds, metrics, progress. No image
-is read: the loader has its own benchmark.
+Both run forward, loss, backward, clipping and the optimizer with the same network, precision and memory format; the
+engine adds what a run needs: agreement on stops and on losses that are not finite, seeds, metrics, progress. No images
+are read: the loader has its own benchmark.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--architecture", default="regnetx_002")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=10, help="of each in a round")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each per round")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
@@ -73,7 +73,7 @@ def main() -> None:
         ratios, speeds = [], {"engine": [], "bare": []}
         for number in range(arguments.rounds):
             pair = {}
-            order = ("engine", "bare") if number % 2 else ("bare", "engine")  # whoever is second finds a warm machine
+            order = ("engine", "bare") if number % 2 else ("bare", "engine")  # the second one finds a warm machine
             for name in order:
                 _wait(device)
                 begin = time.perf_counter()
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 class _Synthetic:
-    """As many images as a run might have, of which none is read."""
+    """A data set as large as a run's might be; its images are never read."""
 
     def __init__(self, space, images) -> None:
         self.label_space, self.class_names, self._images = space, space.wnids, images
@@ -121,7 +121,7 @@ def _engine(recipe, splits, folder, device):
 
 
 def _bare_steps(run, batch, steps) -> None:
-    """What a training loop without anything else does."""
+    """Run a training loop with nothing else in it."""
     learner = run.learner
     learner.network.train()
     for _ in range(steps):

@@ -1,8 +1,8 @@
-"""Losses, gradients and the metric beside the published values (tests/data/published_losses.json), as a table.
+"""Losses, gradients and the metric against the published values (tests/data/published_losses.json), as a table.
 
     python benchmarks/equality.py
 
-Of a list of values the row shows the first, and the difference of the one that is farthest off.
+For a list of values, the row shows the first value and the largest difference.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Images per second and core of the training loader, beside what it is made of and beside torchvision's ImageFolder.
+"""Images per second and core of the training loader, compared with its parts and with torchvision's ImageFolder.
 
-224 pixel JPEGs of about 23 kB are cut from scikit-image's photographs and prepared as shards; the same bytes lie there
-as loose files. In each round, one after another in one process and thread: bare decoding by three decoders, the
-published augmentation alone, batches of the loader as its workers make them, the same with the conversion to numbers in
-[0, 1], which on a GPU happens there, and torchvision's ImageFolder with the same transforms of Pillow's. Then both with
-worker processes. Medians are printed.
+224 pixel JPEGs of about 23 kB are cut from scikit-image's photographs and stored both as shards and as loose files.
+Each round measures in turn, in one process and thread: bare decoding by three decoders; the published augmentation
+alone; batches of the loader as its workers make them; the same with the conversion to numbers in [0, 1], which for a
+GPU happens on the GPU; and torchvision's ImageFolder with the same transforms by Pillow. Then both with worker
+processes. Prints medians.
 
     python benchmarks/loader.py [--images 2000] [--rounds 5] [--workers 2] [--batch-size 64]
 """
@@ -97,7 +97,7 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         shards = Path(temporary) / "shards"
-        # Larger than the images: they are copied, so that both read the same bytes.
+        # A size above the images': they are copied as they are, so both read the same bytes.
         options = PrepareOptions(min_images=0, val_per_class=0, shard_size=500, size=SIZE + 1)
         prepare(loose, shards, options, workers=1)
         dataset = open_dataset(shards)

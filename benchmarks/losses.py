@@ -1,11 +1,11 @@
-"""Semantic softmax beside torch's cross_entropy, forward and backward, on the same logits in the same run.
+"""Semantic softmax compared with torch's cross_entropy, forward and backward, on the same logits in the same run.
 
     python benchmarks/losses.py
 
-Interleaved rounds, medians, several runs: the first to see one's machine settle, the spread to see how noisy it is. On
-a GPU it also compiles the losses, and a second pair of columns has the time of the GPU alone, with nothing of the
-logits in its cache and all operations in its queue before the first begins. At the end it says how long reading the
-logits and writing their gradient once takes at the bandwidth of a large copy.
+Interleaved rounds, medians, several runs: the first lets the machine settle, the spread shows how noisy it is. On a GPU
+it also compiles the losses, and a second pair of columns shows the time of the GPU alone, with the logits not in its
+cache and all operations queued before the first begins. At the end it prints how long it takes to read the logits and
+write their gradient once, at the bandwidth of a large copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from wn21k_zoo.training.losses import SemanticDistillationLoss, SemanticSoftmaxL
 from wn21k_zoo.tree import SemanticTree
 
 _COLUMNS = f"{'':41}until its end seen by the host     on the GPU alone"
-_QUEUEING = 50_000_000  # cycles: some 30 ms, in which the host queues hundreds of operations
+_QUEUEING = 50_000_000  # cycles: about 30 ms, in which the host queues hundreds of operations
 
 
 def main() -> None:
@@ -36,8 +36,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     on_gpu = arguments.device.startswith("cuda")
 
-    # As the activations of a network do, it makes glibc keep blocks of this size. Else each call may take its memory
-    # from the kernel anew, or not, as it happens, and cross_entropy takes 3 ms in one process and 11 in the next.
+    # This makes glibc keep blocks of this size, as the activations of a network do. Otherwise calls may or may not get
+    # new memory from the kernel each time, and cross_entropy takes 3 ms in one process and 11 ms in the next.
     torch.empty(31 * 2**18)
     tree = SemanticTree.load("fall11")
     logits = torch.randn(arguments.batch, len(tree), device=arguments.device, requires_grad=True)
@@ -49,7 +49,7 @@ def main() -> None:
         distillation = SemanticDistillationLoss(tree, order=order).to(arguments.device)
         cases[f"semantic softmax, {order} order"] = lambda loss=semantic: loss(logits, targets)
         cases[f"distillation, {order} order"] = lambda loss=distillation: loss(logits, teacher)
-        if not on_gpu:  # where there are no others
+        if not on_gpu:  # on a GPU the losses are plain operations anyway
             cases[f"  in plain operations, {order} order"] = lambda loss=semantic: loss._plain(logits, targets)
         else:
             for name, loss, other in (("semantic softmax", semantic, targets), ("distillation", distillation, teacher)):
@@ -57,7 +57,7 @@ def main() -> None:
                 cases[f"  {name} compiled, {order} order"] = lambda loss=compiled, other=other: loss(logits, other)
 
     def step(case) -> tuple[float, float]:
-        """Seconds until the host sees the end, and of the GPU alone."""
+        """Seconds until the host sees the end, and seconds of the GPU alone."""
         logits.grad = None
         _wait(arguments.device)
         begin = time.perf_counter()
@@ -86,10 +86,10 @@ def main() -> None:
 
 
 def _on_gpu_alone(action: Callable[[], None], device: str) -> float:
-    """Seconds of its operations, which are all in the queue before the first begins."""
+    """Seconds that its operations take, all of them queued before the first begins."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.device(device):
-        torch.empty(2**28, dtype=torch.uint8, device=device).zero_()  # more than its cache holds
+        torch.empty(2**28, dtype=torch.uint8, device=device).zero_()  # larger than its cache
         torch.cuda._sleep(_QUEUEING)
         begin.record()
         action()
@@ -99,7 +99,7 @@ def _on_gpu_alone(action: Callable[[], None], device: str) -> float:
 
 
 def _bandwidth(device: str) -> float:
-    """Bytes per second that are read and written by a copy of far more than a cache holds."""
+    """Bytes per second read and written by a copy much larger than the cache."""
     source = torch.zeros(2**28, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(13):

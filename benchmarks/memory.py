@@ -1,8 +1,8 @@
-"""What `wn21k train plan` guesses of the memory of a step beside what torch counts in a real one, on the CPU in fp32.
+"""Memory of a training step as estimated by `wn21k train plan` and as counted by torch, on the CPU in fp32.
 
     python benchmarks/memory.py
 
-Weights, gradients, the moments of Adam, and what is kept of the images to go backward, at their peak.
+Weights, gradients, Adam's moments, and the activations kept for the backward pass, at their peak.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _counted(architecture: str, batch: int, checkpointing: bool, classes: int) -
     tracker = MemTracker()
     tracker.track_external(module, optimizer)
     with tracker:
-        for _ in range(2):  # in the first the optimizer has no moments yet
+        for _ in range(2):  # in the first step the optimizer has no moments yet
             F.cross_entropy(module(images), targets).backward()
             optimizer.step()
             optimizer.zero_grad()

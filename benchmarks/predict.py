@@ -1,7 +1,7 @@
-"""Images per second of wn21k_zoo.Predictor beside plain timm (model and transform in a loop), and the time of --help.
+"""Images per second of wn21k_zoo.Predictor against plain timm (model and transform in a loop), and the time of --help.
 
-Same process, same weights, same photographs, rounds interleaved; the medians and their ratio are printed. Without
---folder it makes JPEGs of about 100 kB from scikit-image's photographs.
+Same process, same weights, same photographs, rounds interleaved; prints the medians and their ratio. Without --folder
+it makes JPEGs of about 100 kB from scikit-image's photographs.
 
     python benchmarks/predict.py [--folder DIR] [--images 64] [--rounds 5] [--model NAME]
 """
@@ -69,7 +69,7 @@ def main() -> None:
         paths = sorted(path for path in (arguments.folder or Path(temporary)).iterdir() if path.is_file())
         size = sum(path.stat().st_size for path in paths) / len(paths) / 1000
         predictor = Predictor(arguments.model, device="cpu", batch_size=arguments.batch_size)
-        # Plain timm: a model of its own, as timm.create_model lays it out.
+        # Plain timm: a separate model, in the memory format of timm.create_model.
         module = copy.deepcopy(predictor.module).to(memory_format=torch.contiguous_format)
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(module), is_training=False)
         ours, theirs = [], []

@@ -1,9 +1,9 @@
-"""Images per second and core of `wn21k data prepare`, beside bare OpenCV decode + resize + encode, in the same run.
+"""Images per second and core of `wn21k data prepare` against bare OpenCV decode + resize + encode, in the same run.
 
-JPEGs of 500 pixels and more are made from scikit-image's photographs and packed as fall11_whole.tar is, with about as
-many images per class as it has on average (12.4 million in 11,221). The bare loop
-reads the same archive's bytes from memory, in as many processes as there are workers; both are given the same images.
-Rounds are interleaved; medians and their ratio are printed, and the time that 12.4 million such images would take.
+JPEGs of 500 pixels and more are made from scikit-image's photographs and packed like fall11_whole.tar, with about as
+many images per class as it has on average (12.4 million in 11,221). The bare loop reads the same archive's bytes from
+memory, in as many processes as there are workers; both get the same images. Rounds are interleaved; prints medians,
+their ratio, and the time that 12.4 million such images would take.
 
     python benchmarks/prepare.py [--classes 16] [--images 1000] [--rounds 3] [--workers N] [--engine local|ray]
 """
@@ -48,7 +48,7 @@ def photographs(count: int) -> list[bytes]:
 
 
 def pack(path: Path, classes: int, images: list[bytes]) -> int:
-    """An archive of class archives; every class has all the images. Returns their number."""
+    """Write an archive of class archives, each with all the images; return the total number of images."""
     with tarfile.open(path, "w") as outer:
         for wnid in LabelSpace.load("fall11").wnids[:classes]:
             inner = io.BytesIO()
@@ -82,7 +82,7 @@ def main() -> None:
     arguments = parser.parse_args()
     workers = arguments.workers
     distinct = photographs(min(arguments.images, 200))
-    # Each a copy of its own: bytes that are in the processor's cache already would flatter the bare loop.
+    # Each is a separate copy: bytes that are already in the CPU cache would flatter the bare loop.
     images = [bytes(bytearray(distinct[index % len(distinct)])) for index in range(arguments.images)]
     ours, theirs, classes_pass = [], [], []
     with tempfile.TemporaryDirectory() as temporary:
@@ -92,7 +92,7 @@ def main() -> None:
         pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
         list(pool.map(bare, [images[:5]] * workers))
         for _ in range(arguments.rounds):
-            seconds = sum(pool.map(bare, [images] * arguments.classes))  # without the time to hand the bytes over
+            seconds = sum(pool.map(bare, [images] * arguments.classes))  # without the time to send them the bytes
             theirs.append(count / seconds * workers)
             marks: list[tuple[float, str, int]] = []
             begin = time.perf_counter()
@@ -107,7 +107,7 @@ def main() -> None:
                 ),
             )
             ours.append(count / (time.perf_counter() - begin))
-            # The speed between the first finished class and the last: what a long run comes to.
+            # The speed between the first finished class and the last: that of a long run.
             steps = [(at, images) for at, stage, images in marks if stage == "classes" and images]
             first, last = steps[0], steps[-1]
             classes_pass.append((last[1] - first[1]) / (last[0] - first[0]))

@@ -267,7 +267,7 @@ def test_file_names_that_are_no_text(tmp_path, photographs):
         (["tree", "show", "--tree", "none.txt"], 1, "name a text file of wnids"),
         (["predict", "sample:cat", "--model", ""], 1, "The name of the model is empty"),
         (["info", ""], 1, "The name of the model is empty"),
-        (["data", "prepare", "images", "out", "--format", "json"], 2, "is of --dry-run"),
+        (["data", "prepare", "images", "out", "--format", "json"], 2, "is for --dry-run"),
         (["data", "prepare", "images", "out", "--ray-address", "auto"], 2, "add --engine ray"),
         (["tree", "compare", "none.pth"], 1, "no tree file"),
         (["nonsense"], 2, "nonsense"),

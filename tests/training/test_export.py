@@ -158,7 +158,7 @@ def test_a_teacher_is_an_exported_run_with_the_same_classes_or_others(exported, 
     assert "the teacher" not in capsys.readouterr().err
     other = make_folder(tmp_path / "images", names=WNIDS[:5], images=12)
     train(recipe, other, tmp_path / "other", ALONE, workers=0)
-    assert re.search("is a semantic_softmax over .*; it tells 5 of the 5 classes", capsys.readouterr().err)
+    assert re.search("is a semantic_softmax over .*; it knows 5 of the 5 classes", capsys.readouterr().err)
 
 
 def test_another_teacher_in_the_same_place_is_noticed(run, exported, data, tmp_path):
@@ -283,7 +283,7 @@ def test_arguments_of_the_network_go_with_it(data, tmp_path):
 def test_either_kind_of_head_teaches_one_softmax(exported, data, tmp_path, capsys):
     single = {"kind": "single_label", "teacher": str(exported), "distillation_weight": 1.0}
     train(small_recipe(loss=single, schedule={"max_steps": 2}), data, tmp_path / "other", ALONE, workers=0)
-    assert "is a semantic_softmax over custom; it tells 4 of the 6 classes" in capsys.readouterr().err  # the leaves
+    assert "is a semantic_softmax over custom; it knows 4 of the 6 classes" in capsys.readouterr().err  # the leaves
     train(small_recipe(loss={"kind": "single_label"}), data, tmp_path / "teacher", ALONE, workers=0)
     single["teacher"] = str(export_run(tmp_path / "teacher", tmp_path / "model"))
     train(small_recipe(loss=single, schedule={"max_steps": 2}), data, tmp_path / "run", ALONE, workers=0)
@@ -365,7 +365,7 @@ def test_what_is_loaded_is_the_average_of_the_checkpoint_that_is_asked_for(run, 
 
 def test_the_last_checkpoint_of_a_run_is_evaluated_when_asked_for(run, exported, data):
     assert evaluate(run, data, workers=0, which="last")["images"] == 6
-    with pytest.raises(InvalidArgumentError, match="is no run, and has no last checkpoint"):
+    with pytest.raises(InvalidArgumentError, match="is not a run and has no last checkpoint"):
         evaluate(exported, data, workers=0, which="last")
     with pytest.raises(InvalidArgumentError, match="leave out label_space"):
         evaluate(run, data, workers=0, label_space="fall11")

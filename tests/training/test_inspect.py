@@ -230,7 +230,7 @@ def test_what_is_no_prepared_folder_is_one_line(tmp_path, command):
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
     (tmp_path / "_info.json").write_text('{"splits": {}}')
-    assert "is not the one that" in run(command, tmp_path).stderr
+    assert "is not as" in run(command, tmp_path).stderr
 
 
 def test_prepare_on_the_command_line(tmp_path, prepared):

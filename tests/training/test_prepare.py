@@ -483,10 +483,10 @@ def test_classes_of_a_list_of_ones_own(tmp_path):
     for wnids in (["n1"], [], [WNIDS[0], WNIDS[0]]):
         (out / "_info.json").write_text(json.dumps({**whole, "wnids": wnids}))
         for look in (describe, verify_shards):
-            with pytest.raises(DataError, match=rf"{out}: _info.json names classes that there are not"):
+            with pytest.raises(DataError, match=rf"{out}: _info.json names unknown classes"):
                 look(out)
     (out / "_info.json").write_text(json.dumps({**whole, "wnids": WNIDS[1]}))
-    with pytest.raises(DataError, match="no list"):
+    with pytest.raises(DataError, match="is not a list"):
         read_info(out)
 
 
@@ -566,7 +566,7 @@ def test_wrong_sources_and_outputs_are_one_line_each(tmp_path, monkeypatch):
     (empty / "inner" / WNIDS[0]).mkdir(parents=True)
     for wrong, message in (
         (tmp_path / "nothing", "does not exist"),
-        (tmp_path / "file", "no tar archive"),
+        (tmp_path / "file", "is not a readable tar archive"),
         (tmp_path / "photos.tar", "neither a class archive nor in a class folder"),
         (empty, r"Did you mean .*inner\?"),
     ):

@@ -368,7 +368,7 @@ def test_told_to_stop_it_writes_a_checkpoint(data, tmp_path, start, ranks, numbe
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - begin < 30
     assert process.returncode == code, errors
-    assert "stopped with a checkpoint; the same command goes on" in errors
+    assert "stopped with a checkpoint; the same command resumes it" in errors
     status = RunFolder(tmp_path / "run").status()
     assert status["state"] == "preempted"
     assert final(tmp_path / "run")["step"] == status["step"]
@@ -415,7 +415,7 @@ def test_told_to_stop_before_it_begins_it_says_so(data, tmp_path, start):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert errors == "wn21k: told to stop before the run began; the same command begins it\n"
+    assert errors == "wn21k: told to stop before the run began; the same command starts it\n"
     assert RunFolder(tmp_path / "run").status() == {"state": "preempted", "step": 0}
 
 

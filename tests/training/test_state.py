@@ -74,7 +74,7 @@ def test_what_is_no_place_for_a_run(data, tmp_path):
         run(small_recipe(), data, tmp_path / "file")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(RunError, match=r"holds holiday\.jpg, which is of no run"):
+    with pytest.raises(RunError, match=r"holds holiday\.jpg, which no run wrote"):
         run(small_recipe(), data, tmp_path / "photos")
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
     with RunFolder(tmp_path / "busy").locked(), pytest.raises(RunError, match="Another run is writing"):
@@ -103,7 +103,7 @@ def test_a_damaged_recipe_of_a_run_is_named(data, tmp_path):
     run(small_recipe(schedule={"max_steps": 1}), data, tmp_path)
     for text in ('{"name', "[1]"):
         (tmp_path / "recipe.json").write_text(text)
-        with pytest.raises(RunError, match=r"recipe\.json is damaged \(.*\); put it right"):
+        with pytest.raises(RunError, match=r"recipe\.json is damaged \(.*\); repair it"):
             run(small_recipe(schedule={"max_steps": 1}), data, tmp_path)
 
 

@@ -119,7 +119,7 @@ def test_a_data_set_names_no_file_outside_of_its_folder(shards, tmp_path, name):
     whole["splits"]["train"]["filenames"][0] = name
     (tmp_path / "_info.json").write_text(json.dumps(whole))
     for place in (tmp_path, f"file://{tmp_path}"):
-        with pytest.raises(DataError, match="is no name of a shard"):
+        with pytest.raises(DataError, match="is not the name of a shard"):
             open_dataset(place)
 
 

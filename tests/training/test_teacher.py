@@ -118,7 +118,7 @@ def test_any_record_teaches_any_student(checkpoint, student):
 
 @pytest.mark.parametrize("head", ["softmax", "semantic_softmax"])
 def test_a_teacher_of_nothing_that_the_student_knows(head):
-    with pytest.raises(RecipeError, match="speaks none of the classes of animals"):
+    with pytest.raises(RecipeError, match="knows none of the classes of animals"):
         translated([0.0, 0.0], (PLANT, PERSON), head, tree=SemanticTree.from_wnids((FELINE, CANINE), name="animals"))
 
 
@@ -159,7 +159,7 @@ def test_the_embedded_default_teaches_either_release(space):
     recipe = small_recipe(loss={"teacher": "efficientnet_lite0.embedded_in1k", "distillation_weight": 1.0})
     tree = SemanticTree.load(space)
     teacher, about, _ = build_teacher(recipe, tree.label_space, Levels(tree, "level"))
-    assert "is a softmax over imagenet1k; it tells" in about
+    assert "is a softmax over imagenet1k; it knows" in about
     with torch.no_grad():
         theirs = teacher(torch.rand(2, 3, 64, 64))
     assert theirs.shape == (2, len(tree))

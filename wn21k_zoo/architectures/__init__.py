@@ -1,4 +1,4 @@
-"""Architectures that timm does not have: names to functions of the form of timm's own entry points."""
+"""Architectures that timm lacks: names to functions with the interface of timm's own entry points."""
 
 from __future__ import annotations
 

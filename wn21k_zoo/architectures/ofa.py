@@ -1,7 +1,7 @@
 """The Once-for-All network with 595 M multiply-adds (Cai et al. 2020, https://arxiv.org/abs/1908.09791).
 
-A MobileNetV3 whose kernel sizes and expansions were searched for. Where MobileNetV3 has hard-swish and hard-sigmoid,
-the published checkpoint has swish and sigmoid. timm's MobileNetV3 can express it, and brings feature extraction,
+A MobileNetV3 whose kernel sizes and expansions were found by search. The published checkpoint has swish and sigmoid
+where MobileNetV3 has hard-swish and hard-sigmoid. timm's MobileNetV3 can express it, and provides feature extraction,
 ``reset_classifier``, ``forward_features`` and gradient checkpointing.
 """
 
@@ -57,7 +57,7 @@ def ofa_flops_595m_s(pretrained: bool = False, **kwargs: Any) -> Any:
 
     Args:
         pretrained: Load the weights that ``pretrained_cfg`` names.
-        **kwargs: As timm's entry points take them: ``num_classes``, ``in_chans``, ``features_only``, ``out_indices``,
+        **kwargs: As for timm's entry points: ``num_classes``, ``in_chans``, ``features_only``, ``out_indices``,
             ``drop_rate``, ``pretrained_cfg``, ...
     """
     from timm.models import build_model_with_cfg

@@ -1,8 +1,8 @@
-"""Model cards and the README's table of all checkpoints, written from the records.
+"""Model cards and the README's table of all checkpoints, generated from the records.
 
-Everything in a card follows from its record, except what stands between two markers: that is written by hand and kept.
-A card says nothing that the record, the packaged data or a source that it names does not say; what is not known is
-shown as unknown.
+Everything in a card follows from its record, except the text between two markers, which is written by hand and kept.
+A card says nothing that is not in the record, the packaged data or a source that it names; what is not known is shown
+as unknown.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = [
 FOLDER = "model_cards"
 PROSE = ("<!-- prose -->", "<!-- end of prose -->")
 TABLE = ("<!-- zoo table -->", "<!-- end of zoo table -->")
-# By label space. timm/imagenet-w21-p is the winter 2021 release; of fall 2011's 21K-P no ready-made copy is known here,
-# so that one has a plain name, which the Hub links to nothing.
+# By label space. timm/imagenet-w21-p is the winter 2021 release; no ready-made copy of fall 2011's 21K-P is known, so
+# that one has a plain name, which the Hub does not link.
 _DATASETS: Mapping[str, str] = MappingProxyType(
     {
         "imagenet1k": "ILSVRC/imagenet-1k",
@@ -61,7 +61,7 @@ def render_card(checkpoint: Checkpoint, prose: str = "") -> str:
 
     Args:
         checkpoint: The record.
-        prose: Markdown to stand between the markers, as :func:`prose_of` reads it.
+        prose: Markdown to put between the markers, as :func:`prose_of` reads it.
     """
     sections = (
         summary(checkpoint),
@@ -75,7 +75,7 @@ def render_card(checkpoint: Checkpoint, prose: str = "") -> str:
 def card_data(checkpoint: Checkpoint) -> ModelCardData:
     """The front matter of a record's card.
 
-    Whether a figure is verified is left out: that field is the Hub's own.
+    Whether a figure is verified is left out: only the Hub sets that field.
     """
     pretrained_on = [_DATASETS["imagenet21k_p_fall11"]] if checkpoint.paper == PAPER else []
     tags = ["image-classification", "timm", "wordnet", *(["imagenet-21k", "imagenet-21k-p"] if pretrained_on else [])]
@@ -92,10 +92,10 @@ def card_data(checkpoint: Checkpoint) -> ModelCardData:
 
 
 def prose_of(text: str, where: str = "The card") -> str:
-    """What is written by hand in a card.
+    """The hand-written part of a card.
 
     Raises:
-        RecordError: The markers are not there once each, in order, so that the hand-written part would be lost.
+        RecordError: The markers are not there once each, in order, so the hand-written part would be lost.
     """
     return _between(text, PROSE, where)[1].strip()
 
@@ -120,7 +120,7 @@ def zoo_table(checkpoints: Iterable[Checkpoint] = CHECKPOINTS) -> str:
 
 
 def with_zoo_table(readme: str, checkpoints: Iterable[Checkpoint] = CHECKPOINTS) -> str:
-    """The text of a README with its table written anew.
+    """The text of a README with its table regenerated.
 
     Raises:
         RecordError: It has no place for the table.
@@ -130,11 +130,11 @@ def with_zoo_table(readme: str, checkpoints: Iterable[Checkpoint] = CHECKPOINTS)
 
 
 def known_prose(name: str, *folders: Path | None) -> str:
-    """What is written by hand in the card of that name, in the first of some folders that has it; '' for none.
+    """The hand-written part of a record's card, from the first folder that has the card; '' if none has it.
 
     Args:
         name: The record.
-        *folders: Folders of cards, in order of preference; None is passed over.
+        *folders: Folders of cards, in order of preference; None is skipped.
 
     Raises:
         RecordError: That card has lost its markers.
@@ -145,7 +145,7 @@ def known_prose(name: str, *folders: Path | None) -> str:
 
 
 def find_checkout() -> Path | None:
-    """The checkout that this package is imported from; None for an installed one."""
+    """The checkout that this package is imported from; None if it is installed."""
     folder = Path(__file__).resolve().parents[2]
     project = folder / "pyproject.toml"
     return folder if project.is_file() and 'name = "wn21k-zoo"' in project.read_text(encoding="utf-8") else None
@@ -154,16 +154,16 @@ def find_checkout() -> Path | None:
 def planned_files(
     checkout: Path | None, output: Path | None = None, checkpoints: Iterable[Checkpoint] = CHECKPOINTS
 ) -> dict[Path, str]:
-    """All cards, and the README unless ``output`` says where the cards belong, with the text that they should have.
+    """All cards, and the README unless ``output`` is given, with the text that they should have.
 
     Args:
-        checkout: Where hand-written prose is found and the README stands.
+        checkout: Has the hand-written prose and the README.
         output: Folder of the cards; by default the checkout's.
         checkpoints: The records.
 
     Raises:
         InvalidArgumentError: Neither is given.
-        RecordError: A file that is there has lost its markers.
+        RecordError: An existing file has lost its markers.
     """
     own = checkout / FOLDER if checkout else None
     folder = output or own
@@ -180,7 +180,7 @@ def planned_files(
 
 
 def stale_cards(folder: Path, planned: Iterable[Path]) -> list[Path]:
-    """Cards in a folder that belong to no record; they hold prose, so that nobody but a person may delete them."""
+    """Cards in a folder that belong to no record; they hold prose, so only a person may delete them."""
     return sorted(
         path
         for path in set(folder.glob("*.md")) - set(planned)
@@ -191,13 +191,13 @@ def stale_cards(folder: Path, planned: Iterable[Path]) -> list[Path]:
 def _between(text: str, markers: tuple[str, str], where: str) -> tuple[str, str, str]:
     start, end = (text.find(marker) for marker in markers)
     if not 0 <= start < end or any(text.count(marker) != 1 for marker in markers):
-        raise RecordError(f"{where} needs {markers[0]} and {markers[1]}, once each, around what it is to keep.")
+        raise RecordError(f"{where} needs {markers[0]} and {markers[1]}, once each and in this order; put them back.")
     return text[:start], text[start + len(markers[0]) : end], text[end + len(markers[1]) :]
 
 
 def _eval_result(metric: Metric, metrics: Sequence[Metric]) -> EvalResult:
     title, _, split = metric.dataset.partition(", ")
-    # The Hub's format has one source for all figures on a data set; theirs must agree, or it would say an untruth.
+    # The Hub's format has one source for all figures on a data set; if theirs differ, it would be wrong for some.
     one_source = len({other.measured_by for other in metrics if other.dataset == metric.dataset}) == 1
     url = metric.measured_by if one_source and metric.measured_by.startswith("https://") else None
     return EvalResult(

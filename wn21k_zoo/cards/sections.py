@@ -1,6 +1,6 @@
 """The sections of a model card: each is a function from a record to Markdown.
 
-What is said of the training, the labels and their limits has its source beside it, or follows from the packaged data.
+Statements about the training, the labels and their limits name their source, or follow from the packaged data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _RESIZES: Mapping[str, str] = MappingProxyType(
 
 
 def summary(checkpoint: Checkpoint) -> str:
-    """The title and what the model is, in one paragraph."""
+    """The title, and a paragraph that says what the model is."""
     home = "built by this package, timm lacks it" if checkpoint.architecture in ARCHITECTURES else "timm's name"
     by = f" Its weights were published at {checkpoint.origin}." if checkpoint.origin else ""
     paper = f" The paper is {checkpoint.paper}." if checkpoint.paper else ""
@@ -185,7 +185,7 @@ def _people(space: LabelSpace) -> set[str]:
 
 
 def parameter_count(checkpoint: Checkpoint) -> int:
-    """Parameters of a record's network, head included; it is built without memory for them."""
+    """Number of parameters of a record's network, head included; it is built on the meta device."""
     return _count(checkpoint.architecture, len(LabelSpace.load(checkpoint.label_space)))
 
 
@@ -208,7 +208,7 @@ def _bullets(lines: Iterable[str]) -> str:
 
 
 def softmax_caution(checkpoint: Checkpoint) -> str:
-    """A comment for programs that take one softmax over all outputs, whatever the head."""
+    """A comment for code samples that take one softmax over all outputs, whatever the head; '' if that suits it."""
     suits = checkpoint.head == "softmax"
     return "" if suits else "  # with one softmax over all outputs, which this head is not made for"
 

@@ -1,4 +1,4 @@
-"""The command ``wn21k``: data on stdout, messages and progress bars on stderr; heavy imports wait for a command."""
+"""The command ``wn21k``: data on stdout, messages and progress bars on stderr; heavy imports inside the commands."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line; exit codes: 0 done, 1 failed, 2 usage, 3 some items failed, 130 interrupted."""
-    # Closed by who started this, as by >&-; whatever is written then goes nowhere.
+    # The caller may have closed them, as by >&-; what is written is then discarded.
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115, PTH123
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
     try:
         from wn21k_zoo.cli.app import app
 
-        # JSON is UTF-8, whatever a pipe's encoding; a terminal has its own, and may lack a character.
+        # JSON is UTF-8, whatever a pipe's encoding; a terminal has its own, which may lack a character.
         if isinstance(sys.stdout, io.TextIOWrapper):
             encoding = None if sys.stdout.isatty() else "utf-8"
             sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
         arguments = sys.argv[1:]
-        for option in ("--debug", "--offline"):  # wherever they stand
+        for option in ("--debug", "--offline"):  # allowed anywhere
             if option in arguments:
                 arguments = [option, *(argument for argument in arguments if argument != option)]
         app(arguments)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # of --help and --version, which nothing is invoked for
+    except OSError as error:  # from --help and --version, which do not reach the group's invoke
         if "--debug" in sys.argv:
             raise
         say(first_line(error))

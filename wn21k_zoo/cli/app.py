@@ -24,7 +24,7 @@ class _Group(TyperGroup):
         try:
             result = super().invoke(ctx)
             if sys.stdout is not None:
-                sys.stdout.flush()  # or a disk that is full would be told of by nobody
+                sys.stdout.flush()  # else nobody would hear of a full disk
             return result
         except KeyboardInterrupt:
             say("interrupted")
@@ -42,7 +42,7 @@ class _Group(TyperGroup):
 
 
 def _is_closed_pipe(error: Exception) -> bool:
-    """Whether who reads stdout has had enough (wn21k ... | head), for Windows maybe an argument that is invalid."""
+    """Whether the reader of stdout has gone (wn21k ... | head); on Windows that may look like an invalid argument."""
     if isinstance(error, BrokenPipeError):
         return True
     if os.name != "nt" or not isinstance(error, OSError) or error.errno != errno.EINVAL:
@@ -90,7 +90,7 @@ def _show_version(value: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Open no connection, as HF_HUB_OFFLINE=1 does.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Open no connection, like HF_HUB_OFFLINE=1.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,

@@ -20,7 +20,7 @@ CacheDirOption = Annotated[
     Path | None, typer.Option("--cache-dir", help="Folder of the cache. Default: WN21K_CACHE, else the user's.")
 ]
 
-app = typer.Typer(no_args_is_help=True, help="What is in the cache, and what may go.")
+app = typer.Typer(no_args_is_help=True, help="List and prune the cache.")
 
 
 def download(
@@ -31,9 +31,9 @@ def download(
     cache_dir: CacheDirOption = None,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Fetch weights into the cache, verified; what is there already is verified again.
+    """Fetch weights into the cache, verified; what is already there is verified again.
 
-    Exit code 3 when some could not be had and the rest is there.
+    Exit code 3 if some could not be fetched and the rest are there.
     """
     from wn21k_zoo.building import HUB_PREFIX, fetch_from_hub
     from wn21k_zoo.download import fetch
@@ -78,7 +78,7 @@ def verify(
     cache_dir: CacheDirOption = None,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Hash what is on this machine and compare; nothing is fetched. Exit code 1 when a file is damaged or missing."""
+    """Hash the files on this machine and compare; nothing is fetched. Exit code 1 if a file is damaged or missing."""
     from wn21k_zoo import cache
     from wn21k_zoo.files import sha256_of
     from wn21k_zoo.on_disk import find_verified
@@ -132,12 +132,12 @@ def prune(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All files.")] = False,
     older_than: Annotated[
-        float | None, typer.Option("--older-than", min=0, help="Files not changed for so many days.")
+        float | None, typer.Option("--older-than", min=0, help="Files not changed for this many days.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
     cache_dir: CacheDirOption = None,
 ) -> None:
-    """Remove files from the cache; without arguments only what unfinished downloads left more than a day ago."""
+    """Remove files from the cache; without arguments only leftovers of downloads unfinished for more than a day."""
     from wn21k_zoo import cache
     from wn21k_zoo.building import HUB_PREFIX, hub_source
     from wn21k_zoo.on_disk import cached_files
@@ -171,8 +171,8 @@ def lock(
 ) -> None:
     """For maintainers: ask all sources for revision, size and sha256, and write the lock file.
 
-    Files on plain servers are fetched to be hashed. Exit code 3 when some sources could not be asked: what was known
-    about them stays.
+    Files on plain servers are fetched to be hashed. Exit code 3 if some sources could not be asked; what was known
+    about them is kept.
     """
     from wn21k_zoo import hub, locking
     from wn21k_zoo.errors import OfflineError

@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, help="Print a model card, write all of t
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A record; wn21k list shows all.")]) -> None:
-    """Print the model card of a checkpoint; its hand-written part is known in a checkout only."""
+    """Print the model card of a checkpoint; its hand-written part is available only in a checkout."""
     checkpoint = registry.get_checkpoint(name)
     from wn21k_zoo import cards
 
@@ -39,16 +39,16 @@ def build(
             "--output",
             "-o",
             callback=to_write,
-            help="Write the cards there and leave the README alone. Default: model_cards of the checkout.",
+            help="Write the cards to this folder and leave the README alone. Default: model_cards of the checkout.",
         ),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; exit code 1 when a file is not as it should be.")
+        bool, typer.Option("--check", help="Write nothing; exit code 1 if a file is out of date.")
     ] = False,
 ) -> None:
-    """Write all model cards and the README's table from the records; what is written by hand in a card stays."""
+    """Write all model cards and the README's table from the records; hand-written parts of the cards are kept."""
     if output is not None and output.exists() and not output.is_dir():
-        raise InvalidArgumentError(f"{output} is a file; --output wants a folder.")
+        raise InvalidArgumentError(f"{output} is a file; --output needs a folder.")
     from wn21k_zoo import cards
 
     files = cards.planned_files(cards.find_checkout(), output)
@@ -58,13 +58,13 @@ def build(
         for path in different:
             make_folder(path.parent, RecordError, "name another place with --output.")
             write_whole(path, files[path], RecordError)
-        say(f"{len(different)} of {len(files)} files written, the others were up to date")
+        say(f"{len(different)} of {len(files)} files written, the others are up to date")
     for path in different if check else ():
         say(f"{_shown(path)} is out of date")
     for path in stale:
         say(f"{_shown(path)} belongs to no record; delete it, or rename it to keep what was written by hand")
     if check and (different or stale):
-        say("wn21k cards build writes them anew")
+        say("run wn21k cards build to write them")
         raise typer.Exit(1)
     if check:
         say(f"{len(files)} files, all up to date")

@@ -15,10 +15,10 @@ __all__ = ["convert"]
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="A .pth, .bin or .safetensors file as the authors or timm publish it.")],
+    file: Annotated[Path, typer.Argument(help="A .pth, .bin or .safetensors file of the authors or timm.")],
     output: Annotated[Path, typer.Option("--output", "-o", callback=to_write, help="The safetensors file to write.")],
     architecture: Annotated[
-        str | None, typer.Option("--architecture", "-a", help="Which one it is. Default: recognised from the entries.")
+        str | None, typer.Option("--architecture", "-a", help="Its architecture. Default: recognised by its entries.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""``wn21k data``: from the archives of ImageNet-21K to shards, and a look at them."""
+"""``wn21k data``: turn the archives of ImageNet-21K into shards, and inspect them."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def prepare(
     ],
     output: Annotated[
         Path,
-        typer.Argument(metavar="OUT", callback=to_write, help="Folder for the shards; on a cluster all nodes see it."),
+        typer.Argument(metavar="OUT", callback=to_write, help="Folder for the shards; on a cluster a shared one."),
     ],
     label_space: Annotated[
         str, typer.Option("--label-space", help="Classes, and their indices: a name, or a text file of wnids.")
     ] = "fall11",
     min_images: Annotated[int, typer.Option("--min-images", help="A class needs more images than this.")] = 500,
     val_per_class: Annotated[
-        int, typer.Option("--val-per-class", help="So many first names of a class are for validation.")
+        int, typer.Option("--val-per-class", help="The first N names of a class are used for validation.")
     ] = 50,
-    size: Annotated[int, typer.Option("--size", help="Pixels.")] = 224,
+    size: Annotated[int, typer.Option("--size", help="In pixels.")] = 224,
     resize: Annotated[
         Literal["squash", "short-edge"], typer.Option("--resize", help="To a square, or the shorter edge to the size.")
     ] = "squash",
@@ -70,21 +70,19 @@ def prepare(
         str | None,
         typer.Option("--ray-address", help="Of a Ray cluster. Default: RAY_ADDRESS, else one on this machine."),
     ] = None,
-    max_bad: Annotated[
-        float, typer.Option("--max-bad", min=0, max=1, help="Allowed share of images that cannot be used.")
-    ] = 0.01,
+    max_bad: Annotated[float, typer.Option("--max-bad", min=0, max=1, help="Allowed share of unusable images.")] = 0.01,
     allow_truncated: Annotated[
-        bool, typer.Option("--allow-truncated", help="Go on with what is there of an archive that ends too early.")
+        bool, typer.Option("--allow-truncated", help="Use the part that is there of an archive that ends too early.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on where an unfinished run with the same options ended.")
+        bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run with the same options.")
     ] = True,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only count, and tell how much space is needed; in the --format.")
+        bool, typer.Option("--dry-run", help="Only count images and show the space needed, in --format.")
     ] = False,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Make WebDataset shards with a manifest; interrupted or killed, the same command goes on where it was."""
+    """Make WebDataset shards with a manifest; after an interruption or kill, the same command resumes."""
     from wn21k_zoo.errors import InvalidArgumentError
     from wn21k_zoo.training.options import PrepareOptions
 
@@ -99,12 +97,12 @@ def prepare(
     )
     run: dict[str, Any] = {"workers": workers, "engine": engine, "ray_address": ray_address}
     if ray_address is not None and engine != "ray":
-        raise InvalidArgumentError("--ray-address is of a Ray cluster; add --engine ray.")
+        raise InvalidArgumentError("--ray-address is for a Ray cluster; add --engine ray.")
     if dry_run:
         _count(source, output, options, {**run, "allow_truncated": allow_truncated}, format)
         return
     if format is not None:
-        raise InvalidArgumentError("--format is of --dry-run; `wn21k data info` tells of what was made in any format.")
+        raise InvalidArgumentError("--format is for --dry-run; `wn21k data info` describes the output in any format.")
     from wn21k_zoo.training.prepare import prepare as prepare_shards
 
     with progress_bar() as progress:
@@ -121,7 +119,7 @@ def prepare(
     typer.echo((output / "SUMMARY.md").read_text(encoding="utf-8", errors="replace"), nl=False)
     for split, change in (("train", "lower"), ("validation", "raise")):
         if split not in made.splits:
-            ours = "val_per_class" in made.preparation  # else the source is split
+            ours = "val_per_class" in made.preparation  # else the source was already split
             say(f"there are no images for {split}" + (f": {change} --val-per-class, in another folder" if ours else ""))
     say(f"complete: {output}")
 
@@ -131,7 +129,7 @@ def info(
     folder: FolderArgument,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Classes, images, sizes, imbalance, and counts per level of the hierarchy."""
+    """Show classes, images, sizes, imbalance, and counts per level of the hierarchy."""
     from wn21k_zoo.training.inspect import describe
 
     described = describe(folder)
@@ -139,7 +137,7 @@ def info(
         return
     rows = [{"split": split, **values} for split, values in described["splits"].items()]
     print_table(rows, tuple(rows[0]), format)
-    if choose_format(format) == "csv":  # a file has one table
+    if choose_format(format) == "csv":  # one table per file
         return
     print_table(described["levels"], ("level", "classes", "with_images", "images"), format)
     say(f"label space {described['label_space']}; {described['preparation']}")
@@ -174,7 +172,7 @@ def verify(
     folder: FolderArgument,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Hash all shards, compare counts, and see that labels are in range. Exit code 1 when something is damaged."""
+    """Hash all shards, compare counts, and check that labels are in range. Exit code 1 if something is damaged."""
     from wn21k_zoo.training.inspect import verify_shards
     from wn21k_zoo.training.options import Progress
 
@@ -187,7 +185,7 @@ def verify(
         print_table(rows, ("file", "key", "problem"), format)
     if damages:
         raise typer.Exit(1)
-    say(f"all as it was written: {folder}")
+    say(f"everything is as it was written: {folder}")
 
 
 def _count(source: Path, output: Path, options: PrepareOptions, run: dict[str, Any], format: Format | None) -> None:  # noqa: A002
@@ -209,7 +207,7 @@ def _count(source: Path, output: Path, options: PrepareOptions, run: dict[str, A
         )
     print_table(rows, ("decision", "classes", "train", "validation", "GB"), format)
     needed = sum(one.stored_bytes for one in counts) / 1e9
-    say(f"about {needed:,.2f} GB for the output and as much again while it is made")
+    say(f"about {needed:,.2f} GB for the output, and as much again while it is being made")
     for place in (output.absolute(), *output.absolute().parents):
         if place.exists():
             say(f"{shutil.disk_usage(place).free / 1e9:,.1f} GB are free at {place}")

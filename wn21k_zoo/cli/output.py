@@ -1,4 +1,4 @@
-"""What the commands write: messages to stderr; results to stdout as table, json, jsonl or csv."""
+"""Output of the commands: messages on stderr; results on stdout as table, json, jsonl or csv."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ LabelSpaceOption = Annotated[
     str | None,
     typer.Option(
         "--label-space",
-        help="Classes of a folder's model, when it does not say: a name, a file of wnids, or own (names alone).",
+        help="Classes of a folder's model that does not state them: a name, a file of wnids, or own (names alone).",
     ),
 ]
 HeadOption = Annotated[
-    Head | None, typer.Option("--head", help="How to read the outputs of a folder's model, when it does not say.")
+    Head | None, typer.Option("--head", help="How to read the outputs of a folder's model that does not state it.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 
@@ -87,19 +87,19 @@ class _Messages(logging.Handler):
 
 
 def log_as_messages() -> None:
-    """From now on what the package logs as a warning is one line on stderr, like any other message."""
+    """From now on, print the package's log warnings as one line on stderr, like any other message."""
     logger = logging.getLogger("wn21k_zoo")
     if not any(isinstance(handler, _Messages) for handler in logger.handlers):
         logger.addHandler(_Messages(logging.WARNING))
 
 
 def choose_format(chosen: Format | None) -> Format:
-    """The format that was asked for; else a table on a terminal, jsonl in a pipe."""
+    """The chosen format; by default a table on a terminal, jsonl in a pipe."""
     return chosen or ("table" if sys.stdout.isatty() else "jsonl")
 
 
 def console() -> Console:
-    """A rich console; in a pipe or a file it is 120 columns wide."""
+    """A rich console, 120 columns wide in a pipe or a file."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -107,7 +107,7 @@ def console() -> Console:
 
 @contextmanager
 def warnings_as_messages(quiet: bool) -> Iterator[None]:
-    """Within, a Python warning is one line on stderr, or nothing."""
+    """Within, a Python warning is printed as one line on stderr, or not at all."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         if not quiet:
@@ -120,7 +120,7 @@ def warnings_as_messages(quiet: bool) -> Iterator[None]:
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
-    """JSON on stdout."""
+    """Write JSON to stdout."""
     sys.stdout.write(_json(value, indent) + "\n")
 
 
@@ -130,7 +130,7 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def printed_as_json(value: Any, chosen: Format | None) -> bool:
-    """Write one value on stdout where the format is JSON, on one line for jsonl; whether it is."""
+    """Write one value to stdout if the format is JSON, on one line for jsonl; return whether it is."""
     chosen = choose_format(chosen)
     if chosen not in ("json", "jsonl"):
         return False
@@ -141,13 +141,13 @@ def printed_as_json(value: Any, chosen: Format | None) -> bool:
 def print_table(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str], chosen: Format | None, heads: Sequence[str] | None = None
 ) -> None:
-    """Rows of plain values in a format; None is shown as 'unknown' in a table.
+    """Write rows of plain values to stdout in a format; a table shows None as 'unknown'.
 
     Args:
         rows: Each with a value per column.
         columns: Keys of the rows, in order.
         chosen: The format.
-        heads: Of a table; by default the columns, in words.
+        heads: Of a table; by default the columns with spaces for underscores.
     """
     chosen = choose_format(chosen)
     if chosen == "json":
@@ -164,7 +164,7 @@ def print_table(
         from rich.table import Column, Table
         from rich.text import Text
 
-        # Nothing is cut off: a path or a URL goes on in the next line.
+        # Nothing is cut off: a path or a URL continues on the next line.
         heads = heads or [column.replace("_", " ") for column in columns]
         table = Table(*(Column(Text(head), overflow="fold") for head in heads), box=box.SIMPLE_HEAD)
         for row in rows:
@@ -187,7 +187,7 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
 
         def show(progress: Progress) -> None:
             if progress.stage not in tasks:
-                shown.start()  # not before there is something to show
+                shown.start()  # only when there is something to show
                 tasks[progress.stage] = shown.add_task(progress.stage, total=progress.total, speed="")
             task = tasks[progress.stage]
             elapsed = shown.tasks[task].elapsed or 0
@@ -202,17 +202,17 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
 
 
 def at_home(path: Path | None) -> Path | None:
-    """For parameters that are paths: ~ is a home folder where a shell left it, as in --output=~/x."""
+    """For path parameters: expand a ~ that the shell left, as in --output=~/x."""
     return None if path is None else expanded(path, InvalidArgumentError)
 
 
 def to_write(path: Path | None) -> Path | None:
-    """The same for parameters that are outputs, which are no URLs."""
+    """The same for output parameters, which must not be URLs."""
     return None if path is None else local_path(path, InvalidArgumentError)
 
 
 class ResultWriter:
-    """Writes results one by one as they come, so that a stream of any length works."""
+    """Writes results one by one as they arrive, so a stream of any length works."""
 
     def __init__(self, chosen: Format) -> None:
         self.format = chosen
@@ -226,7 +226,7 @@ class ResultWriter:
             self._console = console()
 
     def write(self, source: str | None, result: Prediction | Wn21kError) -> None:
-        """One result; an error is an item of the machine-readable formats too."""
+        """Write one result; errors are items of the machine-readable formats too."""
         from wn21k_zoo.prediction import error_to_dict
 
         if self.format == "table":
@@ -245,7 +245,7 @@ class ResultWriter:
         self._count += 1
 
     def close(self) -> None:
-        """Ends the JSON array."""
+        """End the JSON array."""
         if self.format == "json":
             sys.stdout.write("\n]\n" if self._count else "]\n")
 
@@ -267,7 +267,7 @@ def _lines(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """For rich, as it is: neither markup nor control characters have a meaning."""
+    """Text for rich to show literally: neither markup nor control characters take effect."""
     from rich.markup import escape
 
     return escape(printable(text))
@@ -282,7 +282,7 @@ def _print_prediction(target: Console, prediction: Prediction) -> None:
     best = prediction.label
     title = _scored(best) if best else "no label reaches the threshold"
     target.print(f"[bold]{_plain(prediction.source or 'image')}[/]  [bold green]{title}[/]")
-    if prediction.top_k[0].wnid:  # else the outputs are all that there is
+    if prediction.top_k[0].wnid:  # else there is nothing but the outputs
         _print_tree(target, prediction)
     top = " · ".join(f"{output.short_name} {output.probability:.2f}" for output in prediction.top_k)
     target.print(f"[dim]outputs[/] {_plain(top)}")

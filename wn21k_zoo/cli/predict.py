@@ -41,8 +41,8 @@ def predict(
     paths: Annotated[
         list[str],
         typer.Argument(
-            help="Images, folders (searched to the bottom, but for what is hidden), quoted globs, "
-            "sample:cat|coffee|rocket, or - for paths on stdin, one a line.",
+            help="Images, folders (searched recursively, except hidden files), quoted globs, "
+            "sample:cat|coffee|rocket, or - for paths on stdin, one per line.",
             metavar="PATH|DIR|GLOB|-",
         ),
     ],
@@ -70,14 +70,14 @@ def predict(
         int | None, typer.Option("--batch-size", min=1, help="Images per forward pass. Default: 8 on a CPU, else 32.")
     ] = None,
     allow_url: Annotated[bool, typer.Option("--allow-url", help="Fetch images from public http(s) addresses.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages and no progress bar; errors stay.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No messages or progress bar, only errors.")] = False,
 ) -> None:
     """Predict labels at every level of the hierarchy.
 
     Exit codes: 0 all done, 1 failed, 2 usage, 3 some images failed and the rest are done, 130 interrupted.
     """
     if paths.count("-") > 1 or ("-" in paths and len(paths) > 1):
-        raise InvalidArgumentError("- reads the paths from stdin; name it alone.")
+        raise InvalidArgumentError("- reads the paths from stdin; do not name other paths with it.")
     chosen = choose_format(format)
     _allow_any_name()
     if quiet:
@@ -106,7 +106,7 @@ def predict(
             head=head,
             allow_url=allow_url,
         )
-        # Classes that are no synsets are roots, all of them.
+        # Classes that are not synsets are all roots.
         levels = [*predictor.tree.levels] if predictor.tree is not None else [0]
         if level is not None and level not in levels:
             known = ", ".join(map(str, levels)) or "none"
@@ -173,7 +173,7 @@ def _progress(total: int | None, hidden: bool) -> Iterator[Callable[[], None]]:
 
 def _lines_of_stdin() -> Iterator[str]:
     for number, line in enumerate(sys.stdin):
-        path = line.removeprefix("\ufeff" if not number else "").rstrip("\r\n")  # PowerShell begins with that mark
+        path = line.removeprefix("\ufeff" if not number else "").rstrip("\r\n")  # PowerShell writes that mark first
         if path.strip():
             yield path
 
@@ -183,7 +183,7 @@ def _expand(paths: list[str]) -> Iterator[str]:
         if path.startswith("sample:") or _is_url(path) or os.path.isfile(path):  # noqa: PTH113 - any name
             yield path
         elif os.path.isdir(path):  # noqa: PTH112
-            # An empty folder, as a pattern without a match, is an item that fails.
+            # An empty folder, like a pattern without a match, is an item that fails.
             yield from sorted(_images_below(path)) or [path]
         elif glob.has_magic(path):
             matches = [match for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)]  # noqa: PTH113, PTH207
@@ -193,7 +193,7 @@ def _expand(paths: list[str]) -> Iterator[str]:
 
 
 def _images_below(root: str) -> Iterator[str]:
-    """Those that are not hidden, as in training; also in folders elsewhere that links lead to, each once."""
+    """Images that are not hidden, as in training; links to folders are followed, each folder once."""
     from wn21k_zoo.files import is_hidden
     from wn21k_zoo.images import IMAGE_SUFFIXES
 
@@ -225,7 +225,7 @@ def _may_exist(source: str) -> bool:
 
 
 def _why_not(source: str) -> Wn21kError:
-    """The error of something that is certainly no image."""
+    """The error for something that is certainly not an image."""
     from wn21k_zoo.images import IMAGE_SUFFIXES, load_image
 
     if glob.has_magic(source):
@@ -240,6 +240,6 @@ def _why_not(source: str) -> Wn21kError:
 
 
 def _allow_any_name() -> None:
-    """File names that are not valid text pass through: as themselves on stdin, escaped on stdout as all commands do."""
+    """Let file names that are not valid text pass: as they are on stdin, escaped on stdout as in all commands."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding=sys.getfilesystemencoding(), errors="surrogateescape")

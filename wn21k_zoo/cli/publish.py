@@ -1,4 +1,4 @@
-"""``wn21k export`` and ``wn21k publish``: a repository folder, and its upload to the Hub."""
+"""``wn21k export`` and ``wn21k publish``: write a repository folder, and upload it to the Hub."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ __all__ = ["export", "publish"]
 def export(
     model: Annotated[str, typer.Argument(help="A record, a timm model or a published weight file.")],
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
-    record: Annotated[
-        str | None, typer.Option("--record", help="Of which record a weight file is, where several fit.")
-    ] = None,
+    record: Annotated[str | None, typer.Option("--record", help="The record of a weight file, if several fit.")] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16. Default: as the weights are.")
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16. Default: that of the weights.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that an earlier export wrote.")] = False,
 ) -> None:
@@ -33,15 +31,15 @@ def export(
 
 
 def publish(
-    folder: Annotated[Path, typer.Argument(help="A folder as wn21k export writes it.")],
+    folder: Annotated[Path, typer.Argument(help="A folder written by wn21k export.")],
     repo: Annotated[str, typer.Option("--repo", help="ORG/NAME on the Hugging Face Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch. Default: main.")] = None,
-    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go; open no connection.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Commit message.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files; open no connection.")] = False,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Push an exported folder to the Hugging Face Hub."""
+    """Upload an exported folder to the Hugging Face Hub."""
     from wn21k_zoo.publish import check_repo_id, plan_upload, publish_folder
 
     check_repo_id(repo)

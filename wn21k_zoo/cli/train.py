@@ -1,4 +1,4 @@
-"""``wn21k train`` and ``wn21k evaluate``: what a recipe costs, how a run went, what came of it.
+"""``wn21k train`` and ``wn21k evaluate``: the cost of a recipe, the course of a run, and its results.
 
 Runs themselves are started with ``python -m wn21k_zoo.training.train`` or torchrun.
 """
@@ -34,13 +34,13 @@ __all__ = ["app", "evaluate"]
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Training: what a recipe costs, how runs went, what came of them. A run is started with `python -m "
-    "wn21k_zoo.training.train --help`, on several GPUs with torchrun.",
+    help="Training: cost of a recipe, course and results of runs. To start a run, see `python -m "
+    "wn21k_zoo.training.train --help`; on several GPUs use torchrun.",
 )
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="NAME or FILE.py[:FUNCTION[:TEXT]], or a run.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value, such as schedule.epochs=40.")
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, as in schedule.epochs=40.")
 ]
 
 
@@ -52,7 +52,7 @@ def list_recipes(
     ] = None,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """The recipes that there are, or those of a file or folder."""
+    """List all shipped recipes, or those of a file or folder."""
     from wn21k_zoo.errors import RecipeError
     from wn21k_zoo.files import visible
     from wn21k_zoo.training.recipe_files import listed_in, shipped_recipes
@@ -62,7 +62,7 @@ def list_recipes(
     else:
         files = {str(path): path for path in (visible(file, "*.py") if file.is_dir() else [file])}
     if not all(path.is_file() and path.suffix == ".py" for path in files.values()) or not files:
-        raise RecipeError(f"{file} is no recipe file, and no folder with one.")
+        raise RecipeError(f"{file} is not a recipe file, nor a folder with one.")
     rows, failed = [], False
     for shown, path in files.items():
         try:
@@ -79,7 +79,7 @@ def list_recipes(
 
 @app.command()
 def show(recipe: RecipeArgument, set: SetOption = None) -> None:  # noqa: A002
-    """All fields of a recipe, as JSON."""
+    """Show all fields of a recipe, as JSON."""
     from wn21k_zoo.training.recipe_files import load_recipe, override
 
     resolved = override(load_recipe(recipe), set or [])
@@ -90,7 +90,7 @@ def show(recipe: RecipeArgument, set: SetOption = None) -> None:  # noqa: A002
 @app.command()
 def plan(
     recipe: RecipeArgument,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="On how many.")] = 8,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs.")] = 8,
     images_per_second: Annotated[
         float | None,
         typer.Option("--images-per-second", min=0.001, help="Of one GPU in training. Default: published for a V100."),
@@ -99,13 +99,11 @@ def plan(
         int | None,
         typer.Option("--images", min=1, help="Training images. Default: of --data, of the run, or as published."),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="What it will be trained on, whose images and classes are counted.")
-    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Training data, to count its images and classes.")] = None,
     set: SetOption = None,  # noqa: A002
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Steps, images, hours, and a guess of the memory."""
+    """Show steps, images, hours, and an estimate of the memory."""
     from wn21k_zoo.training.plan import plan as make_plan
     from wn21k_zoo.training.recipe_files import load_recipe, override
     from wn21k_zoo.training.splits import open_splits
@@ -129,7 +127,7 @@ def plan(
 
 
 def _run_of(recipe: str) -> RunFolder | None:
-    """The folder of a run that is given for a recipe, and knows what it is trained on."""
+    """The folder of a run that was named as the recipe, if it says what it is trained on; else None."""
     from wn21k_zoo.files import RECIPE_FILE
     from wn21k_zoo.training.state import RunFolder
 
@@ -141,14 +139,14 @@ def _run_of(recipe: str) -> RunFolder | None:
 @app.command()
 def plot(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs, drawn over each other.")
+        list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs, drawn in the same plots.")
     ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", callback=to_write, help="PNG file. Default: plot.png in the first run."),
     ] = None,
 ) -> None:
-    """Loss, learning rate, accuracies and speed as a PNG (extra plot)."""
+    """Plot loss, learning rate, accuracies and speed as PNG (extra plot)."""
     from wn21k_zoo.training.plots import plot_runs
     from wn21k_zoo.training.state import RunFolder
 
@@ -161,7 +159,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs, or folders of them.")],
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """The last evaluation of each run, side by side, and the epoch of its best, which is what export takes."""
+    """Compare the last evaluation of each run, and show the epoch of its best one, which export takes."""
     from wn21k_zoo.errors import RunError
     from wn21k_zoo.training.state import names_of
 
@@ -192,10 +190,10 @@ def _last_evaluation(run: Path) -> dict[str, Any]:
     lines = read_lines(folder.metrics) if folder.metrics.is_file() else []
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
     if not evaluations:
-        what = "holds no run that was evaluated yet" if folder.path.is_dir() else "is no folder"
+        what = "holds no run that was evaluated yet" if folder.path.is_dir() else "is not a folder"
         raise RunError(f"{folder.path} {what}.")
     last, recipe = evaluations[-1], folder.recipe()
-    # A run that goes on with another number of images forgets its best.
+    # A run that is resumed with another number of images forgets its best.
     comparable = [each for each in evaluations if each.get("images") == last.get("images")]
     named = recipe.data.label_space
     if folder.knows_its_data:
@@ -212,13 +210,13 @@ def _last_evaluation(run: Path) -> dict[str, Any]:
 
 
 def _expanded(runs: list[Path]) -> list[Path]:
-    """Patterns, which the shell of Windows leaves to the program; what matches nothing stays as it is."""
+    """Expand patterns, which Windows shells leave to the program; what matches nothing stays as it is."""
     found = {run: [] if run.exists() else sorted(map(Path, glob.glob(str(run)))) for run in runs}  # noqa: PTH207
     return [each for run in runs for each in found[run] or [run]]
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The folder itself, or, where it is no run and has some, those."""
+    """The folder itself, or, if it is not a run but contains some, those."""
     from wn21k_zoo.files import RECIPE_FILE, is_run
 
     if is_run(folder) or not folder.is_dir():
@@ -226,7 +224,7 @@ def _runs_in(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"*/{RECIPE_FILE}")) or [folder]
 
 
-_BESIDE = 6  # runs with a column each, on a terminal
+_BESIDE = 6  # runs side by side, a column each, on a terminal
 
 
 _COMPARED = (
@@ -250,12 +248,12 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the model.")],
     which: Annotated[Literal["best", "last"], typer.Option("--checkpoint", help="best or last.")] = "best",
     name: Annotated[
-        str | None, typer.Option("--name", help="Of the record. Default: the recipe's, unless published.")
+        str | None, typer.Option("--name", help="Name of the record. Default: the recipe's, unless published.")
     ] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder of a former export.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier export.")] = False,
 ) -> None:
-    """A run as a folder that timm and wn21k_zoo load, with the draft of a record."""
+    """Export a run as a folder that timm and wn21k_zoo load, with a draft of its record."""
     from wn21k_zoo.training.export import export_run
 
     typer.echo(str(export_run(run, folder, which=which, name=name, dtype=dtype, force=force)))
@@ -268,23 +266,23 @@ def evaluate(
     data: Annotated[
         str,
         typer.Argument(
-            metavar="DATA", help="Shards, a URL of them, or class folders, named by wnids or as the model's own."
+            metavar="DATA", help="Shards, a URL of them, or class folders named by wnids or as the model's own classes."
         ),
     ],
     split: Annotated[
         str | None,
         typer.Option(
             "--split",
-            help="validation, train, or, of class folders, all. Default: validation; all images of a folder that is "
-            "not divided, unless MODEL was trained on that folder.",
+            help="validation, train, or, for class folders, all. Default: validation; but all images of a folder that "
+            "has no splits, unless MODEL was trained on it.",
         ),
     ] = None,
-    which: Annotated[Literal["best", "last"], typer.Option("--checkpoint", help="Of a run: best or last.")] = "best",
+    which: Annotated[Literal["best", "last"], typer.Option("--checkpoint", help="Of a run, best or last.")] = "best",
     label_space: LabelSpaceOption = None,
     head: HeadOption = None,
     image_size: Annotated[
         int | None,
-        typer.Option("--image-size", min=1, help="Width and height in pixels. Default: what the model says."),
+        typer.Option("--image-size", min=1, help="Width and height in pixels. Default: the model's."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")] = 64,
     workers: Annotated[
@@ -298,22 +296,22 @@ def evaluate(
     max_bad: Annotated[
         float,
         typer.Option(
-            "--max-bad", min=0, max=1, help="Allowed share of damaged images; of few, ten always are, for 0.01."
+            "--max-bad", min=0, max=1, help="Allowed share of damaged images; for 0.01, ten always are allowed."
         ),
     ] = 0.01,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", callback=to_write, help="All figures as a JSON file, of each class too."),
+        typer.Option("--output", "-o", callback=to_write, help="JSON file for all figures, also those of each class."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", callback=to_write, help="A reliability diagram as PNG (extra plot).")
+        Path | None, typer.Option("--plot", callback=to_write, help="PNG file for a reliability diagram (extra plot).")
     ] = None,
     predictions: Annotated[
         Path | None, typer.Option("--predictions", help="CSV file with a row per image: class, prediction, confidence.")
     ] = None,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Semantic and leaf accuracy, hierarchical errors, calibration and throughput of a model on a split."""
+    """Measure semantic and leaf accuracy, hierarchical errors, calibration and throughput of a model on a split."""
     from wn21k_zoo.errors import DataOutputError
     from wn21k_zoo.files import check_writable, write_whole
     from wn21k_zoo.training.evaluate import evaluate as run_evaluation
@@ -342,7 +340,7 @@ def evaluate(
             progress=lambda done, total: progress(Progress(stage="evaluate", done=done, total=total, images=0)),
         )
     if figures["left_out"]:
-        say(f"{figures['left_out']:,} images have classes that the model does not know; they are left out")
+        say(f"{figures['left_out']:,} images of classes that the model does not know are left out")
     _print_figures({name: value for name, value in figures.items() if name != "per_class"}, format)
     if output is not None:
         write_whole(output, json.dumps(figures, indent=1) + "\n", DataOutputError)

@@ -1,4 +1,4 @@
-"""``wn21k tree``: look at a semantic tree, compare one with ours, build the data anew."""
+"""``wn21k tree``: show a semantic tree, compare one with ours, rebuild the data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wn21k_zoo.tree import Node, SemanticTree
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Look at the semantic tree, compare one with ours, build its data.")
+app = typer.Typer(no_args_is_help=True, help="Show the semantic tree, compare one with ours, rebuild its data.")
 
 TreeOption = Annotated[
     str,
@@ -70,12 +70,12 @@ def search(
 
 @app.command()
 def path(
-    node: Annotated[str, typer.Argument(help="A wnid, an index or a whole name.")],
-    other: Annotated[str | None, typer.Argument(help="A second one: the way between the two.")] = None,
+    node: Annotated[str, typer.Argument(help="A wnid, an index or a full name.")],
+    other: Annotated[str | None, typer.Argument(help="A second one: the path between the two.")] = None,
     tree: TreeOption = "fall11",
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Show the way from the root to a class, or between two classes."""
+    """Show the path from the root to a class, or between two classes."""
     semantic_tree = SemanticTree.find(tree)
     first = _node(semantic_tree, node)
     if other is None:
@@ -84,7 +84,7 @@ def path(
     second = _node(semantic_tree, other)
     common = semantic_tree.lowest_common_ancestor(first, second)
     if common is None:
-        say(f"{first} and {second} have no ancestor in common in {semantic_tree.name}.")
+        say(f"{first} and {second} have no common ancestor in {semantic_tree.name}.")
         raise typer.Exit(1)
     up = [step for step in (first, *semantic_tree.ancestors(first)) if step.depth > common.depth]
     down = [step for step in semantic_tree.path(second) if step.depth > common.depth]
@@ -97,7 +97,7 @@ def compare(
     file: Annotated[Path, typer.Argument(callback=at_home, help="The authors' tree.pth, or a text file of wnids.")],
     tree: TreeOption = "fall11",
 ) -> None:
-    """Compare a tree file with ours; exit code 1 when they differ."""
+    """Compare a tree file with ours; exit code 1 if they differ."""
     difference = SemanticTree.from_file(file).difference(SemanticTree.find(tree))
     if not difference:
         say(f"{file} is the tree {tree}: the same classes, order and parents.")
@@ -126,21 +126,21 @@ def build(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", callback=to_write, help="Write the files there. Default: wn21k_data, unless --check."
+            "--output", "-o", callback=to_write, help="Folder for the files. Default: wn21k_data, unless --check."
         ),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the shipped files; exit code 1 on a difference.")
     ] = False,
 ) -> None:
-    """Build the label spaces' and trees' data anew from WordNet 3.0: always the same bytes."""
+    """Rebuild the data of label spaces and trees from WordNet 3.0: always the same bytes."""
     from wn21k_zoo.files import make_folder, write_whole
     from wn21k_zoo.wordnet import compile_data, packaged_data
 
     if output is None and not check:
         output = Path("wn21k_data")
     if output is not None and output.exists() and not output.is_dir():
-        raise InvalidArgumentError(f"{output} is a file; --output wants a folder.")
+        raise InvalidArgumentError(f"{output} is a file; --output needs a folder.")
     files = compile_data(wordnet)
     if output is not None:
         for name, content in files.items():
@@ -158,14 +158,14 @@ def build(
 
 def _node(tree: SemanticTree, text: str) -> Node:
     if text.isdecimal():
-        return tree[int(text[:20])]  # Python reads no number of thousands of digits
+        return tree[int(text[:20])]  # Python does not parse integers of thousands of digits
     try:
         return tree[text]
     except Wn21kError:
         exact = [node for node in tree.search(text, limit=None) if text.casefold() in node.name.casefold().split(", ")]
         if len(exact) > 1:
             known = "; ".join(f"{node.wnid} is {node.definition}" for node in exact[:4])
-            raise UnknownSynsetError(f"{text!r} names {len(exact)} classes, give the wnid of one: {known}.") from None
+            raise UnknownSynsetError(f"{text!r} names {len(exact)} classes; give the wnid of one: {known}.") from None
         if not exact:
             raise
         return exact[0]

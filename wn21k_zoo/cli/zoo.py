@@ -1,4 +1,4 @@
-"""``wn21k list``, ``info``, ``schema`` and ``doctor``: what there is, and what this machine can use."""
+"""``wn21k list``, ``info``, ``schema`` and ``doctor``: available models, and what this machine can use."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def list_checkpoints(
     """List the checkpoints that have a record; predict takes timm's names too."""
     names = registry.list_checkpoints(pattern)
     if not names:
-        registry.get_checkpoint(pattern)  # says which names are near
+        registry.get_checkpoint(pattern)  # its error suggests similar names
     rows = []
     for name in names:
         checkpoint = registry.get_checkpoint(name)
@@ -63,7 +63,7 @@ def info(
     name: Annotated[str, typer.Argument(help="A record, a timm model, a folder with a model, hf-hub:ORG/NAME.")],
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Show all that is known about a checkpoint; what is not known is shown as unknown."""
+    """Show everything known about a checkpoint; the rest is shown as unknown."""
     from wn21k_zoo import building
     from wn21k_zoo.on_disk import find_local
 
@@ -101,7 +101,7 @@ def info(
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
-    """What a folder says of the model in it."""
+    """Details of the model in a folder."""
     from wn21k_zoo import building, models
 
     config = building.read_config(folder)
@@ -138,7 +138,7 @@ def schema(
         typer.Option("--format", "-f", help="json: the JSON Schema of a result; csv: its columns."),
     ] = "json",
 ) -> None:
-    """Describe the results of predict: JSON Schema, or the columns of csv."""
+    """Describe the output of predict: its JSON Schema, or its csv columns."""
     from wn21k_zoo.prediction import json_schema
 
     if format == "json":

@@ -4,13 +4,13 @@
 
     OUT/_info.json                splits, shards with length, size and sha256, label space, how it was prepared
     OUT/train-00000.tar           per sample KEY.jpg, KEY.cls (class index) and KEY.json (name, synset, size)
-    OUT/__index__/train-00000.npy per sample the place of its image in the tar and its class index
+    OUT/__index__/train-00000.npy per sample where its image is in the tar, and its class index
     OUT/validation-00000.tar      and so on
     OUT/manifest.parquet          a row for every image of the source
-    OUT/classes.csv, SUMMARY.md   the same, to read
+    OUT/classes.csv, SUMMARY.md   the same, for people to read
 
-The tar files are those that WebDataset, timm and Hugging Face ``datasets`` read; ``_info.json`` has the keys that
-timm's reader asks for (``splits``, ``filenames``, ``shard_lengths``, ``num_samples``).
+WebDataset, timm and Hugging Face ``datasets`` read the tar files; ``_info.json`` has the keys that timm's reader
+expects (``splits``, ``filenames``, ``shard_lengths``, ``num_samples``).
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ __all__ = [
 INFO_FILE = "_info.json"
 MANIFEST_FILE = "manifest.parquet"
 WORK_FOLDER = ".work"
-OPTIONS_FILE = "options.json"  # in the folder of work, as long as that is not done
-INDEX_FOLDER = "__index__"  # Hugging Face datasets takes no folder of such a name for data
+OPTIONS_FILE = "options.json"  # in the work folder until the work is done
+INDEX_FOLDER = "__index__"  # Hugging Face datasets does not take a folder with such a name for data
 BLOCK = tarfile.BLOCKSIZE
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
 END_OF_TAR = bytes(2 * BLOCK)
 _FORMAT = "wn21k_zoo shards, version 1"
 
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("target", "<i4")])
-"""One entry per sample: where the image's bytes begin in the tar, how many they are, and its class index."""
+"""One entry per sample: offset of the image's bytes in the tar, their number, and the class index."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +79,10 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What ``_info.json`` says.
+    """The content of ``_info.json``.
 
-    ``label_space`` is the name of a label space, ``label_digest`` its digest, ``wnids`` its classes where it is none of
-    the shipped ones; the class indices are positions in it. ``preparation`` holds the options that the bytes depend on.
+    ``label_space`` is the name of a label space, ``label_digest`` its digest, and ``wnids`` its classes if it is not
+    shipped; class indices are positions in it. ``preparation`` holds the options that the bytes depend on.
     """
 
     label_space: str
@@ -96,12 +96,12 @@ class DatasetInfo:
         """The label space.
 
         Raises:
-            DataError: No shipped one has its name, or its wnids are none.
+            DataError: No shipped label space has this name, or the wnids are not valid.
         """
         try:
             return LabelSpace.load(self.label_space) if self.wnids is None else LabelSpace(self.label_space, self.wnids)
         except Wn21kError as error:
-            raise DataError(f"{INFO_FILE} names classes that there are not: {error}") from None
+            raise DataError(f"{INFO_FILE} names unknown classes: {error}") from None
 
     def to_json(self) -> str:
         """The text of ``_info.json``."""
@@ -138,7 +138,7 @@ class DatasetInfo:
             if whole["format"] != _FORMAT:
                 raise TypeError(f"its format is {whole['format']!r}, not {_FORMAT!r}")
             if not isinstance(whole["label_space"], str) or not isinstance(whole["preparation"], dict):
-                raise TypeError("label_space is no name, or preparation no object")
+                raise TypeError("label_space is not a name, or preparation is not an object")
             return DatasetInfo(
                 label_space=whole["label_space"],
                 label_digest=whole["label_digest"],
@@ -151,7 +151,7 @@ class DatasetInfo:
 
 
 def is_of_others(text: str) -> bool:
-    """Whether an ``_info.json`` is of another program, such as timm; one that is damaged may be ours."""
+    """Whether an ``_info.json`` was written by another program, such as timm; a damaged one may be ours."""
     try:
         whole = parse_json(text)
     except ValueError:
@@ -161,7 +161,7 @@ def is_of_others(text: str) -> bool:
 
 def _wnids_of(entry: Any) -> tuple[str, ...] | None:
     if not (entry is None or (isinstance(entry, list) and all(isinstance(wnid, str) for wnid in entry))):
-        raise TypeError("wnids is no list of texts")
+        raise TypeError("wnids is not a list of strings")
     return None if entry is None else tuple(entry)
 
 
@@ -169,9 +169,9 @@ def _shards_of(entry: dict[str, Any]) -> tuple[Shard, ...]:
     columns = (entry["filenames"], entry["shard_lengths"], entry["num_bytes"], entry["sha256"])
     for kind, column in zip((str, int, int, str), columns, strict=True):
         if not all(isinstance(value, kind) for value in column):
-            raise TypeError(f"of the lists of shards one has something else than {kind.__name__}")
+            raise TypeError(f"one of the lists of shards has an entry that is not {kind.__name__}")
     if strange := next((name for name in columns[0] if not _FILE_NAME.fullmatch(name)), None):
-        raise TypeError(f"{strange!r} is no name of a shard")
+        raise TypeError(f"{strange!r} is not the name of a shard")
     return tuple(
         Shard(name=name, num_samples=length, num_bytes=size, sha256=sha256)
         for name, length, size, sha256 in zip(*columns, strict=True)
@@ -179,10 +179,10 @@ def _shards_of(entry: dict[str, Any]) -> tuple[Shard, ...]:
 
 
 def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
-    """``_info.json`` of a prepared folder.
+    """Read ``_info.json`` of a prepared folder.
 
     Raises:
-        DataError: There is none, or it is not one that ``wn21k data prepare`` writes.
+        DataError: There is none, or ``wn21k data prepare`` did not write it.
     """
     folder = expanded(folder, DataError)
     path = folder / INFO_FILE
@@ -191,15 +191,14 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     except FileNotFoundError:
         what = "is not a folder" if not folder.is_dir() else f"has no {INFO_FILE}"
         raise DataError(
-            f"{folder} {what}; name a finished output folder of `wn21k data prepare` (an unfinished one is finished by "
-            "the command that began it)."
+            f"{folder} {what}; name a finished output folder of `wn21k data prepare` (to finish one, run the command "
+            "that began it again)."
         ) from None
     except NotADirectoryError:
         raise DataError(f"{folder} is a file; name an output folder of `wn21k data prepare`.") from None
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} is not the one that `wn21k data prepare` writes ({error}); get it anew, or prepare into a new "
-            "folder."
+            f"{path} is not as `wn21k data prepare` writes it ({error}); get a new copy, or prepare into a new folder."
         ) from None
     try:
         info.space  # noqa: B018
@@ -209,7 +208,7 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder is an output of ``wn21k data prepare`` that is not complete yet."""
+    """Whether a folder is an incomplete output of ``wn21k data prepare``."""
     return (folder / WORK_FOLDER / OPTIONS_FILE).is_file() and not (folder / INFO_FILE).is_file()
 
 
@@ -224,34 +223,34 @@ def index_path(shard: Path) -> Path:
 
 
 def read_index(path: Path, num_samples: int | None = None) -> NDArray[np.void]:
-    """A sidecar index, mapped into memory, dtype :data:`INDEX_DTYPE`, shape [samples].
+    """A sidecar index, memory-mapped, dtype :data:`INDEX_DTYPE`, shape [samples].
 
     Raises:
-        DataError: It is missing, damaged or of another length.
+        DataError: It is missing, damaged or has another length.
     """
     try:
         index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
         fits = index.dtype == INDEX_DTYPE and index.ndim == 1 and num_samples in (None, len(index))
     except Exception as error:  # NumPy reads the header of a file as Python, which can fail in many ways
         raise DataError(
-            f"The index {path} cannot be read ({error}); `wn21k data verify` tells what is damaged."
+            f"The index {path} cannot be read ({error}); `wn21k data verify` shows what is damaged."
         ) from None
     if not fits:
-        raise DataError(f"The index {path} does not fit its shard; `wn21k data verify` tells what is damaged.")
+        raise DataError(f"The index {path} does not fit its shard; `wn21k data verify` shows what is damaged.")
     return index
 
 
 def write_index(path: Path, index: NDArray[np.void]) -> None:
-    """Write a sidecar index whole or not at all."""
+    """Write a sidecar index atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         np.save(file, np.ascontiguousarray(index, dtype=INDEX_DTYPE), allow_pickle=False)
 
 
 def encode_record(key: str, image: bytes, target: int, details: dict[str, Any]) -> tuple[bytes, int]:
-    """The tar members of one sample, to be put one after another, and where in them the image's bytes begin.
+    """The tar members of one sample, to be concatenated, and the offset of the image's bytes in them.
 
-    Times and owners are constants, so that the bytes depend on the arguments alone.
+    Times and owners are constants, so the bytes depend on the arguments alone.
     """
     text = json.dumps(details, separators=(",", ":")).encode()
     members = ((f"{key}.jpg", image), (f"{key}.cls", str(target).encode()), (f"{key}.json", text))
@@ -265,5 +264,5 @@ def _member(name: str, data: bytes) -> bytes:
 
 
 def sample_hash(key: str) -> int:
-    """The 64-bit number by which the samples of a split are sorted: without pattern, a function of the key alone."""
+    """The 64-bit number by which a split's samples are sorted: pseudo-random, a function of the key alone."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8, person=b"wn21k order").digest(), "big")

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, heard even while its main thread is inside one long call."""
+"""Signals that ask a run to stop, noticed even while its main thread is inside one long call."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from wn21k_zoo.messages import say
 __all__ = ["LIMIT_SECONDS", "GiveUp", "Signals"]
 
 PATIENCE_SECONDS = 10.0
-LIMIT_SECONDS = 26.0  # torchrun kills its processes 30 seconds after it was told to end them
+LIMIT_SECONDS = 26.0  # torchrun kills its processes 30 seconds after it asked them to end
 
-# The end of a terminal or of a session; Ctrl-Break is Windows' way to say so.
+# SIGTERM, or the end of a terminal or session; Ctrl-Break is the equivalent on Windows.
 _ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 
 GiveUp = Callable[[float], None]
-"""What to do at last, until a time of :func:`time.monotonic`."""
+"""A last action, to be done by a time of :func:`time.monotonic`."""
 
 
 class Signals:
-    """SIGTERM and, within a run, Ctrl-C as wishes to stop.
+    """SIGTERM and, within a run, Ctrl-C as requests to stop.
 
-    Python runs a handler in the main thread only, between two of its own steps; compiling a network, or a step of many
-    images on a CPU, can keep it from there for minutes. So a thread hears of SIGTERM as well. If the process is still
-    there ``patience`` seconds later, the thread does what is left to do and ends it with 143.
+    Python runs a handler in the main thread only, between two bytecode instructions; compiling a network, or a step of
+    many images on a CPU, can delay it for minutes. So a thread listens for SIGTERM as well. If the process is still
+    running ``patience`` seconds later, the thread calls ``give_up`` and ends the process with 143.
 
     Args:
-        give_up: What is left to do before anybody else says, see :meth:`patient`.
-        patience: Seconds that a run has to come to its end by itself.
+        give_up: The last action, until :meth:`patient` sets another.
+        patience: Seconds that a run has to end by itself.
 
     Attributes:
-        number: Of the signal that came; 0 before.
+        number: The signal that came; 0 before.
     """
 
     def __init__(self, give_up: GiveUp | None = None, patience: float = PATIENCE_SECONDS) -> None:
@@ -59,9 +59,9 @@ class Signals:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, SIGTERM, or its terminal's end, ends the process: at once, or when a run has come to its end.
+        """Within, SIGTERM or the end of the terminal ends the process: at once, or when a run has stopped.
 
-        For the main thread.
+        To be entered in the main thread.
         """
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
@@ -80,19 +80,19 @@ class Signals:
             signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
-            theirs.shutdown(socket.SHUT_RDWR)  # ends the thread; to close it is not enough while a child has it, too
+            theirs.shutdown(socket.SHUT_RDWR)  # ends the thread; closing is not enough while a child has it open too
             thread.join()
             theirs.close()
             ours.close()
 
     @contextlib.contextmanager
     def patient(self, give_up: GiveUp) -> Iterator[None]:
-        """Within, Ctrl-C (and in :meth:`listening` SIGTERM) is a wish: the main thread looks at :attr:`number`.
+        """Within, Ctrl-C (and in :meth:`listening` SIGTERM) is a request: the main thread polls :attr:`number`.
 
         A second Ctrl-C ends the process at once.
 
         Args:
-            give_up: Called in the thread when the process is still there after its time, or after this.
+            give_up: Called in the thread if the process is still running after ``patience`` seconds.
         """
 
         def note(number: int, frame: FrameType | None) -> None:

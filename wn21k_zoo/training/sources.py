@@ -1,7 +1,7 @@
-"""What images are prepared from: every layout in which ImageNet-21K is handed out, as a stream of classes.
+"""Sources of images: every layout in which ImageNet-21K is distributed, as a stream of classes.
 
 Nothing is unpacked. An uncompressed archive is read in place, at the offsets of its classes. A compressed one can only
-be read from its beginning, so each class is copied out of the stream, processed, and deleted again.
+be read from the beginning, so each class is copied out of the stream, processed, and deleted again.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ _LAYOUTS = (
 
 
 class CutOffError(DataSourceError):
-    """It ends too early, or is damaged somewhere: what stands before that was given."""
+    """The source ends too early or is damaged somewhere; everything before that point was yielded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassSource:
     """The images of one class: a folder, or ``num_bytes`` of a tar file from ``offset`` on.
 
-    ``split`` is set where the source is split already. ``position`` says how far into the source it ends, in bytes.
-    ``spooled`` files belong to whoever processes the class, and go when that is done.
+    ``split`` is set if the source is already split. ``position`` is where it ends in the source, in bytes.
+    ``spooled`` files belong to whoever processes the class, and are deleted afterwards.
     """
 
     wnid: str
@@ -79,14 +79,14 @@ class ClassSource:
 
 
 class Header(tarfile.TarInfo):
-    """A header of an archive of others, for ``tarfile.open(tarinfo=)``."""
+    """A header of an untrusted archive, for ``tarfile.open(tarinfo=)``."""
 
     @classmethod
     def frombuf(cls, *arguments: Any) -> Header:
-        """Those that say more of the next one, such as its long name, are read whole: a megabyte is enough.
+        """Limit headers that describe the next one, such as its long name, to a megabyte: tarfile reads them whole.
 
         Raises:
-            tarfile.ReadError: It says that it is larger.
+            tarfile.ReadError: It claims to be larger.
         """
         header = super().frombuf(*arguments)
         if header.type in _ABOUT_THE_NEXT and not 0 <= header.size <= 1 << 20:
@@ -96,7 +96,7 @@ class Header(tarfile.TarInfo):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file of a class: ``size`` bytes of ``path`` from ``offset`` on; ``refused`` says why it must not be read."""
+    """One file of a class: ``size`` bytes of ``path`` from ``offset`` on; ``refused`` says why not to read it."""
 
     name: str
     path: Path
@@ -109,9 +109,9 @@ class Member:
 class Source:
     """A source of classes.
 
-    ``classes(spool, wanted)`` yields them in the order in which they lie there; what a compressed archive holds is
-    copied into the folder ``spool``; those for which ``wanted(name)`` is false are left out. ``num_bytes`` is the size
-    of the whole. ``sequential``: it can only be read from the beginning.
+    ``classes(spool, wanted)`` yields them in stored order, without those for which ``wanted(name)`` is false; classes
+    in a compressed archive are copied into the folder ``spool``. ``num_bytes`` is the total size. ``sequential``: it
+    can only be read from the beginning.
     """
 
     classes: Callable[[Path, Callable[[str], bool]], Iterator[ClassSource]]
@@ -121,10 +121,10 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """Find out what a person's path is.
+    """Detect the layout of a path.
 
     Raises:
-        DataSourceError: Nothing is there, or none of the layouts that are known.
+        DataSourceError: Nothing is there, or the layout is not a known one.
     """
     if path.is_dir():
         try:
@@ -136,13 +136,13 @@ def open_source(path: Path) -> Source:
     try:
         with _stream(path) as (archive, raw):
             compressed = archive.fileobj is not raw
-            # A tar that was made on a Mac may have a ._NAME before each NAME.
+            # A tar made on a Mac may have a ._NAME before each NAME.
             seen = (member for member in members_of(archive) if not PurePosixPath(member.name).name.startswith("."))
             first = next((member for member in seen if member.isfile()), None)
     except (DataSourceError, OSError) as error:
-        raise DataSourceError(f"{path} is no tar archive that can be read ({error}); name {_LAYOUTS}.") from None
+        raise DataSourceError(f"{path} is not a readable tar archive ({error}); name {_LAYOUTS}.") from None
     if first is None:
-        raise DataSourceError(f"{path} has no files in it; name {_LAYOUTS}.")
+        raise DataSourceError(f"{path} is empty; name {_LAYOUTS}.")
     nested = first.name.endswith(".tar")
     if not nested and _place(first.name) is None:
         raise DataSourceError(
@@ -161,10 +161,10 @@ def open_source(path: Path) -> Source:
 
 
 def read_members(source: ClassSource) -> Iterator[Member]:
-    """The files of one class in the order in which they lie there; :func:`member_reader` reads them.
+    """The files of one class in stored order; :func:`member_reader` reads them.
 
     Raises:
-        DataSourceError: The archive is damaged or ends too early; what stands before that was given.
+        DataSourceError: The archive is damaged or ends too early; everything before that point was yielded.
     """
     if source.path.is_dir():
         yield from _folder_members(source.path)
@@ -183,10 +183,10 @@ def members_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """All headers of an archive without keeping them.
 
     Raises:
-        tarfile.ReadError: It ends too early, or at something that is no header: tarfile takes that for the end.
+        tarfile.ReadError: It ends too early, or at something that is not a header, which tarfile takes for the end.
     """
     while (member := archive.next()) is not None:
-        if member.size < 0:  # tarfile may go back then, and never come to an end (CVE-2025-8194)
+        if member.size < 0:  # tarfile may go back then, and loop forever (CVE-2025-8194)
             raise tarfile.ReadError("a header has a size below 0")
         archive.members.clear()  # type: ignore[attr-defined]
         yield member
@@ -196,7 +196,7 @@ def members_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         rest = file.read(tarfile.BLOCKSIZE)
     else:
         rest = b""  # a stream cannot go back
-        while chunk := file.read(1 << 20):  # to the end, where the checksum of a compressed file stands
+        while chunk := file.read(1 << 20):  # to the end, where a compressed file has its checksum
             rest = rest or chunk.strip(b"\0")
     if rest.strip(b"\0"):
         raise tarfile.ReadError("there is no header where one should be")
@@ -226,9 +226,9 @@ def _folder_members(folder: Path) -> Iterator[Member]:
 
 @contextlib.contextmanager
 def member_reader() -> Iterator[Callable[[Member], bytes]]:
-    """A function that gives a file's bytes; it keeps open what it read from last.
+    """A function that returns a file's bytes; it keeps the last file open.
 
-    It raises OSError where a file cannot be read or is cut off.
+    It raises OSError if a file cannot be read or is cut off.
     """
     with contextlib.ExitStack() as stack:
         last: tuple[Path, IO[bytes]] | None = None
@@ -261,7 +261,7 @@ def _open_folder(path: Path) -> Source:
     if not classes:
         inner = [entry for entry in path.iterdir() if entry.is_dir()]
         hint = f" Did you mean {inner[0]}?" if len(inner) == 1 else ""
-        raise DataSourceError(f"{path} has neither class archives nor class folders in it.{hint} Name {_LAYOUTS}.")
+        raise DataSourceError(f"{path} contains neither class archives nor class folders.{hint} Name {_LAYOUTS}.")
     _refuse_twice(classes)
     total = 0
     placed = []
@@ -292,16 +292,16 @@ def _folder_classes(folder: Path, split: str | None) -> Iterator[ClassSource]:
 
 
 def files_below(folder: str | os.PathLike[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """The files below a folder, with their paths from there; without a question for each: there may be millions.
+    """The files below a folder, with their relative paths; without a stat of each: there may be millions.
 
-    Links to files are followed, links to folders and what nobody may read are passed over.
+    Links to files are followed; links to folders and what may not be read are skipped.
     """
     with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from ((f"{entry.name}/{name}", file) for name, file in files_below(entry.path))
                 continue
-            with contextlib.suppress(OSError):  # a link that goes round in circles
+            with contextlib.suppress(OSError):  # a circular link
                 if entry.is_file():
                     yield entry.name, entry
 
@@ -315,7 +315,7 @@ def _refuse_twice(classes: list[ClassSource]) -> None:
 
 
 def _place(name: str) -> tuple[str, str | None] | None:
-    """Class and split of a member of an archive of class folders; None if it lies in no class folder."""
+    """Class and split of a member of an archive of class folders; None if it is in no class folder."""
     parts = PurePosixPath(name).parts
     for position in range(len(parts) - 2, -1, -1):
         if WNID_PATTERN.fullmatch(parts[position]):
@@ -341,7 +341,7 @@ def _plain_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Ite
 
 
 def _plain_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
-    """The runs of files of one class each in an uncompressed archive of class folders."""
+    """The consecutive files of each class in an uncompressed archive of class folders."""
     del spool
     size = path.stat().st_size
     seen: set[str] = set()
@@ -406,7 +406,7 @@ def _compressed_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -
 
 
 def _compressed_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
-    """The runs of files of one class each in a compressed archive of class folders, each copied out in turn."""
+    """The consecutive files of each class in a compressed archive of class folders, each class copied out in turn."""
     seen: set[str] = set()
     with _stream(path) as (archive, raw), contextlib.ExitStack() as copies:
         place: tuple[str, str | None] | None = None
@@ -445,7 +445,7 @@ def _compressed_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> 
 
 @contextlib.contextmanager
 def _stream(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
-    """An archive read from its beginning, and the file beneath it, whose position tells the progress."""
+    """An archive read from its beginning, and the underlying file, whose position tells the progress."""
     try:
         with path.open("rb") as raw:
             magic = raw.read(6)
@@ -464,7 +464,7 @@ def _stream(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
 
 
 class _Window:
-    """A part of a file that tarfile takes for a whole one; it calls no more than this."""
+    """A part of a file that tarfile takes for a whole file; it has only the methods that tarfile calls."""
 
     def __init__(self, file: IO[bytes], offset: int, size: int) -> None:
         self._file, self._offset, self._size, self._position = file, offset, size, 0

@@ -1,4 +1,4 @@
-"""The data of a run: its two splits, what their classes are, and how images are changed on the way in."""
+"""The data of a run: its two splits, their classes, and how images are transformed."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ __all__ = ["Splits", "evaluation_resize", "open_loaders", "open_splits", "traini
 
 @dataclass(frozen=True)
 class Splits:
-    """The two splits of a data set, and what its classes are.
+    """The two splits of a data set, and its classes.
 
-    ``tree`` and ``space`` are None where the classes are no synsets.
+    ``tree`` and ``space`` are None if the classes are not synsets.
     """
 
     train: ImageDataset
@@ -47,7 +47,7 @@ class Splits:
         return self.train.class_names
 
     def describe(self) -> dict[str, Any]:
-        """What a run must find again to go on."""
+        """What must be the same when a run is resumed."""
         return {
             "label_space": self.space.name if self.space else None,
             "classes": hashlib.sha256("\n".join(self.class_names).encode()).hexdigest(),
@@ -59,11 +59,11 @@ class Splits:
 
 
 def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
-    """The data of a run.
+    """Open the data of a run.
 
     Args:
-        recipe: Whose label space the classes are mapped to.
-        data: Shards, or a URL of them, or a folder of class folders, named by wnids where the recipe has a label space.
+        recipe: The classes are mapped to its label space.
+        data: Shards, or a URL of them, or a folder of class folders, named by wnids if the recipe has a label space.
 
     Raises:
         DataError, UnknownLabelSpaceError: It cannot be read.
@@ -95,13 +95,13 @@ def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
 
 
 def open_loaders(recipe: Recipe, splits: Splits, world: World, workers: int | None = None) -> tuple[Loader, Loader]:
-    """What gives one rank its batches, in training and in evaluation.
+    """The loaders of one rank, for training and for evaluation.
 
     Args:
-        recipe: Its sizes and augmentation.
+        recipe: States sizes and augmentation.
         splits: The images.
-        world: Which rank it is.
-        workers: Processes per rank; default: the cores of this machine over its ranks, at most 16.
+        world: Says which rank this is.
+        workers: Processes per rank; default: the cores of this machine divided by its ranks, at most 16.
 
     Raises:
         InvalidArgumentError: There are fewer images than in a step.
@@ -125,14 +125,14 @@ def open_loaders(recipe: Recipe, splits: Splits, world: World, workers: int | No
         accumulation=accumulation,
         **common,
     )
-    # Without gradients there is room for more; on a CPU more at a time is not faster.
+    # Without gradients there is room for larger batches; on a CPU they are not faster.
     batch = max(micro, min(256, 2 * recipe.data.batch_per_device)) if world.device.type != "cpu" else micro
     resize = evaluation_resize(recipe)
     return training, Loader(splits.validation, batch_size=batch, training=False, augmentation=resize, **common)
 
 
 def training_augmentation(recipe: Recipe) -> Augmentation:
-    """What a recipe does with images in training."""
+    """A recipe's augmentation of images in training."""
     size = recipe.data.size
     if recipe.data.augmentation == "published":
         return PublishedAugmentation(size)
@@ -142,6 +142,6 @@ def training_augmentation(recipe: Recipe) -> Augmentation:
 
 
 def evaluation_resize(recipe: Recipe, size: int | None = None) -> Augmentation:
-    """What a recipe does with images in evaluation, at its size or another: squash, or crop the centre."""
+    """A recipe's transform of images in evaluation, at its size or another: squash, or centre crop."""
     size, crop = size or recipe.data.size, recipe.data.crop_pct
     return CenterCrop(size, crop) if crop else Squash(size)

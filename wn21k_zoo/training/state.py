@@ -1,10 +1,10 @@
-"""The folder of a run: its recipe, checkpoints that are there whole or not at all, metrics, and how it ended.
+"""The folder of a run: its recipe, checkpoints (written atomically), metrics, and how it ended.
 
 ::
 
     OUTPUT/
       recipe.json          all fields, as they were resolved
-      data.json            what it is trained on: classes, images; what its start says of its network
+      data.json            what it is trained on: classes, images; the network arguments that its start states
       status.json          running, with the step of the newest checkpoint; or preempted, finished, failed, and where
       metrics.jsonl        a line per logged step and per evaluation
       checkpoints/step-00001234.pt, best.pt
@@ -34,17 +34,17 @@ from wn21k_zoo.training.status import ELSEWHERE, STATUS_FILE, read_status, write
 __all__ = ["DATA_FILE", "FORMAT", "RunFolder", "names_of", "read_checkpoint", "read_lines", "score"]
 
 FORMAT = 3
-"""Of a checkpoint's content; another number when something in it means something else."""
+"""Version of a checkpoint's content; it changes when something in it changes its meaning."""
 
 DATA_FILE = "data.json"
 _LOG = logging.getLogger(__name__)
 _OURS = {"checkpoints", DATA_FILE, "metrics.jsonl", RECIPE_FILE, STATUS_FILE, "tensorboard", "plot.png"}
-# What may differ when a run goes on: it changes where and how fast something is computed, not what.
+# What may differ when a run is resumed: it changes where and how fast something is computed, not what.
 _FREE = {
     ("model", "compile"),
     ("model", "gradient_checkpointing"),
-    ("data", "label_space"),  # its name or file; that its classes are the same is seen by their digest
-    ("loss", "teacher"),  # where it lies; that it says the same is seen by its digest
+    ("data", "label_space"),  # its name or file; the digest shows whether its classes are the same
+    ("loss", "teacher"),  # where it is stored; its digest shows whether its predictions are the same
     ("data", "batch_per_device"),
     ("data", "max_bad"),
     ("run", "checkpoint_minutes"),
@@ -59,10 +59,10 @@ class RunFolder:
     """The output folder of a run.
 
     Args:
-        path: The folder; made when something is written.
+        path: The folder; created when something is written.
 
     Raises:
-        RunError: The path begins with ~ and the name of no user.
+        RunError: The path begins with ~ and an unknown user name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +72,7 @@ class RunFolder:
         self.best = self.checkpoints / "best.pt"
 
     def check(self, recipe: Recipe, data: Mapping[str, Any]) -> None:
-        """See that the folder is new or empty, or holds the same run; one without a checkpoint may be begun anew.
+        """Check that the folder is new or empty, or holds the same run; a run without a checkpoint may start over.
 
         Raises:
             RunError: It holds another run or something else.
@@ -87,13 +87,13 @@ class RunFolder:
             raise RunError(f"{self.path} cannot be read: {first_line(error)}; name another output folder.") from None
         if (foreign := names - _OURS) and RECIPE_FILE not in names:
             raise RunError(
-                f"{self.path} holds {min(foreign)}, which is of no run; name an empty or new folder for the output."
+                f"{self.path} holds {min(foreign)}, which no run wrote; name an empty or new folder for the output."
             )
         if (begun := self.begun()) is not None:
             self._same(begun, recipe, data)
 
     def begin(self, recipe: Recipe, data: Mapping[str, Any]) -> None:
-        """Write what the run is, and remove what a killed one left.
+        """Write the recipe and data of the run, and remove temporary files of a killed one.
 
         Raises:
             RunError: The folder cannot be written.
@@ -110,7 +110,7 @@ class RunFolder:
         """Within, no other run writes here.
 
         Raises:
-            RunError: One does.
+            RunError: Another run does.
         """
         make_folder(self.path, RunError, ELSEWHERE)
         busy = f"Another run is writing to {self.path}; wait for it, or name another output folder."
@@ -129,24 +129,24 @@ class RunFolder:
         except OSError:
             raise RunError(f"{self.path} holds no run (no recipe.json).") from None
         except (RecipeError, UnicodeDecodeError) as error:
-            raise RunError(f"{file} is damaged ({error}); put it right, or name another run.") from None
+            raise RunError(f"{file} is damaged ({error}); repair it, or name another run.") from None
 
     def begun(self) -> Recipe | None:
-        """The recipe of a run that has a checkpoint, None where there is none.
+        """The recipe of a run that has a checkpoint; None without one.
 
         Raises:
-            RunError: It is damaged, or not there.
+            RunError: The recipe is damaged or missing.
         """
         if not self.steps():
             return None
         if not is_run(self.path):
             raise RunError(
-                f"{self.path} has checkpoints and no {RECIPE_FILE}; put that back, or name another output folder."
+                f"{self.path} has checkpoints and no {RECIPE_FILE}; restore that, or name another output folder."
             )
         return self.recipe()
 
     def start_arguments(self) -> dict[str, Any] | None:
-        """With which arguments the start of a run that has a checkpoint says its network is built; None before.
+        """The network arguments that the start of a run states, if the run has a checkpoint; else None.
 
         Raises:
             RunError: Its recipe is damaged.
@@ -171,31 +171,31 @@ class RunFolder:
                 raise RunError(f"{self.path} holds no run (no {DATA_FILE}).") from None
 
     def classes(self) -> tuple[LabelSpace | None, tuple[str, ...]]:
-        """Its label space, None where classes are no synsets, and a wnid or a folder's name per output.
+        """Its label space, None if the classes are not synsets, and a wnid or a folder's name per output.
 
         Raises:
-            RunError: There is no run, or what it says of its classes is damaged.
+            RunError: There is no run, or its record of the classes is damaged.
         """
         with self._undamaged():
             data = self.data()
-            name, names = data["label_space"], data["class_names"]  # of a shipped label space the name alone
+            name, names = data["label_space"], data["class_names"]  # for a shipped label space the name alone
             if name is None:
                 return None, tuple(names)
             space = LabelSpace.load(name) if names is None else LabelSpace(name, tuple(names))
             return space, space.wnids
 
     def training_images(self) -> int:
-        """How many images an epoch has.
+        """The number of images in an epoch.
 
         Raises:
-            RunError: There is no run, or what it says of its images is damaged.
+            RunError: There is no run, or its record of the images is damaged.
         """
         with self._undamaged():
             return int(self.data()["images"]["train"])
 
     @contextlib.contextmanager
     def _undamaged(self) -> Iterator[None]:
-        """Within, what is not in data.json as it should be is a damage of it."""
+        """Within, unexpected content of data.json is reported as damage."""
         try:
             yield
         except (KeyError, TypeError, ValueError, UnknownLabelSpaceError) as error:
@@ -203,19 +203,19 @@ class RunFolder:
 
     @property
     def knows_its_data(self) -> bool:
-        """Whether it says what it is trained on, as all but those that just begin do."""
+        """Whether it says what it is trained on, as every run does that has begun."""
         return (self.path / DATA_FILE).is_file()
 
     def status(self) -> dict[str, Any]:
-        """How it stands; empty when it never began."""
+        """The status of the run; empty if it never began."""
         return read_status(self.path)
 
     def set_status(self, state: str, step: int, **more: Any) -> None:
-        """Say how it stands."""
+        """Write the status of the run."""
         write_status(self.path, state, step, **more)
 
     def steps(self) -> list[Path]:
-        """The checkpoints of steps, the newest first."""
+        """The checkpoints of steps, newest first."""
         return sorted(self.checkpoints.glob("step-*.pt"), reverse=True)
 
     def newest_step(self) -> int:
@@ -223,7 +223,7 @@ class RunFolder:
         return next((int(path.stem.removeprefix("step-")) for path in self.steps()), 0)
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read; one that cannot is passed over with a warning.
+        """The newest readable checkpoint; others are skipped with a warning.
 
         Raises:
             RunError: There are some, and none can be read.
@@ -240,7 +240,7 @@ class RunFolder:
         return None
 
     def cut(self, step: int, evaluated: int) -> None:
-        """Leave out what will be computed again: what came after a step, or after the last evaluation that counts.
+        """Drop what will be computed again: what came after a step, or after the last evaluation that counts.
 
         Raises:
             RunError: The folder cannot be written.
@@ -248,11 +248,11 @@ class RunFolder:
         after = [path for path in self.steps() if path.name > f"step-{step:08d}.pt"]
         try:
             for former in self.checkpoints.glob("*.damaged") if after else ():
-                former.unlink()  # of these, as large as they are, the last are enough
+                former.unlink()  # they are large, so only the last ones are kept
             for path in after:
                 path.replace(path.with_suffix(".damaged"))
         except OSError as error:
-            raise RunError(f"A damaged checkpoint cannot be put aside: {first_line(error)}.") from None
+            raise RunError(f"A damaged checkpoint cannot be moved aside: {first_line(error)}.") from None
         if not self.metrics.is_file():
             return
         last = {"evaluation": evaluated}
@@ -266,7 +266,7 @@ class RunFolder:
                 if (before := theirs[section][field]) != now and (section, field) not in _FREE:
                     raise RunError(
                         f"{self.path} holds a run with {section}.{field} = {before!r}, not {now!r}; name another "
-                        "output folder, or go on with the recipe.json in it."
+                        "output folder, or continue with the recipe.json in it."
                     )
         known = self.data() if self.knows_its_data else data
         for key in ("classes", "images", "files"):
@@ -275,23 +275,23 @@ class RunFolder:
 
 
 def score(figures: Mapping[str, Any]) -> float:
-    """By what the evaluations of a run are compared: semantic top-1, or top-1 where classes have no levels."""
+    """The figure by which evaluations of a run are compared: semantic top-1, or top-1 if classes have no levels."""
     value = figures.get("semantic_top1", figures.get("top1"))
     return float(value) if isinstance(value, (int, float)) else -math.inf
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
-    """What tells the folders of runs apart: the last part of each path, or more of it."""
+    """Names that tell the folders of runs apart: the last part of each path, or more of it."""
     paths = [expanded(run, RunError).absolute() for run in runs]
     if len({path.name for path in paths}) == len(set(paths)):
         return [path.name for path in paths]
-    if len({path.anchor for path in paths}) > 1:  # drives of Windows
+    if len({path.anchor for path in paths}) > 1:  # Windows drives
         return [str(path) for path in paths]
     return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; what a killed process left half-written is left out."""
+    """The lines of metrics.jsonl, without what a killed process left half-written."""
     lines: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
@@ -302,7 +302,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint on the CPU; no pickled code runs.
+    """Load a checkpoint on the CPU; no pickled code runs.
 
     Raises:
         RunError: It is missing or damaged.
@@ -312,8 +312,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         written = content["format"]
     except OSError as error:
         raise RunError(f"{path} cannot be read: {first_line(error)}") from None
-    except Exception as error:  # a truncated zip, a damaged pickle: torch has many words, and advice not to be followed
-        raise RunError(f"{path} cannot be read: it is damaged, or no checkpoint ({type(error).__name__}).") from None
+    except Exception as error:  # a truncated zip, a damaged pickle: torch says much, with advice not to be followed
+        raise RunError(f"{path} cannot be read: damaged, or not a checkpoint ({type(error).__name__}).") from None
     if written != FORMAT:
         raise RunError(f"{path} cannot be read: its format is {written}, this version reads {FORMAT}.")
     return content

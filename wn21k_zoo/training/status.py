@@ -1,8 +1,8 @@
-"""How a run stands, in ``status.json`` of its folder: running, preempted, finished or failed, and at which step.
+"""The status of a run, in ``status.json`` of its folder: running, preempted, finished or failed, and at which step.
 
-While it runs that is the step of its newest checkpoint, which may still be being written.
+While it is running, that is the step of its newest checkpoint, which may not be fully written yet.
 
-Launch files look at it. Nothing here needs torch, so that it can be written before torch is there.
+Launch files read it. Nothing here needs torch, so it can be written before torch is imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ELSEWHERE = "name another output folder."
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """How the run in a folder stands; empty when it never began."""
+    """The status of the run in a folder; empty if it never began."""
     try:
         content = parse_json((folder / STATUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -30,7 +30,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def write_status(folder: Path, state: str, step: int, **more: Any) -> None:
-    """Say how the run in a folder stands; on a slow disk as well, for a run that is told to stop has 30 seconds.
+    """Write the status of the run in a folder; without a sync, as a run told to stop has 30 seconds on any disk.
 
     Raises:
         RunError: It cannot be written.
@@ -39,7 +39,7 @@ def write_status(folder: Path, state: str, step: int, **more: Any) -> None:
 
 
 def write_text(path: Path, text: str, sync: bool = True) -> None:
-    """Write a small file of a run, whole or not at all; one that says so already stays.
+    """Write a small file of a run atomically, unless it has that text already.
 
     Raises:
         RunError: It cannot be written.
@@ -47,19 +47,19 @@ def write_text(path: Path, text: str, sync: bool = True) -> None:
     try:
         if path.read_bytes() == text.encode():
             return
-    except OSError:  # it is not there
+    except OSError:  # it does not exist
         pass
     write_whole(path, text, RunError, sync)
 
 
 def mark_preempted(folder: Path, step: int | None = None) -> None:
-    """Say that a run was told to stop.
+    """Mark a run as told to stop.
 
-    A finished one stays finished; a folder with something else in it stays as it is.
+    A finished run stays finished; a folder with something else in it is left alone.
 
     Args:
-        folder: Of the run; made where it is not there yet.
-        step: Of its newest checkpoint; by default it stands where it stood.
+        folder: Of the run; created if missing.
+        step: Of its newest checkpoint; by default the one in the status so far.
 
     Raises:
         RunError: It cannot be written.

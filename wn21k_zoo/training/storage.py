@@ -1,8 +1,8 @@
-"""Where shards lie: on a local or network disk, where they are read in place, or anywhere fsspec reaches, with a stage.
+"""Where shards are stored: on a local or network disk, read in place, or anywhere fsspec reaches, with a local stage.
 
 What is not on a disk (``s3://``, ``gs://``, ``hf://``, ``https://``) is copied, a shard at a time, into a folder on
-this machine, once for all processes, and verified where its sha256 is known. The folder is kept below a limit: what
-was not used for longest goes first.
+this machine, once for all processes, and verified if its sha256 is known. The folder is kept below a limit; the least
+recently used files are removed first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ELSEWHERE = "set WN21K_DATA_CACHE to a folder on another disk."
 
 
 def data_cache_dir() -> Path:
-    """Folder for staged shards and indexes: ``WN21K_DATA_CACHE``, else the user's cache folder."""
+    """Folder for staged shards and indexes: ``WN21K_DATA_CACHE``, else in the user's cache folder."""
     named = os.environ.get("WN21K_DATA_CACHE")
     return expanded(named, DataError).absolute() if named else user_cache(DataError, "WN21K_DATA_CACHE") / "data"
 
@@ -40,14 +40,14 @@ class Storage:
     local: Path | None
 
     def names(self) -> list[str]:
-        """Paths of all files below it, relative to it, sorted."""
+        """Relative paths of all files below it, sorted."""
         if self.local is not None:
             return sorted(path.relative_to(self.local).as_posix() for path in self.local.rglob("*") if path.is_file())
         fs, root = self._filesystem()
         return sorted(str(path)[len(root) :].lstrip("/") for path in fs.find(root))
 
     def read_text(self, name: str) -> str | None:
-        """A small file, or None if there is none."""
+        """The text of a small file, or None if it does not exist."""
         try:
             with self.open(name) as file:
                 return file.read().decode()
@@ -55,7 +55,7 @@ class Storage:
             return None
 
     def open(self, name: str) -> IO[bytes]:
-        """For reading at any place."""
+        """Open a file for reading, seekable."""
         if self.local is not None:
             return (self.local / name).open("rb")
         fs, root = self._filesystem()
@@ -68,7 +68,7 @@ class Storage:
         fs.get_file(f"{root}/{name}", str(target))
 
     def signature(self, name: str) -> str:
-        """Something that changes when the file does: its size, and the time or tag that the storage gives it."""
+        """A string that changes when the file does: its size, and the time or tag that the storage states."""
         if self.local is not None:
             status = (self.local / name).stat()
             return f"{status.st_size}-{status.st_mtime_ns}"
@@ -82,12 +82,12 @@ class Storage:
     def _filesystem(self) -> tuple[Any, str]:
         import fsspec
 
-        fs, root = fsspec.core.url_to_fs(self.url)  # fsspec keeps one per process, and a new one after a fork
+        fs, root = fsspec.core.url_to_fs(self.url)  # fsspec caches one per process, and makes a new one after a fork
         return fs, str(root).rstrip("/")
 
 
 def open_storage(place: str | os.PathLike[str]) -> Storage:
-    """A folder, or the URL of one.
+    """Open a folder, by path or URL.
 
     Raises:
         DataError: There is no such folder, or the library for such URLs is missing.
@@ -104,7 +104,7 @@ def open_storage(place: str | os.PathLike[str]) -> Storage:
     storage = Storage(text, None)
     try:
         storage._filesystem()
-    except Exception as error:  # each storage has its own
+    except Exception as error:  # each storage has its own exceptions
         raise DataError(f"{text} cannot be reached: {first_line(error)}") from None
     return storage
 
@@ -115,7 +115,7 @@ class Stage:
 
     Args:
         folder: Shared by all processes of this machine.
-        limit: In bytes; the least recently used go when more than this is there.
+        limit: In bytes; above it the least recently used shards are removed.
     """
 
     folder: Path
@@ -123,19 +123,19 @@ class Stage:
 
     def __post_init__(self) -> None:
         if self.limit <= 0:
-            raise InvalidArgumentError(f"The limit of the stage is {self.limit} bytes; it must be more than 0.")
+            raise InvalidArgumentError(f"The limit of the stage is {self.limit} bytes; it must be above 0.")
 
     def get(self, name: str, make: Callable[[Path], None], sha256: str | None = None) -> Path:
-        """The staged file of that name; if it is not there, ``make`` writes it, in one process.
+        """The staged file of that name; if it is missing, ``make`` writes it, in one process.
 
         Raises:
-            DataError: It cannot be made, or has another sha256; or the name, which whoever listed the files has
-                given, leads out of the stage.
+            DataError: It cannot be made, or has another sha256; or its name, which comes from the data set's list of
+                files, points outside the stage.
             DiskSpaceError: No space is left.
         """
         path = self.folder / name
         if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(self.folder)):
-            raise DataError(f"{name} is no name of a shard: it lies outside of the data set; do not trust that one.")
+            raise DataError(f"{name} is not the name of a shard: it is outside of the data set; do not trust that one.")
         if not path.is_file():
             make_folder(path.parent, DataError, ELSEWHERE)
             with exclusive(Path(f"{path}.lock"), DataError, ELSEWHERE):
@@ -143,7 +143,7 @@ class Stage:
                     self._make(path, make, sha256)
                     self._trim(path)
         with contextlib.suppress(OSError):
-            os.utime(path)  # used now
+            os.utime(path)  # the time of its last use
         return path
 
     def _make(self, path: Path, make: Callable[[Path], None], sha256: str | None) -> None:
@@ -153,15 +153,15 @@ class Stage:
             if sha256 is not None:
                 got = sha256_of(temporary)
                 if got != sha256:
-                    raise DataError(f"{path.name} has sha256 {got}, expected {sha256}: it is damaged where it lies.")
+                    raise DataError(f"{path.name} has sha256 {got}, expected {sha256}: it is damaged at its source.")
             replace(temporary, path)
         except Wn21kError:
             raise
-        except Exception as error:  # each storage has its own
+        except Exception as error:  # each storage has its own exceptions
             if shutil.disk_usage(path.parent).free < 10**8:
                 raise DiskSpaceError(
-                    f"No space is left in the stage {self.folder}; name another or a lower limit, of the usual one by "
-                    "WN21K_DATA_CACHE and WN21K_DATA_CACHE_GB."
+                    f"No space is left in the stage {self.folder}; choose another folder or a lower limit (for the "
+                    "default stage: WN21K_DATA_CACHE and WN21K_DATA_CACHE_GB)."
                 ) from None
             raise DataError(f"{path.name} cannot be staged: {first_line(error)}") from None
         finally:
@@ -178,16 +178,16 @@ class Stage:
             if total <= self.limit:
                 break
             if path != keep:
-                with contextlib.suppress(OSError):  # Windows lets nobody remove what is open
+                with contextlib.suppress(OSError):  # Windows does not remove open files
                     path.unlink(missing_ok=True)
                     total -= size
 
 
 def default_stage() -> Stage:
-    """In :func:`data_cache_dir`; of so many GB as ``WN21K_DATA_CACHE_GB`` says, else 100.
+    """A stage in :func:`data_cache_dir` with a limit of ``WN21K_DATA_CACHE_GB`` GB, by default 100.
 
     Raises:
-        InvalidArgumentError: That is no number above 0.
+        InvalidArgumentError: That is not a number above 0.
     """
     text = os.environ.get("WN21K_DATA_CACHE_GB", "100")
     try:

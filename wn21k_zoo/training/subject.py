@@ -1,4 +1,4 @@
-"""A model that is evaluated, whatever it comes from: its network, classes and head, and how images are prepared."""
+"""The model to evaluate, wherever it comes from: its network, classes and head, and how images are prepared."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ __all__ = ["Subject", "open_subject", "take_size"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated.
+    """The model to evaluate.
 
     Attributes:
-        name: As it is told.
+        name: The name to report.
         module: Takes pixels in [0, 1].
         classes: Of its outputs.
-        head: How they are read.
-        resize: What is done with images.
-        input_size: Channels, height and width of what that gives.
-        trained_on: Sketch of the folder that it was trained on, empty where nobody says.
+        head: How the outputs are read.
+        resize: Preprocessing of images.
+        input_size: Channels, height and width after it.
+        trained_on: Sketch of the folder that it was trained on, empty if unknown.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Subject:
 
     @property
     def space(self) -> LabelSpace | None:
-        """Its classes where they are synsets."""
+        """Its classes if they are synsets, else None."""
         return self.classes if isinstance(self.classes, LabelSpace) else None
 
     @property
@@ -72,12 +72,12 @@ def open_subject(
     cache_dir: str | os.PathLike[str] | None,
     image_size: int | None,
 ) -> Subject:
-    """The model of :func:`wn21k_zoo.training.evaluate.evaluate`, with its arguments and what they raise."""
+    """Open the model of :func:`wn21k_zoo.training.evaluate.evaluate`, with its arguments and exceptions."""
     size = None if image_size is None else whole_number("image_size", image_size, 1)
     if isinstance(model, (str, os.PathLike)) and is_run(expanded(model, UnknownModelError)):
         if label_space is not None or head is not None:
             raise InvalidArgumentError(
-                f"{model} is a run and says what its classes and head are; leave out label_space and head."
+                f"{model} is a run, which states its classes and head; leave out label_space and head."
             )
         trained = load_run(model, which)
         recipe = trained.recipe
@@ -93,12 +93,12 @@ def open_subject(
         )
     if which != "best":
         shown = model if isinstance(model, (str, os.PathLike)) else f"A {type(model).__name__}"
-        raise InvalidArgumentError(f"{shown} is no run, and has no {which} checkpoint; leave out which (--checkpoint).")
+        raise InvalidArgumentError(f"{shown} is not a run and has no {which} checkpoint; omit which (--checkpoint).")
     loaded = load_model(model, label_space=label_space, head=head, cache_dir=cache_dir)
     if loaded.data_config is None:
         raise InvalidArgumentError(
-            f"How images are prepared for {loaded.name} is not known; give a network of timm's, or the one that this "
-            "wraps (module.module): its pretrained_cfg says so."
+            f"The preprocessing of {loaded.name} is not known; pass a timm network, or the one that this wraps "
+            "(module.module): its pretrained_cfg states it."
         )
     config, classes = dict(loaded.data_config), loaded.label_space
     if size is not None:
@@ -107,7 +107,7 @@ def open_subject(
     if len(set(classes)) < len(classes):
         again = next(name for name, count in Counter(classes).items() if count > 1)
         raise InvalidArgumentError(
-            f"{loaded.name} has several classes {again!r}, and images of a class are found by its name; name them anew."
+            f"{loaded.name} has several classes {again!r}, and images of a class are found by its name; rename them."
         )
     return Subject(
         name=loaded.name,
@@ -122,7 +122,7 @@ def open_subject(
 
 @dataclass(frozen=True)
 class _OwnResize:
-    """The preprocessing that a model's configuration states, up to its bytes."""
+    """The preprocessing that a model's configuration states, up to bytes, before normalisation."""
 
     transform: Callable[[PILImage.Image], Any]
     short_side: float | None
@@ -143,14 +143,14 @@ def _own_resize(config: dict[str, Any]) -> _OwnResize:
 
 
 def take_size(subject: Subject, size: int, run: Callable[[Tensor], Any], device: torch.device, resample: bool) -> None:
-    """See that a network takes images of a size.
+    """Check that a network takes images of a size.
 
     Args:
-        subject: Whose network.
+        subject: Has the network.
         size: Width and height in pixels.
         run: From images to logits, as in the evaluation.
-        device: Where it is.
-        resample: Whether its position embeddings may be changed to those of the size, where it can do that.
+        device: The network's device.
+        resample: Whether its position embeddings may be resampled to that size, if it can do that.
 
     Raises:
         InvalidArgumentError: It does not.
@@ -165,6 +165,6 @@ def take_size(subject: Subject, size: int, run: Callable[[Tensor], Any], device:
         if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
             raise
         raise InvalidArgumentError(
-            f"{subject.name} does not take images of {size} pixels: {first_line(error).rstrip('.')}; name another "
-            "image_size (--image-size), or none."
+            f"{subject.name} does not take images of {size} pixels: {first_line(error).rstrip('.')}; choose another "
+            "image_size (--image-size), or leave it out."
         ) from error

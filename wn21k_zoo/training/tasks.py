@@ -1,4 +1,4 @@
-"""Running many independent tasks: in processes of this machine, or as Ray tasks on a cluster."""
+"""Runs many independent tasks: in processes on this machine, or as Ray tasks on a cluster."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ def run_tasks(
     engine: Engine = "local",
     address: str | None = None,
 ) -> Iterator[Result]:
-    """Results of ``function(*task)`` in the order in which they are ready.
+    """Yield results of ``function(*task)`` in the order in which they are ready.
 
-    Tasks are drawn from the iterable as workers become free, two for each at most, so that it may be endless. Closing
-    the iterator, or an error in a task, stops all workers.
+    Tasks are drawn from the iterable as workers become free, at most two per worker, so it may be endless. Closing the
+    iterator, or an error in a task, stops all workers.
 
     Args:
-        function: A function at the top of a module.
+        function: A function at the top level of a module.
         tasks: The arguments, to be pickled.
-        workers: Processes on this machine, or Ray tasks at a time; None: as many as there are cores.
+        workers: Processes on this machine, or concurrent Ray tasks; None: one per core.
         engine: ``local`` or ``ray``.
-        address: Of a Ray cluster; default: ``RAY_ADDRESS`` if set, else a cluster on this machine, started for the
-            occasion.
+        address: Of a Ray cluster; default: ``RAY_ADDRESS`` if set, else a temporary cluster on this machine.
 
     Raises:
         DataError: A local worker died.
@@ -58,25 +57,25 @@ def run_tasks(
 
 
 def count_cores() -> int:
-    """Cores that this process may use; of a container those that it is given (``docker --cpus``)."""
+    """Cores that this process may use; in a container those that it is given (``docker --cpus``)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, _quota(Path("/sys/fs/cgroup")) or cores))
 
 
 def _quota(groups: Path) -> int | None:
-    """Processors of a control group, rounded up: version 2, else 1; None where there is no limit, or no such thing."""
+    """CPU quota of a control group (version 2, else 1), rounded up; None without a limit or a control group."""
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # max is no number
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" is not a number
             quota, period = (int(word) for file in files for word in (groups / file).read_text().split())
             return math.ceil(quota / period) if quota > 0 else None
     return None
 
 
 def no_processes(problem: OSError, instead: str) -> DataError:
-    """What is said where none can be started."""
+    """The error if no processes can be started."""
     of_memory = problem.errno in (errno.EROFS, errno.ENOENT, errno.EACCES, errno.ENOSPC)
-    place = "see that /dev/shm is there and can be written, or " if of_memory else ""
-    return DataError(f"Processes cannot be started here: {first_line(problem)}; {place}take {instead}.")
+    place = "make sure that /dev/shm exists and is writable, or " if of_memory else ""
+    return DataError(f"Processes cannot be started here: {first_line(problem)}; {place}use {instead}.")
 
 
 def _run_in_processes(
@@ -85,7 +84,7 @@ def _run_in_processes(
     context = multiprocessing.get_context("spawn")  # forking a process that has threads may hang
     others = set(multiprocessing.active_children())
     if sys.platform == "win32":
-        workers = min(workers, 61)  # it cannot wait for more
+        workers = min(workers, 61)  # Windows cannot wait for more
     try:
         pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     except OSError as error:
@@ -100,8 +99,8 @@ def _run_in_processes(
             yield from _done(running)
     except concurrent.futures.process.BrokenProcessPool:
         raise DataError(
-            "A worker process died. If the machine was out of memory, take fewer workers (--workers); in a script of "
-            "your own, call this below if __name__ == '__main__':, for workers read the script. What is finished is "
+            "A worker process died. If the machine was out of memory, use fewer workers (--workers); in a script of "
+            "your own, call this below if __name__ == '__main__':, as workers import the script. What is finished is "
             "kept: run the same again."
         ) from None
     finally:
@@ -111,7 +110,7 @@ def _run_in_processes(
 
 
 def _done(running: set[concurrent.futures.Future[Result]]) -> Iterator[Result]:
-    """What is done first, and then no longer among what runs; in short waits, between which Windows hears of Ctrl-C."""
+    """Wait for results and take them out of ``running``; in short waits, so that Windows notices Ctrl-C in between."""
     done: set[concurrent.futures.Future[Result]] = set()
     while not done:
         done, _ = concurrent.futures.wait(running, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -120,7 +119,7 @@ def _done(running: set[concurrent.futures.Future[Result]]) -> Iterator[Result]:
 
 
 def _begin_worker() -> None:
-    """Ctrl-C is the parent's to handle; a worker whose parent is gone goes, too; libjpeg's remarks go nowhere."""
+    """Leave Ctrl-C to the parent, end when the parent is gone, and silence libjpeg's messages."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -157,7 +156,7 @@ def _run_on_ray(
             ) from None
     try:
         workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
-        remote = ray.remote(num_cpus=1, max_retries=5)(function)  # a task whose worker dies runs again
+        remote = ray.remote(num_cpus=1, max_retries=5)(function)  # a task whose worker dies is run again
         running: list[Any] = []
         for task in tasks:
             running.append(remote.remote(*task))
@@ -181,7 +180,7 @@ def _run_on_ray(
 
 @contextlib.contextmanager
 def _children_deaf_to_interrupts() -> Iterator[None]:
-    """Ctrl-C reaches all processes of a terminal; Ray's would end, and take this one with them before it can say so."""
+    """Within, new processes ignore Ctrl-C: a terminal sends it to all, and Ray's, ending, would take this one along."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -193,7 +192,7 @@ def _children_deaf_to_interrupts() -> Iterator[None]:
 
 
 def _refuse_deaf(address: str | None) -> None:
-    """Ray itself ends the process, after minutes, where nobody answers at an address."""
+    """Refuse an address where nobody answers: Ray itself would end the process, after minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return  # "auto", "local" and the like
@@ -201,5 +200,5 @@ def _refuse_deaf(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
         raise DataError(
-            f"No Ray cluster answers at {address} ({error}); look at --ray-address and RAY_ADDRESS."
+            f"No Ray cluster answers at {address} ({error}); check --ray-address and RAY_ADDRESS."
         ) from None

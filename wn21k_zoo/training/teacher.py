@@ -1,4 +1,4 @@
-"""The network whose predictions are distilled: any model of the zoo, also one that speaks other classes.
+"""The network whose predictions are distilled: any model of the zoo, also one with other classes.
 
 Shape suffixes: B batch, N classes of the student.
 """
@@ -29,17 +29,17 @@ from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["Translated", "build_teacher", "digest_of"]
 
-_SMALLEST = 1e-30  # a probability whose logarithm is a number
+_SMALLEST = 1e-30  # a probability with a finite logarithm
 
 
 class Translated(nn.Module):
     """A network's predictions as logits of other classes or of another kind of head, in level order.
 
     A head that is read through the tree (:class:`wn21k_zoo.hierarchy.Decoder`) gives each node of the student's tree a
-    probability; a semantic softmax over other classes gives it to those that both have. For a semantic softmax, what
-    is missing to 1 in a level, because the teacher says that the image has nothing there or does not know its classes,
-    is spread evenly over the level: the loss then gives it little weight. For one softmax over all classes the same is
-    done with what belongs to each class alone, without its descendants
+    probability; a semantic softmax over other classes gives one to the classes that both have. For a student with a
+    semantic softmax, what a level lacks to 1, because the teacher says that the image has nothing there or does not
+    know its classes, is spread evenly over the level: the loss then gives it little weight. For a student with one
+    softmax over all classes, the same is done with the mass of each class alone, without its descendants
     (:meth:`wn21k_zoo.hierarchy.Decoder.own_mass`).
 
     Args:
@@ -48,10 +48,10 @@ class Translated(nn.Module):
         head: Kind of its head.
         tree: The student's classes.
         student: Kind of the student's head, ``semantic_softmax`` or ``softmax``.
-        device: Where the logits are.
+        device: Of the logits.
 
     Attributes:
-        known: How many of the student's classes it can tell.
+        known: The number of the student's classes that it can predict.
 
     Raises:
         RecipeError: It says nothing about the student's classes.
@@ -85,9 +85,9 @@ class Translated(nn.Module):
         else:
             self._decoder = Decoder(tree, space, head, device)
         depths = torch.tensor(own.depths, dtype=torch.float32, device=device)
-        self.known = int((self._probability(-depths[None]) > 0).sum())  # parents above children, as sigmoids want it
+        self.known = int((self._probability(-depths[None]) > 0).sum())  # parents above children, as sigmoids need it
         if not self.known:
-            raise RecipeError(f"The teacher speaks none of the classes of {tree.name}; name another loss.teacher.")
+            raise RecipeError(f"The teacher knows none of the classes of {tree.name}; name another loss.teacher.")
 
     def forward(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1], [B, 3, height, width], to logarithms of probabilities [B, N] in float32."""
@@ -109,15 +109,15 @@ class Translated(nn.Module):
 
 
 def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn.Module, str, str]:
-    """The frozen network whose predictions are distilled, with its own normalisation, a word about it, and a digest.
+    """Build the frozen teacher, with its own normalisation; also return a line about it, and a digest.
 
-    It takes pixels in [0, 1] and gives logits of the student's classes in level order. The word is empty where it
-    speaks the same classes with the same kind of head. The digest is of all that decides what it gives for an image.
+    The teacher takes pixels in [0, 1] and gives logits of the student's classes in level order. The line is empty if it
+    has the same classes with the same kind of head. The digest covers everything that determines its outputs.
 
     Raises:
         RecipeError: It says nothing about the student's classes, or is the folder of a run, or ``loss.teacher_head`` is
-            missing or one too many.
-        ModelError, UnknownModelError, RunError: It cannot be had.
+            missing or must be left out.
+        ModelError, UnknownModelError, RunError: It cannot be obtained.
     """
     name, head, device = cast(str, recipe.loss.teacher), recipe.loss.head, levels.columns.device
     theirs, their_head = space, head
@@ -125,7 +125,7 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
         module, (mean, std) = _random_teacher(recipe, name.removeprefix(RANDOM), len(space))
     elif name.endswith(".pt"):
         if recipe.loss.teacher_head is not None:
-            raise RecipeError(f"The run of {name} says what its head is; leave out loss.teacher_head.")
+            raise RecipeError(f"The run of {name} states its head; leave out loss.teacher_head.")
         trained = load_checkpoint(name)
         if trained.space is None:
             raise not_of_synsets(name)
@@ -142,7 +142,7 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
         if not isinstance(loaded.label_space, LabelSpace):
             raise not_of_synsets(name)
         module, theirs, their_head = loaded.module, loaded.label_space, loaded.head
-        config = cast(Mapping[str, Any], loaded.data_config)  # of what has a name it is known
+        config = cast(Mapping[str, Any], loaded.data_config)  # always known for a model given by name
         mean, std = config["mean"], config["std"]
     about = ""
     digest = digest_of(module, [*map(float, mean)], [*map(float, std)], their_head, theirs.digest)
@@ -153,14 +153,14 @@ def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn
     else:
         teacher = Translated(Normalized(module, mean, std), theirs, their_head, levels.tree, head, device)
         about = (
-            f"the teacher {name} is a {their_head} over {theirs.name}; it tells {teacher.known:,} of the "
+            f"the teacher {name} is a {their_head} over {theirs.name}; it knows {teacher.known:,} of the "
             f"{len(space):,} classes"
         )
     return teacher.to(device).eval().requires_grad_(False), about, digest
 
 
 def digest_of(module: nn.Module, *facts: Any) -> str:
-    """The sha256 of all weights with their names, and of what else is known of a network."""
+    """The sha256 of all weights with their names, and of other facts about a network."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, value in module.state_dict().items():
         digest.update(name.encode())
@@ -169,10 +169,10 @@ def digest_of(module: nn.Module, *facts: Any) -> str:
 
 
 def _random_teacher(recipe: Recipe, name: str, num_classes: int) -> tuple[nn.Module, tuple[Any, Any]]:
-    """A record's network with random weights; the student's where the name is that of a file, folder or repository."""
+    """A record's network with random weights; the student's if the name is that of a file, folder or repository."""
     architecture: str
     normalisation: tuple[Any, Any]
-    torch.manual_seed(recipe.run.seed + 1)  # the same on a resume; another network than the student
+    torch.manual_seed(recipe.run.seed + 1)  # the same on resume, and different from the student
     if is_place(name):
         architecture, normalisation = recipe.model.architecture, (recipe.model.mean, recipe.model.std)
     else:

@@ -1,7 +1,7 @@
-"""The entry of a run: ``torchrun -m wn21k_zoo.training.train --recipe FILE[:function] --data DIR --output DIR``.
+"""Entry point of a run: ``torchrun -m wn21k_zoo.training.train --recipe FILE[:function] --data DIR --output DIR``.
 
 Without torchrun, ``python -m wn21k_zoo.training.train`` runs one process. Exit codes: 0 finished, 1 failed, 2 usage,
-143 preempted (SIGTERM) and 130 interrupted, both with a checkpoint; the same command goes on from it.
+143 preempted (SIGTERM) and 130 interrupted, both with a checkpoint; the same command continues from it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; gives the exit code."""
+    """Run from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m wn21k_zoo.training.train",
-        description="Train a recipe; begun before in the same output folder, it goes on.",
+        description="Train a recipe; a run begun before in the same output folder is resumed.",
     )
     parser.add_argument(
         "--recipe",
         required=True,
         metavar="FILE.py[:FUNCTION[:TEXT]]",
-        help="its first function if none is named, which gets the text; for FILE.py a name that `wn21k train list` "
+        help="calls FUNCTION (default: the first), with TEXT if given; FILE.py may be a name that `wn21k train list` "
         "shows; or a run's recipe.json",
     )
     parser.add_argument("--data", required=True, metavar="DIR", help="shards, a URL of them, or a folder of classes")
@@ -63,7 +63,7 @@ def _run(chosen: argparse.Namespace, signals: Signals) -> int:
     from wn21k_zoo.training.recipe_files import load_recipe, override
 
     recipe = override(load_recipe(chosen.recipe), chosen.set)
-    # After the recipe, whose extra has all that the others need.
+    # After the recipe: its extra installs all that these need.
     from wn21k_zoo.training.distributed import join, launched
     from wn21k_zoo.training.engine import Preempted, train
 
@@ -76,29 +76,29 @@ def _run(chosen: argparse.Namespace, signals: Signals) -> int:
             train(recipe, chosen.data, chosen.output, world, workers=chosen.workers, signals=signals)
         except Preempted as end:
             if world.leads:
-                say("stopped with a checkpoint; the same command goes on")
+                say("stopped with a checkpoint; the same command resumes it")
             return end.code
     return 0
 
 
 def _leave(output: str) -> None:
-    """What a process leaves that is told to stop before its run begins."""
+    """Mark the run of a process that is told to stop before the run begins."""
     if os.environ.get("RANK", "0") == "0":
         mark_preempted(local_path(output, RunError))
-        say("told to stop before the run began; the same command begins it")
+        say("told to stop before the run began; the same command starts it")
 
 
 def _end(code: int) -> NoReturn:
-    """End this process; one of several without the end of the interpreter.
+    """End this process; one of several without shutting the interpreter down.
 
-    A thread of gloo that still holds a tensor then may abort a process whose run is finished, and torchrun says it
-    failed (https://github.com/pytorch/pytorch/pull/179291). All files are closed by now.
+    At shutdown, a gloo thread that still holds a tensor may abort a process whose run is finished, and torchrun reports
+    a failure (https://github.com/pytorch/pytorch/pull/179291). All files are closed by now.
     """
     forget_unheard()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
     logging.shutdown()
-    for child in multiprocessing.active_children():  # they load images, and nobody wants these now
+    for child in multiprocessing.active_children():  # they load images that are no longer needed
         child.kill()
     os._exit(code)
 

@@ -1,4 +1,4 @@
-"""What a name of weights, to start from or to teach, means: a record, file, folder or repository, and its classes."""
+"""What the name of a start or teacher means: a record, file, folder or repository, and its classes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["classes_of", "is_place", "not_of_synsets", "refuse_run", "resolved",
 
 
 def is_place(name: str) -> bool:
-    """Whether a name of weights is that of a file, a folder or a Hub repository, not of a record or timm model."""
+    """Whether a name of weights means a file, a folder or a Hub repository, not a record or timm model."""
     is_path = name.startswith((building.HUB_PREFIX, building.FOLDER_PREFIX)) or building.looks_like_path(name)
     return is_path or name.endswith(".pt") or (Path(name).is_dir() and not registry.is_known(name))
 
 
 def teacher_record(name: str) -> Checkpoint:
-    """The record, or timm model, of a loss.teacher that is no place.
+    """The record, or timm model, of a loss.teacher that is not a place (:func:`is_place`).
 
     Raises:
         UnknownModelError: There is none.
@@ -45,15 +45,15 @@ def teacher_record(name: str) -> Checkpoint:
 
 
 def not_of_synsets(teacher: str) -> RecipeError:
-    """What is said of a teacher whose classes nobody can map to others."""
+    """The error for a teacher whose classes cannot be mapped to others."""
     return RecipeError(
-        f"The classes of loss.teacher {teacher} are not known to be synsets, which those of a teacher must be; name "
+        f"The classes of loss.teacher {teacher} are not known to be synsets, as those of a teacher must be; name "
         "another one."
     )
 
 
 def refuse_run(field: str, name: str) -> None:
-    """See that a name is not the folder of a run.
+    """Check that a name is not the folder of a run.
 
     Raises:
         RecipeError: It is.
@@ -63,10 +63,10 @@ def refuse_run(field: str, name: str) -> None:
 
 
 def classes_of(start: str) -> tuple[str, ...] | None:
-    """The classes of weights, None when they are not known before they are there.
+    """The classes of weights, or None if they are not known without the weights.
 
     Raises:
-        ModelError, UnknownModelError: What says so is damaged, or cannot be had.
+        ModelError, UnknownModelError: The configuration is damaged, or cannot be obtained.
     """
     try:
         if (folder := building.configured_folder(start)) is not None:
@@ -78,20 +78,20 @@ def classes_of(start: str) -> tuple[str, ...] | None:
 
 
 def resolved(recipe: Recipe, otherwise: Mapping[str, Any] | None = None) -> Recipe:
-    """The same with whole paths, wnids for a file of them, and the arguments of the network that it starts from.
+    """A recipe with absolute paths, wnids in place of a file of them, and the arguments of the network it starts from.
 
     Args:
         recipe: The recipe.
-        otherwise: These arguments, where its start is no longer to be had.
+        otherwise: These arguments, for when its start is no longer available.
 
     Raises:
-        ModelError, UnknownModelError: The start cannot be had, and nobody else says what its arguments are.
+        ModelError, UnknownModelError: The start is not available, and its arguments are not known otherwise.
     """
     recipe = recipe.model_copy(deep=True)
     recipe.model.start, recipe.loss.teacher = _whole(recipe.model.start), _whole(recipe.loss.teacher)
     space = recipe.data.space
     if space is not None and not space.is_shipped:
-        recipe.data.label_space = space.wnids  # the file may go
+        recipe.data.label_space = space.wnids  # the file may be deleted
     start = recipe.model.start
     if start is None or start.startswith(RANDOM) or not is_place(start):
         return recipe
@@ -107,15 +107,15 @@ def resolved(recipe: Recipe, otherwise: Mapping[str, Any] | None = None) -> Reci
 
 
 def _whole(name: str | None) -> str | None:
-    """A name of weights; that of a folder or file of this machine as it is from any working directory."""
+    """A name of weights; a folder or file of this machine as a path that is valid from any working directory."""
     if name is None or name.startswith((RANDOM, building.HUB_PREFIX)) or not is_place(name):
         return name
     path = expanded(name.removeprefix(building.FOLDER_PREFIX), RecipeError).absolute()
-    return str(path.parent.resolve() / path.name)  # a link to a cache may have another name there
+    return str(path.parent.resolve() / path.name)  # a link into a cache may point to a different file name
 
 
 def _arguments_in(config: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration says of how its network is built, besides the architecture; as timm takes it."""
+    """The arguments that a configuration states for building its network, besides the architecture, as for timm."""
     settings, arguments = building.settings_of(config), config.get("model_args")
     found: dict[str, Any] = {}
     if isinstance(settings, dict):
@@ -129,10 +129,10 @@ def _arguments_in(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file_of(start: str, file: str) -> Path | None:
-    """A file beside weights in a folder or, fetched, in a Hub repository; None when there is none, or is none offline.
+    """A file beside weights in a folder or, fetched, in a Hub repository; None if missing, or not available offline.
 
     Raises:
-        ModelError, UnknownModelError: There is no such folder, or the repository is out of reach.
+        ModelError, UnknownModelError: There is no such folder, or the repository cannot be reached.
     """
     if start.startswith(building.HUB_PREFIX):
         try:

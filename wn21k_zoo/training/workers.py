@@ -1,4 +1,4 @@
-"""What the processes of a loader do: from a range of positions to a batch of bytes, deaf to signals but their own."""
+"""The worker processes of a loader: from a range of positions to a batch of bytes; they ignore most signals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Task = tuple[int, int, int, int]  # epoch, first position, end, samples seen aft
 
 
 def begin_worker(worker: int) -> None:
-    """The first thing that a process does."""
+    """Set up a worker process; the first thing that it does."""
     del worker
     if _SHIELD:
         threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
@@ -56,26 +56,26 @@ def begin_worker(worker: int) -> None:
         for name in ("SIGINT", "SIGHUP", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
-    cv2.setNumThreads(0)  # the workers are the parallelism; and OpenCV's threads do not survive a fork
+    cv2.setNumThreads(0)  # the workers run in parallel already, and OpenCV's threads do not survive a fork
     torch.set_num_threads(1)
 
 
-# Ctrl-C, the end of a terminal and many a scheduler's SIGTERM reach all processes at once. One that still needs batches
-# for its last step must find its workers alive; only its own word ends them.
+# Ctrl-C, the end of a terminal and many a scheduler's SIGTERM reach all processes at once. A rank that still needs
+# batches for its last step must find its workers alive; only a SIGTERM from it ends them.
 _LINUX = hasattr(signal, "sigwaitinfo")
 _SHIELD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} if _LINUX else set()
 
 
 def forks_from_a_server() -> bool:
-    """Whether processes begin as copies of a server, which may have been started deaf to nothing."""
+    """Whether processes begin as copies of a server, which may have been started without blocking any signal."""
     return multiprocessing.get_start_method() == "forkserver"
 
 
 @functools.cache
 def warn_of_main() -> None:
-    """Say once that processes read the program that starts them, where nothing in it seems to keep it from running.
+    """Warn once that workers import the program that starts them, if nothing in it seems to keep it from running again.
 
-    They end then, and before Python 3.13 those of macOS may leave it waiting for ever.
+    The workers then end; before Python 3.13 the program may wait for them forever on macOS.
     """
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
@@ -83,14 +83,14 @@ def warn_of_main() -> None:
         return
     if Path(file).is_file() and b"__main__" not in Path(file).read_bytes():
         _LOG.warning(
-            "processes that load images read %s; if they end, or nothing happens, put what it runs under `if __name__ "
-            '== "__main__":`',
+            "processes that load images import %s; if they end, or nothing happens, put what it runs under `if "
+            '__name__ == "__main__":`',
             file,
         )
 
 
 def allow_open_files() -> None:
-    """Let this process have as many files open as it may: macOS says 256 at first, and each worker needs some 15."""
+    """Raise this process's limit of open files: macOS allows 256 at first, and each worker needs about 15."""
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
         import resource
 
@@ -102,12 +102,12 @@ def allow_open_files() -> None:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Within, new processes and threads are deaf to these signals from their first moment."""
+    """Within, new processes and threads start with these signals blocked."""
     if not _SHIELD:
         yield
         return
     if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # here, since its start would lift the mask
+        resource_tracker.ensure_running()  # before the mask is set, as its start would lift it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELD)
     try:
         yield
@@ -128,9 +128,9 @@ class Reader(Dataset[dict[str, Any]]):
 
     Args:
         dataset: The images.
-        order: Which one stands at which position.
-        augmentation: Called with the pixels of each.
-        names: Whether a batch has the names of its images.
+        order: Which sample is at which position.
+        augmentation: Called with the pixels of each image.
+        names: Whether a batch includes the names of its images.
     """
 
     def __init__(self, dataset: ImageDataset, order: SampleOrder, augmentation: Augmentation, names: bool) -> None:
@@ -192,7 +192,7 @@ class Reader(Dataset[dict[str, Any]]):
         }
 
     def _stage_ahead(self, epoch: int, window: int) -> None:
-        """Copy the shards of the next window to this machine while this one is read; each worker begins elsewhere."""
+        """Copy the next window's shards to this machine while this one is read; each worker starts at another shard."""
         if self.dataset.is_here:
             return
         if window == self.order.num_windows:
@@ -205,7 +205,7 @@ class Reader(Dataset[dict[str, Any]]):
 
         def run() -> None:
             for shard in shards:
-                with contextlib.suppress(DataError, FileNotFoundError):  # who needs it is told
+                with contextlib.suppress(DataError, FileNotFoundError):  # raised again when the shard is needed
                     dataset.open(shard)[0].close()
 
         self._ahead = threading.Thread(target=run, daemon=True)
@@ -213,15 +213,15 @@ class Reader(Dataset[dict[str, Any]]):
 
 
 def randomness(seed: int, epoch: int, sample: int) -> random.Random:
-    """Python's generator takes all bits of the number that it is given."""
+    """A generator for one sample; Python's seeds with all bits of the number."""
     return random.Random((seed << 96) ^ (epoch << 64) ^ sample)  # noqa: S311
 
 
 def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """Bytes; in a worker in the memory that it shares with the main process, which saves a copy.
+    """An empty tensor of bytes; in a worker in memory shared with the main process, which saves a copy.
 
-    Elsewhere NumPy's, which asks the system for large pages; touching small ones for the first time takes longer than
-    writing to them.
+    Elsewhere NumPy allocates it, as that asks the system for large pages; touching small ones for the first time takes
+    longer than writing to them.
     """
     if get_worker_info() is None:
         return torch.from_numpy(np.empty(shape, np.uint8))
