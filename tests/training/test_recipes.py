@@ -656,7 +656,7 @@ def test_a_list_runs_no_file(tmp_path):
 
 @pytest.mark.parametrize("where", [r"D:\runs\mine", "D:/runs/mine"])
 def test_a_drive_of_windows_is_no_name_of_a_recipe(where):
-    with pytest.raises(RecipeError, match=re.escape(f"{where} is not a file")):
+    with pytest.raises(RecipeError, match=re.escape(f"{where} is not a recipe file")):
         load_recipe(where)
 
 

@@ -6,7 +6,8 @@ r"""The paper's baselines for semantic softmax: TResNet-M with one softmax over 
     4 nodes  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
                  -m wn21k_zoo.training.train --recipe training/recipes/baselines.py --data DIR --output DIR
 
-Cost on 8 V100s (estimated, not measured: images over the published 670 images per second per GPU):
+Cost on 8 V100s (estimated, not measured: images over the published 670 images per second per GPU, and those of the
+teacher):
 
     single_label                     944 M images    48.9 hours
     single_label_distilled           944 M images    71.3 hours

@@ -96,7 +96,7 @@ class Loader:
     """Batches of a data set for one rank.
 
     In training, iterating yields the rest of the current epoch, or the next epoch if nothing is left, and ends at the
-    start of the following one; all ranks get the same number of full batches, and a remainder of less than a batch is
+    start of the following one; all ranks get the same number of full batches, and a remainder of less than a step is
     dropped. In evaluation it yields all samples, unless :meth:`load_state_dict` was called just before, in their own
     order, each exactly once over all ranks; a rank's last batch may be smaller or missing.
 
@@ -121,8 +121,8 @@ class Loader:
         accumulation: In training, number of batches of each rank per step; a remainder of less than a step is dropped.
 
     Raises:
-        InvalidArgumentError: An argument is invalid or out of range, or the data set is smaller than one batch of all
-            ranks.
+        InvalidArgumentError: An argument is invalid or out of range, or in training, the data set is smaller than a step
+            of all ranks.
 
     Iterating raises :class:`BadImagesError` if more than ``max_bad`` are damaged, :class:`DataError` if a shard is
     missing.

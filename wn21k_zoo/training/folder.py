@@ -258,7 +258,7 @@ def open_folder(
     Raises:
         DataError: The folder has no classes or images, or validation classes that its training part lacks; with a label
             space also as :meth:`FolderDataset.mapped_to`.
-        MissingExtraError: It has HEIF photographs.
+        MissingExtraError: It has HEIF photographs, and the extra ``heif`` is not installed.
         UnknownLabelSpaceError, LabelSpaceError, UnknownSynsetError: As :meth:`LabelSpace.find`.
     """
     (dataset,) = open_folders(place, (split,))
@@ -319,7 +319,7 @@ def _listing(root: Path, folders: Sequence[Sequence[str]]) -> _Listing:
 
 
 def _share(listing: _Listing, split: str) -> NDArray[np.int64]:
-    """Select a tenth of each class, at least one image; or the others; or all."""
+    """Select a tenth of each class, of two images or more at least one; or the others; or all."""
     order = np.lexsort((listing.hashes, listing.targets))
     counts = np.bincount(listing.targets)
     rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)

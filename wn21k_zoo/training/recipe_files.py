@@ -41,7 +41,7 @@ def load_recipe(where: str) -> Recipe:
     if is_run(path):
         path /= RECIPE_FILE
     if not path.is_file() or path.suffix not in (".py", ".json"):
-        what = "is a folder; name a file in it" if path.is_dir() else "is not a file"
+        what = "is a folder; name a file in it" if path.is_dir() else "is not a recipe file"
         beside = [each.name for each in visible(path.parent, "*.py")] if path.parent.is_dir() else []
         near = did_you_mean(path.name, [*beside, *shipped_recipes()])
         raise RecipeError(
@@ -105,7 +105,8 @@ def _text(path: Path) -> str:
 def listed_in(path: Path) -> dict[str, str]:
     """Return the recipe functions of a file, with the first line of each one's docstring; the file is not run.
 
-    Functions that are annotated to return something other than a recipe, or that return nothing, are left out.
+    Left out are functions whose names begin with _, that need arguments, or that are annotated to return something other
+    than a recipe or return nothing.
 
     Raises:
         RecipeError: The file is not Python, or cannot be read.
