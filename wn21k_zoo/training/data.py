@@ -121,8 +121,8 @@ class Loader:
         accumulation: In training, number of batches of each rank per step; a remainder of less than a step is dropped.
 
     Raises:
-        InvalidArgumentError: An argument is invalid or out of range, or in training, the data set is smaller than a step
-            of all ranks.
+        InvalidArgumentError: An argument is invalid or out of range, or training data is smaller than a step of all
+            ranks.
 
     Iterating raises :class:`BadImagesError` if more than ``max_bad`` are damaged, :class:`DataError` if a shard is
     missing.

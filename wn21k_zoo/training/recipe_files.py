@@ -105,8 +105,8 @@ def _text(path: Path) -> str:
 def listed_in(path: Path) -> dict[str, str]:
     """Return the recipe functions of a file, with the first line of each one's docstring; the file is not run.
 
-    Left out are functions whose names begin with _, that need arguments, or that are annotated to return something other
-    than a recipe or return nothing.
+    Left out are functions whose names begin with _, that need arguments, that return nothing, or that are annotated to
+    return something other than a recipe.
 
     Raises:
         RecipeError: The file is not Python, or cannot be read.
