@@ -170,7 +170,7 @@ def test_a_repository_by_its_name(run):
     done = run("cache", "prune", "hf-hub:me/mine")
     assert [Path(path).name for path in done.stdout.splitlines()] == ["config.json", "pytorch_model.bin"]
     assert done.returncode == 0
-    assert "no Hub repository" in run("cache", "prune", "hf-hub:mine").stderr
+    assert "not a Hub repository" in run("cache", "prune", "hf-hub:mine").stderr
 
 
 def test_a_progress_bar_on_a_terminal_only(tmp_path):
