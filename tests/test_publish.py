@@ -156,7 +156,7 @@ def test_what_got_other_classes_since_is_not_what_it_was(which, request, tmp_pat
         models.load_model(tmp_path)
     names = models.ClassNames(("cats", "dogs", "cows"))
     assert models.load_model(tmp_path, label_space=names).head == "softmax"
-    with pytest.raises(InvalidArgumentError, match="Nothing says how the outputs"):
+    with pytest.raises(InvalidArgumentError, match="Nothing says how to read the outputs"):
         models.load_model(tmp_path, label_space=("n02121808", "n02123045", "n02084071"))  # a cat, a tabby, a dog
 
 

@@ -23,7 +23,7 @@ The message is one line that says what is wrong and what to do next; the class s
     ├── RecordError (ValueError)                an invalid record or lock file
     ├── ModelError (RuntimeError)               a model that cannot be built, loaded or run
     │   ├── WeightsNotFoundError
-    │   │   └── OfflineError                    needed from the network, which is switched off
+    │   │   └── OfflineError                    a download is needed, but the network is off
     │   ├── ChecksumError                       the bytes are not the published ones
     │   ├── ConversionError                     a file whose entries are not those of a known layout
     │   ├── CacheError                          the cache cannot be written, or its disk is full

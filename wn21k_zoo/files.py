@@ -178,7 +178,7 @@ def text_of(content: bytes) -> str:
 def replace(source: Path, target: Path, patience: float = 1.0) -> None:
     """Move a file or folder to its final name.
 
-    On Windows this may have to wait for a program, such as a virus scanner, that has it or a file in it open.
+    On Windows this may have to wait for a program, such as a virus scanner, that has the old file, or one in it, open.
 
     Args:
         source: The file or folder to rename.
