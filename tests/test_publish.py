@@ -208,7 +208,7 @@ def test_refusals_leave_nothing(folder, tmp_path):
         ("nonsense_model", "new", {}, UnknownModelError, "nonsense_model"),
         ("none.pth", "new", {}, UnknownModelError, "no file"),
         (tmp_path / "bad.pth", "new", {}, ConversionError, "state dict"),
-        (tmp_path / "three.pth", "new", {}, InvalidArgumentError, "none; say which"),
+        (tmp_path / "three.pth", "new", {}, InvalidArgumentError, "none; choose one"),
         (tmp_path / "three.pth", "new", {"record": "resnet50.miil_in21k"}, InvalidArgumentError, "is not"),
     ):
         with pytest.raises(error, match=words):
@@ -315,7 +315,7 @@ def test_what_cannot_be_published(folder, tmp_path, monkeypatch):
     ):
         with pytest.raises(InvalidArgumentError, match="ORG/NAME"):
             publish.publish_folder(folder, repo)
-    with pytest.raises(InvalidArgumentError, match="no folder"):
+    with pytest.raises(InvalidArgumentError, match="not a folder"):
         publish.publish_folder(tmp_path / "none", "org/name")
     place = damaged_copy(folder, tmp_path)
     with pytest.raises(PublishError, match="hf auth login"):
