@@ -163,7 +163,7 @@ def test_names_of_classes_that_are_no_synsets(tmp_path):
         with pytest.raises(UnresolvedLabelSpaceError, match=r"does not name its classes; give label_space"):
             models.load_model(folder(label_names=wrong))
     assert [*models.load_model(folder(labels={"0": "a", "1": "b", "2": "c"})).label_space] == ["a", "b", "c"]
-    with pytest.raises(ModelError, match="nor has a name for each index"):
+    with pytest.raises(ModelError, match="nor does it have a name for each index"):
         models.load_model(folder(label_names={"0": "a", "2": "c"}))
     loaded = models.load_model(folder(labels={"task": "pets"}), label_space=ClassNames(["a", "b", "c"]))
     assert [*loaded.label_space] == ["a", "b", "c"]

@@ -274,7 +274,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         if isinstance(names, list) and names:
             return {**config, "label_names": names}
         if names and key == "label_names":
-            raise ModelError(f"{folder / CONFIG_FILE}: label_names is neither a list nor has a name for each index.")
+            raise ModelError(
+                f"{folder / CONFIG_FILE}: label_names is not a list, nor does it have a name for each index."
+            )
     return config
 
 
