@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from wn21k_zoo.tree import SemanticTree as SemanticTree
 
 
-if not TYPE_CHECKING:  # a type checker would accept any name
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         if name in _HOME_OF:

@@ -69,7 +69,7 @@ class Receipt:
 
 
 def cache_dir(folder: str | os.PathLike[str] | None = None) -> Path:
-    """Return the cache folder: the argument, ``WN21K_CACHE``, or this system's cache folder of the user.
+    """Return the cache folder: the argument, ``WN21K_CACHE``, or the user's cache folder on this system.
 
     Raises:
         CacheError: It belongs in a home folder that is not known; set ``WN21K_CACHE`` to another one.

@@ -228,7 +228,7 @@ def _fit(found: StateDict, architecture: str) -> tuple[StateDict | None, tuple[i
     import torch
 
     expected = {key: tuple(value.shape) for key, value in _skeleton(architecture).state_dict().items()}
-    head = [key for key in expected if key.startswith(_classifier(architecture))]  # any number of classes, but the same
+    head = [key for key in expected if key.startswith(_classifier(architecture))]  # for any one number of classes
     outputs = next((tuple(found[key].shape[:1]) for key in head if key in found), ())
     expected.update({key: (*outputs, *expected[key][1:]) for key in head})
     counters = {key for key in expected if key.endswith("num_batches_tracked")}

@@ -202,7 +202,7 @@ def _transfer_from_any(
                 return transfer(address, place, expected, headers=sent, patience=patience, report=report)
         except ChecksumError as error:
             if is_last and expected.stated_by == FIRST_DOWNLOAD:
-                hint = f"The first download was another one; to accept a new version: wn21k cache prune {name}"
+                hint = f"The first download was different; to accept a new version: wn21k cache prune {name}"
                 raise ChecksumError(f"{error} {hint}") from error
             if is_last:
                 raise

@@ -203,7 +203,7 @@ def sha256_of(path: Path) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether no user made the file or folder of this name: thumbnails, ``._NAME`` of macOS, a disk's recycle bin."""
+    """Whether a name is that of something no user made: thumbnails, ``._NAME`` of macOS, a disk's recycle bin."""
     return name.startswith(".") or name in THE_SYSTEMS
 
 
@@ -248,7 +248,7 @@ def check_writable(path: Path) -> None:
     if _is_special(path):
         return
     real = Path(os.path.realpath(path))
-    try:  # os.access does not work on Windows, where another program may also have the file open
+    try:  # os.access tells nothing on Windows, where another program may also have the file open
         if real.exists():
             real.open("ab").close()
         trial = real.with_name(f".{real.name}.{os.getpid()}.tmp")

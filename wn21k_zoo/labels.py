@@ -166,7 +166,7 @@ class LabelSpace:
     def __reduce__(self) -> tuple[Callable[..., LabelSpace], tuple[Any, ...]]:
         if self.is_shipped:
             return _load, (self.name,)
-        return LabelSpace, (self.name, self.wnids)  # everything derived from these is derived anew
+        return LabelSpace, (self.name, self.wnids)  # everything else is derived from these
 
     def __len__(self) -> int:
         return len(self.wnids)

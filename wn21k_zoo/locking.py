@@ -87,5 +87,5 @@ def _ask(source: HubSource | URLSource) -> dict[str, Any]:
         return {"revision": commit, "num_bytes": expected.num_bytes, "sha256": expected.sha256}
     anew_url = replace(source, sha256=None, num_bytes=None)
     with tempfile.TemporaryDirectory() as folder:
-        fetched = download.fetch_source(anew_url, cache_dir=folder)  # no mirror: the lock must be authoritative
+        fetched = download.fetch_source(anew_url, cache_dir=folder)  # not from a mirror: the lock is authoritative
         return {"num_bytes": fetched.num_bytes, "sha256": fetched.sha256}

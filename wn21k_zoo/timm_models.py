@@ -22,7 +22,7 @@ __all__: list[str] = []  # timm's register_model adds to it
 
 
 def _default_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Timm needs a source to count a model as pretrained; the weights still come through our fetch."""
+    """A configuration with a source, so that timm counts it as pretrained; weights still come through our fetch."""
     source = checkpoint.sources[0]
     place = {"hf_hub_id": source.repo_id} if isinstance(source, HubSource) else {"url": checkpoint.origin}
     return {**pretrained_config(checkpoint), **place}

@@ -280,7 +280,7 @@ def _attempt(
     sent = {"Accept-Encoding": "identity", **headers}
     if start:
         sent["Range"] = f"bytes={start}-"
-        # With a hash, the end tells. And the Hub's ETag is not that of the server it redirects to.
+        # A hash is compared at the end anyway. And the Hub's ETag is not that of the server it redirects to.
         if not expected.hash and expected.etag and not expected.etag.startswith("W/"):
             sent["If-Range"] = expected.etag
     timeout = (patience.timeout(CONNECT_SECONDS), patience.timeout(STALL_SECONDS))

@@ -310,7 +310,7 @@ class SemanticTree:
         )
 
     def nearest(self, wnid: str) -> Node | None:
-        """For any noun synset of WordNet 3.0: itself, or else its nearest ancestor, that the tree has; or None.
+        """For any noun synset of WordNet 3.0: itself if it is in the tree, else its nearest ancestor there, or None.
 
         Raises:
             UnknownSynsetError: ``wnid`` is not a noun synset of WordNet 3.0.
