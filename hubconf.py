@@ -1,6 +1,6 @@
 """torch.hub entry points: ``torch.hub.load(CHECKOUT, 'resnet50_miil_in21k', source='local')``.
 
-One for each checkpoint, its name with dots as underscores; ``predictor``; ``semantic_tree``.
+One per checkpoint, named after it with dots replaced by underscores; ``predictor``; ``semantic_tree``.
 """
 
 dependencies = [
@@ -20,8 +20,8 @@ def predictor(model=None, **kwargs):
     """Labels at every level of the WordNet hierarchy: ``predictor()('photo.jpg').label``.
 
     Args:
-        model: A checkpoint's name; by default MobileNetV3-L over ImageNet-21K-P, without a network the embedded model.
-        **kwargs: As ``wn21k_zoo.Predictor`` takes them: top_k, threshold, device, batch_size, ...
+        model: Checkpoint name; by default MobileNetV3-L over ImageNet-21K-P, or the embedded model without a network.
+        **kwargs: As for ``wn21k_zoo.Predictor``: top_k, threshold, device, batch_size, ...
     """
     return _package().Predictor(model, **kwargs)
 
@@ -36,7 +36,7 @@ def semantic_tree(name="fall11"):
 
 
 def _package():
-    # Found by its own folder afterwards: torch.hub takes the checkout off sys.path when the load is done.
+    # Later imports go through the package's own folder: torch.hub removes the checkout from sys.path after the load.
     import wn21k_zoo
 
     return wn21k_zoo
@@ -47,7 +47,7 @@ def _entry_point(name):
         return _package().create_model(name, pretrained=pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = name.replace(".", "_")
-    create.__doc__ = f"""{name}, as ``wn21k_zoo.create_model`` builds it; in training mode.
+    create.__doc__ = f"""{name}, built by ``wn21k_zoo.create_model``; in training mode.
 
     Args:
         pretrained: Load the published weights, verified.
@@ -56,7 +56,7 @@ def _entry_point(name):
     return create
 
 
-# Written down, because torch.hub runs this file before it looks whether the dependencies are there.
+# Written out because torch.hub runs this file before it checks that the dependencies are installed.
 _CHECKPOINTS = (
     "efficientnet_lite0.embedded_in1k",
     "mobilenetv3_large_100.miil_in21k",

@@ -91,9 +91,9 @@ def test_names_of_classes_that_are_no_synsets():
     for wrong in ("cat", 5, ["cat", 5], ["cat", None], {"cat", "dog"}, {"cat": 1, "dog": 0}):
         with pytest.raises(InvalidArgumentError, match="name"):
             ClassNames(wrong)
-    with pytest.raises(InvalidArgumentError, match="give a list of names of classes, and then"):
+    with pytest.raises(InvalidArgumentError, match="give a list of class names, and then"):
         ClassNames("pets", ["cat", "dog"])
-    with pytest.raises(InvalidArgumentError, match="give texts"):
+    with pytest.raises(InvalidArgumentError, match="give strings"):
         ClassNames(["cat"], None)
     with pytest.raises(EmptyLabelSpaceError):
         ClassNames([])

@@ -85,7 +85,7 @@ def test_a_folder_with_names_of_its_own_is_not_guessed(folder, tmp_path):
     assert predict(CAT, model=changed, label_space=named).label_space == "mine"
     with pytest.raises(LabelSpaceError, match=r"1,000 outputs, but own has 2 classes"):
         models.load_model(changed, label_space=ClassNames(["cat", "dog"]))
-    with pytest.raises(InvalidArgumentError, match="no name of a class"):
+    with pytest.raises(InvalidArgumentError, match="not a class name"):
         models.load_model(changed, label_space=ClassNames([*range(1000)]))
     loaded = models.load_model(changed, label_space="imagenet1k")
     assert loaded.label_space.name == "imagenet1k"
@@ -150,7 +150,7 @@ def test_names_of_classes_that_are_no_synsets(tmp_path):
         (3, 160, 160),
     )
     assert models.load_model(folder(label_names=["cat", "dog", "bird"]), head="sigmoid").head == "sigmoid"
-    with pytest.raises(InvalidArgumentError, match="no levels; head can be no semantic_softmax"):
+    with pytest.raises(InvalidArgumentError, match="no levels; head cannot be semantic_softmax"):
         models.load_model(tmp_path / "model", head="semantic_softmax")
     by_index = models.load_model(folder(label_names={"1": "b", "0": "a", "2": "c"}))
     assert [*by_index.label_space] == ["a", "b", "c"]
@@ -163,15 +163,15 @@ def test_names_of_classes_that_are_no_synsets(tmp_path):
         with pytest.raises(UnresolvedLabelSpaceError, match=r"does not name its classes; give label_space"):
             models.load_model(folder(label_names=wrong))
     assert [*models.load_model(folder(labels={"0": "a", "1": "b", "2": "c"})).label_space] == ["a", "b", "c"]
-    with pytest.raises(ModelError, match="nor has a name for each index"):
+    with pytest.raises(ModelError, match="nor does it have a name for each index"):
         models.load_model(folder(label_names={"0": "a", "2": "c"}))
     loaded = models.load_model(folder(labels={"task": "pets"}), label_space=ClassNames(["a", "b", "c"]))
     assert [*loaded.label_space] == ["a", "b", "c"]
-    with pytest.raises(UnresolvedLabelSpaceError, match="or ClassNames for classes that are no synsets"):
+    with pytest.raises(UnresolvedLabelSpaceError, match="or ClassNames for classes that are not synsets"):
         models.load_model(tmp_path / "model")
     with pytest.raises(UnknownSynsetError, match="ClassNames takes the names"):
         models.load_model(module, label_space=["cat", "dog", "bird"])
-    with pytest.raises(UnresolvedLabelSpaceError, match="are not known by itself"):
+    with pytest.raises(UnresolvedLabelSpaceError, match="A module does not state its classes"):
         models.load_model(module, label_space="own")
 
 

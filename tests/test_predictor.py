@@ -222,7 +222,7 @@ def test_columns_are_several(embedded, photographs):
         assert embedded(column) == expected
     assert embedded(np.array([])) == []
     for array in (np.zeros(3), torch.zeros(3)):
-        with pytest.raises(ImageError, match="is no image"):
+        with pytest.raises(ImageError, match="is not an image"):
             embedded(array)
 
 
@@ -448,7 +448,7 @@ def test_a_predictor_can_be_saved(embedded):
 
 
 def test_what_holds_an_image_is_none(embedded):
-    with pytest.raises(InvalidArgumentError, match="A dict is no image"):
+    with pytest.raises(InvalidArgumentError, match="A dict is not an image"):
         embedded({"image": CAT})
 
 

@@ -156,7 +156,7 @@ def test_what_got_other_classes_since_is_not_what_it_was(which, request, tmp_pat
         models.load_model(tmp_path)
     names = models.ClassNames(("cats", "dogs", "cows"))
     assert models.load_model(tmp_path, label_space=names).head == "softmax"
-    with pytest.raises(InvalidArgumentError, match="Nothing says how the outputs"):
+    with pytest.raises(InvalidArgumentError, match="Nothing says how to read the outputs"):
         models.load_model(tmp_path, label_space=("n02121808", "n02123045", "n02084071"))  # a cat, a tabby, a dog
 
 
@@ -208,7 +208,7 @@ def test_refusals_leave_nothing(folder, tmp_path):
         ("nonsense_model", "new", {}, UnknownModelError, "nonsense_model"),
         ("none.pth", "new", {}, UnknownModelError, "no file"),
         (tmp_path / "bad.pth", "new", {}, ConversionError, "state dict"),
-        (tmp_path / "three.pth", "new", {}, InvalidArgumentError, "none; say which"),
+        (tmp_path / "three.pth", "new", {}, InvalidArgumentError, "none; choose one"),
         (tmp_path / "three.pth", "new", {"record": "resnet50.miil_in21k"}, InvalidArgumentError, "is not"),
     ):
         with pytest.raises(error, match=words):
@@ -315,7 +315,7 @@ def test_what_cannot_be_published(folder, tmp_path, monkeypatch):
     ):
         with pytest.raises(InvalidArgumentError, match="ORG/NAME"):
             publish.publish_folder(folder, repo)
-    with pytest.raises(InvalidArgumentError, match="no folder"):
+    with pytest.raises(InvalidArgumentError, match="not a folder"):
         publish.publish_folder(tmp_path / "none", "org/name")
     place = damaged_copy(folder, tmp_path)
     with pytest.raises(PublishError, match="hf auth login"):

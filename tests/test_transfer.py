@@ -866,7 +866,7 @@ def test_the_next_source_is_tried(root, serve):
     assert "url" in download.fetch(both).path.parts
     cache.remove(find_local(both), root)
     wrong = type(checkpoint)(**{**vars(checkpoint), "sources": (hub_source, URLSource(url=f"{endpoint}/none.pth"))})
-    with pytest.raises(RemoteNotFoundError, match="Nor from"):
+    with pytest.raises(RemoteNotFoundError, match="Also tried"):
         download.fetch(wrong)
 
 

@@ -1,6 +1,6 @@
 """ImageNet-21K pretrained models with labels at every level of the WordNet hierarchy.
 
-Importing this package imports neither torch nor timm; a name is loaded when it is first used.
+Importing the package imports neither torch nor timm; names are loaded on first use.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from wn21k_zoo.tree import SemanticTree as SemanticTree
 
 
-if not TYPE_CHECKING:  # to type checkers any name would be one
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         if name in _HOME_OF:
@@ -61,5 +61,5 @@ if not TYPE_CHECKING:  # to type checkers any name would be one
 
 
 def __dir__() -> list[str]:
-    # Without modules that nobody named: who looks at all that is here would import them.
+    # Leave out modules that nobody asked for: code that inspects every name would import them.
     return sorted({name for name in globals() if name.startswith("__")} | {*__all__})

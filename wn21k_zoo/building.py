@@ -1,4 +1,4 @@
-"""Networks with verified weights: from a record, a timm name, a folder, or a repository on the Hub."""
+"""Build networks with verified weights from a record, a timm name, a folder or a Hub repository."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FOLDER_PREFIX = "local-dir:"
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
-# Of a pretrained configuration: where weights come from by hand, or else, and what belongs to the architecture.
+# Keys of a pretrained configuration: weights given by hand, all sources of weights, what belongs to the architecture.
 _OWN_WEIGHTS = ("state_dict", "file")
 _SOURCES = (*_OWN_WEIGHTS, "source", "url", "hf_hub_id", "hf_hub_filename", "custom_load")
 _OF_ARCHITECTURE = ("first_conv", "classifier", "pool_size", "fixed_input_size", "min_input_size")
@@ -67,35 +67,35 @@ def create_model(
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A network to fine-tune, to take features from, or to run; verified weights, on the CPU, in training mode.
+    """Create a network to fine-tune, extract features from or run; verified weights, on the CPU, in training mode.
 
     Args:
         name: A record's name, a timm name with a known label space, a folder, or ``hf-hub:ORG/NAME[@REVISION]``.
-        pretrained: Load its weights. Without them no more than a folder's or a repository's configuration is needed.
-        num_classes: Outputs of a new head, not pretrained; 0 for none. By default the published head stays.
-        features_only: Return a list of feature maps [batch, channels, H, W], one per stage, in place of logits.
-        cache_dir: Folder of the cache.
-        pretrained_cfg_overlay: What is to differ from its own pretrained configuration. Weights that it names, as
-            ``file`` or ``state_dict``, take the place of the published ones, which are then not fetched.
-        **kwargs: As ``timm.create_model`` takes them: ``in_chans``, ``out_indices``, ``drop_rate``, ... With
-            ``checkpoint_path``, a file in timm's layout that must fit as it is, no published weights are fetched.
+        pretrained: Load the weights. If False, a folder or repository needs no more than its configuration.
+        num_classes: Outputs of a new, untrained head; 0 for no head. By default the published head is kept.
+        features_only: Return a list of feature maps [batch, channels, H, W], one per stage, instead of logits.
+        cache_dir: Cache folder.
+        pretrained_cfg_overlay: Overrides for the model's pretrained configuration. Weights given here, as ``file`` or
+            ``state_dict``, replace the published ones, which are then not fetched.
+        **kwargs: As for ``timm.create_model``: ``in_chans``, ``out_indices``, ``drop_rate``, ... With
+            ``checkpoint_path``, a file in timm's layout that must match exactly, no published weights are fetched.
 
     Raises:
         UnknownModelError, UnresolvedLabelSpaceError, ModelError, MissingExtraError: As
             :func:`wn21k_zoo.models.load_model`.
-        InvalidArgumentError: The architecture does not take one of the arguments.
+        InvalidArgumentError: The architecture does not accept one of the arguments.
     """
     kwargs.update(num_classes=num_classes, features_only=features_only)
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     overlay = pretrained_cfg_overlay or {}
     if {"pretrained_cfg", "overlay"} & set(kwargs) or not isinstance(overlay, Mapping):
         raise InvalidArgumentError(
-            "The name says which pretrained configuration; give what is to differ as pretrained_cfg_overlay=dict(...)."
+            "The name selects the pretrained configuration; pass changes to it as pretrained_cfg_overlay=dict(...)."
         )
     if own := kwargs.get("checkpoint_path"):
         pretrained = False
         if not Path(own).is_file():
-            raise WeightsNotFoundError(f"There is no file {own}, which checkpoint_path names.")
+            raise WeightsNotFoundError(f"checkpoint_path: there is no file {own}.")
     text = os.fspath(name)
     source = hub_source(text) if text.startswith(HUB_PREFIX) else None
     folder = configured_folder(name, cache_dir)
@@ -118,7 +118,7 @@ def build_checkpoint(
     overlay: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The network of a checkpoint; ``overlay`` changes its pretrained configuration, as in timm.
+    """Build the network of a checkpoint; ``overlay`` overrides its pretrained configuration, as in timm.
 
     Raises:
         ModelError, MissingExtraError, InvalidArgumentError: As :func:`create_model`.
@@ -131,9 +131,9 @@ def build_checkpoint(
 
 
 def pretrained_config(checkpoint: Checkpoint, num_classes: int | None = None) -> dict[str, Any]:
-    """What timm calls a pretrained configuration, without a source of weights: we fetch them ourselves.
+    """Make timm's pretrained configuration for a checkpoint, without a weight source: we fetch weights ourselves.
 
-    The number of classes is by default that of the checkpoint's label space.
+    The number of classes defaults to that of the checkpoint's label space.
     """
     from timm.models import get_pretrained_cfg
 
@@ -145,7 +145,7 @@ def pretrained_config(checkpoint: Checkpoint, num_classes: int | None = None) ->
         config = known.to_dict(remove_source=True)
     elif checkpoint.architecture in ARCHITECTURES:
         config = dict(ofa.DEFAULT_CONFIG)
-    else:  # timm's architecture, weights that it does not have: what belongs to the architecture
+    else:  # timm has the architecture but not the weights: take only what belongs to the architecture
         default = get_pretrained_cfg(checkpoint.architecture).to_dict()
         config = {key: default[key] for key in _OF_ARCHITECTURE if key in default}
     _, _, tag = checkpoint.name.partition(".")
@@ -160,16 +160,16 @@ def pretrained_config(checkpoint: Checkpoint, num_classes: int | None = None) ->
 
 
 def as_folder(name: str | os.PathLike[str]) -> Path | None:
-    """The folder that a name means, None when it is the name of something else.
+    """Return the folder that a name refers to, None if it names something else.
 
     Raises:
-        UnknownModelError: It looks like a folder, and there is none.
+        UnknownModelError: It looks like a folder, but there is none.
     """
     text = os.fspath(name)
     if text.startswith(HUB_PREFIX):
         return None
     if not text:
-        raise UnknownModelError("The name of the model is empty; `wn21k list` shows some.")
+        raise UnknownModelError("The model name is empty; `wn21k list` shows some names.")
     if text.startswith(FOLDER_PREFIX) or isinstance(name, os.PathLike) or looks_like_path(text):
         folder = expanded(text.removeprefix(FOLDER_PREFIX), UnknownModelError)
     elif Path(text).is_dir() and not registry.is_known(text):  # in the working directory, named without a slash
@@ -177,7 +177,7 @@ def as_folder(name: str | os.PathLike[str]) -> Path | None:
     else:
         return None
     if folder.is_file():
-        how = "; `wn21k train export RUN DIR` makes one of a run" if folder.suffix == ".pt" else ""
+        how = "; `wn21k train export RUN DIR` makes one from a run" if folder.suffix == ".pt" else ""
         raise UnknownModelError(f"{folder} is a file; name the folder that holds {CONFIG_FILE} and the weights{how}.")
     if not folder.is_dir():
         raise UnknownModelError(f"There is no folder {folder}. For a repository on the Hub write hf-hub:ORG/NAME.")
@@ -185,11 +185,11 @@ def as_folder(name: str | os.PathLike[str]) -> Path | None:
 
 
 def configured_folder(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """The folder with the configuration of what is a folder or, fetched, a Hub repository; None for any other name.
+    """Return the folder with the configuration of a folder or (fetched) Hub repository; None for any other name.
 
     Raises:
-        UnknownModelError: It looks like a folder, and there is none.
-        ModelError: The repository, or its configuration, cannot be had.
+        UnknownModelError: It looks like a folder, but there is none.
+        ModelError: The repository or its configuration cannot be fetched.
     """
     text = os.fspath(name)
     if text.startswith(HUB_PREFIX):
@@ -198,7 +198,7 @@ def configured_folder(name: str | os.PathLike[str], cache_dir: str | os.PathLike
 
 
 def weights_in(folder: Path) -> Path:
-    """The weight file of a folder.
+    """Return the weight file of a folder.
 
     Raises:
         WeightsNotFoundError: It has none.
@@ -206,7 +206,7 @@ def weights_in(folder: Path) -> Path:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise WeightsNotFoundError(f"{folder} has no weights; one of {', '.join(WEIGHT_FILES)} must be there.")
+    raise WeightsNotFoundError(f"{folder} has no weights; it must contain one of {', '.join(WEIGHT_FILES)}.")
 
 
 def build_from_folder(
@@ -218,16 +218,16 @@ def build_from_folder(
     overlay: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The network that a folder's configuration describes; ``overlay`` changes its pretrained configuration.
+    """Build the network that a folder's configuration describes; ``overlay`` overrides its pretrained configuration.
 
-    The configuration, which anybody may have written, says what is built; where weights come from, it does not.
+    The configuration is not trusted: it decides what is built, but not where weights come from.
 
     Raises:
         ModelError, InvalidArgumentError: It cannot be built, or the weights do not fit.
     """
     from timm.models._hub import _parse_model_cfg
 
-    stated = {key: value for key, value in read_config(folder).items() if value is not None}  # as transformers has it
+    stated = {key: value for key, value in read_config(folder).items() if value is not None}  # as transformers does
     settings, architecture, arguments = _parse_model_cfg(stated, {})
     settings = {key: value for key, value in settings.items() if key not in _SOURCES}
     arguments = {key: value for key, value in arguments.items() if not convert.names_weights(key)}
@@ -243,22 +243,22 @@ def build_from_folder(
 
 
 def about_run(folder: Path) -> str | None:
-    """What to do with the folder of a run where one with a model is needed; None when it is not that of a run."""
+    """Say what to do with a run's folder where a model's folder is needed; None if it is not a run's folder."""
     if not is_run(folder):
         return None
-    return f"is the folder of a run; `wn21k train export {folder} DIR` makes a model of it."
+    return f"is the folder of a run; `wn21k train export {folder} DIR` makes a model from it."
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a folder, as timm writes it; names of classes are its ``label_names``, wherever it has them.
+    """Read a folder's configuration, as timm writes it; class names become ``label_names``, wherever they are stored.
 
     Raises:
-        ModelError: It has none, or a damaged one.
+        ModelError: It is missing or damaged.
     """
     try:
         config = parse_json((folder / CONFIG_FILE).read_bytes())
     except FileNotFoundError as error:
-        needed = f"has no {CONFIG_FILE}; a folder as timm or the Hub writes it is needed."
+        needed = f"has no {CONFIG_FILE}; give a folder as written by timm or the Hub."
         raise ModelError(f"{folder} {about_run(folder) or needed}") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / CONFIG_FILE} cannot be read: {first_line(error)}") from error
@@ -267,19 +267,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     settings = config.get("pretrained_cfg", {})
     if not isinstance(settings, dict):
         raise ModelError(f"{folder / CONFIG_FILE}: pretrained_cfg is not an object.")
-    for key, place in (("label_names", config), ("label_names", settings), ("labels", config)):  # timm's former name
+    for key, place in (("label_names", config), ("label_names", settings), ("labels", config)):  # timm's old name
         given = names = place.get(key)
         if isinstance(given, dict) and set(given) == {str(index) for index in range(len(given))}:
             names = [given[str(index)] for index in range(len(given))]
         if isinstance(names, list) and names:
             return {**config, "label_names": names}
         if names and key == "label_names":
-            raise ModelError(f"{folder / CONFIG_FILE}: label_names is not a list, nor has a name for each index.")
+            raise ModelError(
+                f"{folder / CONFIG_FILE}: label_names is not a list, nor does it have a name for each index."
+            )
     return config
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The pretrained configuration in what :func:`read_config` gives; timm's former files are nothing else."""
+    """The pretrained configuration in the result of :func:`read_config`; timm's old files contain nothing else."""
     return config.get("pretrained_cfg") or config
 
 
@@ -288,7 +290,7 @@ def _names_weights(config: Mapping[str, Any]) -> bool:
 
 
 def _weights(path: Path, record: Checkpoint | None = None) -> dict[str, Any]:
-    """How timm is told of a weight file: pickles are read by us, published layouts converted."""
+    """Configuration entries that give timm a weight file: we read pickles ourselves and convert published layouts."""
     if record is not None and path.suffix != ".safetensors":
         return {"state_dict": convert.convert_file(path, record.architecture).state_dict}
     if path.suffix in (".pth", ".pt", ".bin", ".tar"):
@@ -303,21 +305,23 @@ def _build(name: str, architecture: str, pretrained: bool, config: Mapping[str, 
         raise
     except TypeError as error:
         raise InvalidArgumentError(f"{name} cannot be built with these arguments: {first_line(error)}") from error
-    except Exception as error:  # torch, safetensors and timm have many ways to say that a file does not fit
+    except Exception as error:  # torch, safetensors and timm raise many kinds of errors for a file that does not fit
         what = "The weights do not fit, or it" if pretrained or kwargs.get("checkpoint_path") else "It"
-        raise ModelError(f"{name} cannot be built. {what} does not do what was asked: {first_line(error)}") from error
-    for key in _OWN_WEIGHTS:  # weights that are loaded need not be held a second time
+        raise ModelError(
+            f"{name} cannot be built. {what} does not support what was asked for: {first_line(error)}"
+        ) from error
+    for key in _OWN_WEIGHTS:  # do not keep a second copy of the loaded weights
         cast(Any, module).pretrained_cfg.pop(key, None)
         cast(Any, module).default_cfg.pop(key, None)
     return module
 
 
 def fetch_from_hub(name: str, cache_dir: str | os.PathLike[str] | None = None) -> tuple[Fetched, Fetched]:
-    """Configuration and weights of ``hf-hub:ORG/NAME[@REVISION]``, verified.
+    """Fetch configuration and weights of ``hf-hub:ORG/NAME[@REVISION]``, verified.
 
     Raises:
-        UnknownModelError: That is no name of a repository.
-        ModelError: They cannot be had; subclasses say why.
+        UnknownModelError: That is not a repository name.
+        ModelError: They cannot be fetched; subclasses say why.
     """
     source = hub_source(name)
     config = download.fetch_file(source, (CONFIG_FILE,), cache_dir=cache_dir)
@@ -325,19 +329,19 @@ def fetch_from_hub(name: str, cache_dir: str | os.PathLike[str] | None = None) -
 
 
 def hub_source(name: str) -> HubSource:
-    """The repository and the files that ``hf-hub:ORG/NAME[@REVISION]`` means.
+    """Return the repository and files that ``hf-hub:ORG/NAME[@REVISION]`` refers to.
 
     Raises:
-        UnknownModelError: That is no name of a repository.
+        UnknownModelError: That is not a repository name.
     """
     repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
     if not is_repo_id(repo_id):
-        raise UnknownModelError(f"{name!r} is no Hub repository; write hf-hub:ORG/NAME.")
+        raise UnknownModelError(f"{name!r} is not a Hub repository name; write hf-hub:ORG/NAME.")
     return HubSource(repo_id=repo_id, filenames=(CONFIG_FILE, *WEIGHT_FILES), revision=revision or None)
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether a text can be ORG/NAME on the Hub."""
+    """Whether a text is a valid ORG/NAME on the Hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -349,5 +353,5 @@ def is_repo_id(text: str) -> bool:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a text is written like a path: with a slash, ``.``, ``..`` or ``~``."""
+    """Whether a name is written like a path: it has a slash, is ``.`` or ``..``, or starts with ``~``."""
     return "/" in name or os.sep in name or name in (".", "..") or name.startswith("~")

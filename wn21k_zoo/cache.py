@@ -1,7 +1,7 @@
-"""Where fetched files lie, and what is known about each: a file and, beside it, its receipt.
+"""The download cache: where each file is stored, and its receipt, which records what is known about it.
 
-``CACHE/hub/ORG--NAME[@REVISION]/FILE`` and ``CACHE/url/HOST/PATH/FILE``, each with ``FILE.json``. A copy of that folder
-on a web server is a mirror (``WN21K_MIRROR``). Reading it writes nothing.
+Files are ``CACHE/hub/ORG--NAME[@REVISION]/FILE`` and ``CACHE/url/HOST/PATH/FILE``, each with a receipt ``FILE.json``. A
+copy of that folder on a web server is a mirror (``WN21K_MIRROR``). Reading the cache writes nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 LEFTOVER_SECONDS = 24 * 3600.0
-FOLDERS = ("hub", "url")  # whatever else lies in the cache's folder is not ours
+FOLDERS = ("hub", "url")  # anything else in the cache folder is not ours
 RECEIPT_SUFFIX = ".json"
 PART_SUFFIX = ".part"
 LOCK_SUFFIX = ".lock"
@@ -48,12 +48,12 @@ class Receipt:
     """What is known about a fetched file.
 
     Attributes:
-        source: The source that it is a file of.
+        source: Key of the source it comes from.
         filename: Its name there.
         revision: Commit on the Hub, None elsewhere.
         num_bytes: Its size.
-        sha256: Of its content when it was fetched.
-        checked_against: Who stated the hash that it was compared with; None when nobody does.
+        sha256: Hash of its content when it was fetched.
+        checked_against: Who stated the hash it was compared with; None if nobody did.
     """
 
     source: str
@@ -64,15 +64,15 @@ class Receipt:
     checked_against: str | None
 
     def to_json(self) -> str:
-        """The text of the file beside the file."""
+        """The text of the receipt file."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def cache_dir(folder: str | os.PathLike[str] | None = None) -> Path:
-    """The cache's folder: the argument, ``WN21K_CACHE``, or the user's cache folder of this system.
+    """Return the cache folder: the argument, ``WN21K_CACHE``, or the user's cache folder on this system.
 
     Raises:
-        CacheError: It is in the home folder of somebody who has none; ``WN21K_CACHE`` then names another.
+        CacheError: It belongs in a home folder that is not known; set ``WN21K_CACHE`` to another one.
     """
     chosen = folder or os.environ.get("WN21K_CACHE")
     if not chosen:
@@ -80,11 +80,13 @@ def cache_dir(folder: str | os.PathLike[str] | None = None) -> Path:
     try:
         return Path(chosen).expanduser().absolute()
     except RuntimeError as error:
-        raise CacheError(f"The cache folder {chosen} has no home folder; set WN21K_CACHE to another one.") from error
+        raise CacheError(
+            f"There is no home folder for the cache folder {chosen}; set WN21K_CACHE to another one."
+        ) from error
 
 
 def relative_path(source: HubSource | URLSource, filename: str) -> PurePosixPath:
-    """Place of a file in the cache and on a mirror; a locked commit is no part of it, a revision that was named is."""
+    """Path of a file in the cache and on a mirror; it contains a revision that was named, but not a locked commit."""
     if isinstance(source, HubSource):
         named = source.revision if not source.sha256 else None
         folder = source.repo_id.replace("/", "--") + (f"@{quote(named, safe='')}" if named else "")
@@ -95,7 +97,7 @@ def relative_path(source: HubSource | URLSource, filename: str) -> PurePosixPath
 
 
 def read_receipt(path: Path) -> Receipt | None:
-    """The receipt of a file, None when there is none that can be read."""
+    """Return the receipt of a file, None if it has no readable one."""
     try:
         return receipt_from_json(receipt_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -103,10 +105,10 @@ def read_receipt(path: Path) -> Receipt | None:
 
 
 def receipt_from_json(text: str) -> Receipt:
-    """The receipt that a text holds.
+    """Parse a receipt.
 
     Raises:
-        ValueError: It holds none.
+        ValueError: The text is not a receipt.
     """
     content = parse_json(text)
     kinds = {
@@ -126,7 +128,7 @@ def receipt_from_json(text: str) -> Receipt:
 
 
 def write_receipt(path: Path, receipt: Receipt) -> None:
-    """Lay a receipt beside its file; whoever calls holds the file's lock.
+    """Write a receipt next to its file; the caller must hold the file's lock.
 
     Raises:
         CacheError: It cannot be written.
@@ -142,18 +144,18 @@ def write_receipt(path: Path, receipt: Receipt) -> None:
 
 
 def receipt_path(path: Path) -> Path:
-    """Where the receipt of a file lies."""
+    """Path of a file's receipt."""
     return path.with_name(path.name + RECEIPT_SUFFIX)
 
 
 def lock_path(path: Path) -> Path:
-    """Where the lock of a file, or of a part of it, lies."""
+    """Path of the lock of a file, or of an unfinished part of it."""
     part = _PART_NAME.fullmatch(path.name)
     return path.with_name((part[1] if part else path.name) + LOCK_SUFFIX)
 
 
 def entries(folder: Path) -> Iterator[tuple[Path, Receipt]]:
-    """All fetched files, in order of their paths; a file without a receipt is not known to be ours."""
+    """Yield all fetched files, sorted by path; a file without a receipt is left out, as it may not be ours."""
     for path in _files(folder):
         receipt = read_receipt(path)
         if receipt is not None:
@@ -161,7 +163,7 @@ def entries(folder: Path) -> Iterator[tuple[Path, Receipt]]:
 
 
 def leftovers(folder: Path, older_than: float = LEFTOVER_SECONDS) -> Iterator[Path]:
-    """Unfinished downloads that nobody has written to for ``older_than`` seconds."""
+    """Yield unfinished downloads that were not written to for ``older_than`` seconds."""
     for path in _files(folder):
         if _PART_NAME.fullmatch(path.name):
             with contextlib.suppress(OSError):  # another process was faster
@@ -171,10 +173,10 @@ def leftovers(folder: Path, older_than: float = LEFTOVER_SECONDS) -> Iterator[Pa
 
 
 def remove(path: Path, root: Path) -> int | None:
-    """Remove a file, its receipt and lock, and folders below ``root`` that it leaves empty.
+    """Remove a file, its receipt and lock, and the folders below ``root`` that this leaves empty.
 
     Returns:
-        The bytes freed; None when another process holds its lock, so that it stays.
+        The bytes freed; None if the file stays because another process holds its lock.
 
     Raises:
         CacheError: It cannot be removed.
@@ -188,11 +190,11 @@ def remove(path: Path, root: Path) -> int | None:
             freed = path.lstat().st_size if path.is_file() else 0
             path.unlink(missing_ok=True)
             receipt_path(path).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # Windows lets nobody remove what is open
-                lock_path(path).unlink()  # while it is ours: after that it may be another's
+            with contextlib.suppress(OSError):  # Windows does not remove open files
+                lock_path(path).unlink()  # while we hold it: afterwards another process may
     except Timeout:
         return None
-    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
+    except (OSError, NotImplementedError) as error:  # the latter on file systems without locks
         raise CacheError(f"{path} cannot be removed ({first_line(error)}); ask its owner to.") from error
     for parent in path.parents:
         if not parent.is_relative_to(root) or parent == root:

@@ -1,8 +1,8 @@
-"""What is known about each checkpoint: data only.
+"""The records of all checkpoints: data only.
 
-A record states its label space, its kind of head and how an image is prepared; none of these is guessed. A metric says
-by which protocol it came about and who measured it. What is not known is None. ``_data/checkpoints.lock.json``, which
-``wn21k lock`` writes, fills in revisions, sizes and hashes, and what it says counts.
+A record states its label space, kind of head and preprocessing; none of these is guessed. A metric states its protocol
+and who measured it. Whatever is unknown is None. ``_data/checkpoints.lock.json``, written by ``wn21k lock``, adds
+revisions, sizes and hashes, and takes precedence.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class HubSource:
 
     Attributes:
         repo_id: ``ORG/NAME``.
-        filenames: The weights, in order of preference; a sha256 or a size is that of the first.
-        revision: Branch, tag or commit; None is the repository's main branch.
-        sha256: Of the file, None when only the Hub knows.
-        num_bytes: Size of the file, None when only the Hub knows.
+        filenames: Weight files in order of preference; ``sha256`` and ``num_bytes`` are those of the first.
+        revision: Branch, tag or commit; None for the repository's main branch.
+        sha256: Hash of the file, None if only the Hub knows it.
+        num_bytes: Size of the file, None if only the Hub knows it.
     """
 
     repo_id: str
@@ -59,7 +59,7 @@ class HubSource:
 
     @property
     def key(self) -> str:
-        """What the lock file calls it."""
+        """Its key in the lock file."""
         return f"hf-hub:{self.repo_id}"
 
     def __str__(self) -> str:
@@ -72,8 +72,8 @@ class URLSource:
 
     Attributes:
         url: Its address.
-        sha256: Of the file, None when unknown.
-        num_bytes: Size of the file, None when unknown.
+        sha256: Hash of the file, None if unknown.
+        num_bytes: Size of the file, None if unknown.
     """
 
     url: str
@@ -82,7 +82,7 @@ class URLSource:
 
     @property
     def key(self) -> str:
-        """What the lock file calls it."""
+        """Its key in the lock file."""
         return self.url
 
     @property
@@ -92,7 +92,7 @@ class URLSource:
 
     @property
     def sha256_prefix(self) -> str | None:
-        """The first digits of the sha256, which some publishers write into the name (``NAME-d71cc17b.pth``)."""
+        """The first digits of the sha256, which some publishers put in the file name (``NAME-d71cc17b.pth``)."""
         found = re.search(r"-([0-9a-f]{8,})\.[a-z.]+$", self.filename)
         return found[1] if found else None
 
@@ -108,7 +108,7 @@ class PackageSource:
         package: Import name of the package; its code is not run.
         path: The file, relative to the package's folder.
         extra: The extra of this distribution that installs the package.
-        sha256: Of the file.
+        sha256: Hash of the file.
         num_bytes: Size of the file.
     """
 
@@ -120,7 +120,7 @@ class PackageSource:
 
     @property
     def key(self) -> str:
-        """What the lock file calls it."""
+        """Its key in the lock file."""
         return f"package:{self.package}"
 
     def __str__(self) -> str:
@@ -137,9 +137,9 @@ class Metric:
     Attributes:
         name: What was measured.
         value: In percent.
-        dataset: On which images.
-        protocol: How.
-        measured_by: Who says so.
+        dataset: The images it was measured on.
+        protocol: How it was measured.
+        measured_by: Who states it.
     """
 
     name: str
@@ -151,7 +151,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One set of published weights and all that is needed to use them.
+    """One set of published weights and everything needed to use them.
 
     Attributes:
         name: ``architecture.tag``, unique.
@@ -160,14 +160,14 @@ class Checkpoint:
         head: 'semantic_softmax' (a softmax per level of the tree), 'softmax' or 'sigmoid'.
         input_size: Channels, height and width in pixels.
         mean: Subtracted per channel after scaling pixels to [0, 1].
-        std: Divided by, per channel.
-        interpolation: Of the resize.
-        resize: 'squash' to the input size whatever the aspect; 'crop' resizes the shorter side to size / crop_pct and
-            crops the centre; 'border' pads to a square first.
-        crop_pct: Share of the shorter side that the crop keeps.
+        std: Divisor per channel.
+        interpolation: Interpolation of the resize.
+        resize: 'squash' resizes to the input size whatever the aspect ratio; 'crop' resizes the shorter side to size /
+            crop_pct and crops the centre; 'border' pads to a square first.
+        crop_pct: Fraction of the shorter side that the crop keeps.
         sources: Where the weights are, in order of preference.
-        license: SPDX identifier of the weights' licence, None when unknown.
-        paper: URL of the paper, None when unknown.
+        license: SPDX identifier of the weights' licence, None if unknown.
+        paper: URL of the paper, None if unknown.
         origin: URL of whoever published the weights.
         metrics: Figures with their protocols.
     """
@@ -190,17 +190,17 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str | None:
-        """Of the weight file of the first source, None when unknown."""
+        """Hash of the first source's weight file, None if unknown."""
         return self.sources[0].sha256 if self.sources else None
 
     @property
     def num_bytes(self) -> int | None:
-        """Size of the weight file of the first source, None when unknown."""
+        """Size of the first source's weight file, None if unknown."""
         return self.sources[0].num_bytes if self.sources else None
 
     @property
     def data_config(self) -> dict[str, Any]:
-        """The preprocessing as ``timm.data.create_transform`` takes it."""
+        """The preprocessing as arguments of ``timm.data.create_transform``."""
         return {
             "input_size": self.input_size,
             "interpolation": self.interpolation,
@@ -219,15 +219,15 @@ LOCK_FILE = "checkpoints.lock.json"
 PAPER = "https://arxiv.org/abs/2104.10972"
 _AUTHORS = "https://github.com/Alibaba-MIIL/ImageNet21K"
 _BUCKET = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ImageNet_21K_P/models"
-_AUTHORS_LICENCE = "mit"  # of their repository; timm's conversions, where there are some, say Apache-2.0
+_AUTHORS_LICENCE = "mit"  # of their repository; timm's conversions, if any, state Apache-2.0
 _RELEASE = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-tresnet"
 
 
 def apply_lock(checkpoints: tuple[Checkpoint, ...], lock: Mapping[str, Mapping[str, Any]]) -> tuple[Checkpoint, ...]:
-    """The records with the revisions, sizes and hashes of a lock: ``{key of a source: {field: value}}``.
+    """Return the records with the revisions, sizes and hashes of a lock: ``{key of a source: {field: value}}``.
 
     Raises:
-        RecordError: The lock has other fields, or a value that cannot be one.
+        RecordError: The lock has an unknown field or an invalid value.
     """
     for key, fields in lock.items():
         for field, value in fields.items():
@@ -237,7 +237,9 @@ def apply_lock(checkpoints: tuple[Checkpoint, ...], lock: Mapping[str, Mapping[s
                 "revision": isinstance(value, str) and value != "",
             }.get(field, False)
             if not fits:
-                raise RecordError(f"The lock of {key} says {field} {value!r}; write it anew with wn21k lock.")
+                raise RecordError(
+                    f"The lock file has an invalid entry for {key}: {field} {value!r}; recreate it with wn21k lock."
+                )
 
     def locked(source: Source) -> Source:
         return replace(source, **lock[source.key]) if source.key in lock else source
@@ -256,7 +258,7 @@ def _semantic_top1(value: float) -> Metric:
 
 
 def _record(name: str, architecture: str, *sources: Source, metrics: tuple[Metric, ...], **changes: Any) -> Checkpoint:
-    """A head over 21K-P with the preprocessing of its training (published training code: squash, pixels in [0, 1])."""
+    """A 21K-P head with the preprocessing of its training (published training code: squash, pixels in [0, 1])."""
     fields: dict[str, Any] = {
         "label_space": "imagenet21k_p_fall11",
         "head": "semantic_softmax",

@@ -1,7 +1,7 @@
-"""Published weight files to timm's layout: what the authors wrote, what timm released, what timm writes today.
+"""Convert published weight files to timm's layout: the authors' files, timm's releases, what timm writes today.
 
-A layout is recognised from the names and shapes of its entries, never from the name of the file. Nothing in a pickle
-is executed: ``torch.load(weights_only=True)``, and only a flat dict of tensors is accepted.
+A layout is recognised by the names and shapes of its entries, never by the file name. No code in a pickle is executed:
+it is read with ``torch.load(weights_only=True)``, and only a flat dict of tensors is accepted.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ __all__ = [
     "write_safetensors",
 ]
 
-# How a file may wrap its state dict, and what training in several processes puts before each name.
+# Keys under which a file may wrap its state dict, and the prefix that distributed training puts before each name.
 _WRAPPERS = ("state_dict", "model")
 _PREFIX = "module."
-# An original activated batch normalisation scales by |weight| + eps (Rota Bulo et al. 2018, section 4.1).
+# The original activated batch normalisation scales by |weight| + eps (Rota Bulo et al. 2018, section 4.1).
 _ABN_EPS = 1e-5
 _SHOWN = 5
 
@@ -53,9 +53,9 @@ class Converted:
     """A checkpoint in timm's layout.
 
     Attributes:
-        architecture: Ours or timm's name of it.
-        num_classes: Outputs of its head.
-        state_dict: Entries as ``load_state_dict(strict=True)`` of that architecture takes them; contiguous.
+        architecture: Its name, ours or timm's.
+        num_classes: Number of outputs of its head.
+        state_dict: Entries that ``load_state_dict(strict=True)`` of that architecture accepts; contiguous.
     """
 
     architecture: str
@@ -64,10 +64,10 @@ class Converted:
 
 
 def build(architecture: str, /, **kwargs: Any) -> nn.Module:
-    """A network of one of our architectures or one of timm's; arguments as ``timm.create_model`` takes them.
+    """Build a network of one of our architectures or timm's; arguments as for ``timm.create_model``.
 
     Raises:
-        UnknownModelError: There is no such architecture; the names of folders and repositories are none.
+        UnknownModelError: There is no such architecture; names of folders and repositories are not accepted.
     """
     import timm
 
@@ -75,7 +75,7 @@ def build(architecture: str, /, **kwargs: Any) -> nn.Module:
     own = ARCHITECTURES.get(architecture.removeprefix(TIMM_PREFIX))
     if own is None:
         return cast("nn.Module", timm.create_model(architecture, **kwargs))
-    # What timm.create_model does not hand on to the architecture.
+    # Arguments that timm.create_model does not pass on to the architecture.
     given = {name: value for name, value in kwargs.items() if value is not None}
     checkpoint_path = given.pop("checkpoint_path", None)
     layers = {name: given.pop(name) for name in ("scriptable", "exportable", "no_jit") if name in given}
@@ -87,10 +87,10 @@ def build(architecture: str, /, **kwargs: Any) -> nn.Module:
 
 
 def check_architecture(name: str, error: type[Wn21kError] = UnknownModelError) -> None:
-    """See that timm or this package has an architecture.
+    """Check that timm or this package has an architecture.
 
     Raises:
-        UnknownModelError, or ``error``: Neither has, with the nearest names.
+        UnknownModelError, or ``error``: Neither has it; the message gives the nearest names.
     """
     import timm
 
@@ -100,9 +100,9 @@ def check_architecture(name: str, error: type[Wn21kError] = UnknownModelError) -
 
 
 def names_weights(argument: str) -> bool:
-    """Whether an argument of ``timm.create_model`` says from where weights come or where they go, not what is built.
+    """Whether an argument of ``timm.create_model`` says where weights come from or go to, not what is built.
 
-    Files that others wrote may describe a network, but not have something else fetched, read or written.
+    Files written by others may describe a network, but must not cause anything else to be fetched, read or written.
     """
     return argument.startswith("pretrained") or argument in ("cache_dir", "checkpoint_path")
 
@@ -112,17 +112,17 @@ def convert_file(path: str | os.PathLike[str], architecture: str | None = None) 
 
     Args:
         path: The file.
-        architecture: Which one it is, where several share a layout; by default recognised.
+        architecture: Its architecture, needed where several share a layout; recognised by default.
 
     Raises:
-        ConversionError: It cannot be read, is no plain state dict, or its entries are not those of the architecture.
+        ConversionError: It cannot be read, is not a plain state dict, or its entries are not those of the architecture.
         UnknownModelError: No record has that architecture.
     """
     return convert_state_dict(read_state_dict(path), architecture)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
-    """The tensors of a weight file on the CPU, unwrapped from ``state_dict`` or ``model``; no pickled code runs.
+    """Read the tensors of a weight file onto the CPU, unwrapped from ``state_dict`` or ``model``; runs no pickled code.
 
     Raises:
         ConversionError: It cannot be read, or is not a flat dict of tensors.
@@ -138,9 +138,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
             return safetensors.torch.load_file(path)
         with warnings.catch_warnings(action="ignore"):  # about old file formats
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle, zipfile and safetensors have many ways to refuse a file
+    except Exception as error:  # torch, pickle, zipfile and safetensors raise many kinds of errors
         raise ConversionError(
-            f"{path} was not loaded, and nothing in it was executed: it is no plain state dict "
+            f"{path} was not loaded, and nothing in it was executed: it is not a plain state dict "
             f"({first_line(error)[:160]})"
         ) from error
     for wrapper in _WRAPPERS:
@@ -173,16 +173,16 @@ def convert_state_dict(state_dict: Mapping[str, torch.Tensor], architecture: str
         else:
             differences[name] = difference
     if len(fits) > 1:
-        raise ConversionError(f"These entries fit {', '.join(fits)}; say which one by --architecture (architecture=).")
+        raise ConversionError(f"These entries fit {', '.join(fits)}; choose one with --architecture (architecture=).")
     if not fits:
         nearest = min(differences, key=lambda name: differences[name][0])
-        raise ConversionError(f"Not the entries of {nearest}: {differences[nearest][1]}")
+        raise ConversionError(f"The entries are not those of {nearest}: {differences[nearest][1]}")
     name, completed = fits.popitem()
     return Converted(architecture=name, num_classes=len(completed[f"{_classifier(name)}.weight"]), state_dict=completed)
 
 
 def save_safetensors(converted: Converted, path: str | os.PathLike[str]) -> None:
-    """Write a safetensors file; it appears at ``path`` only when it is whole.
+    """Write a safetensors file; it appears at ``path`` only once it is complete.
 
     Raises:
         ConversionError: It cannot be written.
@@ -195,7 +195,7 @@ def save_safetensors(converted: Converted, path: str | os.PathLike[str]) -> None
 
 
 def write_safetensors(state: StateDict, path: Path, **metadata: str) -> None:
-    """Write tensors, also such as share memory, to a file that appears at ``path`` only when it is whole.
+    """Write tensors, which may share memory, to a file that appears at ``path`` only once it is complete.
 
     Raises:
         OSError: It cannot be written.
@@ -207,15 +207,15 @@ def write_safetensors(state: StateDict, path: Path, **metadata: str) -> None:
     for name, value in state.items():
         own[name] = value.contiguous()
         if (place := own[name].untyped_storage().data_ptr()) in seen:
-            own[name] = own[name].clone()  # the format has no tensors that share memory
+            own[name] = own[name].clone()  # the format does not allow tensors that share memory
         seen.add(place)
-    path = Path(os.path.realpath(path))  # not by atomic_file: save_file wants a name, and needs no copy of the whole
+    path = Path(os.path.realpath(path))  # not atomic_file: save_file wants a path, and makes no copy of it all
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         safetensors.torch.save_file(own, temporary, {"format": "pt", **metadata})
-        temporary.chmod(mode)  # it makes files that nobody else may read
+        temporary.chmod(mode)  # save_file makes files that nobody else may read
         replace(temporary, path)
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
@@ -224,11 +224,11 @@ def write_safetensors(state: StateDict, path: Path, **metadata: str) -> None:
 
 
 def _fit(found: StateDict, architecture: str) -> tuple[StateDict | None, tuple[int, str]]:
-    """The entries in the architecture's order, complete, or how many differ and which."""
+    """Return the complete entries in the architecture's order, or how many differ and which."""
     import torch
 
     expected = {key: tuple(value.shape) for key, value in _skeleton(architecture).state_dict().items()}
-    head = [key for key in expected if key.startswith(_classifier(architecture))]  # of any number of classes, but one
+    head = [key for key in expected if key.startswith(_classifier(architecture))]  # for any one number of classes
     outputs = next((tuple(found[key].shape[:1]) for key in head if key in found), ())
     expected.update({key: (*outputs, *expected[key][1:]) for key in head})
     counters = {key for key in expected if key.endswith("num_batches_tracked")}
@@ -260,7 +260,7 @@ def _classifier(architecture: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Names:
-    """Beginnings of names: outside the blocks, in the first block (which has no expansion), in the later ones."""
+    """Name prefixes to replace: outside the blocks, in the first block (which has no expansion), in later blocks."""
 
     block: str
     depths: tuple[int, ...]
@@ -269,7 +269,7 @@ class _Names:
     later: Mapping[str, str]
 
     def rename(self, key: str) -> str:
-        """The name in timm's layout, where blocks are numbered within stages; an unknown name stays."""
+        """Return the name in timm's layout, which numbers blocks within stages; an unknown name stays as it is."""
         block = re.fullmatch(self.block, key)
         if block is None:
             return _replace_beginning(key, self.outside, "", key)
@@ -363,7 +363,7 @@ def _from_authors_tresnet(found: StateDict) -> StateDict:
     return converted
 
 
-_LAYOUTS: tuple[tuple[set[str], Callable[[StateDict], StateDict]], ...] = (  # entries of which one tells it
+_LAYOUTS: tuple[tuple[set[str], Callable[[StateDict], StateDict]], ...] = (  # any of the entries identifies it
     ({"first_conv.conv.weight"}, _from_authors_ofa),
     ({"_conv_stem.weight"}, _from_efficientnet),
     ({"body.conv1.0.weight", "body.conv1.0.0.weight"}, _from_authors_tresnet),

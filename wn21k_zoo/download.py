@@ -1,8 +1,8 @@
-"""Weights on this machine: found, or fetched and verified, from whichever of a checkpoint's sources has them.
+"""Find weights on this machine, or fetch and verify them from whichever of a checkpoint's sources has them.
 
-huggingface_hub says where a file on the Hub is, at which commit, how large it is, which hash it has and with which
-token it is asked for; the bytes of every source come through :mod:`wn21k_zoo.transfer`. A file in the Hub's own cache
-that has the right hash is used in place. What is found is verified every time, and nothing is written for it.
+For a file on the Hub, huggingface_hub supplies address, commit, size, hash and token; the bytes of every source come
+through :mod:`wn21k_zoo.transfer`. A file in the Hub's own cache that has the right hash is used in place. A file that
+is found is verified every time, without writing anything.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ _logger = logging.getLogger(__name__)
 
 
 class UnverifiedWeightsWarning(UserWarning):
-    """The publisher of a file states no hash, so the first download could be compared with nothing."""
+    """The publisher of a file states no hash, so there was nothing to compare the first download with."""
 
 
 def fetch(checkpoint: Checkpoint, *, cache_dir: str | os.PathLike[str] | None = None) -> Fetched:
-    """The verified weight file of a checkpoint, from this machine or else from the first source that has it.
+    """Return the verified weight file of a checkpoint, from this machine or else the first source that has it.
 
     Args:
         checkpoint: A record.
-        cache_dir: Folder of the cache, by default ``WN21K_CACHE`` or the user's cache folder.
+        cache_dir: Cache folder; by default ``WN21K_CACHE`` or the user's cache folder.
 
     Raises:
-        ChecksumError: The bytes are not the published ones, also after one new download; none of them was kept.
-        OfflineError: Not on this machine, and the network is switched off.
-        DownloadError: No source gives it; the message is about the first.
+        ChecksumError: The bytes are not the published ones, even after a second download; none of them were kept.
+        OfflineError: It is not on this machine, and the network is switched off.
+        DownloadError: No source provides it; the message is about the first.
         CacheError: The cache cannot be written, or its disk has too little space.
         MissingExtraError: It is in an extra that is not installed.
     """
@@ -67,7 +67,7 @@ def fetch(checkpoint: Checkpoint, *, cache_dir: str | os.PathLike[str] | None = 
     root = cache.cache_dir(cache_dir)
     remote = [source for source in checkpoint.sources if not isinstance(source, PackageSource)]
     if not remote:
-        raise WeightsNotFoundError(f"{checkpoint.name} has no source that is known.")
+        raise WeightsNotFoundError(f"{checkpoint.name} has no known source.")
     if hub.is_offline():
         first = remote[0]
         raise _offline(first, filenames_of(first)[0], root, f"wn21k download {checkpoint.name}", damages)
@@ -83,11 +83,11 @@ def fetch(checkpoint: Checkpoint, *, cache_dir: str | os.PathLike[str] | None = 
                 errors.append(error)
                 break
     others = ", ".join(str(source) for source in remote[1:])
-    raise type(errors[0])(f"{checkpoint.name}: {errors[0]}" + (f" (Nor from {others}.)" if others else ""))
+    raise type(errors[0])(f"{checkpoint.name}: {errors[0]}" + (f" (Also tried: {others}.)" if others else ""))
 
 
 def fetch_source(source: URLSource, *, cache_dir: str | os.PathLike[str]) -> Fetched:
-    """A file of one plain server, and from nowhere else: no mirror is asked.
+    """Fetch a file from one plain server and nowhere else: no mirror is asked.
 
     Raises:
         ChecksumError, DownloadError, CacheError: As :func:`fetch`.
@@ -99,7 +99,7 @@ def fetch_source(source: URLSource, *, cache_dir: str | os.PathLike[str]) -> Fet
 def fetch_file(
     source: HubSource, filenames: Sequence[str], *, cache_dir: str | os.PathLike[str] | None = None
 ) -> Fetched:
-    """The first of some files that a repository on the Hub has; a newer version there replaces the cached one.
+    """Fetch the first of several files that a Hub repository has; a newer version there replaces the cached one.
 
     Raises:
         RemoteNotFoundError: It has none of them.
@@ -129,7 +129,7 @@ def fetch_file(
 
 
 def is_reachable(checkpoint: Checkpoint) -> bool:
-    """Whether the first source on the Hub answers one request soon, look-up of the name included."""
+    """Whether the first source on the Hub answers one request quickly, including the name look-up."""
     source = next((source for source in checkpoint.sources if isinstance(source, HubSource)), None)
     return source is not None and not hub.is_offline() and hub.answers(source, PROBE_SECONDS)
 
@@ -152,12 +152,12 @@ def _fetch_one(
         return current
     for leftover in cache.leftovers(root):
         with contextlib.suppress(CacheError):  # another user's, in a shared cache
-            cache.remove(leftover, leftover.parent)  # which stays: another process may be about to write there
+            cache.remove(leftover, leftover.parent)  # keeps the folder: another process may be about to write there
     make_folder(place.parent, CacheError, "set WN21K_CACHE to another one.")
     if not os.access(place.parent, os.W_OK):
         raise CacheError(f"The cache folder {place.parent} cannot be written; set WN21K_CACHE to another one.")
     with _lock(place, name):
-        # Another process may have been faster.
+        # Another process may have fetched it meanwhile.
         found = find_file(source, filename, root, [])
         if found is not None and difference(found.path, found.sha256, expected) is None:
             return found
@@ -173,7 +173,7 @@ def _fetch_one(
         cache.write_receipt(place, receipt)
     if expected.stated_by is None:
         warnings.warn(
-            f"Nobody states a hash of {url}, so it was compared with nothing; from now on its sha256 must be {sha256}.",
+            f"Nobody states a hash of {url}, so it could not be checked; from now on its sha256 must be {sha256}.",
             UnverifiedWeightsWarning,
             stacklevel=4,
         )
@@ -191,7 +191,7 @@ def _transfer_from_any(
     patience: Patience,
     name: str,
 ) -> str:
-    """From the mirror if one is set and can be checked, else from the origin; after a wrong body one more download."""
+    """Download from the mirror if one is set and can be checked, else the origin; retry once after a wrong body."""
     candidates: list[tuple[str, Mapping[str, str]]] = [(url, headers), (url, headers)]
     if copy is not None and expected.hash:
         candidates = [(copy, {}), (url, headers)]
@@ -202,7 +202,7 @@ def _transfer_from_any(
                 return transfer(address, place, expected, headers=sent, patience=patience, report=report)
         except ChecksumError as error:
             if is_last and expected.stated_by == FIRST_DOWNLOAD:
-                hint = f"It was another at the first download; to accept a new version: wn21k cache prune {name}"
+                hint = f"The first download was different; to accept a new version: wn21k cache prune {name}"
                 raise ChecksumError(f"{error} {hint}") from error
             if is_last:
                 raise
@@ -217,13 +217,13 @@ def _transfer_from_any(
 def _resolve(
     source: Remote, filename: str, place: Path, copy: str | None, patience: Patience
 ) -> tuple[str, Expected, str | None, Mapping[str, str]]:
-    """Address, what is known of the file, its commit, and headers for its host."""
+    """Return the address, what is known about the file, its commit, and headers for its host."""
     expected = _known(source, filename, place)
     if expected is None:
         try:
             return _asked(source, filename, place, patience)
         except (AuthenticationError, AccessDeniedError, RemoteNotFoundError, RefusedError):
-            raise  # the origin has spoken
+            raise  # the origin gave a definite answer
         except DownloadError:
             expected = _stated_by_mirror(copy, patience)
             if expected is None:
@@ -235,7 +235,7 @@ def _resolve(
 
 
 def _known(source: Remote, filename: str, place: Path) -> Expected | None:
-    """What is known of a file without asking anybody."""
+    """What is known about a file without asking a server."""
     if pinned := pinned_sha256(source, filename):
         return Expected(num_bytes=source.num_bytes, sha256=pinned, stated_by="our lock file")
     if isinstance(source, HubSource):
@@ -257,7 +257,7 @@ def _asked(
 
 
 def _first_download(place: Path) -> Expected | None:
-    """What a file must be that nobody states a hash of, once it was here."""
+    """What a file without a stated hash must match, once it has been downloaded."""
     receipt = cache.read_receipt(place)
     if receipt is None:
         return None
@@ -265,7 +265,7 @@ def _first_download(place: Path) -> Expected | None:
 
 
 def _stated_by_mirror(copy: str | None, patience: Patience) -> Expected | None:
-    """What a mirror's receipt says, for where the origin itself is out of reach."""
+    """What a mirror's receipt says, for when the origin itself cannot be reached."""
     if copy is None:
         return None
     try:
@@ -278,8 +278,8 @@ def _stated_by_mirror(copy: str | None, patience: Patience) -> Expected | None:
 
 def _mirror() -> str | None:
     mirror = os.environ.get("WN21K_MIRROR") or None
-    if mirror is not None and "?" in mirror:  # paths are put behind it
-        raise InvalidArgumentError("WN21K_MIRROR has a query (?...); name the folder of the mirror alone.")
+    if mirror is not None and "?" in mirror:  # paths are appended to it
+        raise InvalidArgumentError("WN21K_MIRROR has a query (?...); give only the URL of the mirror's folder.")
     return mirror
 
 
@@ -288,16 +288,16 @@ def _offline(source: Remote, filename: str, root: Path, command: str, damages: S
     damaged = f" ({'; '.join(damages)})" if damages else ""
     return OfflineError(
         f"{filename} of {source} is not at {place}{damaged}, and the network is switched off (HF_HUB_OFFLINE or "
-        f"--offline). Where there is one, run: {command} --cache-dir DIR, then copy DIR to {root}"
+        f"--offline). On a machine with a network run: {command} --cache-dir DIR, then copy DIR to {root}"
     )
 
 
 def _lock(place: Path, name: str) -> contextlib.AbstractContextManager[None]:
-    """Within, only this process fetches a file."""
+    """Hold the lock under which only this process fetches a file."""
 
     def waiting() -> None:
         if _shows_progress():
-            say(f"waiting for another process that fetches {name}")
+            say(f"waiting for another process that is fetching {name}")
 
     return exclusive(cache.lock_path(place), CacheError, "set WN21K_CACHE to another disk.", seconds=1, waiting=waiting)
 

@@ -1,4 +1,4 @@
-"""Drawings of a semantic tree, or of the part below one node: for a terminal, for Graphviz, as nested JSON."""
+"""Draw a semantic tree, or the part below one node: for a terminal, for Graphviz or as nested JSON."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def to_dict(
 
 
 def _tops(tree: SemanticTree, node: Node | int | str | None, max_depth: int | None) -> tuple[Sequence[Node], float]:
-    """The nodes on top, and how many levels are drawn below them."""
+    """Return the top nodes and how many levels to draw below them."""
     if max_depth is not None and max_depth < 0:
         raise InvalidArgumentError(f"max_depth is {max_depth}; it must not be negative.")
     left = math.inf if max_depth is None else max_depth

@@ -1,10 +1,10 @@
-"""Every error that this package raises on purpose.
+"""All errors that this package raises on purpose.
 
-One line of text that says what is wrong and what to do next; the class says what kind of thing went wrong::
+The message is one line that says what is wrong and what to do next; the class says what kind of problem it is::
 
     Wn21kError
-    ├── InvalidArgumentError (ValueError)       an argument outside its allowed values
-    ├── UnknownNameError (LookupError)          a name that nothing answers to, with the nearest ones
+    ├── InvalidArgumentError (ValueError)       an argument with a value that is not allowed
+    ├── UnknownNameError (LookupError)          an unknown name; the message gives the nearest ones
     │   ├── UnknownModelError
     │   ├── UnknownLabelSpaceError
     │   ├── UnknownTreeError
@@ -12,18 +12,18 @@ One line of text that says what is wrong and what to do next; the class says wha
     ├── LabelSpaceError (ValueError)            a list of classes that cannot be used
     │   ├── EmptyLabelSpaceError
     │   ├── DuplicateSynsetError
-    │   └── UnresolvedLabelSpaceError           nobody says which classes a model's head speaks
+    │   └── UnresolvedLabelSpaceError           the classes of a model's head are not known
     ├── TreeError (ValueError)                  a tree file that cannot be read, a tree that does not fit
     ├── ImageError (ValueError)                 something that is not a usable image
     │   ├── ImageNotFoundError (FileNotFoundError)
     │   ├── ImageDecodeError                    truncated, empty, not an image
     │   ├── ImageTooLargeError
     │   ├── ImageURLError                       not allowed, not public, too slow, too large
-    │   └── UnsupportedImageError               a type, shape or value range that has no one reading
-    ├── RecordError (ValueError)                a record or a lock file that cannot be right
+    │   └── UnsupportedImageError               an ambiguous type, shape or value range
+    ├── RecordError (ValueError)                an invalid record or lock file
     ├── ModelError (RuntimeError)               a model that cannot be built, loaded or run
     │   ├── WeightsNotFoundError
-    │   │   └── OfflineError                    needed from the network, which is switched off
+    │   │   └── OfflineError                    a download is needed, but the network is off
     │   ├── ChecksumError                       the bytes are not the published ones
     │   ├── ConversionError                     a file whose entries are not those of a known layout
     │   ├── CacheError                          the cache cannot be written, or its disk is full
@@ -33,14 +33,14 @@ One line of text that says what is wrong and what to do next; the class says wha
     │   │   └── RemoteNotFoundError             404: no such repository, revision or file
     │   └── PublishError
     ├── DataError (RuntimeError)                a data set that cannot be prepared or read
-    │   ├── DataSourceError                     nothing that images are prepared from, or a damaged archive
-    │   ├── DataOutputError                     a folder that holds something else, or was begun otherwise
-    │   ├── DiskSpaceError                      too little space, known beforehand or met on the way
+    │   ├── DataSourceError                     nothing to prepare images from, or a damaged archive
+    │   ├── DataOutputError                     a folder that holds something else, or was begun with other options
+    │   ├── DiskSpaceError                      too little space, found beforehand or while writing
     │   └── BadImagesError                      more damaged images than allowed
-    ├── TrainingError (RuntimeError)            a run that cannot begin or go on
+    ├── TrainingError (RuntimeError)            a run that cannot start or continue
     │   ├── RecipeError (ValueError)            an unknown field, a wrong value, an impossible combination
-    │   ├── RunError                            an output folder without, or with another, or a damaged run
-    │   └── NonFiniteError                      NaN or infinite numbers where a loss should be
+    │   ├── RunError                            an output folder with no run, another one, or a damaged one
+    │   └── NonFiniteError                      a loss or logits that are NaN or infinite
     └── MissingExtraError (ImportError)         names the extra to install
 """
 
@@ -109,18 +109,18 @@ class Wn21kError(Exception):
     """Base class: ``except Wn21kError`` catches everything that this package raises on purpose.
 
     Attributes:
-        exit_code: Of a command that ends with it: 2 for what its user wrote, else 1.
+        exit_code: Exit code of a command that ends with it: 2 if the user's input is wrong, else 1.
     """
 
     exit_code = 1
 
     def __str__(self) -> str:
-        """Without the name and password that a URL in it may have: messages go into logs."""
+        """The message without names and passwords in URLs, as messages go into logs."""
         return without_login(super().__str__())
 
 
 def without_login(text: str) -> str:
-    """The same without the names and passwords of URLs in it."""
+    """Remove names and passwords from the URLs in a text."""
     return re.sub(r"(?<=://)[^/\s@]*@", "", text)
 
 
@@ -131,7 +131,7 @@ class InvalidArgumentError(Wn21kError, ValueError):
 
 
 class UnknownNameError(Wn21kError, LookupError):
-    """A name that nothing answers to."""
+    """An unknown name."""
 
 
 class UnknownModelError(UnknownNameError):
@@ -147,7 +147,7 @@ class UnknownTreeError(UnknownNameError):
 
 
 class UnknownSynsetError(UnknownNameError):
-    """Not a noun synset of WordNet 3.0, or not a node of the tree that was asked."""
+    """Not a noun synset of WordNet 3.0, or not a node of the tree in question."""
 
 
 class LabelSpaceError(Wn21kError, ValueError):
@@ -159,11 +159,11 @@ class EmptyLabelSpaceError(LabelSpaceError):
 
 
 class DuplicateSynsetError(LabelSpaceError):
-    """The same synset stands twice in one list of classes."""
+    """The same synset appears twice in a list of classes."""
 
 
 class UnresolvedLabelSpaceError(LabelSpaceError):
-    """Which classes a model's head speaks is not known, and is not guessed."""
+    """The classes of a model's head are not known, and they are not guessed."""
 
 
 class TreeError(Wn21kError, ValueError):
@@ -191,11 +191,11 @@ class ImageURLError(ImageError):
 
 
 class UnsupportedImageError(ImageError):
-    """A type, shape, data type or value range that has no single reading as an image."""
+    """A type, shape, data type or value range with no single interpretation as an image."""
 
 
 class RecordError(Wn21kError, ValueError):
-    """A record or a lock file that cannot be right."""
+    """An invalid record or lock file."""
 
 
 class ModelError(Wn21kError, RuntimeError):
@@ -203,11 +203,11 @@ class ModelError(Wn21kError, RuntimeError):
 
 
 class WeightsNotFoundError(ModelError):
-    """The weights are not on this machine and could not be had."""
+    """The weights are not on this machine and could not be obtained."""
 
 
 class OfflineError(WeightsNotFoundError):
-    """Something that is needed from the network, which is switched off."""
+    """Something must be downloaded, but the network is switched off."""
 
 
 class ChecksumError(ModelError):
@@ -215,7 +215,7 @@ class ChecksumError(ModelError):
 
 
 class ConversionError(ModelError):
-    """A weight file that is no plain state dict, or whose entries are not those of a known layout."""
+    """A weight file that is not a plain state dict, or whose entries are not those of a known layout."""
 
 
 class CacheError(ModelError):
@@ -223,15 +223,15 @@ class CacheError(ModelError):
 
 
 class DownloadError(ModelError):
-    """A download that did not succeed."""
+    """A download that failed."""
 
 
 class AuthenticationError(DownloadError):
-    """The server wants to know who asks (HTTP 401)."""
+    """The server requires a login (HTTP 401)."""
 
 
 class AccessDeniedError(DownloadError):
-    """The server knows who asks and refuses (HTTP 403)."""
+    """The server knows the user and refuses access (HTTP 403)."""
 
 
 class RemoteNotFoundError(DownloadError):
@@ -239,7 +239,7 @@ class RemoteNotFoundError(DownloadError):
 
 
 class PublishError(ModelError):
-    """A folder that cannot be published, or a Hub that does not take it."""
+    """A folder that cannot be published, or that the Hub does not accept."""
 
 
 class DataError(Wn21kError, RuntimeError):
@@ -247,7 +247,7 @@ class DataError(Wn21kError, RuntimeError):
 
 
 class DataSourceError(DataError):
-    """Nothing that images can be prepared from, or an archive that is damaged."""
+    """Nothing to prepare images from, or a damaged archive."""
 
 
 class DataOutputError(DataError):
@@ -255,7 +255,7 @@ class DataOutputError(DataError):
 
 
 class DiskSpaceError(DataError):
-    """Too little space for what is to be written."""
+    """Too little disk space for the output."""
 
 
 class BadImagesError(DataError):
@@ -263,21 +263,21 @@ class BadImagesError(DataError):
 
 
 class TrainingError(Wn21kError, RuntimeError):
-    """A run that cannot begin or go on."""
+    """A run that cannot start or continue."""
 
 
 class RecipeError(TrainingError, ValueError):
-    """A recipe with an unknown field, a wrong value, or values that do not go together."""
+    """A recipe with an unknown field, a wrong value or an impossible combination."""
 
     exit_code = 2
 
 
 class RunError(TrainingError):
-    """An output folder that holds no run where one is needed, another one, or a damaged one."""
+    """An output folder with no run where one is needed, with another one, or with a damaged one."""
 
 
 class NonFiniteError(TrainingError):
-    """NaN or infinite numbers where a loss should be."""
+    """A loss or logits that are NaN or infinite."""
 
 
 class MissingExtraError(Wn21kError, ImportError):
@@ -307,7 +307,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """An argument as Python's integer, where it is a whole number within bounds, NumPy's also.
+    """Return an argument as a Python int if it is a whole number (also NumPy's) within bounds.
 
     Raises:
         InvalidArgumentError: It is not.
@@ -323,7 +323,7 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
 
 
 def check_share(name: str, value: float) -> float:
-    """An argument as Python's float, where it is a number from 0 to 1.
+    """Return an argument as a Python float if it is a number from 0 to 1.
 
     Raises:
         InvalidArgumentError: It is not.
@@ -334,7 +334,7 @@ def check_share(name: str, value: float) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device has no memory left; of MPS and the CPU torch says so in words only."""
+    """Whether a device ran out of memory; for MPS and the CPU, only torch's message tells."""
     return (
         isinstance(error, RuntimeError)
         and not isinstance(error, Wn21kError)
@@ -343,20 +343,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def message_of(error: Exception) -> str | None:
-    """What a command says of an error in one line; None of one that nobody expects."""
+    """Return the line that a command prints for an error; None for an unexpected one."""
     if isinstance(error, Wn21kError):
         return str(error)
-    if isinstance(error, OSError) and error.errno is not None:  # a name too long, a disk that is full
+    if isinstance(error, OSError) and error.errno is not None:  # such as a name too long, a full disk
         return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror)
     return None
 
 
 def exit_code_of(error: Exception) -> int:
-    """Of a command that ends with an error of any kind."""
+    """Exit code of a command that ends with an error of any kind."""
     return error.exit_code if isinstance(error, Wn21kError) else 1
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line, for use inside ours."""
+    """Summarise another library's error in one line, for use in our messages."""
     lines = _COLOUR.sub("", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

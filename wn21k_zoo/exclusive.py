@@ -1,4 +1,4 @@
-"""One process at a time, by a lock that the system frees when its holder dies."""
+"""One process at a time, using a lock that the system releases when its holder dies."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def exclusive(
     seconds: float = 0.0,
     waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Within, no other process has the lock of a file.
+    """Hold the lock of a file, so that no other process has it.
 
     Args:
-        file: That is locked; made if it is not there.
-        error: Kind of what is raised.
+        file: The file to lock; created if missing.
+        error: Class of the errors to raise.
         advice: What to do where nothing can be locked, as on some network file systems.
-        busy: What is said when another process has it for longer than ``seconds``; None: it is waited for.
-        seconds: Of patience.
-        waiting: Called when they are over, before it is waited for.
+        busy: Message of the error if another process holds the lock for longer than ``seconds``; None to wait for it.
+        seconds: How long to wait at first.
+        waiting: Called after ``seconds``, before waiting without a limit.
 
     Raises:
-        Wn21kError: Of that kind: another process has it, or nothing can be locked there.
+        Wn21kError: Of class ``error``: another process holds the lock, or nothing can be locked there.
     """
     from filelock import FileLock, Timeout
 
@@ -47,7 +47,7 @@ def exclusive(
                 raise error(busy) from None
             waiting()
             lock.acquire(poll_interval=POLL_SECONDS)
-    except (OSError, NotImplementedError) as problem:  # the latter from a file system without locks
+    except (OSError, NotImplementedError) as problem:  # the latter on file systems without locks
         raise error(f"{file.parent} cannot be locked ({first_line(problem)}); {advice}") from problem
     try:
         yield

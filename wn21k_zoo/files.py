@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what names and contents of files may be."""
+"""Write files whole or not at all; check and read file names and contents."""
 
 from __future__ import annotations
 
@@ -40,61 +40,59 @@ __all__ = [
 
 
 RECIPE_FILE = "recipe.json"
-"""Of a run of training."""
+"""The recipe in the folder of a training run."""
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):[/\\]+(.*)", re.DOTALL)  # a Path has one slash of two; C:/ is a drive
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):[/\\]+(.*)", re.DOTALL)  # a Path merges two slashes; C:/ is a drive
 _OF_STREAMS = (Path("/dev"), Path("/dev/fd"))  # not /dev/shm, which is a disk in memory
 THE_SYSTEMS = (
     "__MACOSX", "$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information", "desktop.ini", "Desktop.ini", "Thumbs.db",
     "lost+found", "@eaDir",
 )  # fmt: skip
-"""What systems put into folders; more of it begins with a dot."""
+"""Names that operating systems put into folders, besides those that begin with a dot."""
 
 
 def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
-    """A path, of which ~ is a home folder.
+    """Expand ~ in a path to a home folder.
 
     Raises:
-        Wn21kError: Of that kind: there is no such user.
+        Wn21kError: Of class ``kind``: there is no such user.
     """
     try:
         return Path(place).expanduser()
     except RuntimeError:
-        raise kind(f"{os.fspath(place)}: whose home folder that is, is not known; write the whole path.") from None
+        raise kind(f"{os.fspath(place)}: this home folder is not known; write the full path.") from None
 
 
 def local_path(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
-    """The same of what is to be written; a URL would become a folder such as ``s3:`` here.
+    """Like :func:`expanded`, for an output path; a URL would create a folder such as ``s3:`` here.
 
     Raises:
-        Wn21kError: Of that kind: it is a URL, or there is no such user.
+        Wn21kError: Of class ``kind``: it is a URL, or there is no such user.
     """
     if (url := _URL.fullmatch(os.fspath(place))) and not Path(f"{url[1]}:").is_dir():
-        raise kind(
-            f"{url[1]}://{url[2]} is a URL; name a path of this machine, and copy from there what is to be elsewhere."
-        )
+        raise kind(f"{url[1]}://{url[2]} is a URL; name a path of this machine, and copy the output from there.")
     return expanded(place, kind)
 
 
 def user_cache(kind: type[Wn21kError], variable: str) -> Path:
-    """The user's cache folder of this system.
+    """Return the user's cache folder on this system.
 
     Raises:
-        Wn21kError: Of that kind: the user has none.
+        Wn21kError: Of class ``kind``: the user has none.
     """
     import platformdirs
 
     try:
         return platformdirs.user_cache_path("wn21k_zoo")
     except RuntimeError:
-        raise kind(f"This user has no home folder, and so no cache; set {variable} to a folder.") from None
+        raise kind(f"This user has no home folder and thus no cache; set {variable} to a folder.") from None
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
-    """A file that is at ``path``, complete and, with ``sync``, on the disk, after the block; not there if that fails.
+    """Open a file that appears at ``path`` after the block, complete and (``sync``) on disk; not at all if that fails.
 
-    A link stays one, to the new file; what is no regular file, such as /dev/stdout, is written as it comes.
+    A link stays a link, to the new file; anything but a regular file, such as /dev/stdout, is written directly.
     """
     if _is_special(path):
         with path.open("wb") as file:
@@ -103,7 +101,7 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # of a process that was killed; or a link, in a folder of several people
+        temporary.unlink(missing_ok=True)  # left by a killed process; or a link, in a shared folder
         with temporary.open("xb") as file:
             try:
                 yield file
@@ -123,7 +121,7 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether it is a pipe or a device, such as /dev/stdout, wherever that goes."""
+    """Whether a path is a pipe or a device, such as /dev/stdout, wherever that leads."""
     return path.exists() and (not path.is_file() or path.parent in _OF_STREAMS)
 
 
@@ -131,7 +129,7 @@ def write_whole(path: Path, content: bytes | str, kind: type[Wn21kError] | None 
     """Write a small file, whole or not at all; text as UTF-8.
 
     Raises:
-        Wn21kError: Of that kind: it cannot be written. Without one the OSError stays.
+        Wn21kError: Of class ``kind``: it cannot be written. Without ``kind`` the OSError is raised as it is.
     """
     try:
         with atomic_file(path, sync) as file:
@@ -144,48 +142,48 @@ def write_whole(path: Path, content: bytes | str, kind: type[Wn21kError] | None 
 
 
 def make_folder(folder: Path, kind: type[Wn21kError], advice: str) -> None:
-    """Make a folder, where it is not there yet.
+    """Create a folder if it does not exist.
 
     Raises:
-        Wn21kError: Of that kind, with the advice: it cannot be made.
+        Wn21kError: Of class ``kind``, with ``advice``: it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise kind(f"{folder} cannot be made: {first_line(error)}; {advice}") from None
+        raise kind(f"{folder} cannot be created: {first_line(error)}; {advice}") from None
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says, whoever wrote it.
+    """Parse JSON from any source.
 
     Raises:
-        ValueError: It is none, or has too many brackets in each other.
+        ValueError: It is not JSON, or its brackets are nested too deeply.
     """
     try:
         return json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
     except RecursionError:
-        raise ValueError("it has too many brackets in each other") from None
+        raise ValueError("its brackets are nested too deeply") from None
 
 
 def text_of(content: bytes) -> str:
-    """A text in UTF-8, or in what programs of Windows write: with a mark at its beginning, in UTF-16 maybe.
+    """Decode UTF-8, or what Windows programs write: text with a byte order mark, possibly UTF-16.
 
     Raises:
-        UnicodeDecodeError: It is none.
+        UnicodeDecodeError: It is neither.
     """
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if marked else "utf-8-sig")
 
 
 def replace(source: Path, target: Path, patience: float = 1.0) -> None:
-    """Give a file or folder its name.
+    """Move a file or folder to its final name.
 
-    On Windows it may have to wait for who has the former one open, or what is in it, such as a virus scanner.
+    On Windows this may have to wait for a program, such as a virus scanner, that has the old file, or one in it, open.
 
     Args:
-        source: What is renamed.
-        target: To what.
-        patience: For about so many seconds.
+        source: The file or folder to rename.
+        target: Its new name.
+        patience: How many seconds to wait, roughly.
     """
     end = time.monotonic() + patience
     while os.name == "nt" and time.monotonic() < end:
@@ -205,17 +203,17 @@ def sha256_of(path: Path) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is nothing that somebody made: thumbnails, ``._NAME`` of macOS, a disk's recycle bin."""
+    """Whether a name is that of something no user made: thumbnails, ``._NAME`` of macOS, a disk's recycle bin."""
     return name.startswith(".") or name in THE_SYSTEMS
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """What of a folder matches, sorted, without the ._NAME that macOS lays beside NAME on many file systems."""
+    """List a folder's matches, sorted, without the ._NAME that macOS puts next to NAME on many file systems."""
     return sorted(path for path in folder.glob(pattern) if not is_hidden(path.name))
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring a file's new name to the disk, too; not every system can."""
+    """Flush a file's new name to disk as well; not every system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -225,12 +223,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run of training."""
+    """Whether a folder is that of a training run."""
     return (folder / RECIPE_FILE).is_file()
 
 
 def in_package(package: str, path: str) -> Path | None:
-    """Where a file lies in the folder of another package, which is not imported; None without that package."""
+    """Path of a file in another package's folder, without importing it; None if the package is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -238,7 +236,7 @@ def in_package(package: str, path: str) -> Path | None:
 
 
 def check_writable(path: Path) -> None:
-    """See that a file can be written, before the work for it.
+    """Check that a file can be written, before doing the work for it.
 
     Raises:
         DataOutputError: It cannot.
@@ -250,11 +248,11 @@ def check_writable(path: Path) -> None:
     if _is_special(path):
         return
     real = Path(os.path.realpath(path))
-    try:  # os.access knows nothing of Windows, where another program may have the file open as well
+    try:  # os.access tells nothing on Windows, where another program may also have the file open
         if real.exists():
             real.open("ab").close()
         trial = real.with_name(f".{real.name}.{os.getpid()}.tmp")
-        trial.open("xb").close()  # tempfile would try again and again there
+        trial.open("xb").close()  # tempfile would keep retrying there
         trial.unlink()
     except OSError as error:
         raise DataOutputError(f"{path} cannot be written: {error.strerror}; name another file.") from None

@@ -1,7 +1,7 @@
 """The semantic tree as tensors: how a head's logits become a score for every node of the tree.
 
 Everything here is in *level order*: nodes sorted by depth and, inside a depth, by wnid. Classes of one level are then
-adjacent, parents stand before their children, ties are broken by wnid, and no result depends on the order in which a
+adjacent, parents come before their children, ties are broken by wnid, and no result depends on the order in which a
 model or a tree happens to list its classes.
 
 Shape suffixes: B batch, K outputs of the head, N nodes of the tree.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Decoder", "Hierarchy", "NodeScores"]
 
-_SMALLEST = 1e-30  # by which one can divide
+_SMALLEST = 1e-30  # safe to divide by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,9 @@ class NodeScores:
     Attributes:
         outputs: Softmax, or sigmoid, over all outputs, sorted by wnid (:attr:`Decoder.output_order`), [B, K].
         probability: p of each node in level order, [B, N].
-        confidence: Of each node in level order, [B, N]; never above that of its parent.
-        unmapped: What belongs to no node of the tree, [B]: the sum (softmax) or the maximum (sigmoid) over the classes
-            that have no ancestor in the tree; 0 for a semantic softmax.
+        confidence: Confidence of each node in level order, [B, N]; never above that of its parent.
+        unmapped: What belongs to no node of the tree, [B]: the sum (softmax) or maximum (sigmoid) over the classes that
+            neither are nor have an ancestor in the tree; 0 for a semantic softmax.
     """
 
     outputs: Tensor
@@ -59,7 +59,7 @@ class Hierarchy:
 
     Args:
         tree: The tree.
-        device: Where the tensors that the methods take are.
+        device: Device of the tensors that the methods take.
     """
 
     def __init__(self, tree: SemanticTree, device: torch.device | str = "cpu") -> None:
@@ -72,7 +72,7 @@ class Hierarchy:
         self.parents: NDArray[np.int64] = np.where(parents >= 0, self.position[parents], -1)
         depths = tree.depths[self.order]
         self.starts: list[int] = [int(start) for start in np.searchsorted(depths, np.arange(depths[-1] + 2))]
-        # For each depth below the roots, the deepest first: where its nodes stand, and where their parents do.
+        # For each depth below the roots, the deepest first: positions of its nodes and of their parents.
         self._edges = [(depth, torch.from_numpy(self.parents[depth]).to(device)) for depth in self.depth_slices[:0:-1]]
 
     def __len__(self) -> int:
@@ -80,12 +80,12 @@ class Hierarchy:
 
     @property
     def depth_slices(self) -> list[slice]:
-        """Where each depth's nodes stand in level order, from depth 0."""
+        """The slice of each depth's nodes in level order, from depth 0."""
         return [slice(start, end) for start, end in zip(self.starts, self.starts[1:], strict=False)]
 
     @property
     def levels(self) -> list[tuple[int, slice]]:
-        """Depth and place of each level: a depth with one node has nothing to choose from."""
+        """Depth and slice of each level; a depth with one node is no level, as there is nothing to choose from."""
         return [(depth, nodes) for depth, nodes in enumerate(self.depth_slices) if nodes.stop - nodes.start > 1]
 
     def level_softmax(self, scores_bn: Tensor) -> Tensor:
@@ -118,18 +118,18 @@ class Hierarchy:
         return result
 
     def above_children(self, scores_bn: Tensor) -> Tensor:
-        """For each node its score without the highest of its children's, at least 0, [B, N] -> [B, N]."""
+        """For each node its score minus the highest of its children's, at least 0, [B, N] -> [B, N]."""
         highest = scores_bn.new_zeros(scores_bn.shape)
         for depth, above in self._edges:
             highest.scatter_reduce_(1, above.expand(len(highest), -1), scores_bn[:, depth], reduce="amax")
         return (scores_bn - highest).clamp_min(0)
 
     def leaf_mass(self, probability_bn: Tensor) -> Tensor:
-        """A distribution over the leaves, [B, N] -> [B, N], whose sum is 1.
+        """A distribution over the leaves that sums to 1, [B, N] -> [B, N].
 
-        The roots share 1, and the children of a node what it has, in the proportion of their p.
+        The roots share 1, and a node's children share its mass, in proportion to their p.
         """
-        p = probability_bn.clamp_min(_SMALLEST)  # also where all children have 0
+        p = probability_bn.clamp_min(_SMALLEST)  # in case all children have 0
         mass = p / p[:, : self.starts[1]].sum(dim=1, keepdim=True)
         result = mass.clone()
         for depth, above in reversed(self._edges):
@@ -140,9 +140,9 @@ class Hierarchy:
         return result
 
     def best_path(self, probability_n: NDArray[np.float32], confidence_n: NDArray[np.float32]) -> list[int]:
-        """Positions from the root of highest confidence, each time to the child of highest p, down to a leaf.
+        """Walk from the root of highest confidence down to a leaf, always to the child of highest p.
 
-        It stops earlier where all children score 0. Ties go to the lower wnid.
+        The path ends early where all children score 0. Ties go to the lower wnid.
 
         Args:
             probability_n: p of one image's nodes, [N].
@@ -163,30 +163,31 @@ class Hierarchy:
         return path
 
     def _children(self, position: int) -> NDArray[np.int64]:
-        # Sorted by tree index, so put them into level order for the sake of ties.
+        # child_indices are sorted by tree index; level order breaks ties by wnid.
         return np.sort(self.position[self.tree.child_indices(int(self.order[position]))])
 
 
 class Decoder:
-    """From the logits of one kind of head over one label space to the scores of one tree's nodes.
+    """Turns the logits of one kind of head over one label space into the scores of one tree's nodes.
 
     - ``semantic_softmax``: p(c) is the softmax within c's depth; confidence(c) is the minimum of p over c and its
       ancestors.
-    - ``softmax``: p = confidence of a node is the sum over the classes in its subtree. A class that the tree lacks
-      counts for its nearest ancestor that the tree has; what has none is ``unmapped``.
+    - ``softmax``: p = confidence of a node is the sum over the classes in its subtree. A class that is not in the tree
+      counts for its nearest ancestor there; one without such an ancestor is ``unmapped``.
     - ``sigmoid``: p = confidence of a node is the maximum over the classes in its subtree.
 
     Args:
-        tree: Whose nodes are scored.
+        tree: Tree whose nodes are scored.
         label_space: Class of each output.
         head: Kind of head.
-        device: Where the logits are.
+        device: Device of the logits.
 
     Attributes:
         output_order: The label space's indices sorted by wnid, [K].
 
     Raises:
-        TreeError: A semantic softmax over other classes than the tree's: its outputs mean nothing outside their levels.
+        TreeError: The head is a semantic softmax over other classes than the tree's; outside their levels its outputs
+            mean nothing.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class Decoder:
         if head == "semantic_softmax":
             if set(label_space.wnids) != set(tree.wnids):
                 raise TreeError(
-                    f"A semantic softmax over {label_space.name} can be read with the tree over the same classes only, "
+                    f"A semantic softmax over {label_space.name} can only be read with the tree over the same classes, "
                     f"not with {tree.name}; leave out tree."
                 )
             nodes_by_wnid = np.argsort(tree.label_space.positions)
@@ -216,7 +217,7 @@ class Decoder:
         self._unmapped = torch.from_numpy(np.flatnonzero(~mapped)).to(device)
 
     def __call__(self, logits_bk: Tensor) -> NodeScores:
-        """Scores of a batch of logits, [B, K] in the label space's order, reduced in float32."""
+        """Score a batch of logits, [B, K] in the label space's order; computed in float32."""
         logits_bk = logits_bk.float()[:, self._by_wnid]
         outputs = logits_bk.sigmoid() if self.head == "sigmoid" else logits_bk.softmax(dim=-1)
         if self.head == "semantic_softmax":
@@ -238,12 +239,12 @@ class Decoder:
         return NodeScores(outputs=outputs, probability=scores, confidence=scores, unmapped=unmapped)
 
     def own_mass(self, logits_bk: Tensor) -> Tensor:
-        """What belongs to each node and to none below it, [B, K] -> [B, N] in level order; at most 1 in all.
+        """Mass of each node itself, without the nodes below it, [B, K] -> [B, N] in level order; at most 1 in total.
 
         - ``softmax``: the sum over the classes that count for the node itself.
-        - ``semantic_softmax``: it says nothing of how deep an image's class is, so that is taken to be a leaf; each
-          node passes what it has on to its children in the proportion of their p.
-        - ``sigmoid``: what the node has above the highest of its children, in proportion.
+        - ``semantic_softmax``: it does not say how deep an image's class is, so a leaf is assumed; each node passes its
+          mass on to its children in proportion to their p.
+        - ``sigmoid``: the excess of the node's score over the highest of its children's, in proportion.
         """
         if self.head == "softmax":
             return self.assigned(logits_bk.float()[:, self._by_wnid].softmax(dim=-1))
@@ -254,9 +255,9 @@ class Decoder:
         return own / own.sum(dim=-1, keepdim=True).clamp_min(_SMALLEST)
 
     def assigned(self, outputs_bk: Tensor) -> Tensor:
-        """For each node the sum over the classes that count for itself, for outputs in :attr:`output_order`.
+        """For each node the sum over the classes that count for the node itself, for outputs in :attr:`output_order`.
 
-        It is for what a softmax or a sigmoid gives; [B, K] -> [B, N] in level order.
+        The outputs are those of a softmax or a sigmoid; [B, K] -> [B, N] in level order.
         """
         values = outputs_bk[:, self._mapped]
         nodes = values.new_zeros(len(values), len(self.hierarchy))

@@ -1,4 +1,4 @@
-"""What huggingface_hub supplies: metadata, tokens, addresses and its cache; errors of the Hub as ours."""
+"""What we use of huggingface_hub: metadata, tokens, addresses and its cache; the Hub's errors become ours."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def is_offline() -> bool:
     """Whether the network is switched off: ``HF_HUB_OFFLINE`` or ``--offline``."""
     from huggingface_hub import is_offline_mode
 
-    # The library looks at the variable once, when it is imported; --offline sets it later.
+    # The library reads the variable once, when it is imported; --offline sets it later.
     return bool(is_offline_mode()) or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def expected_of_etag(etag: str, num_bytes: int | None = None) -> Expected:
-    """What an ETag says: the sha256 of a large file, the Git hash of a small one, of anything else only a version."""
+    """What an ETag states: the sha256 of a large file, the Git hash of a small one, otherwise only a version."""
     sha256, git_sha1 = (bool(re.fullmatch(f"[0-9a-f]{{{digits}}}", etag)) for digits in (64, 40))
     return Expected(
         num_bytes=num_bytes,
@@ -49,9 +49,9 @@ def expected_of_etag(etag: str, num_bytes: int | None = None) -> Expected:
 
 
 def answers(source: HubSource, seconds: float) -> bool:
-    """Whether a repository answers one request within ``seconds``, look-up of the name included."""
+    """Whether a repository answers one request within ``seconds``, including the name look-up."""
     statuses: list[int] = []
-    # A thread, because no time-out reaches the look-up of a name.
+    # In a thread, because no timeout covers the name look-up.
     probe = threading.Thread(target=_probe, args=(source, seconds, statuses), daemon=True)
     probe.start()
     probe.join(seconds + 0.1)
@@ -59,7 +59,7 @@ def answers(source: HubSource, seconds: float) -> bool:
 
 
 def find_in_cache(source: HubSource, filename: str) -> Path | None:
-    """Where a file lies in the Hub's own cache."""
+    """Path of a file in the Hub's own cache, None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     for revision in dict.fromkeys((source.revision, None if source.sha256 else source.revision)):
@@ -72,7 +72,7 @@ def find_in_cache(source: HubSource, filename: str) -> Path | None:
 def resolve(
     source: HubSource, filename: str, patience: Patience | None = None
 ) -> tuple[str, Expected, str | None, dict[str, str]]:
-    """Address of a file on the Hub, what the Hub says about it, the commit it is at, and headers to ask with.
+    """Return the address of a file on the Hub, what the Hub says about it, its commit, and request headers.
 
     Raises:
         AuthenticationError, AccessDeniedError, RemoteNotFoundError, DownloadError: The Hub does not say.
@@ -84,7 +84,7 @@ def resolve(
 
 
 def address(source: HubSource, filename: str, revision: str | None) -> tuple[str, dict[str, str]]:
-    """The URL of a file on the Hub, and headers to ask for it with: the user's token, if there is one."""
+    """Return the URL of a file on the Hub, and request headers with the user's token, if there is one."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -92,7 +92,7 @@ def address(source: HubSource, filename: str, revision: str | None) -> tuple[str
 
 
 def _probe(source: HubSource, seconds: float, statuses: list[int]) -> None:
-    """Status of one HEAD request without a retry; a redirect counts as an answer."""
+    """Add the status of one HEAD request, without a retry, to ``statuses``; a redirect counts as an answer."""
     import requests
 
     url, headers = address(source, source.filenames[0], source.revision)
@@ -102,14 +102,14 @@ def _probe(source: HubSource, seconds: float, statuses: list[int]) -> None:
 
 
 def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
-    """The Hub's metadata of a file, asked for again after 408, 429 and 5xx."""
+    """Fetch the Hub's metadata of a file, retrying after 408, 429 and 5xx."""
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         url = hf_hub_url(source.repo_id, filename, revision=source.revision)
     except HFValidationError as error:
-        raise RemoteNotFoundError(f"{source.repo_id!r} is no name of a repository; write ORG/NAME.") from error
+        raise RemoteNotFoundError(f"{source.repo_id!r} is not a repository name; write ORG/NAME.") from error
     for attempt in range(1, METADATA_ATTEMPTS + 1):
         begin = time.monotonic()
         try:
@@ -122,7 +122,7 @@ def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
             time.sleep(retry_seconds(error.response.headers.get("Retry-After"), attempt))
         except DownloadError:
             raise
-        except Exception as error:  # the transport's own kinds of error are no part of huggingface_hub's interface
+        except Exception as error:  # the transport's errors are not part of huggingface_hub's interface
             patience.spent += time.monotonic() - begin
             if attempt >= 2:
                 raise DownloadError(
@@ -134,7 +134,7 @@ def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
 
 
 def retry_seconds(retry_after: str | None, attempt: int) -> float:
-    """How long to wait before the next try: what the server asks for, up to 60 s, else ever longer."""
+    """How long to wait before the next try: as long as the server asks for, up to 60 s, else longer each time."""
     from urllib3.exceptions import InvalidHeader
     from urllib3.util import Retry
 

@@ -1,4 +1,4 @@
-"""Anything that a person calls an image, as an upright RGB image on white; or a typed error, before memory is spent.
+"""Load anything that can pass for an image as upright RGB on white; or raise a typed error before memory is spent.
 
 A URL is fetched only when the caller allows it (:mod:`wn21k_zoo.urls`).
 """
@@ -48,17 +48,17 @@ ImageLike = Union[
     str, os.PathLike[str], Image.Image, NDArray[Any], "torch.Tensor", bytes, bytearray, memoryview, BinaryIO
 ]
 MAX_PIXELS = 89_478_485
-"""From where on Pillow warns of a decompression bomb."""
-# Of the files in a folder that are taken for images; a file that is named is tried whatever it is called.
+"""Above this Pillow warns of a decompression bomb."""
+# Which files of a folder count as images; a file that is named itself is tried whatever its suffix.
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
     ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
-# Pillow's readers of those. It has dozens more, one of which (EPS) runs the file, as a program, in Ghostscript.
+# Pillow's readers for these. It has dozens more, one of which (EPS) runs the file as a program in Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TGA", "TIFF")
 SAMPLES = MappingProxyType({"cat": "chelsea.png", "coffee": "coffee.png", "rocket": "rocket.jpg"})
 
-_SHOWN = 500  # characters of a name
+_SHOWN = 500  # characters; a longer name is cut in messages
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -71,8 +71,8 @@ class AnimatedImageWarning(UserWarning):
 def load_image(image: ImageLike, *, allow_url: bool = False) -> Image.Image:
     """Decode and normalise one image.
 
-    EXIF rotation is applied, transparency is laid on white, grey and 16-bit grey become 8-bit RGB, CMYK becomes RGB,
-    and of an animation the first frame is taken.
+    EXIF rotation is applied, transparency is composited onto white, grey and 16-bit grey become 8-bit RGB, CMYK becomes
+    RGB, and the first frame of an animation is used.
 
     Args:
         image: A path, ``sample:cat|coffee|rocket`` (extra ``demo``), a PIL image, a NumPy array (uint8 or uint16;
@@ -88,7 +88,7 @@ def load_image(image: ImageLike, *, allow_url: bool = False) -> Image.Image:
         ImageNotFoundError: No such file.
         ImageDecodeError: Truncated, empty, a directory, or not an image.
         ImageTooLargeError: Over 89 megapixels.
-        UnsupportedImageError: A type, shape, data type or value range with no single reading.
+        UnsupportedImageError: A type, shape, data type or value range with no single interpretation.
         ImageURLError: A URL that is not allowed or cannot be fetched.
         MissingExtraError: The image needs an optional dependency (HEIF photographs, samples).
     """
@@ -107,14 +107,14 @@ def load_image(image: ImageLike, *, allow_url: bool = False) -> Image.Image:
         opened = _from_tensor(image)
     else:
         raise UnsupportedImageError(
-            f"A {type(image).__name__} is no image; give a path, PIL image, array, tensor, bytes or file object."
+            f"A {type(image).__name__} is not an image; give a path, PIL image, array, tensor, bytes or file object."
         )
-    with opened:  # closes a file that was opened here, and leaves the caller's alone
+    with opened:  # closes a file opened here, not one of the caller's
         return _to_rgb(opened, name)
 
 
 def describe_source(image: object) -> str | None:
-    """What results and messages call an image: its path or URL, a file object's name, or None for data in memory."""
+    """Name of an image in results and messages: path, URL or a file object's name; None for data in memory."""
     if isinstance(image, (str, os.PathLike)):
         return str(os.fspath(image))
     name = getattr(image, "filename", None) or getattr(image, "name", None)
@@ -122,12 +122,12 @@ def describe_source(image: object) -> str | None:
 
 
 def check_resized(size: tuple[int, int], short_side: float, name: str) -> None:
-    """Refuse a very long image before its shorter side is resized, which would make an enormous one.
+    """Refuse a very elongated image, which would become enormous when its shorter side is resized.
 
     Args:
         size: Width and height in pixels.
-        short_side: To what its shorter side is to be resized.
-        name: What messages call it.
+        short_side: The shorter side after the resize, in pixels.
+        name: The image's name in messages.
 
     Raises:
         ImageTooLargeError: It would have over 89 megapixels.
@@ -145,7 +145,7 @@ def _from_name(name: str, shown: str | None, *, allow_url: bool) -> Image.Image:
         return _open(_sample(name.removeprefix("sample:")), shown)
     if name.lower().startswith(("http://", "https://")):
         if not allow_url:
-            raise ImageURLError(f"{name} is a URL; allow it by --allow-url or allow_url=True, or download it first.")
+            raise ImageURLError(f"{name} is a URL; allow it with --allow-url or allow_url=True, or download it first.")
         from wn21k_zoo import hub
         from wn21k_zoo.urls import fetch_url
 
@@ -154,7 +154,7 @@ def _from_name(name: str, shown: str | None, *, allow_url: bool) -> Image.Image:
 
         return _open(io.BytesIO(fetch_url(name)), shown)
     path = Path(name)
-    if os.path.isdir(name):  # noqa: PTH112 - these two take any name, an impossible one too
+    if os.path.isdir(name):  # noqa: PTH112 - these two accept any name, even an impossible one
         raise ImageDecodeError(f"{name} is a directory, not an image; name image files in it.")
     if "\0" in name or not os.path.exists(name):  # noqa: PTH110
         if len(name) > _SHOWN or name.startswith("data:"):  # base64, say
@@ -192,7 +192,7 @@ def _seekable(file: Any, name: str | None) -> BinaryIO:
         if inspect.iscoroutine(content):
             content.close()
         raise UnsupportedImageError(
-            f"{name or 'The file object'} is read asynchronously; give `await file.read()`, or what lies below (.file)."
+            f"{name or 'The file object'} is read asynchronously; give `await file.read()`, or the inner file (.file)."
         )
     if not isinstance(content, bytes):
         raise UnsupportedImageError(f"{name or 'The file object'} is open as text; open it with mode 'rb'.")
@@ -214,8 +214,8 @@ def _open(file: Path | BinaryIO, name: str | None) -> Image.Image:
         what = "is empty (0 bytes)" if not head else "is not an image that can be decoded"
         raise ImageDecodeError(f"{shown} {what}.") from error
     except PermissionError as error:
-        raise ImageDecodeError(f"{shown} may not be read; look at its permissions.") from error
-    except Exception as error:  # Pillow's format plugins raise whatever a damaged header makes them stumble over
+        raise ImageDecodeError(f"{shown} may not be read; check its permissions.") from error
+    except Exception as error:  # Pillow's format plugins raise all kinds of errors for a damaged header
         raise ImageDecodeError(f"{shown} cannot be decoded ({first_line(error)}).") from error
 
 
@@ -264,18 +264,18 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
         return _opaque_rgb(upright, shown)
     except ImageError:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever damaged data makes them stumble over
+    except Exception as error:  # Pillow's decoders raise all kinds of errors for damaged data
         raise ImageDecodeError(f"{shown} is truncated or damaged ({first_line(error)}).") from error
 
 
 def _pixels_of_tile(image: Image.Image) -> int:
-    """Of a TIFF in tiles, whose decoder makes room for a whole one, however small the image is; else 0."""
+    """Pixels of a tile in a tiled TIFF, whose decoder allocates a whole one however small the image is; else 0."""
     tags = getattr(image, "tag_v2", {})
     return int(tags.get(_TIFF_TILE_WIDTH, 0)) * int(tags.get(_TIFF_TILE_LENGTH, 0))
 
 
 def _opaque_rgb(image: Image.Image, shown: str) -> Image.Image:
-    if image.mode == "I" and image.format != "PNG":  # of PNG it is known to mean 16 bits
+    if image.mode == "I" and image.format != "PNG":  # in a PNG it is known to mean 16 bits
         raise UnsupportedImageError(f"{shown} has 32-bit integers of unknown range; convert it to 8 bits first.")
     if image.mode in _SIXTEEN_BIT_MODES:
         return Image.fromarray(_eight_bit(np.asarray(image))).convert("RGB")
@@ -298,7 +298,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
         raise UnsupportedImageError(f"An array of shape {shape} looks like [C, H, W]; give [H, W, C].")
     if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in (1, 2, 3, 4)) or 0 in shape:
         raise UnsupportedImageError(
-            f"An array of shape {shape} is no image; give [H, W] or [H, W, C] with 1 to 4 channels."
+            f"An array of shape {shape} is not an image; give [H, W] or [H, W, C] with 1 to 4 channels."
         )
     if shape[0] * shape[1] > MAX_PIXELS:
         raise ImageTooLargeError(f"An array of shape {shape} has over {MAX_PIXELS // 10**6} megapixels.")
@@ -320,9 +320,11 @@ def _from_tensor(tensor: Any) -> Image.Image:
 
     shape = tuple(tensor.shape)
     if tensor.ndim == 3 and shape[0] not in (1, 3, 4):
-        raise UnsupportedImageError(f"A tensor of shape {shape} is no image; give [C, H, W] with 1, 3 or 4 channels.")
+        raise UnsupportedImageError(
+            f"A tensor of shape {shape} is not an image; give [C, H, W] with 1, 3 or 4 channels."
+        )
     if tensor.ndim not in (2, 3):
-        raise UnsupportedImageError(f"A tensor of shape {shape} is no image; give [H, W] or [C, H, W].")
+        raise UnsupportedImageError(f"A tensor of shape {shape} is not an image; give [H, W] or [C, H, W].")
     if shape[-1] * shape[-2] > MAX_PIXELS:
         raise ImageTooLargeError(f"A tensor of shape {shape} has over {MAX_PIXELS // 10**6} megapixels.")
     pixels = tensor.detach().cpu()

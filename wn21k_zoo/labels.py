@@ -1,8 +1,7 @@
 """Label spaces: which class each output of a classifier's head stands for.
 
-The shipped lists are those that timm ships (``timm/data/_info``), in their published order. A name or a class count
-is never enough to tell classes apart: 482 of the 11,221 classes of ImageNet-21K-P share their name with another one.
-The identity of a class is its wnid.
+The shipped lists are timm's (``timm/data/_info``), in their published order. A class is identified by its wnid; a name
+or a class count is never enough: 482 of the 11,221 classes of ImageNet-21K-P share their name with another one.
 """
 
 from __future__ import annotations
@@ -57,11 +56,11 @@ class LabelSpace:
 
     Args:
         name: A name for messages and results.
-        wnids: WordNet 3.0 noun ids in the order of the outputs; any sequence is kept as a tuple.
+        wnids: WordNet 3.0 noun ids in the order of the outputs; any sequence is converted to a tuple.
 
     Raises:
         EmptyLabelSpaceError: There is no class.
-        DuplicateSynsetError: A wnid stands there twice.
+        DuplicateSynsetError: A wnid appears twice.
         UnknownSynsetError: A wnid is not a noun synset of WordNet 3.0.
 
     Example:
@@ -84,7 +83,7 @@ class LabelSpace:
 
     @staticmethod
     def load(name: str) -> LabelSpace:
-        """A shipped label space by its name or alias (:data:`LABEL_SPACES`, :data:`LABEL_SPACE_ALIASES`).
+        """Load a shipped label space by its name or alias (:data:`LABEL_SPACES`, :data:`LABEL_SPACE_ALIASES`).
 
         Raises:
             UnknownLabelSpaceError: No label space has that name.
@@ -97,10 +96,10 @@ class LabelSpace:
 
     @staticmethod
     def from_file(path: str | os.PathLike[str], *, name: str = "custom") -> LabelSpace:
-        """The classes in a text file of wnids: the first word of each line; '#' begins a comment.
+        """Read a text file of wnids: the first word of each line; '#' begins a comment.
 
         Raises:
-            LabelSpaceError: The file cannot be read as text; subclasses: as the class.
+            LabelSpaceError: The file cannot be read as text; subclasses as for this class.
             UnknownSynsetError: A word is not a noun synset of WordNet 3.0.
         """
         try:
@@ -112,7 +111,7 @@ class LabelSpace:
 
     @staticmethod
     def find(name: str | os.PathLike[str] | LabelSpace) -> LabelSpace:
-        """A shipped label space by its name or alias, or else that of a text file; one stays what it is.
+        """Find a shipped label space by its name or alias, or else read a text file; a label space is returned as is.
 
         Raises:
             UnknownLabelSpaceError: Neither has that name.
@@ -151,12 +150,12 @@ class LabelSpace:
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 of the wnids, one a line, in hexadecimal: equal digests mean the same outputs in the same order."""
+        """sha256 of the wnids, one per line, in hexadecimal: equal digests mean the same outputs in the same order."""
         return hashlib.sha256("".join(f"{wnid}\n" for wnid in self.wnids).encode()).hexdigest()
 
     @property
     def is_shipped(self) -> bool:
-        """Whether :meth:`load` gives the same by this name."""
+        """Whether :meth:`load` returns the same classes under this name."""
         return self.name in LABEL_SPACES and self.wnids == _load(self.name).wnids
 
     @functools.cached_property
@@ -167,7 +166,7 @@ class LabelSpace:
     def __reduce__(self) -> tuple[Callable[..., LabelSpace], tuple[Any, ...]]:
         if self.is_shipped:
             return _load, (self.name,)
-        return LabelSpace, (self.name, self.wnids)  # what is derived from these is derived anew
+        return LabelSpace, (self.name, self.wnids)  # everything else is derived from these
 
     def __len__(self) -> int:
         return len(self.wnids)
@@ -187,18 +186,18 @@ class LabelSpace:
 
 @dataclass(frozen=True, repr=False)
 class ClassNames:
-    """Classes that are no WordNet synsets, one for each output of a head; a network fine-tuned on folders has such.
+    """Classes that are not WordNet synsets, one for each output of a head, as a network fine-tuned on folders has.
 
-    Nothing is known of them but their names: no class is above another one. Outputs are read as one softmax unless
-    ``head`` says ``sigmoid``.
+    Nothing but their names is known: no class is above another one. Outputs are read as one softmax unless ``head``
+    says ``sigmoid``.
 
     Args:
-        names: In the order of the outputs; any sequence is kept as a tuple.
-        name: What results call them.
+        names: Names in the order of the outputs; any sequence is converted to a tuple.
+        name: Name of the list of classes in results.
 
     Raises:
         EmptyLabelSpaceError: There is no class.
-        InvalidArgumentError: A name is no text, or the names have no order.
+        InvalidArgumentError: A name is not a string, or the names have no order.
 
     Example:
         >>> ClassNames(["healthy", "rust", "scab"])
@@ -211,14 +210,14 @@ class ClassNames:
     def __post_init__(self) -> None:
         if isinstance(self.names, (str, Set, Mapping)) or not isinstance(self.names, Iterable):
             raise InvalidArgumentError(
-                f"names is a {type(self.names).__name__}; give a list of names of classes, and then what to call them."
+                f"names is a {type(self.names).__name__}; give a list of class names, and then a name for the list."
             )
         object.__setattr__(self, "names", tuple(self.names))
         if not self.names:
             raise EmptyLabelSpaceError("The list of classes is empty; give at least one name.")
         for name in (self.name, *self.names):
             if not isinstance(name, str):
-                raise InvalidArgumentError(f"{name!r} is no name of a class; give texts.")
+                raise InvalidArgumentError(f"{name!r} is not a class name; give strings.")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -246,6 +245,6 @@ def _checked_positions(wnids: tuple[str, ...]) -> NDArray[np.int64]:
     _, first = np.unique(positions, return_index=True)
     if len(first) < len(wnids):
         again = wnids[np.setdiff1d(np.arange(len(wnids)), first)[0]]
-        raise DuplicateSynsetError(f"{again} stands more than once in the list of classes; keep one of them.")
+        raise DuplicateSynsetError(f"{again} appears more than once in the list of classes; keep one of them.")
     positions.flags.writeable = False
     return positions

@@ -1,4 +1,4 @@
-"""The lock file: revision, size and sha256 of every source, asked for by whoever maintains the records."""
+"""The lock file: revision, size and sha256 of every source, updated by whoever maintains the records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Lock = dict[str, dict[str, Any]]
 
 
 def read_lock(path: Path | None = None) -> Lock:
-    """A lock file, by default the one that is shipped.
+    """Read a lock file, by default the shipped one.
 
     Raises:
         RecordError: It cannot be read.
@@ -32,7 +32,7 @@ def read_lock(path: Path | None = None) -> Lock:
     except (OSError, ValueError) as error:
         raise RecordError(f"The lock file {place} cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(fields, dict) for fields in content.values()):
-        raise RecordError(f"{place} is no lock file.")
+        raise RecordError(f"{place} is not a lock file.")
     apply_lock((), content)
     return content
 
@@ -40,15 +40,15 @@ def read_lock(path: Path | None = None) -> Lock:
 def lock_sources(
     checkpoints: Iterable[Checkpoint], known: Mapping[str, Mapping[str, Any]], tell: Callable[[str, str | None], None]
 ) -> tuple[Lock, int]:
-    """Ask every source for what it has now.
+    """Ask every source what it has now.
 
     The Hub states revision, size and hash. A file on a plain server is fetched and hashed. A source that cannot be
-    asked keeps what was known about it.
+    asked keeps its former entry.
 
     Args:
-        checkpoints: Whose sources to ask.
+        checkpoints: Checkpoints whose sources to ask.
         known: The lock so far.
-        tell: Called with each source and what went wrong there, None when nothing did.
+        tell: Called with each source and what went wrong there, None if nothing did.
 
     Returns:
         The new lock and how many sources could not be asked.
@@ -68,7 +68,7 @@ def lock_sources(
 
 
 def write_lock(lock: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Write a lock file; it is in place only when it is whole.
+    """Write a lock file; it appears only once it is complete.
 
     Raises:
         RecordError: It cannot be written.
@@ -81,9 +81,11 @@ def _ask(source: HubSource | URLSource) -> dict[str, Any]:
         anew = replace(source, sha256=None, num_bytes=None, revision=None)
         _, expected, commit, _ = hub.resolve(anew, source.filenames[0])
         if expected.sha256 is None or commit is None or expected.num_bytes is None:
-            raise RemoteNotFoundError(f"{source} states no sha256 of {source.filenames[0]}; it is no large file there.")
+            raise RemoteNotFoundError(
+                f"{source} states no sha256 of {source.filenames[0]}; it is not a large file there."
+            )
         return {"revision": commit, "num_bytes": expected.num_bytes, "sha256": expected.sha256}
     anew_url = replace(source, sha256=None, num_bytes=None)
     with tempfile.TemporaryDirectory() as folder:
-        fetched = download.fetch_source(anew_url, cache_dir=folder)  # no mirror: what is locked is authoritative
+        fetched = download.fetch_source(anew_url, cache_dir=folder)  # not from a mirror: the lock is authoritative
         return {"num_bytes": fetched.num_bytes, "sha256": fetched.sha256}

@@ -1,4 +1,4 @@
-"""Tables of cards and summaries."""
+"""Tables for cards and summaries."""
 
 from __future__ import annotations
 

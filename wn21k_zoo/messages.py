@@ -1,6 +1,6 @@
-"""Lines and bars on stderr, for people; a program without a console, such as a service of Windows, has none.
+"""Messages and progress bars on stderr, for people; without a console, as in a Windows service, there are none.
 
-A terminal that is closed, or a log whose disk is full, ends nothing: the work counts, not the words.
+A closed terminal, or a log on a full disk, does not end the program: the work counts, not the messages.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F,
 
 
 def printable(text: str) -> str:
-    """The same with control characters as escapes: names of files and classes of others may not command a terminal."""
+    """Escape control characters, so that others' names of files and classes cannot send commands to a terminal."""
     return text.translate(_CONTROLS)
 
 
 def say(message: str) -> None:
-    """One line on stderr."""
+    """Print one line to stderr."""
     if sys.stderr is not None:
         stream = _Lossy(sys.stderr)
         stream.write(f"wn21k: {printable(message)}\n")
@@ -36,7 +36,7 @@ def say(message: str) -> None:
 
 
 def on_terminal() -> bool:
-    """Whether stderr is one, where a bar can move."""
+    """Whether stderr is a terminal, where a progress bar can move."""
     try:
         return sys.stderr is not None and sys.stderr.isatty()
     except ValueError:  # it is closed
@@ -44,26 +44,26 @@ def on_terminal() -> bool:
 
 
 def forget_unheard() -> None:
-    """At the end of a process: what its streams hold and cannot be written would make another exit code of it."""
+    """Flush the streams at the end of a process and drop what cannot be written: it would change the exit code."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         _Lossy(stream).flush()
 
 
 def bars(*columns: Any, **options: Any) -> Progress:
-    """Progress bars of rich on stderr; in a pipe or a file they are 120 columns wide."""
+    """Create rich's progress bars on stderr; in a pipe or a file they are 120 columns wide."""
     from rich.console import Console
     from rich.progress import Progress
 
     file = cast("IO[str]", _Lossy(sys.stderr)) if sys.stderr is not None else None
     console = Console(file=file, stderr=True, width=None if on_terminal() else 120)
-    # rich would draw what a program prints meanwhile above the bar, on stderr: data stays on stdout.
+    # By default rich moves what a program prints meanwhile to stderr, above the bar: data must stay on stdout.
     return Progress(*columns, console=console, redirect_stdout=False, **options)
 
 
 class _Lossy:
-    """A stream, of which what cannot be written is lost, and all that comes after it.
+    """A stream that drops output that cannot be written, and all output after it.
 
-    Else it would stay in the stream's buffer, and fail again wherever that is flushed, as each start of a process does.
+    Otherwise it would stay in the stream's buffer and fail at each flush, such as at each start of a process.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -82,7 +82,7 @@ class _Lossy:
     def _closed(self) -> Iterator[None]:
         try:
             yield
-        except (BlockingIOError, ValueError):  # whoever reads it is slow, or it is closed
+        except (BlockingIOError, ValueError):  # its reader is slow, or it is closed
             pass
         except OSError:
             with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:

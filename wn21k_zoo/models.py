@@ -1,4 +1,4 @@
-"""From whatever names a model to a loaded module with its label space, head and preprocessing."""
+"""Load a model, however it is named, with its label space, head and preprocessing."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ HEADS: tuple[Head, ...] = get_args(Head)
 
 
 class FallbackModelWarning(UserWarning):
-    """No model was named and the 21K default is not to be had, so the embedded ImageNet-1K one is used."""
+    """No model was named and the 21K default is not available, so the embedded ImageNet-1K model is used."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,11 +76,11 @@ class LoadedModel:
     """A module that is ready to run.
 
     Attributes:
-        name: What results call it.
+        name: Its name in results.
         module: The network; logits have the shape [batch, len(label_space)].
-        label_space: Class of each logit; :class:`ClassNames` where they are no synsets.
-        head: How the logits are to be read.
-        data_config: Preprocessing as ``timm.data.create_transform`` takes it; None when nobody says.
+        label_space: Class of each logit; :class:`ClassNames` if they are not synsets.
+        head: How to read the logits.
+        data_config: Preprocessing as arguments of ``timm.data.create_transform``; None if unknown.
         owned: Whether it was loaded here, so that it may be moved and put into evaluation mode for good.
     """
 
@@ -103,22 +103,22 @@ def load_model(
 
     Args:
         model: A record's name, a timm name with a known label space, a folder with ``config.json`` and weights,
-            ``hf-hub:ORG/NAME[@REVISION]``, a module (taken as it is), or None for :func:`choose_default`.
+            ``hf-hub:ORG/NAME[@REVISION]``, a module (used as it is), or None for :func:`choose_default`.
         label_space: Classes of the outputs of a module or a folder: a shipped name, a text file of wnids, wnids or a
-            :class:`LabelSpace`; :class:`ClassNames` for classes that are no synsets, or ``own`` for the names that a
-            folder gives them.
-        head: How to read the outputs of a module or a folder that does not say: ``semantic_softmax`` (a softmax per
-            level, as :class:`wn21k_zoo.training.losses.SemanticSoftmaxLoss` trains), ``softmax`` or ``sigmoid``. Where
-            all classes are of one level, or no synsets, it is a softmax unless it is given.
-        cache_dir: Folder of the cache.
+            :class:`LabelSpace`; :class:`ClassNames` for classes that are not synsets, or ``own`` for the folder's own
+            names.
+        head: How to read the outputs of a module, or of a folder that does not say: ``semantic_softmax`` (a softmax per
+            level, as :class:`wn21k_zoo.training.losses.SemanticSoftmaxLoss` trains), ``softmax`` or ``sigmoid``. If all
+            classes are on one level, or are not synsets, it defaults to softmax.
+        cache_dir: Cache folder.
 
     Raises:
         InvalidArgumentError: There is no such head, or none is given where one is needed.
-        UnknownModelError: Nothing answers to that name.
+        UnknownModelError: No model has that name.
         UnresolvedLabelSpaceError: The classes of its outputs are not known.
-        LabelSpaceError: The label space has another number of classes than the model has outputs.
-        ModelError: It cannot be built or its weights do not fit; :class:`WeightsNotFoundError`,
-            :class:`ChecksumError` and :class:`DownloadError` say so more precisely.
+        LabelSpaceError: The number of classes is not the model's number of outputs.
+        ModelError: It cannot be built or its weights do not fit; more specific are :class:`WeightsNotFoundError`,
+            :class:`ChecksumError` and :class:`DownloadError`.
         MissingExtraError: Its weights are in an extra that is not installed.
     """
     if head is not None and head not in HEADS:
@@ -150,17 +150,17 @@ def load_model(
 
 
 def choose_default(cache_dir: str | os.PathLike[str] | None = None) -> str:
-    """The model that is used when none is named.
+    """Choose the model to use when none is named.
 
     The environment variable ``WN21K_MODEL``; else the 21K default if its weights are on this machine, or if one
     request of at most half a second shows that they can be downloaded; else the embedded ImageNet-1K model, with a
     :class:`FallbackModelWarning`.
 
     Args:
-        cache_dir: Folder of the cache.
+        cache_dir: Cache folder.
 
     Raises:
-        MissingExtraError: Neither the 21K default nor the embedded model is to be had.
+        MissingExtraError: Neither the 21K default nor the embedded model is available.
     """
     if named := os.environ.get("WN21K_MODEL"):
         return named
@@ -185,17 +185,17 @@ def choose_default(cache_dir: str | os.PathLike[str] | None = None) -> str:
 def create_transform(
     name: str | os.PathLike[str], training: bool = False, *, cache_dir: str | os.PathLike[str] | None = None
 ) -> Any:
-    """The preprocessing of a model: a transform from an RGB PIL image to a float32 tensor [3, H, W].
+    """Create the preprocessing of a model: a transform from an RGB PIL image to a float32 tensor [3, H, W].
 
     Args:
         name: A record, a timm model with a known label space, a folder, or ``hf-hub:ORG/NAME[@REVISION]``.
         training: timm's training transform (random resized crop, flip, colour jitter) with the model's size,
-            interpolation, mean and std, in place of the one that predictions use.
-        cache_dir: Folder of the cache.
+            interpolation, mean and std, instead of the one for predictions.
+        cache_dir: Cache folder.
 
     Raises:
         UnknownModelError, UnresolvedLabelSpaceError: As :func:`wn21k_zoo.registry.resolve_checkpoint`.
-        ModelError: The configuration of a folder or repository cannot be had.
+        ModelError: The configuration of a folder or repository cannot be obtained.
     """
     from timm.data import resolve_data_config
 
@@ -209,7 +209,7 @@ def create_transform(
 
 
 def build_transform(data_config: Mapping[str, Any], training: bool = False) -> Any:
-    """The transform of a ``data_config`` as :class:`LoadedModel` has it."""
+    """Build the transform for the ``data_config`` of a :class:`LoadedModel`."""
     import timm.data
 
     settings = dict(data_config)
@@ -220,7 +220,7 @@ def build_transform(data_config: Mapping[str, Any], training: bool = False) -> A
 
 
 def short_side(data_config: Mapping[str, Any]) -> float | None:
-    """To how many pixels the shorter side is resized before the crop; None where an image's aspect does not matter."""
+    """Pixels to which the shorter side is resized before the crop; None if the aspect ratio does not matter."""
     if not data_config or data_config.get("crop_mode", "center") != "center":
         return None
     return float(max(data_config["input_size"][1:]) / data_config["crop_pct"])
@@ -239,7 +239,7 @@ def _load_folder(name: str, folder: Path, weights: Path | None, space: Given, he
     classes, head = outputs_of(config, folder, space, head)
     module = build_from_folder(folder, weights).eval()
     _check_outputs(module, classes, name)
-    # An export says itself how images are to be prepared.
+    # An export states its own preprocessing.
     known = None if _is_export(config) else _checkpoint_of_config(config)
     return LoadedModel(
         name=name,
@@ -254,10 +254,10 @@ def _load_folder(name: str, folder: Path, weights: Path | None, space: Given, he
 def outputs_of(
     config: Mapping[str, Any], folder: Path, space: Given = None, head: Head | None = None
 ) -> tuple[Classes, Head | None]:
-    """Classes of a folder's outputs, and how these are read, None where it does not say; or what is asked for.
+    """Return the classes of a folder's outputs and how to read these (None if it does not say), or what is asked for.
 
     Raises:
-        UnresolvedLabelSpaceError: Nobody says which classes they are.
+        UnresolvedLabelSpaceError: The classes are not known.
         ModelError: As :func:`stated_outputs`.
     """
     asked = space == "own" or (space is not None and head is not None)
@@ -272,12 +272,12 @@ def outputs_of(
 
 
 def _published_data_config(known: Checkpoint | None, own: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A model's own preprocessing; but timm's configurations of the 21K-P heads say crop where squash is right."""
+    """A model's own preprocessing, except that timm's configurations of 21K-P heads say crop where squash is right."""
     return known.data_config if known is not None and known.head == "semantic_softmax" else own
 
 
 def _checkpoint_of_config(config: Mapping[str, Any]) -> Checkpoint | None:
-    """The checkpoint that a folder is a copy of, when its configuration names one and has as many classes."""
+    """The checkpoint that a folder is a copy of, if its configuration names one and has as many classes."""
     settings = settings_of(config)
     try:
         checkpoint = registry.find_record(config["architecture"], settings["tag"]) or registry.resolve_checkpoint(
@@ -290,10 +290,10 @@ def _checkpoint_of_config(config: Mapping[str, Any]) -> Checkpoint | None:
 
 
 def stated_outputs(config: Mapping[str, Any], folder: Path) -> tuple[LabelSpace, Head] | None:
-    """Classes and head that a configuration of an export states, None where it is none or has got other classes since.
+    """Return the classes and head that an export's configuration states; None for no export or for changed classes.
 
-    Programs of others keep what it states when they save the network again. That classes are others can be seen by
-    their number or names; where both are the same, nobody can tell.
+    Other programs keep these entries when they save the network again. Changed classes show in their number or names;
+    if both are the same, the change cannot be detected.
 
     Raises:
         ModelError: It is damaged.
@@ -328,7 +328,7 @@ def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, 
             return _own_names(config, folder)
         try:
             return LabelSpace(folder.name, tuple(names))
-        except (UnknownSynsetError, DuplicateSynsetError) as error:  # a slip, or other classes than the checkpoint's
+        except (UnknownSynsetError, DuplicateSynsetError) as error:  # a typo, or other classes than the checkpoint's
             raise UnresolvedLabelSpaceError(
                 f"{folder} seems to have synsets as its classes, but {str(error).partition(';')[0].rstrip('.')}. Give "
                 "label_space (--label-space): a name or wnids, or own, for its names as they are."
@@ -336,7 +336,7 @@ def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, 
     if known is None:
         raise UnresolvedLabelSpaceError(
             f"{folder} does not say which WordNet synsets its outputs are; give label_space: a name such as "
-            "imagenet1k, wnids, or ClassNames for classes that are no synsets."
+            "imagenet1k, wnids, or ClassNames for classes that are not synsets."
         )
     return LabelSpace.load(known.label_space)
 
@@ -356,8 +356,8 @@ def _from_module(module: Any, space: Given, head: Head | None) -> LoadedModel:
         raise InvalidArgumentError(f"model is a {type(module).__name__}; give a name, a folder or a torch module.")
     if space is None or space == "own":
         raise UnresolvedLabelSpaceError(
-            "The classes of a module are not known by itself; give label_space: a name such as imagenet1k, wnids, or "
-            "ClassNames for classes that are no synsets."
+            "A module does not state its classes; give label_space: a name such as imagenet1k, wnids, or ClassNames "
+            "for classes that are not synsets."
         )
     _check_outputs(module, space, type(module).__name__)
     settings = getattr(module, "pretrained_cfg", None)
@@ -387,23 +387,23 @@ def _speak_alike(space: Given, other: LabelSpace) -> bool:
 
 def _head_of(space: Classes, name: str, head: Head | None) -> Head:
     if isinstance(space, ClassNames) and head == "semantic_softmax":
-        raise InvalidArgumentError(f"The classes of {name} are no synsets and have no levels; head can be no {head}.")
+        raise InvalidArgumentError(f"The classes of {name} are not synsets and have no levels; head cannot be {head}.")
     if head is not None:
         return head
     if isinstance(space, ClassNames) or not SemanticTree.from_label_space(space).depths.any():
         return "softmax"
     raise InvalidArgumentError(
-        f"Nothing says how the outputs of {name} are to be read; give head (--head): softmax, over all classes; "
+        f"Nothing says how to read the outputs of {name}; give head (--head): softmax, over all classes; "
         "semantic_softmax, one per level, as SemanticSoftmaxLoss trains; or sigmoid."
     )
 
 
 def _check_outputs(module: nn.Module, space: Classes, name: str) -> None:
     outputs: Any = None
-    with contextlib.suppress(AttributeError, TypeError):  # of a network that is not timm's
+    with contextlib.suppress(AttributeError, TypeError):  # for a network that is not timm's
         classifier: Any = module.get_classifier()  # type: ignore[operator]
         classifier = classifier[-1] if isinstance(classifier, tuple) else classifier
-        # The layer itself, since somebody may have put another one there.
+        # Ask the layer itself, since it may have been replaced.
         outputs = getattr(classifier, "out_features", getattr(classifier, "out_channels", None))
     if isinstance(outputs, int) and outputs != len(space):
         raise LabelSpaceError(f"{name} has {outputs:,} outputs, but {space.name} has {len(space):,} classes.")
@@ -419,4 +419,4 @@ def _as_label_space(label_space: LabelSpaceLike | None) -> Given:
     try:
         return LabelSpace("custom", tuple(label_space))
     except UnknownSynsetError as error:
-        raise UnknownSynsetError(f"{error} ClassNames takes the names of classes that are no synsets.") from None
+        raise UnknownSynsetError(f"{error} ClassNames takes the names of classes that are not synsets.") from None

@@ -1,4 +1,4 @@
-"""Weights that are on this machine already, found and verified; opens no connection and writes nothing."""
+"""Find and verify weights that are already on this machine; opens no connection and writes nothing."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Fetched:
 
     Attributes:
         path: The file.
-        sha256: Of its content.
+        sha256: Hash of its content.
         num_bytes: Its size.
-        checked_against: Who stated the hash that it was compared with; None when nobody does.
+        checked_against: Who stated the hash it was compared with; None if nobody did.
         downloaded: Whether it was fetched just now.
     """
 
@@ -51,10 +51,10 @@ class Fetched:
 def find_verified(
     checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None
 ) -> tuple[Fetched | None, list[str]]:
-    """The weight file of a checkpoint if it is on this machine and has the right hash; opens no connection.
+    """Find the weight file of a checkpoint on this machine if it has the right hash; opens no connection.
 
     Returns:
-        The file or None, and what is wrong with files that are here and have not the right hash.
+        The file or None, and what is wrong with local files that do not have the right hash.
 
     Raises:
         ChecksumError: A file in a Python package is not the published one.
@@ -72,7 +72,7 @@ def find_verified(
 
 
 def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """Where the weights of a checkpoint are on this machine, not yet verified; opens no connection."""
+    """Find the weights of a checkpoint on this machine, without verifying them; opens no connection."""
     for source in checkpoint.sources:
         if isinstance(source, PackageSource):
             return _package_path(source)
@@ -81,7 +81,7 @@ def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None 
             place = root / cache.relative_path(source, filename)
             if place.is_file() and (
                 pinned_sha256(source, filename) or cache.read_receipt(place)
-            ):  # or it cannot be verified
+            ):  # else it cannot be verified
                 return place
             if not isinstance(source, HubSource) or (path := hub.find_in_cache(source, filename)) is None:
                 continue
@@ -91,7 +91,7 @@ def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None 
 
 
 def cached_files(sources: Iterable[Source], cache_dir: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Files of some sources that are in our cache, or of which at least a receipt is."""
+    """List the files of some sources that are in our cache, or at least have a receipt there."""
     root = cache.cache_dir(cache_dir)
     places = [
         root / cache.relative_path(source, filename)
@@ -103,12 +103,12 @@ def cached_files(sources: Iterable[Source], cache_dir: str | os.PathLike[str] | 
 
 
 def pinned_sha256(source: Remote, filename: str) -> str | None:
-    """The sha256 of a source, which is that of the first of its files."""
+    """The sha256 that a source states for a file: for the first of its files, else None."""
     return source.sha256 if filename == filenames_of(source)[0] else None
 
 
 def find_file(source: Remote, filename: str, root: Path, damages: list[str]) -> Fetched | None:
-    """A file that is here and has the right hash; what is here and has not is told of in ``damages``."""
+    """Find a local file that has the right hash; local files that do not are reported in ``damages``."""
     place = root / cache.relative_path(source, filename)
     receipt = cache.read_receipt(place)
     pinned = pinned_sha256(source, filename)
@@ -118,7 +118,7 @@ def find_file(source: Remote, filename: str, root: Path, damages: list[str]) -> 
         candidates.append((path, Expected(sha256=pinned) if pinned else hub.expected_of_etag(blob)))
     for path, expected in candidates:
         if not (expected.sha256 or expected.git_sha1) or not path.is_file():
-            continue  # nothing to compare it with: a cache without links does not tell
+            continue  # nothing to compare it with: a cache without links does not show the ETag
         try:
             sha256 = sha256_of(path)
             wrong = difference(path, sha256, expected)
@@ -161,5 +161,5 @@ def _package_path(source: PackageSource) -> Path | None:
 
 
 def filenames_of(source: Remote) -> tuple[str, ...]:
-    """The files that may hold its weights, in order of preference."""
+    """The files that may hold a source's weights, in order of preference."""
     return source.filenames if isinstance(source, HubSource) else (source.filename,)

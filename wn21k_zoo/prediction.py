@@ -1,4 +1,4 @@
-"""What a prediction says: labels per level, a path down the tree, and the model's own top classes."""
+"""The contents of a prediction: labels per level, a path down the tree, and the model's own top classes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Label:
 
     Attributes:
         index: Index of the node in the tree.
-        wnid: WordNet 3.0 noun id, for the name alone may be ambiguous; empty where the class is no synset.
+        wnid: WordNet 3.0 noun id, since the name alone may be ambiguous; empty if the class is not a synset.
         name: Lemmas, joined by ', '; or the class's own name.
-        definition: WordNet's definition; empty where the class is no synset.
+        definition: WordNet's definition; empty if the class is not a synset.
         depth: Number of ancestors in the tree.
         probability: p in [0, 1], as the kind of head defines it (:class:`wn21k_zoo.hierarchy.Decoder`).
         confidence: In [0, 1]; never above the confidence of the parent.
@@ -63,9 +63,9 @@ class Output:
 
     Attributes:
         index: Index of the output.
-        wnid: Its class; empty where that is no synset.
+        wnid: Its class; empty if that is not a synset.
         name: Lemmas, joined by ', '; or the class's own name.
-        definition: WordNet's definition; empty where the class is no synset.
+        definition: WordNet's definition; empty if the class is not a synset.
         probability: Softmax, or sigmoid, over all outputs.
     """
 
@@ -85,23 +85,23 @@ class Output:
 class Prediction:
     """Everything that was predicted for one image.
 
-    How p and the confidence of a label come from the outputs depends on the kind of head, see
-    :class:`wn21k_zoo.hierarchy.Decoder`. Where the classes are no synsets (:class:`wn21k_zoo.ClassNames`) each is a
-    root, all of one level, and p = confidence is its output.
+    How a label's p and confidence follow from the outputs depends on the kind of head; see
+    :class:`wn21k_zoo.hierarchy.Decoder`. If the classes are not synsets (:class:`wn21k_zoo.ClassNames`), each is a
+    root, all are on one level, and p = confidence is the class's output.
 
     Attributes:
         source: Path, URL or name of the image; None for data in memory.
         model: The model that predicted.
-        label_space: Name of the classes of its head.
+        label_space: Name of its head's label space.
         head: Kind of its head.
-        tree: Name of the tree that the labels belong to; that of the label space where the classes are no synsets.
+        tree: Name of the tree that the labels belong to; that of the label space if the classes are not synsets.
         threshold: Confidence that :attr:`label` must reach.
-        label: The deepest label on the path whose confidence reaches the threshold, or None when even the root's does
-            not: a coarser label that is likely right rather than a fine one that is a guess. It follows from path and
-            threshold, whatever is given.
+        label: The deepest label on the path whose confidence reaches the threshold, or None if not even the root's
+            does: a coarser label that is likely right rather than a fine one that is a guess. It is always derived
+            from path and threshold; a given value is ignored.
         levels: For each depth that has more than one class, its best labels.
-        path: From the root of highest confidence, each time to the child of highest p, to a leaf or to where all
-            children score 0.
+        path: From the root of highest confidence, always to the child of highest p, to a leaf or until all children
+            score 0.
         top_k: The best outputs in the model's own label space, as timm and transformers show them.
         unmapped: Share of the outputs that belongs to no node of the tree.
     """
@@ -123,17 +123,17 @@ class Prediction:
         object.__setattr__(self, "label", next(likely, None))
 
     def labels(self, threshold: float | None = None) -> tuple[Label, ...]:
-        """Every level's most probable label whose probability is above the threshold, as in the published demo.
+        """Each level's most probable label, if its probability is above the threshold, as in the published demo.
 
         Args:
-            threshold: In [0, 1]; by default the one of the prediction.
+            threshold: In [0, 1]; by default the prediction's own.
         """
         limit = self.threshold if threshold is None else check_share("threshold", threshold)
         best = (level.labels[0] for level in self.levels if level.labels)
         return tuple(label for label in best if label.probability > limit)
 
     def level(self, depth: int) -> Level:
-        """The level of a depth.
+        """The level at a depth.
 
         Raises:
             InvalidArgumentError: The tree has no level of that depth.
@@ -195,7 +195,7 @@ def _short(named: Label | Output) -> str:
 
 
 def error_to_dict(source: str | None, error: Wn21kError) -> dict[str, Any]:
-    """What stands in a prediction's place when an image could not be used."""
+    """The dict that takes a prediction's place when an image could not be used."""
     return {"source": source, "error": {"type": type(error).__name__, "message": str(error)}}
 
 

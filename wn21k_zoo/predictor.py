@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from wn21k_zoo.images import ImageLike
     from wn21k_zoo.models import ModelLike
 
-    # What type checkers can tell apart; an array can be one or several.
+    # What type checkers can tell apart; an array can be one image or several.
     OneImage = str | os.PathLike[str] | Image.Image | bytes | bytearray | memoryview | BinaryIO
     SeveralImages = list[Any] | tuple[Any, ...] | Iterator[Any]
 
@@ -59,25 +59,25 @@ class Predictor:
     Args:
         model: A record's name, a timm model name with a known label space, a folder with ``config.json`` and weights,
             ``hf-hub:ORG/NAME``, a torch module (with ``label_space``), or None for the default
-            (:func:`wn21k_zoo.models.choose_default`). A model that is named is never replaced by another.
-        top_k: How many labels each level, and how many outputs, a prediction lists.
+            (:func:`wn21k_zoo.models.choose_default`). A named model is never replaced by another.
+        top_k: How many labels per level, and how many outputs, a prediction lists.
         threshold: Confidence in [0, 1] that ``Prediction.label`` must reach.
         device: 'auto' (CUDA, else MPS, else CPU; a module stays where it is) or a torch device.
-        batch_size: Images per forward pass; by default 8 on a CPU, whose caches like it small, and 32 elsewhere.
-        tree: Whose labels are given: a shipped tree's name, a file of wnids or a :class:`SemanticTree`. By default
-            fall11, or winter21 for a head over its classes; for a semantic softmax always the tree over its classes.
-            Not for classes that are no synsets: then the attribute ``tree`` is None.
-        label_space: Classes of the outputs of a module or a folder; :class:`ClassNames` where they are no synsets, or
-            ``own`` for the names that a folder gives them.
-        head: How outputs of a module or a folder are to be read that does not say: ``semantic_softmax``, ``softmax``
+        batch_size: Images per forward pass; by default 8 on a CPU, whose caches favour small batches, and 32 elsewhere.
+        tree: Tree of the labels: a shipped tree's name, a file of wnids or a :class:`SemanticTree`. By default fall11,
+            or winter21 for a head over its classes; for a semantic softmax always the tree over its classes. Not
+            allowed for classes that are not synsets; the attribute ``tree`` is then None.
+        label_space: Classes of the outputs of a module or a folder; :class:`ClassNames` if they are not synsets, or
+            ``own`` for the folder's own names.
+        head: How to read the outputs of a module, or of a folder that does not say: ``semantic_softmax``, ``softmax``
             or ``sigmoid``; see :func:`wn21k_zoo.models.load_model`.
-        transform: From an RGB PIL image to a float tensor [3, H, W], in place of the model's own preprocessing.
+        transform: From an RGB PIL image to a float tensor [3, H, W], instead of the model's own preprocessing.
         allow_url: Whether images may be URLs.
-        cache_dir: Folder of the cache.
+        cache_dir: Cache folder.
 
     Raises:
         InvalidArgumentError: A value that is not allowed.
-        UnknownTreeError, TreeError, LabelSpaceError: A tree that is not known, does not fit the head, or not readable.
+        UnknownTreeError, TreeError, LabelSpaceError: A tree that is unknown, unreadable or does not fit the head.
         Wn21kError: As :func:`wn21k_zoo.models.load_model`.
 
     Example:
@@ -125,7 +125,7 @@ class Predictor:
         if isinstance(model.label_space, ClassNames):
             if chosen_tree is not None:
                 raise InvalidArgumentError(
-                    f"The classes of {self.name} are no synsets and are in no tree; leave out tree."
+                    f"The classes of {self.name} are not synsets and are in no tree; leave out tree."
                 )
             self._reader = NamesReader(model.label_space, self.head)
         else:
@@ -143,12 +143,12 @@ class Predictor:
     @overload
     def __call__(self, images: ImageLike | Iterable[ImageLike], *, errors: Errors = "raise") -> Any: ...
     def __call__(self, images: Any, *, errors: Errors = "raise") -> Any:
-        """One prediction for one image, a list of them for several, in their order.
+        """Predict one image, or several in their order.
 
         Args:
             images: An image as :func:`wn21k_zoo.images.load_image` takes it, or an iterable of them; an array or
-                tensor with four dimensions is several, and so is a column of paths or images.
-            errors: 'raise' the first error, or 'return' each in the place of its prediction.
+                tensor with four dimensions counts as several, and so does a column of paths or images.
+            errors: 'raise' the first error, or 'return' each in place of its prediction.
 
         Returns:
             A :class:`Prediction`, or a list of predictions (and errors).
@@ -168,13 +168,13 @@ class Predictor:
         return results if several else results[0]
 
     def read(self, outputs: Any) -> list[Prediction]:
-        """Predictions of outputs that were computed elsewhere, such as by ONNX Runtime with an export of the network.
+        """Make predictions from outputs computed elsewhere, such as by ONNX Runtime with an export of the network.
 
         Args:
-            outputs: Of the head before any softmax or sigmoid, [B, N]: a tensor or an array.
+            outputs: Outputs of the head before any softmax or sigmoid, [B, N]: a tensor or an array.
 
         Raises:
-            InvalidArgumentError: They are not that, or some are NaN or infinite.
+            InvalidArgumentError: They are something else, or some are NaN or infinite.
         """
         import numpy as np
         import torch
@@ -200,15 +200,15 @@ class Predictor:
         return predictions
 
     def stream(self, images: Iterable[ImageLike], *, read_ahead: bool = True) -> Iterator[Result]:
-        """Predictions in the order of the images, each error in its place, holding only a few batches in memory.
+        """Yield predictions in the order of the images, each error in its place, with only a few batches in memory.
 
         Args:
             images: Any number of images.
-            read_ahead: Decode the next batch while the model runs on this one. Without it no more than one batch is
-                taken before its results are given, as a source wants that waits for them.
+            read_ahead: Decode the next batch while the model runs on this one. Without it, no more than one batch is
+                taken before its results are yielded, for a source that waits for them.
 
         Raises:
-            InvalidArgumentError: It is one image.
+            InvalidArgumentError: ``images`` is a single image.
             ModelError: The model cannot be run.
         """
         if not _is_several(images):
@@ -231,7 +231,7 @@ class Predictor:
                 batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
                 yield from self._predict_batch(batch)
         finally:
-            workers.shutdown(cancel_futures=True)  # whoever stops early does not wait for what is still queued
+            workers.shutdown(cancel_futures=True)  # after an early stop, do not wait for what is still queued
 
     def __repr__(self) -> str:
         return (
@@ -283,7 +283,7 @@ class Predictor:
             yield outcome if isinstance(outcome, Wn21kError) else self._prediction(next(found), source)
 
     def _run(self, tensors: list[torch.Tensor]) -> list[dict[str, Any] | None]:
-        """What is found in each image, None where the outputs are not finite."""
+        """Return what is found in each image, None where the outputs are not finite."""
         import torch
 
         try:
@@ -307,7 +307,7 @@ class Predictor:
     def _prediction(self, found: dict[str, Any] | None, source: str | None) -> Result:
         if found is None:
             return ModelError(
-                f"{self.name} gives NaN or infinite outputs for {source or 'this image'}; are its weights right?"
+                f"{self.name} gives NaN or infinite outputs for {source or 'this image'}; check its weights."
             )
         return self._made(found, source)
 
@@ -364,7 +364,7 @@ def predict(
 ) -> Any:
     """Predict labels at every level of the hierarchy for one image or several.
 
-    The last model that was named stays loaded for the next call; use a :class:`Predictor` to decide that yourself.
+    The last named model stays loaded for the next call; use a :class:`Predictor` to control this yourself.
 
     Args:
         images: One image or an iterable of them, as :func:`wn21k_zoo.images.load_image` takes them.
@@ -372,7 +372,7 @@ def predict(
         top_k: As :class:`Predictor`.
         threshold: As :class:`Predictor`.
         device: As :class:`Predictor`.
-        errors: 'raise' the first error, or 'return' each in the place of its prediction.
+        errors: 'raise' the first error, or 'return' each in place of its prediction.
         **options: Further arguments of :class:`Predictor`.
 
     Returns:
@@ -393,13 +393,15 @@ def predict(
 
 
 @functools.lru_cache(maxsize=1)
-def _load_once(name: str, device: str) -> LoadedModel:  # the device is part of the key: loading elsewhere moves it
+def _load_once(name: str, device: str) -> LoadedModel:  # the device is part of the key: use on another one moves it
     return models.load_model(name)
 
 
 def _is_several(images: Any) -> bool:
     if isinstance(images, Mapping):
-        raise InvalidArgumentError(f"A {type(images).__name__} is no image; give what it holds, such as row['image'].")
+        raise InvalidArgumentError(
+            f"A {type(images).__name__} is not an image; give what it holds, such as row['image']."
+        )
     dimensions = getattr(images, "ndim", None)
     if isinstance(dimensions, int):
         kind = getattr(getattr(images, "dtype", None), "kind", None)  # of a column of a table, or of an array
@@ -417,7 +419,7 @@ def _as_tree(tree: str | os.PathLike[str] | SemanticTree | None) -> SemanticTree
 
 
 def _loaded(image: ImageLike, *, allow_url: bool = False) -> Any:
-    """The image; a warning that the caller wants to be an error is an error of this one alone."""
+    """Load an image; a warning that the caller turns into an error is an error of this image alone."""
     try:
         return load_image(image, allow_url=allow_url)
     except Warning as warning:
@@ -427,6 +429,6 @@ def _loaded(image: ImageLike, *, allow_url: bool = False) -> Any:
 def _own_transform(model: LoadedModel) -> Callable[[Any], torch.Tensor]:
     if model.data_config is None:
         raise InvalidArgumentError(
-            f"How images are prepared for {model.name} is not known; give transform (PIL image to tensor [3, H, W])."
+            f"The preprocessing of {model.name} is not known; give transform (PIL image to tensor [3, H, W])."
         )
     return cast("Callable[[Any], torch.Tensor]", models.build_transform(model.data_config))

@@ -1,4 +1,4 @@
-"""A checkpoint as a repository folder that timm, transformers and this package load, and its upload to the Hub."""
+"""Export a checkpoint as a repository folder for timm, transformers and this package, and upload it to the Hub."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ CARD_FILE = "README.md"
 LABELS_FILE = "wn21k_labels.json"
 DTYPES = ("float32", "float16", "bfloat16")
 _TEMPORARY = ".wn21k-export-"
-# What of a folder is uploaded: what we wrote, and nothing that happens to lie there.
+# The files of a folder that are uploaded: what we wrote, and nothing else that may be there.
 UPLOADED = (CARD_FILE, CONFIG_FILE, LABELS_FILE, WEIGHT_FILES[0])
 RECORD_FILE = "record.py"
 _WRITTEN = (*UPLOADED, RECORD_FILE)
@@ -76,24 +76,24 @@ def export_folder(
 ) -> Path:
     """Write ``model.safetensors``, ``config.json``, ``wn21k_labels.json`` and a card.
 
-    The configuration has readable label names, the wnid appended where several classes share a name, states the
-    preprocessing as timm and transformers honour it, and, for this package, wnids and the head's kind.
-    ``wn21k_labels.json`` has these for other programs, and a tree as the index of each node's parent. The folder
-    appears only when it is whole.
+    The configuration has readable label names, with the wnid appended where several classes share a name, the
+    preprocessing in the form that timm and transformers honour and, for this package, wnids and the kind of head.
+    ``wn21k_labels.json`` has the last two for other programs, and a tree as the index of each node's parent. The folder
+    appears only once it is complete.
 
     Args:
         model: A record's name, a timm name with a known label space, or a published weight file.
-        folder: Where to.
-        record: For a file: of which record it is, where several have its architecture and number of classes.
-        dtype: Of the weights, by default as they are: 'float32', 'float16' or 'bfloat16'.
-        force: Replace a folder of a former export.
+        folder: Output folder.
+        record: Record of a weight file, needed where several have its architecture and number of classes.
+        dtype: Data type of the weights, unchanged by default: 'float32', 'float16' or 'bfloat16'.
+        force: Replace the folder of a former export.
 
     Returns:
         The folder.
 
     Raises:
         UnknownModelError, UnresolvedLabelSpaceError, ModelError, MissingExtraError: The model cannot be loaded.
-        InvalidArgumentError: The folder exists, the dtype is another, or nobody can say of which record a file is.
+        InvalidArgumentError: The folder is not empty, the dtype is another one, or the record of a file is not clear.
     """
     target = check_target(folder, dtype, force)
     checkpoint, module = _load(os.fspath(model), record)
@@ -103,18 +103,18 @@ def export_folder(
 
 
 def check_target(folder: str | os.PathLike[str], dtype: str | None, force: bool) -> Path:
-    """The folder that an export can be written to, absolute; what a killed one left there is removed.
+    """Return the absolute path of a folder for an export; leftovers of a killed export there are removed.
 
     Raises:
-        InvalidArgumentError: The folder exists or holds what no export writes; the dtype is another.
+        InvalidArgumentError: It is a file, is not empty, or holds what no export writes; the dtype is another one.
     """
-    target = Path(os.path.realpath(local_path(folder, InvalidArgumentError)))  # also of links in a circle
+    target = Path(os.path.realpath(local_path(folder, InvalidArgumentError)))  # also for circular links
     if dtype is not None and dtype not in DTYPES:
         raise InvalidArgumentError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}.")
     if target.exists() and not target.is_dir():
         raise InvalidArgumentError(f"{target} is a file; name a folder.")
     there = target.iterdir() if target.is_dir() else ()
-    others = [path for path in there if not is_hidden(path.name)]  # but .git, .DS_Store
+    others = [path for path in there if not is_hidden(path.name)]  # not .git, .DS_Store
     if others and not force:
         raise InvalidArgumentError(
             f"{target} is not empty; choose another folder, or replace it with force=True (--force)."
@@ -136,7 +136,7 @@ def write_export(
     dtype: str | None = None,
     record: str | None = None,
 ) -> Path:
-    """Write weights, configuration, labels, card and draft of a record; they are in place only when all are whole.
+    """Write weights, configuration, labels, card and draft of a record; they appear only once all are complete.
 
     Raises:
         PublishError: It cannot be written.
@@ -150,12 +150,12 @@ def write_export(
         (temporary / CARD_FILE).write_text(card, encoding="utf-8", newline="\n")
         if record is not None:
             (temporary / RECORD_FILE).write_text(record, encoding="utf-8", newline="\n")
-        build_from_folder(temporary, temporary / WEIGHT_FILES[0])  # what was written can be read
+        build_from_folder(temporary, temporary / WEIGHT_FILES[0])  # checks that what was written can be loaded
     return target
 
 
 def plan_upload(folder: str | os.PathLike[str]) -> dict[Path, int]:
-    """The files of a folder that would go to the Hub, with their sizes in bytes.
+    """List the files of a folder that would go to the Hub, with their sizes in bytes.
 
     Raises:
         InvalidArgumentError: There is no such folder.
@@ -163,7 +163,7 @@ def plan_upload(folder: str | os.PathLike[str]) -> dict[Path, int]:
     """
     folder = expanded(folder, InvalidArgumentError)
     if not folder.is_dir():
-        raise InvalidArgumentError(f"{folder} is no folder; wn21k export writes one.")
+        raise InvalidArgumentError(f"{folder} is not a folder; wn21k export writes one.")
     read_config(folder)
     if not (folder / WEIGHT_FILES[0]).is_file():
         raise WeightsNotFoundError(f"{folder} has no {WEIGHT_FILES[0]}; wn21k export writes it.")
@@ -182,21 +182,21 @@ def publish_folder(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Push a folder to the Hugging Face Hub; the repository and the branch are made if they are not there.
+    """Push a folder to the Hugging Face Hub; the repository and the branch are created if missing.
 
     Args:
-        folder: As :func:`export_folder` writes it.
+        folder: A folder written by :func:`export_folder`.
         repo_id: ``ORG/NAME``.
         private: Make a new repository private.
         revision: Branch, by default main.
-        commit_message: Of the commit.
-        token: Of who publishes; default: ``HF_TOKEN``, or that of ``hf auth login``.
+        commit_message: Message of the commit.
+        token: Access token; by default ``HF_TOKEN``, or that of ``hf auth login``.
 
     Returns:
         URL of the commit.
 
     Raises:
-        InvalidArgumentError: There is no such folder, or the repository cannot have that name.
+        InvalidArgumentError: There is no such folder, or the repository name is not valid.
         OfflineError: The network is switched off.
         PublishError: Not logged in, or the Hub refuses.
         ModelError: The folder cannot be loaded.
@@ -209,7 +209,7 @@ def publish_folder(
         raise OfflineError(f"{repo_id} cannot be published: the network is switched off (HF_HUB_OFFLINE, --offline).")
     if token is None and get_token() is None:
         raise PublishError(
-            "The Hub must know who publishes: hf auth login, or give a token that may write by HF_TOKEN or token=."
+            "Publishing needs a login: run hf auth login, or give a token with write access in HF_TOKEN or token=."
         )
     client = HfApi(token=token, library_name="wn21k_zoo")
     try:
@@ -223,19 +223,19 @@ def publish_folder(
             revision=revision,
             commit_message=commit_message or "Upload with wn21k_zoo",
         )
-    except Exception as error:  # the Hub's client and its transport have many kinds
+    except Exception as error:  # the Hub's client and its transport raise many kinds of errors
         raise PublishError(f"{repo_id} could not be published: {first_line(error)}") from error
     return str(commit.commit_url)
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what cannot be the name of a repository.
+    """Check that a text can be the name of a repository.
 
     Raises:
-        InvalidArgumentError: It is none.
+        InvalidArgumentError: It cannot.
     """
     if not is_repo_id(repo_id):
-        raise InvalidArgumentError(f"{repo_id!r} is no name of a repository; write ORG/NAME.")
+        raise InvalidArgumentError(f"{repo_id!r} is not a repository name; write ORG/NAME.")
 
 
 def _load(model: str, record: str | None) -> tuple[Checkpoint, nn.Module]:
@@ -250,7 +250,7 @@ def _load(model: str, record: str | None) -> tuple[Checkpoint, nn.Module]:
             raise ConversionError(f"{path} does not fit {checkpoint.name}: {first_line(error)}") from error
         return checkpoint, module
     if record is not None:
-        raise InvalidArgumentError(f"record (--record) is for weight files, and {model} is none.")
+        raise InvalidArgumentError(f"record (--record) is for weight files, and {model} is not one.")
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors") and not path.exists():
         raise UnknownModelError(f"There is no file {path}.")
     try:
@@ -274,25 +274,25 @@ def _record_of(converted: convert.Converted, record: str | None) -> Checkpoint:
     if record is not None:
         checkpoint = registry.get_checkpoint(record)
         if checkpoint not in fitting:
-            raise InvalidArgumentError(f"The file is {what}, and {record} is not.")
+            raise InvalidArgumentError(f"The file is {what}, but {record} is not.")
         return checkpoint
     if len(fitting) != 1:
         names = ", ".join(checkpoint.name for checkpoint in fitting) or "none"
-        raise InvalidArgumentError(f"Records of {what}: {names}; say which one by record (--record).")
+        raise InvalidArgumentError(f"Records of {what}: {names}; choose one with record (--record).")
     return fitting[0]
 
 
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder whose files are the target's at the end, and which is removed when something fails.
+    """Make a temporary folder whose files become the target's at the end; it is removed if something fails.
 
-    It lies beside a target that is new, and takes its place; and within one that is there, which may be a mount point
-    or the current folder.
+    It is next to a new target, whose place it takes, but inside an existing one, which may be a mount point or the
+    current folder.
     """
     exists = target.is_dir()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Not by tempfile, whose folders are for their owner alone.
+        # Not by tempfile, whose folders only their owner can use.
         temporary = (target if exists else target.parent) / f"{_TEMPORARY}{secrets.token_hex(8)}"
         temporary.mkdir()
     except OSError as error:
@@ -310,7 +310,7 @@ def _whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _replace_files(target: Path, temporary: Path) -> None:
-    """The configuration goes first and comes last: without it a mixture of old and new loads nowhere."""
+    """Remove the configuration first and add it last: without it a mixture of old and new files cannot be loaded."""
     new = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_FILE)
     former = temporary / "former"
     former.mkdir()
@@ -344,7 +344,7 @@ def _write_json(content: Any, path: Path) -> None:
 def folder_config(
     checkpoint: Checkpoint, module: nn.Module, names: Sequence[str], definitions: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """As timm writes it; without ``model_args``, which transformers cannot have repeat the number of classes."""
+    """Make timm's configuration without ``model_args``: transformers fails if these repeat the number of classes."""
     own = checkpoint.architecture in ARCHITECTURES
     settings = {key: value for key, value in pretrained_config(checkpoint, len(names)).items() if key != "architecture"}
     described = {"label_descriptions": dict(zip(names, definitions, strict=True))} if definitions else {}
@@ -359,7 +359,7 @@ def folder_config(
 
 
 def synset_config(checkpoint: Checkpoint, module: nn.Module, space: LabelSpace) -> dict[str, Any]:
-    """The same for classes that are synsets, and how outputs are read: programs of others copy this file alone."""
+    """As :func:`folder_config` for synsets, plus how to read the outputs, as other programs copy this file alone."""
     return folder_config(checkpoint, module, space.unique_names, space.definitions) | _outputs(checkpoint, space)
 
 
@@ -368,7 +368,7 @@ def _outputs(checkpoint: Checkpoint, space: LabelSpace) -> dict[str, Any]:
 
 
 def folder_labels(checkpoint: Checkpoint, space: LabelSpace) -> dict[str, Any]:
-    """What timm does not ask for: the head's kind, the wnids, and a tree."""
+    """Make what timm does not ask for: the kind of head, the wnids and a tree."""
     own = checkpoint.head == "semantic_softmax"
     tree = SemanticTree.from_label_space(space) if own else SemanticTree.load("fall11")
     return {

@@ -1,4 +1,4 @@
-"""From a network's outputs to what a prediction says: through the semantic tree, or by the names of classes alone."""
+"""Turn a network's outputs into what a prediction says: through the semantic tree, or by class names alone."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class TreeReader:
     """Reads outputs that stand for synsets.
 
     Args:
-        tree: Whose labels are given.
+        tree: Tree of the labels.
         label_space: Class of each output.
         head: Kind of head.
-        device: Where the logits are.
+        device: Device of the logits.
 
     Raises:
         TreeError: As :class:`wn21k_zoo.hierarchy.Decoder`.
@@ -38,11 +38,11 @@ class TreeReader:
         self._decoder = Decoder(tree, label_space, head, device)
 
     def __call__(self, logits: Tensor, top_k: int) -> list[dict[str, Any]]:
-        """For each image what :class:`wn21k_zoo.Prediction` says of it: levels, path, top_k and unmapped.
+        """Return for each image what :class:`wn21k_zoo.Prediction` says of it: levels, path, top_k and unmapped.
 
         Args:
             logits: Finite, [batch, classes].
-            top_k: How many labels each level, and how many outputs, are listed.
+            top_k: How many labels per level, and how many outputs, to list.
         """
         rows = NodeScores(**{name: scores.cpu() for name, scores in vars(self._decoder(logits)).items()})
         return [self._read(rows, row, top_k) for row in range(len(logits))]
@@ -81,7 +81,7 @@ class TreeReader:
 
 
 class NamesReader:
-    """Reads outputs that stand for classes which are no synsets: they are the roots of a tree of one level.
+    """Reads outputs that stand for classes other than synsets: they are the roots of a tree with one level.
 
     Args:
         classes: Class of each output.
@@ -110,7 +110,7 @@ class NamesReader:
 
 
 def default_tree(label_space: LabelSpace, head: Head) -> SemanticTree:
-    """The tree by which classes are read when none is named: fall11, winter21 for its own, or that over the classes."""
+    """Return the tree to use when none is named: fall11, winter21 for its own classes, or that over the classes."""
     winter21 = SemanticTree.load("winter21")
     if len(label_space) == len(winter21) and set(label_space.wnids) == set(winter21.wnids):
         return winter21
@@ -121,7 +121,7 @@ def default_tree(label_space: LabelSpace, head: Head) -> SemanticTree:
 
 
 def largest(values: NDArray[np.float32], count: int, above: float = -np.inf) -> NDArray[np.int64]:
-    """Indices of the ``count`` largest above a bound, the largest first, among equals the lower index first."""
+    """Indices of the ``count`` largest values above a bound, the largest first; ties go to the lower index."""
     candidates = np.flatnonzero(values > above)
     if count < len(candidates):
         bound = np.partition(values[candidates], -count)[-count]

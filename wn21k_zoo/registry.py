@@ -1,8 +1,8 @@
-"""Names to checkpoints: our records first, then timm's pretrained configurations.
+"""Resolve names to checkpoints: our records first, then timm's pretrained configurations.
 
 The label space of a timm configuration follows from two things that must agree: the number of classes of its head and
-the data set that its tag names last (``..._in22k_ft_in1k`` is a head over ImageNet-1K). Class counts without such a
-tag are not guessed from.
+the data set that its tag names last (``..._in22k_ft_in1k`` is a head over ImageNet-1K). Without such a tag it is not
+guessed from the class count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "resolve_checkpoint",
 ]
 
-# What our names start with in timm's registry; a folder may name an architecture so.
+# Prefix of our names in timm's registry; a folder may also name an architecture with it.
 TIMM_PREFIX = "wn21k_"
 
 _BY_NAME: Mapping[str, Checkpoint] = MappingProxyType({checkpoint.name: checkpoint for checkpoint in CHECKPOINTS})
@@ -51,10 +51,10 @@ def list_checkpoints(pattern: str = "*") -> tuple[str, ...]:
 
 
 def get_checkpoint(name: str) -> Checkpoint:
-    """The record of that name.
+    """Return the record of that name.
 
     Raises:
-        UnknownModelError: There is none; the nearest names are given.
+        UnknownModelError: There is none; the message gives the nearest names.
     """
     if name in _BY_NAME:
         return _BY_NAME[name]
@@ -62,7 +62,7 @@ def get_checkpoint(name: str) -> Checkpoint:
 
 
 def resolve_checkpoint(name: str) -> Checkpoint:
-    """The record of that name, or one made from timm's pretrained configuration of that name.
+    """Return the record of that name, or one made from timm's pretrained configuration of that name.
 
     Raises:
         UnknownModelError: Neither we nor timm have pretrained weights of that name.
@@ -75,12 +75,12 @@ def resolve_checkpoint(name: str) -> Checkpoint:
 
 
 def records_of(stem: str) -> tuple[Checkpoint, ...]:
-    """Our records whose names are ``STEM.TAG``, the one that ``wn21k_STEM`` means first."""
+    """Our records named ``STEM.TAG``, starting with the one that ``wn21k_STEM`` refers to."""
     return tuple(checkpoint for checkpoint in CHECKPOINTS if checkpoint.name.partition(".")[0] == stem)
 
 
 def find_record(architecture: str, tag: str) -> Checkpoint | None:
-    """The record with that architecture, as a configuration file names it, and tag; None when there is none."""
+    """The record with that architecture, as named in a configuration file, and tag; None if there is none."""
     architecture = architecture.removeprefix(TIMM_PREFIX)
     for checkpoint in CHECKPOINTS:
         stem, _, own_tag = checkpoint.name.partition(".")
@@ -90,7 +90,7 @@ def find_record(architecture: str, tag: str) -> Checkpoint | None:
 
 
 def is_known(name: str) -> bool:
-    """Whether a record or weights of timm's have that name, also where nobody says which classes they speak."""
+    """Whether a record or weights of timm's have that name, even if their classes are not known."""
     try:
         resolve_checkpoint(name)
     except UnresolvedLabelSpaceError:
@@ -105,7 +105,7 @@ def _from_timm(name: str) -> Checkpoint:
 
     config = _timm_config(name)
     full_name = f"{config.architecture}.{config.tag}" if config.tag else config.architecture
-    if full_name in _BY_NAME:  # a bare architecture whose default weights we have a record of
+    if full_name in _BY_NAME:  # a bare architecture for whose default weights we have a record
         return _BY_NAME[full_name]
     settings = resolve_data_config({}, pretrained_cfg=config.to_dict(), verbose=False)
     return Checkpoint(
@@ -144,7 +144,7 @@ def _timm_config(name: str) -> Any:
             f"There are no weights {tag!r} for {architecture}.{did_you_mean(name, known)}"
         ) from error
     if config is None:
-        raise UnknownModelError(f"timm knows {name!r} as an old name only; use the new one, ARCHITECTURE.TAG.")
+        raise UnknownModelError(f"timm knows {name!r} only as an old name; use the new one, ARCHITECTURE.TAG.")
     if not (config.hf_hub_id or config.url):
         raise UnknownModelError(f"timm has the architecture {architecture!r}, but no pretrained weights of that name.")
     return config

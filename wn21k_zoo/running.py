@@ -1,4 +1,4 @@
-"""What it takes to run a module: a device, evaluation mode for a while, outputs of the right shape."""
+"""Helpers to run a module: choosing a device, temporary evaluation mode, checking the shape of outputs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = ["check_logits", "device_of", "dtype_of", "evaluating", "memory_format", "select_device"]
 
-# Of each part of a module that is being run: by how many threads, and whether it was in training mode before.
+# For each part of a module that is running: in how many threads, and whether it was in training mode before.
 _RUNNING: dict[Any, list[Any]] = {}
 
 _CHANGING = threading.Lock()
 
 
 def select_device(device: str | torch.device = "auto") -> torch.device:
-    """A device by its name; 'auto' is CUDA, else Apple's MPS, else the CPU.
+    """Select a device by its name; 'auto' is CUDA, else Apple's MPS, else the CPU.
 
-    A GPU that is older than all for which torch was built is none.
+    A GPU that is older than all those torch was built for does not count.
 
     Raises:
         InvalidArgumentError: torch does not know the device or this machine does not have it.
@@ -41,7 +41,7 @@ def select_device(device: str | torch.device = "auto") -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except Exception as error:
-        # torch lists all devices that there can be, or all that it was compiled for.
+        # torch's message lists all possible devices, or all that it was compiled for.
         known = str(device).partition(":")[0] in ("cpu", "cuda", "mps")
         why = f" ({first_line(error).partition('. ')[0][:160]})" if known else ""
         raise InvalidArgumentError(
@@ -56,19 +56,19 @@ def select_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters are, the CPU if it has none."""
+    """The device of a module's parameters, the CPU if it has none."""
     import torch
 
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def dtype_of(module: nn.Module) -> torch.dtype | None:
-    """In what numbers a module's parameters are, None if it has none that are floating-point."""
+    """The dtype of a module's floating-point parameters, None if it has none."""
     return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
 
 
 def memory_format(device: torch.device, channels_last: bool = True) -> torch.memory_format:
-    """Of weights and images; on MPS as it was, for torch had wrong gradients of batch normalisation there otherwise.
+    """Memory format of weights and images; contiguous on MPS, where torch's batch norm gradients were wrong otherwise.
 
     https://github.com/pytorch/pytorch/issues/175189
     """
@@ -78,7 +78,7 @@ def memory_format(device: torch.device, channels_last: bool = True) -> torch.mem
 
 
 def check_logits(logits: Any, images: int, classes: LabelSpace | ClassNames, name: str) -> None:
-    """See that outputs are one number for each image and class.
+    """Check that outputs are one number for each image and class.
 
     Raises:
         ModelError: They are something else.
@@ -94,16 +94,16 @@ def check_logits(logits: Any, images: int, classes: LabelSpace | ClassNames, nam
 
 @contextlib.contextmanager
 def evaluating(module: Any) -> Iterator[None]:
-    """A module in evaluation mode, and then again as it was: some parts may be frozen, some not.
+    """Put a module into evaluation mode, and then restore the mode of each part: some may be frozen, some not.
 
-    Threads may share one, and parts of it: as it was is what each part is again when the last one is done.
+    Threads may share a module, or parts of it: a part's mode is restored when the last thread is done with it.
     """
     parts = list(module.modules())
     with _CHANGING:
         for part in parts:
             _RUNNING.setdefault(part, [0, part.training])[0] += 1
     try:
-        with _CHANGING, contextlib.suppress(NotImplementedError):  # torch.export's have the mode of their export
+        with _CHANGING, contextlib.suppress(NotImplementedError):  # torch.export's keep the mode of their export
             module.eval()
         yield
     finally:
@@ -119,4 +119,4 @@ def _is_too_old(device: torch.device) -> bool:
 
     built = [int(digits) for name in torch.cuda.get_arch_list() for digits in re.findall(r"^sm_(\d+)", name)]
     major, minor = torch.cuda.get_device_capability(device)
-    return bool(built) and 10 * major + minor < min(built)  # none where it was built for AMD
+    return bool(built) and 10 * major + minor < min(built)  # empty if built for AMD

@@ -1,10 +1,10 @@
 """The noun synsets of WordNet 3.0: primary parent, lemmas and definition of each.
 
 Label spaces and trees are lists of these. The table is compiled by ``wn21k tree build`` (:mod:`wn21k_zoo.wordnet`) and
-shipped as a plain array and two text files; the texts are read when the first name is asked for.
+shipped as a plain array and two text files; the texts are read when first needed.
 
 A wnid is ``n`` and the eight digits of a synset's offset in WordNet 3.0's ``data.noun``, as ImageNet writes it. The
-primary parent is the hypernym that stands last in ImageNet's ``wordnet.is_a.txt``, the one that the published
+primary parent is the hypernym listed last in ImageNet's ``wordnet.is_a.txt``, the one that the published
 ImageNet-21K-P tree uses (arXiv 2104.10972, section 3.2); instance hypernyms are not followed.
 """
 
@@ -66,7 +66,7 @@ class Nouns:
         return positions
 
     def nearest_members(self, start: NDArray[np.int64], members: NDArray[np.int64]) -> NDArray[np.int32]:
-        """For each position in ``start``, the index in ``members`` of the first of it and its ancestors that is there.
+        """For each position in ``start``, find the index in ``members`` of it or else its nearest ancestor there.
 
         Args:
             start: Positions in this table, shape [N]; -1 is allowed and has no ancestors.
@@ -89,7 +89,7 @@ class Nouns:
 
 @functools.cache
 def load_nouns() -> Nouns:
-    """The shipped table; read once in a process."""
+    """Return the shipped table; it is read once per process."""
     with (resources.files("wn21k_zoo") / "_data" / "nouns.npy").open("rb") as file:
         offsets, parents = np.load(file, allow_pickle=False)
     return Nouns(offsets=offsets, parents=parents)

@@ -22,7 +22,7 @@ __all__: list[str] = []  # timm's register_model adds to it
 
 
 def _default_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Timm wants to see a source to count a model as pretrained; the weights still come through our fetch."""
+    """A configuration with a source, so that timm counts it as pretrained; weights still come through our fetch."""
     source = checkpoint.sources[0]
     place = {"hf_hub_id": source.repo_id} if isinstance(source, HubSource) else {"url": checkpoint.origin}
     return {**pretrained_config(checkpoint), **place}
@@ -40,7 +40,7 @@ def _entry_point(name: str) -> Callable[..., Any]:
         cache_dir: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if pretrained_cfg and not isinstance(pretrained_cfg, str):  # a folder's, or a person's own
+        if pretrained_cfg and not isinstance(pretrained_cfg, str):  # from a folder, or the user's own
             return build(
                 architecture,
                 pretrained=pretrained,
@@ -54,7 +54,7 @@ def _entry_point(name: str) -> Callable[..., Any]:
 
     create.__name__ = create.__qualname__ = f"{TIMM_PREFIX}{name}"
     names = ", ".join(record.name for record in records)
-    create.__doc__ = f"{architecture} with the weights of {names}: wn21k info NAME tells about each."
+    create.__doc__ = f"{architecture} with the weights of {names}: wn21k info NAME describes each."
     return create
 
 

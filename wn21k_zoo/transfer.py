@@ -1,7 +1,7 @@
-"""One URL to one file: resumed, retried, verified, and in place only when it is whole.
+"""Download one URL to one file: resumed, retried, verified, and in place only once it is complete.
 
-Retries are urllib3's, redirects those of requests. What is added is that a body that ends early goes on where it
-stopped, that a body that stands still is given up, and that nothing gets its final name before its hash was compared.
+Retries are urllib3's, redirects those of requests. Added here: a body that ends early is resumed, a body that stalls
+is given up, and nothing gets its final name before its hash was compared.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = [
 
 CONNECT_SECONDS = 5.0
 STALL_SECONDS = 8.0
-STALL_BYTES = 16 * 1024  # fewer than these in STALL_SECONDS count as standing still
+STALL_BYTES = 16 * 1024  # fewer than these in STALL_SECONDS count as a stall
 RETRY_AFTER_MAX_SECONDS = 60.0
 MAX_REDIRECTS = 5
 RETRIED = (408, 429, 500, 502, 503, 504)
@@ -66,20 +66,20 @@ Report = Callable[[int, int | None], None]
 
 
 class RefusedError(DownloadError):
-    """A server that answers, and does not want to: a 4xx status that has no class of its own."""
+    """The server answers but refuses: a 4xx status that has no class of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What is known about a file before it is fetched; None where nothing is.
+    """What is known about a file before it is fetched; None for what is not.
 
     Attributes:
         num_bytes: Its size.
         sha256: Its hash.
-        sha256_prefix: The first digits of it.
+        sha256_prefix: The first digits of its sha256.
         git_sha1: Its hash as a Git blob (small files on the Hub have only that).
-        etag: What the server calls this version of it.
-        stated_by: Who says so.
+        etag: The server's name for this version of it.
+        stated_by: Who states this.
     """
 
     num_bytes: int | None = None
@@ -91,19 +91,19 @@ class Expected:
 
     @property
     def hash(self) -> str | None:
-        """What its content can be compared with."""
+        """The hash to compare its content with."""
         return self.sha256 or self.git_sha1 or self.sha256_prefix
 
     @property
     def version(self) -> str | None:
-        """A name for this version of the file; without one, a part of it cannot be gone on with."""
+        """A name for this version of the file; without one, a partial download cannot be resumed."""
         name = self.hash or self.etag
         return hashlib.sha256(name.encode()).hexdigest()[:16] if name else None
 
 
 @dataclass
 class Patience:
-    """Seconds that may pass without a byte, all tries together, so that a dead network ends in a bounded time."""
+    """Seconds that may pass without a byte, over all tries, so that a dead network is given up in bounded time."""
 
     seconds: float = 20.0
     spent: float = field(default=0.0, init=False)
@@ -112,13 +112,13 @@ class Patience:
         """How long the next wait may last.
 
         Raises:
-            DownloadError: There is no patience left.
+            DownloadError: No time is left.
         """
         left = self.seconds - self.spent
         if left < 1:
             raise DownloadError(
-                f"No data came for {self.spent:.0f} s in all. Check the network and try again: it goes on where it "
-                "stopped."
+                f"No data came for {self.spent:.0f} s in total. Check the network and try again: the download will "
+                "resume."
             )
         return min(at_most, left)
 
@@ -132,15 +132,15 @@ def transfer(
     patience: Patience | None = None,
     report: Report | None = None,
 ) -> str:
-    """Fetch a file; whoever calls holds its lock.
+    """Fetch a file; the caller must hold its lock.
 
     Args:
         url: Its address.
         target: Its final place; the folder must exist.
         expected: What is known about it.
-        headers: To send along, to the host of ``url`` only.
+        headers: Headers to send, to the host of ``url`` only.
         patience: Shared between tries that belong together.
-        report: Called with the bytes that are there and the total.
+        report: Called with the number of bytes so far and the total.
 
     Returns:
         The sha256 of the file.
@@ -153,7 +153,7 @@ def transfer(
     part = target.with_name(f"{target.name}.{expected.version or 'unknown'}{PART_SUFFIX}")
     with _in_cache(target):
         if expected.version is None:
-            part.unlink(missing_ok=True)  # nobody can say whether it is a part of the same file
+            part.unlink(missing_ok=True)  # it may be a part of another file
         _require_space(part, expected.num_bytes)
     _fetch_body(url, part, expected, headers or {}, patience or Patience(), report or (lambda done, total: None))
     with _in_cache(target):
@@ -167,7 +167,7 @@ def transfer(
 
 
 def difference(path: Path, sha256: str, expected: Expected) -> str | None:
-    """What of a file is not as expected, None when all is."""
+    """What about a file is not as expected, None if all is."""
     if expected.sha256 is not None and sha256 != expected.sha256:
         return f"sha256 expected {expected.sha256}, got {sha256}"
     if expected.sha256_prefix is not None and not sha256.startswith(expected.sha256_prefix):
@@ -184,7 +184,7 @@ def difference(path: Path, sha256: str, expected: Expected) -> str | None:
 
 
 def head(url: str, patience: Patience) -> Mapping[str, str]:
-    """Headers of a file on a plain server; empty when it does not answer HEAD requests.
+    """Fetch the headers of a file on a plain server; empty if it does not answer HEAD requests.
 
     Raises:
         DownloadError: As :func:`transfer`.
@@ -204,7 +204,7 @@ def head(url: str, patience: Patience) -> Mapping[str, str]:
 
 
 def read_text(url: str, patience: Patience) -> str:
-    """A text of at most 64 kB, in one try.
+    """Fetch a text of at most 64 kB, in one try.
 
     Raises:
         DownloadError: As :func:`transfer`, or it is longer.
@@ -220,17 +220,17 @@ def read_text(url: str, patience: Patience) -> str:
 
 
 def require_success(status: int, url: str, hint: str = "") -> None:
-    """Raise what an HTTP status means.
+    """Raise the error that an HTTP status stands for.
 
     Raises:
-        AuthenticationError, AccessDeniedError, RemoteNotFoundError, DownloadError: One for each kind.
+        AuthenticationError, AccessDeniedError, RemoteNotFoundError, DownloadError: Depending on the status.
     """
     if status < 400:
         return
     if status == 401:
-        raise AuthenticationError(f"{url} wants to know who asks (HTTP 401){hint or '; log in: hf auth login.'}")
+        raise AuthenticationError(f"{url} requires a login (HTTP 401){hint or '; log in: hf auth login.'}")
     if status == 403:
-        raise AccessDeniedError(f"{url} refuses (HTTP 403){hint or '; accept its terms or ask for access.'}")
+        raise AccessDeniedError(f"{url} refuses access (HTTP 403){hint or '; accept its terms or ask for access.'}")
     if status in (404, 410):
         raise RemoteNotFoundError(f"{url} does not exist (HTTP {status}){hint or '; check the name and revision.'}")
     kind = RefusedError if status < 500 else DownloadError
@@ -256,11 +256,11 @@ def _fetch_body(
                 if fruitless >= ATTEMPTS_WITHOUT_PROGRESS or (fruitless > 1 and error.no_connection):
                     raise DownloadError(str(error)) from error
                 time.sleep(min(BACKOFF_SECONDS * 2**fruitless, 4.0))
-    raise DownloadError(f"{url} breaks off again and again; try again later, it goes on where it stopped.")
+    raise DownloadError(f"{url} keeps breaking off; try again later, the download will resume.")
 
 
 class _InterruptedError(DownloadError):
-    """A try that ended early and can be gone on with."""
+    """A try that ended early and can be resumed."""
 
     def __init__(self, message: str, no_connection: bool = False) -> None:
         super().__init__(message)
@@ -280,7 +280,7 @@ def _attempt(
     sent = {"Accept-Encoding": "identity", **headers}
     if start:
         sent["Range"] = f"bytes={start}-"
-        # A hash tells at the end. And the ETag that the Hub states is not that of the server it redirects to.
+        # A hash is compared at the end anyway. And the Hub's ETag is not that of the server it redirects to.
         if not expected.hash and expected.etag and not expected.etag.startswith("W/"):
             sent["If-Range"] = expected.etag
     timeout = (patience.timeout(CONNECT_SECONDS), patience.timeout(STALL_SECONDS))
@@ -290,7 +290,7 @@ def _attempt(
                 if _is_whole(response, part, start, expected):
                     return
                 part.unlink()  # not a part of that file
-            raise _InterruptedError(f"{url} refuses to go on from byte {start:,}.")
+            raise _InterruptedError(f"{url} refuses to resume at byte {start:,}.")
         require_success(response.status_code, url)
         going_on = bool(start) and _goes_on(response, start)
         done = start if going_on else 0
@@ -305,7 +305,7 @@ def _attempt(
             _require_space(part, total)
             for chunk in _chunks(response, url, patience):
                 done += len(chunk)
-                if done > (expected.num_bytes or done):  # nobody knows when it would end
+                if done > (expected.num_bytes or done):  # it might never end
                     raise ChecksumError(f"{url} is not the published file: it has over {expected.num_bytes:,} bytes.")
                 file.write(chunk)
                 report(done, total or expected.num_bytes)
@@ -314,7 +314,7 @@ def _attempt(
 
 
 def _chunks(response: requests.Response, url: str, patience: Patience) -> Iterator[bytes]:
-    """What has arrived, as it arrives; raises when next to nothing does."""
+    """Yield data as it arrives; raise an error when next to nothing does."""
     window_start, in_window = time.monotonic(), 0
     while chunk := response.raw.read1(CHUNK):
         yield chunk
@@ -328,7 +328,7 @@ def _chunks(response: requests.Response, url: str, patience: Patience) -> Iterat
 
 
 def _is_whole(response: requests.Response, part: Path, start: int, expected: Expected) -> bool:
-    """Whether a server has nothing to send after ``start`` because that is the end."""
+    """Whether a server has nothing to send after ``start`` because the file ends there."""
     found = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", ""))
     if found:
         return int(found[1]) == start
@@ -340,7 +340,7 @@ def _goes_on(response: requests.Response, start: int) -> bool:
         return False
     found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     if not found or int(found[1]) != start:
-        raise DownloadError(f"{response.url} answers another range than was asked for; try again later.")
+        raise DownloadError(f"{response.url} sends another range than requested; try again later.")
     return True
 
 
@@ -360,7 +360,7 @@ def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
         urllib3.exceptions.LocationParseError,
     ) as error:
         names = "HF_ENDPOINT, WN21K_MIRROR and HTTPS_PROXY"
-        raise DownloadError(f"{url} is no URL, or the proxy's is none; check {names}.") from error
+        raise DownloadError(f"{url} or the proxy's address is not a URL; check {names}.") from error
     except requests.TooManyRedirects as error:
         raise DownloadError(f"{url} redirects more than {MAX_REDIRECTS} times.") from error
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
@@ -376,7 +376,7 @@ def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
 
 
 def _certificate_fault(error: BaseException) -> ssl.SSLCertVerificationError | None:
-    """The certificate's fault that an error comes from; any other of TLS is a connection that broke."""
+    """The certificate's fault behind an error; any other TLS error is a broken connection."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error
     causes = [cause for cause in (*error.args, error.__cause__) if isinstance(cause, BaseException)]
@@ -418,7 +418,7 @@ def _require_space(part: Path, num_bytes: int | None) -> None:
 
 
 def auth_of_address(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """For requests' ``auth``: a name and password in the address, and none from ~/.netrc in place of our token."""
+    """For requests' ``auth``: use name and password in the URL; ~/.netrc must not replace our token."""
     from requests.auth import HTTPBasicAuth
     from requests.utils import get_auth_from_url
 
@@ -427,7 +427,7 @@ def auth_of_address(request: requests.PreparedRequest) -> requests.PreparedReque
 
 
 def new_session() -> requests.Session:
-    """A session that asks again after 408, 429 and 5xx, waiting as long as the server says, up to 60 s."""
+    """Create a session that retries after 408, 429 and 5xx, waiting as long as the server says, up to 60 s."""
     import requests
     from requests.adapters import HTTPAdapter
     from urllib3.exceptions import InvalidHeader
@@ -443,7 +443,7 @@ def new_session() -> requests.Session:
 
     class Session(requests.Session):
         def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
-            """As requests does for a redirect, without ~/.netrc."""
+            """As requests does on a redirect, but without ~/.netrc."""
             if cast(Any, self).should_strip_auth(response.request.url, prepared_request.url):
                 prepared_request.headers.pop("Authorization", None)
 

@@ -2,7 +2,7 @@
 
 Section 3.2 of arXiv 2104.10972: each WordNet synset has one parent (:mod:`wn21k_zoo.synsets`); a class's ancestors are
 the synsets on its way to the root that are themselves classes; its depth is their number. Classes that share a depth
-form a level, inside which a 21K-P head's outputs are a softmax.
+form a level, over which a 21K-P head's outputs are a softmax.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class TreeDifference:
-    """What one tree has otherwise than another; empty and false when nothing differs.
+    """How one tree differs from another; empty and false if nothing differs.
 
     Attributes:
         only_left: wnids that only the first tree has.
         only_right: wnids that only the second tree has.
-        parents: For wnids of both whose parents differ: the parent in the first and in the second (None: a root).
+        parents: For wnids in both whose parents differ: the parent in the first and in the second (None: a root).
         same_order: Whether both list the same classes in the same order.
     """
 
@@ -84,11 +84,11 @@ class TreeDifference:
 class SemanticTree:
     """A forest over a list of classes: each class has at most one parent.
 
-    Get one by :meth:`load`, :meth:`from_wnids`, :meth:`from_file` or :meth:`from_published`. Wherever a method takes a
-    ``node``, it takes an index, a wnid or a :class:`Node`.
+    Create one with :meth:`load`, :meth:`from_wnids`, :meth:`from_file` or :meth:`from_published`. Wherever a method
+    takes a ``node``, it takes an index, a wnid or a :class:`Node`.
 
     Attributes:
-        name: What results call this tree.
+        name: Its name in results.
         label_space: The classes, in the order of the tree's indices.
         parents: Index of each class's parent, -1 for a root, int32, shape [len(tree)].
         depths: Number of each class's ancestors, int32, shape [len(tree)].
@@ -111,7 +111,7 @@ class SemanticTree:
 
     @classmethod
     def load(cls, name: str = "fall11") -> SemanticTree:
-        """The tree over a shipped label space: 'fall11', 'winter21', or any other name of one.
+        """Load the tree over a shipped label space: 'fall11', 'winter21', or the name of any other.
 
         Raises:
             UnknownTreeError: No label space has that name.
@@ -120,14 +120,14 @@ class SemanticTree:
         if full_name not in LABEL_SPACES:
             known = (*LABEL_SPACE_ALIASES, *LABEL_SPACES)
             raise UnknownTreeError(
-                f"No tree is called {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}; for a list of "
-                "your own name a text file of wnids, or use SemanticTree.from_wnids."
+                f"No tree is called {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}; for your own "
+                "list name a text file of wnids, or use SemanticTree.from_wnids."
             )
         return _load(full_name)
 
     @classmethod
     def find(cls, name: str | os.PathLike[str]) -> SemanticTree:
-        """A tree by its name, as :meth:`load`, or else that of a file, as :meth:`from_file`.
+        """Find a tree by its name, as :meth:`load`, or else in a file, as :meth:`from_file`.
 
         Raises:
             UnknownTreeError: Neither has that name.
@@ -154,10 +154,10 @@ class SemanticTree:
 
         Raises:
             UnknownSynsetError: An entry is not a noun synset of WordNet 3.0.
-            DuplicateSynsetError: An entry stands there twice.
+            DuplicateSynsetError: An entry appears twice.
             EmptyLabelSpaceError: The list is empty.
         """
-        return cls.from_label_space(LabelSpace(name, cast("tuple[str, ...]", wnids)))  # it makes the tuple itself
+        return cls.from_label_space(LabelSpace(name, cast("tuple[str, ...]", wnids)))  # which makes it a tuple
 
     @classmethod
     def from_file(cls, path: str | Path) -> SemanticTree:
@@ -176,13 +176,13 @@ class SemanticTree:
 
     @classmethod
     def from_published(cls, path: str | Path) -> SemanticTree:
-        """The tree in a file of the authors' form: a pickled dict with ``class_list`` and ``class_tree_list``.
+        """Read a tree in the authors' format: a pickled dict with ``class_list`` and ``class_tree_list``.
 
-        It is read by ``torch.load(weights_only=True)``, so no code in it runs. The tree is taken as the file has it,
-        not made anew; compare it with ours by :meth:`difference`.
+        It is read by ``torch.load(weights_only=True)``, so no code in it runs. The tree is taken from the file as it
+        is, not built anew; compare it with ours by :meth:`difference`.
 
         Raises:
-            TreeError: The file cannot be read, is not of that form, or contradicts itself.
+            TreeError: The file cannot be read, is not in that format, or contradicts itself.
         """
         import torch
 
@@ -191,17 +191,17 @@ class SemanticTree:
             raise TreeError(f"There is no tree file {path}.")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # unpickling damaged or hostile bytes raises all sorts
+        except Exception as error:  # unpickling damaged or hostile bytes raises all kinds of errors
             raise TreeError(
                 f"{path} cannot be loaded as a tree file without running its code ({first_line(error)})."
             ) from error
         if not isinstance(content, dict) or not {"class_list", "class_tree_list"} <= content.keys():
-            raise TreeError(f"{path} is no tree file: it has no entries class_list and class_tree_list.")
+            raise TreeError(f"{path} is not a tree file: it has no entries class_list and class_tree_list.")
         chains = content["class_tree_list"]
         if not isinstance(content["class_list"], (list, tuple)) or not isinstance(chains, (list, tuple)):
-            raise TreeError(f"{path} is no tree file: class_list and class_tree_list are not lists.")
+            raise TreeError(f"{path} is not a tree file: class_list and class_tree_list are not lists.")
         if not all(isinstance(chain, (list, tuple)) and all(type(i) is int for i in chain) for chain in chains):
-            raise TreeError(f"{path} is no tree file: class_tree_list does not hold lists of indices.")
+            raise TreeError(f"{path} is not a tree file: class_tree_list does not hold lists of indices.")
         label_space = LabelSpace(path.stem, tuple(content["class_list"]))
         return cls(label_space, _parents_from_chains(chains, len(label_space), path))
 
@@ -217,7 +217,7 @@ class SemanticTree:
         return self._find(node) is not None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What is derived from these is derived anew; by a function with a name, which YAML needs.
+        # Everything derived from these is derived anew, by a named function, as YAML needs.
         return _rebuilt, (type(self), self.label_space, self.parents, self.name)
 
     def __eq__(self, other: object) -> bool:
@@ -259,7 +259,7 @@ class SemanticTree:
 
     @functools.cached_property
     def class_tree_list(self) -> list[list[int]]:
-        """The published form: the :meth:`chain` of each class. All who ask have these lists: copy what you change."""
+        """The published form: the :meth:`chain` of each class. The lists are shared: copy what you change."""
         return [self.chain(index) for index in range(len(self))]
 
     @functools.cached_property
@@ -271,7 +271,7 @@ class SemanticTree:
     # Nodes and their relations
 
     def index(self, node: int | str | Node) -> int:
-        """Index of a node that is given as an index, a wnid or a :class:`Node`.
+        """Index of a node given as an index, a wnid or a :class:`Node`.
 
         Raises:
             UnknownSynsetError: The tree has no such node.
@@ -280,11 +280,13 @@ class SemanticTree:
             return index
         key = node.wnid if isinstance(node, Node) else node
         if not isinstance(key, str):
-            raise UnknownSynsetError(f"{key!r} is no node of the tree {self.name}: use a wnid or 0 to {len(self) - 1}.")
+            raise UnknownSynsetError(
+                f"{key!r} is not a node of the tree {self.name}: use a wnid or 0 to {len(self) - 1}."
+            )
         if not WNID_PATTERN.fullmatch(key):
             nodes = self.search(key, limit=3) if key.strip() else ()
             found = ", ".join(f"{node.wnid} ({node.name.split(', ')[0]})" for node in nodes)
-            hint = f" Did you mean {found}?" if found else " Search for a name by tree.search or wn21k tree search."
+            hint = f" Did you mean {found}?" if found else " Search for a name with tree.search or wn21k tree search."
             raise UnknownSynsetError(f"{key!r} is not a wnid.{hint}")
         near = self.nearest(key)
         hint = f"its nearest ancestor there is {near}" if near else "nor is any of its ancestors"
@@ -308,7 +310,7 @@ class SemanticTree:
         )
 
     def nearest(self, wnid: str) -> Node | None:
-        """For any noun synset of WordNet 3.0: it, or its nearest ancestor that the tree has, or None.
+        """For any noun synset of WordNet 3.0: itself if it is in the tree, else its nearest ancestor there, or None.
 
         Raises:
             UnknownSynsetError: ``wnid`` is not a noun synset of WordNet 3.0.
@@ -353,7 +355,7 @@ class SemanticTree:
         return self._nodes(self.chain(node)[::-1])
 
     def children(self, node: int | str | Node) -> tuple[Node, ...]:
-        """The classes whose parent the node is, in the order of their indices."""
+        """The classes whose parent is the node, in the order of their indices."""
         return self._nodes(self.child_indices(self.index(node)))
 
     def descendants(self, node: int | str | Node) -> tuple[Node, ...]:
@@ -366,22 +368,22 @@ class SemanticTree:
         return self._nodes(found)
 
     def lowest_common_ancestor(self, first: int | str | Node, second: int | str | Node) -> Node | None:
-        """The deepest node that is, or is above, both; None when they have different roots."""
+        """The deepest node that is equal to or above both; None if they have different roots."""
         above = set(self.chain(first))
         return next((self[index] for index in self.chain(second) if index in above), None)
 
     def distance(self, first: int | str | Node, second: int | str | Node) -> int | None:
-        """Number of edges between two nodes, through their lowest common ancestor; None when they have none."""
+        """Number of edges between two nodes, through their lowest common ancestor; None if they have none."""
         common = self.lowest_common_ancestor(first, second)
         if common is None:
             return None
         return int(self.depths[self.index(first)] + self.depths[self.index(second)]) - 2 * common.depth
 
     def search(self, query: str | int, limit: int | None = 20) -> tuple[Node, ...]:
-        """Nodes for an index, a wnid or (part of) a name, the best first.
+        """Find nodes by an index, a wnid or (part of) a name, the best first.
 
-        A whole lemma comes before the beginning of one, that before a word inside one, that before any other part;
-        case does not count, and among equals the shallower node comes first.
+        A whole lemma ranks before the beginning of one, then a word inside one, then any other part; case is ignored,
+        and of equal matches the shallower node comes first.
 
         Raises:
             InvalidArgumentError: The query is empty, or the limit negative.
@@ -394,7 +396,7 @@ class SemanticTree:
         if text in self.label_space.index:
             return (self[text],)
         if text.isdecimal():
-            index = int(text[:20])  # Python reads no number of thousands of digits
+            index = int(text[:20])  # Python does not parse numbers of thousands of digits
             return (self[index],) if index < len(self) else ()
         ranked = []
         for index, name in enumerate(self.label_space.names):
@@ -404,7 +406,7 @@ class SemanticTree:
         return self._nodes([index for _, _, index in sorted(ranked)[:limit]])
 
     def difference(self, other: SemanticTree) -> TreeDifference:
-        """What this tree has otherwise than ``other``: classes, parents, order."""
+        """How this tree differs from ``other``: classes, parents, order."""
         mine, others = self._parent_wnids(), other._parent_wnids()
         return TreeDifference(
             only_left=tuple(wnid for wnid in self.wnids if wnid not in others),
@@ -423,7 +425,7 @@ class SemanticTree:
         """A tree for ``rich.print``.
 
         Args:
-            node: Draw what is below it; by default everything.
+            node: Top of the drawing; by default everything is drawn.
             max_depth: Levels to draw below the top, by default all.
 
         Raises:
@@ -443,7 +445,7 @@ class SemanticTree:
     # Indices
 
     def child_indices(self, index: int) -> NDArray[np.int64]:
-        """Indices of a node's children, ascending; shape [number of children]. -1 stands above the roots."""
+        """Indices of a node's children, ascending; shape [number of children]. -1 counts as the parent of the roots."""
         order, starts = self._children_by_parent
         return order[starts[index + 1] : starts[index + 2]]
 

@@ -1,4 +1,4 @@
-"""Images from the public internet: bounded in size, time and redirects, and never from a private address."""
+"""Fetch images from the public internet: bounded in size, time and redirects, and never from a private address."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _of_thread = threading.local()
 
 
 def fetch_url(url: str) -> bytes:
-    """The body of a URL: at most 50 MB, 30 s and 5 redirects, from public addresses only; proxies are not used.
+    """Fetch the body of a URL: at most 50 MB, 30 s, 5 redirects, from public addresses only; proxies are not used.
 
-    The address that counts is the one that the socket is connected to, so neither a redirect nor a name that resolves
-    differently the second time leads inside.
+    The address that counts is the one the socket is connected to, so neither a redirect nor a name that resolves
+    differently the second time leads to a private network.
 
     Raises:
         ImageURLError: Not http or https, not public, not answered in time, or answered with an error.
@@ -45,7 +45,7 @@ def fetch_url(url: str) -> bytes:
         _of_thread.connections = connections
         answers.put(_fetch(url))
 
-    # A thread, because a server that sends byte by byte holds any time-out of a socket for as long as it likes.
+    # In a thread, because a server that sends byte by byte can put off any socket timeout for as long as it likes.
     threading.Thread(target=fetch, daemon=True, name="wn21k-url").start()
     try:
         answer = answers.get(timeout=MAX_SECONDS)
@@ -68,7 +68,7 @@ def _fetch(url: str) -> bytes | Wn21kError:
             return _follow(session, url)
     except Wn21kError as error:
         return error
-    except Exception as error:  # requests, urllib3, the socket and the decoders of a body all have their own
+    except Exception as error:  # requests, urllib3, the socket and the body decoders all have their own
         private = _find_private(error)
         if private is not None:
             return ImageURLError(f"{url} leads to {private}, which is not a public address; it was not fetched.")
@@ -108,10 +108,10 @@ def _read_body(answer: requests.Response, url: str) -> bytes:
     return bytes(body)
 
 
-# IPv6 addresses that lead to an IPv4 address inside them.
+# IPv6 addresses that lead to an embedded IPv4 address.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _TUNNELS = tuple(map(ipaddress.IPv6Network, ("64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96", "::ffff:0:0:0/96")))
-# Not for the internet, which not every Python knows.
+# Not public, although not every version of Python knows it.
 _NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.88.99.0/24", "fec0::/10", "3fff::/20", "5f00::/16")))
 
 
@@ -140,7 +140,7 @@ def _is_public(address: str) -> bool:
 
 
 class _PublicMixin:
-    """Looks at the addresses before it connects, and at the one that it is connected to before it sends."""
+    """Checks the addresses before it connects, and the connected one before it sends."""
 
     def _new_conn(self) -> Any:
         host, port = self._dns_host, self.port  # type: ignore[attr-defined]
@@ -178,7 +178,7 @@ class _PublicAdapter(HTTPAdapter):
 
 
 def _find_private(error: BaseException | None) -> str | None:
-    """The private address behind a chain of errors, as requests and urllib3 wrap them."""
+    """Find the private address behind a chain of errors, as requests and urllib3 wrap them."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         if isinstance(error, _PrivateAddressError):

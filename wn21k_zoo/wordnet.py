@@ -1,7 +1,7 @@
-"""Compiles the data in ``wn21k_zoo/_data`` from NLTK's WordNet 3.0 and timm's class lists; not needed at run time.
+"""Compile the data in ``wn21k_zoo/_data`` from NLTK's WordNet 3.0 and timm's class lists; not needed at run time.
 
 ``wn21k tree build`` writes the same bytes wherever it runs. WordNet gives 1,422 of its noun synsets several hypernyms;
-which one counts for ImageNet does not follow from WordNet and stands in ``primary_parents.tsv`` (the hypernym that
+which one counts for ImageNet does not follow from WordNet and is listed in ``primary_parents.tsv`` (the hypernym that
 comes last in ImageNet's ``wordnet.is_a.txt``).
 """
 
@@ -39,7 +39,7 @@ TIMM_FILES: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# The lexicographer files by number, as lexnames(5WN) lists them: NLTK wants a file of them, Debian has none.
+# The lexicographer files by number, as lexnames(5WN) lists them: NLTK needs a file of them, Debian has none.
 _NOUNS = (
     "Tops act animal artifact attribute body cognition communication event feeling food group location motive object "
     "person phenomenon plant possession process quantity relation shape state substance time"
@@ -57,7 +57,7 @@ LEXNAMES = (
 
 
 def compile_data(wordnet: Path | None = None) -> dict[str, bytes]:
-    """The compiled files by their path relative to ``_data``, made anew from WordNet.
+    """Compile the data files from WordNet; return them by their path relative to ``_data``.
 
     Args:
         wordnet: A folder with WordNet 3.0's database files (``data.noun`` and the rest, such as Debian's
@@ -110,7 +110,7 @@ def _noun_files(reader: Any) -> dict[str, bytes]:
 
 
 def _clean(definition: str) -> str:
-    """Without what NLTK leaves of the examples it cuts out: their punctuation and whom they quote ('; --Genesis')."""
+    """Remove what NLTK leaves of the examples it cuts out: their punctuation and their sources ('; --Genesis')."""
     parts = (part.strip() for part in definition.split("; "))
     kept = (part for part in parts if not part.startswith("-") and any(map(str.isalnum, part)))
     return "; ".join(kept).rstrip(" ;:,")
@@ -132,7 +132,7 @@ def _nltk_wordnet(folder: Path | None) -> Iterator[Any]:
             database = folder / "corpora" / "wordnet" if (folder / "corpora" / "wordnet").is_dir() else folder
             if not (database / "data.noun").is_file():
                 raise TreeError(f"{folder} has no data.noun; name a folder with WordNet 3.0's database files.")
-            # NLTK refuses links and folders that its search path does not hold, so it gets a copy of its own.
+            # NLTK refuses links and folders outside its search path, so it gets its own copy.
             data = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
             copy = data / "corpora" / "wordnet"
             shutil.copytree(database, copy)

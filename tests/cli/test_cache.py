@@ -170,7 +170,7 @@ def test_a_repository_by_its_name(run):
     done = run("cache", "prune", "hf-hub:me/mine")
     assert [Path(path).name for path in done.stdout.splitlines()] == ["config.json", "pytorch_model.bin"]
     assert done.returncode == 0
-    assert "no Hub repository" in run("cache", "prune", "hf-hub:mine").stderr
+    assert "not a Hub repository" in run("cache", "prune", "hf-hub:mine").stderr
 
 
 def test_a_progress_bar_on_a_terminal_only(tmp_path):
@@ -215,7 +215,7 @@ def test_lock_writes_what_the_sources_say_and_keeps_the_rest(run, tmp_path):
     assert "nothing to write" in run("lock", "efficientnet_lite0.embedded_in1k", "--output", lock).stderr
     assert lock.read_bytes() == before
     lock.write_text("[]")
-    assert "no lock file" in run("lock", NAME, "--output", lock).stderr
+    assert "not a lock file" in run("lock", NAME, "--output", lock).stderr
 
 
 def test_a_plain_server_is_locked_by_hashing_its_file(monkeypatch):

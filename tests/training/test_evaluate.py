@@ -91,7 +91,7 @@ def test_how_outputs_are_read_is_what_is_asked_for(run, data, tmp_path):
             assert evaluate(place, images, split="all", head=head, workers=0)["head"] == head
     with pytest.raises(InvalidArgumentError, match="give head"):
         evaluate(tmp_path / f"of_{WNIDS[0]}", data, workers=0)
-    with pytest.raises(InvalidArgumentError, match="have no levels; head can be no semantic_softmax"):
+    with pytest.raises(InvalidArgumentError, match="have no levels; head cannot be semantic_softmax"):
         evaluate(place, own, head="semantic_softmax", workers=0)
     with pytest.raises(InvalidArgumentError, match="is a run, which states"):
         evaluate(run, data, head="softmax", workers=0)

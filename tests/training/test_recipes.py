@@ -434,7 +434,7 @@ def test_finetuning_begins_with_any_folder_that_says_what_it_is(tmp_path):
         export_folder(str(tmp_path / "run"), tmp_path / "exported")
     with pytest.raises(ModelError, match="is the folder of a run; `wn21k train export"):
         presets.finetune(str(tmp_path / "run"))
-    with pytest.raises(UnknownModelError, match=r"is a file; .* makes one of a run"):
+    with pytest.raises(UnknownModelError, match=r"is a file; .* makes one from a run"):
         presets.finetune(str(next((tmp_path / "run" / "checkpoints").iterdir())))
     with pytest.raises(UnknownModelError, match="There is no folder"):
         presets.finetune("nowhere/at/all")

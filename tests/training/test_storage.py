@@ -77,7 +77,7 @@ def test_what_a_storage_raises_names_the_shard(tmp_path):
 def test_a_cache_that_cannot_be_written_is_named(shards, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("WN21K_DATA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match=r"file.index cannot be made: .*; set WN21K_DATA_CACHE"):
+    with pytest.raises(DataError, match=r"file.index cannot be created: .*; set WN21K_DATA_CACHE"):
         open_dataset(shards, label_space="winter21")
     dataset = open_dataset(f"file://{shards}")
     with pytest.raises(DataError, match="set WN21K_DATA_CACHE"):
