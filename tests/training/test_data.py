@@ -256,7 +256,7 @@ def test_what_cannot_be_is_refused(shards, tmp_path):
             Loader(dataset, **wrong)
     with pytest.raises(InvalidArgumentError, match=r"such as open_dataset\('shards'\)"):
         Loader("shards", batch_size=1)
-    with pytest.raises(InvalidArgumentError, match="no TensorDataset"):
+    with pytest.raises(InvalidArgumentError, match="not TensorDataset"):
         Loader(torch.utils.data.TensorDataset(torch.zeros(4)), batch_size=1)
     for wrong in ({"device": "x"}, {"device": 1.5}, {"augmentation": "published"}):
         with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):

@@ -113,7 +113,7 @@ def test_a_network_of_ones_own_is_evaluated_and_left_as_it_was(run, data, tmp_pa
     assert [weight.stride() for weight in module.parameters()] == layouts
     with pytest.raises(UnresolvedLabelSpaceError, match="give label_space"):
         evaluate(module, data, workers=0)
-    with pytest.raises(InvalidArgumentError, match="How images are prepared for Linear is not known"):
+    with pytest.raises(InvalidArgumentError, match="The preprocessing of Linear is not known"):
         evaluate(torch.nn.Linear(3, 6), data, label_space=sorted(WNIDS), head="softmax", workers=0)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         half = evaluate(copy.deepcopy(module).to(dtype), data, label_space=sorted(WNIDS), head="softmax", workers=0)

@@ -400,7 +400,7 @@ def test_a_tensorboard_that_does_not_work_ends_no_run(data, tmp_path, monkeypatc
     [
         ({"features_only": True}, "model.arguments cannot have 'features_only'"),
         ({"pretrained": True}, "model.arguments cannot have 'pretrained'"),
-        ({"global_pool": ""}, r"The network gives \[1, 6, 1, 1\] for an image, not \[1, 6\]"),
+        ({"global_pool": ""}, r"The network returns \[1, 6, 1, 1\] for an image, not \[1, 6\]"),
     ],
 )
 def test_a_network_that_gives_no_logits(data, tmp_path, arguments, message):
