@@ -39,7 +39,7 @@ class NodeScores:
         probability: p of each node in level order, [B, N].
         confidence: Confidence of each node in level order, [B, N]; never above that of its parent.
         unmapped: What belongs to no node of the tree, [B]: the sum (softmax) or maximum (sigmoid) over the classes that
-            neither are nor have an ancestor in the tree; 0 for a semantic softmax.
+            are not in the tree and have no ancestor there; 0 for a semantic softmax.
     """
 
     outputs: Tensor

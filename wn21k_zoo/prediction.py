@@ -204,7 +204,7 @@ def json_schema() -> dict[str, Any]:
     number = {"type": "number", "minimum": 0, "maximum": 1}
     text, index = {"type": "string"}, {"type": "integer", "minimum": 0}
     source = {"type": ["string", "null"], "description": "path, URL or name of the image; null for data in memory"}
-    wnid = {"type": "string", "pattern": "^(n[0-9]{8})?$", "description": "empty where the class is no synset"}
+    wnid = {"type": "string", "pattern": "^(n[0-9]{8})?$", "description": "empty if the class is not a synset"}
     synset = {"index": index, "wnid": wnid, "name": text, "definition": text}
     label = {"$ref": "#/$defs/label"}
     level = {"depth": index, "labels": {"type": "array", "items": label}}

@@ -51,7 +51,7 @@ CSV_COLUMNS: Mapping[str, str] = {
     "depth": "depth in the tree; empty for output and error",
     "rank": "1 is the best of its level or of the outputs",
     "index": "index in the tree; for output in the label space",
-    "wnid": "WordNet 3.0 noun id; empty where the class is no synset",
+    "wnid": "WordNet 3.0 noun id; empty if the class is not a synset",
     "name": "lemmas, or the class's own name; for error its message",
     "probability": "0 to 1",
     "confidence": "0 to 1; empty for output and error",

@@ -296,7 +296,7 @@ def evaluate(
     max_bad: Annotated[
         float,
         typer.Option(
-            "--max-bad", min=0, max=1, help="Allowed share of damaged images; for 0.01, ten always are allowed."
+            "--max-bad", min=0, max=1, help="Allowed share of damaged images; ten are always allowed for 0.01."
         ),
     ] = 0.01,
     output: Annotated[

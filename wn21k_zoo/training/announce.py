@@ -68,7 +68,7 @@ def _described(recipe: Recipe, splits: Splits, world: World, step: int, total: i
         classes += f" ({missing:,} without images for validation)"
     if left := splits.train.left_out + splits.validation.left_out:
         classes += f", {left:,} images of other classes left out"
-    begin = f"going on at step {step:,} of {total:,}" if step else f"{total:,} steps"
+    begin = f"resuming at step {step:,} of {total:,}" if step else f"{total:,} steps"
     return (
         f"{recipe.name}: {len(splits.train):,} images for training, {len(splits.validation):,} for validation"
         f"{_validated(splits)}, {classes}; {begin} of {recipe.data.batch_size} images on {ranks}"

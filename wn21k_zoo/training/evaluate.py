@@ -79,7 +79,7 @@ def evaluate(
         device: auto (a network stays where it is), cpu, cuda or mps (where it stays afterwards).
         precision: fp32, bf16 or fp16; a network in bf16 or fp16 runs in its own precision instead of fp32. Convolutions
             in fp32 use TF32 on GPUs that have it unless ``torch.backends.cudnn.allow_tf32`` is False.
-        max_bad: Share of damaged images that is tolerated; even of few images, ten always are, for 0.01.
+        max_bad: Share of damaged images that is tolerated; 1,000 times this number always are (ten for 0.01).
         predictions: CSV file with a row per image: ``image``, ``class`` and ``prediction`` (wnids, or the model's own
             names) and ``confidence``; it appears once it is complete. Predictions are leaves, see
             :class:`wn21k_zoo.training.evaluation.Evaluation`, so images of classes above them never get their own.
@@ -176,7 +176,7 @@ def _per_class(evaluation: Evaluation, class_names: Sequence[str]) -> list[dict[
 def _rows(
     place: str | os.PathLike[str] | None, class_names: Sequence[str]
 ) -> Iterator[Callable[[Batch, Tensor, Tensor], None]]:
-    """Yield a function that writes a row per image with prediction and confidence; without a place, nothing."""
+    """Yield a function that writes a row per image with prediction and confidence; without a place it does nothing."""
     if place is None:
         yield lambda batch, predictions, confidences: None
         return

@@ -60,7 +60,7 @@ def is_of_a_worker(problem: Exception) -> bool:
 
 
 def worker_gone(problem: Exception) -> DataError:
-    """Return the error for that."""
+    """Return our error for one of :func:`is_of_a_worker`."""
     if any(words in str(problem) for words in (_NO_ROOM, "out of shared memory")):
         return DataError(
             "/dev/shm, through which processes hand over images, is full: make it larger (docker run --shm-size=8g or "  # noqa: S108

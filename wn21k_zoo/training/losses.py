@@ -27,12 +27,12 @@ __all__ = ["MultiLabelLoss", "SemanticDistillationLoss", "SemanticSoftmaxLoss", 
 class SemanticSoftmaxLoss(nn.Module):
     """Cross-entropy with label smoothing inside each level, summed over levels (arXiv 2104.10972, section 3.3).
 
-    Level k counts the samples whose chain of ancestors reaches it, is divided by the size of the whole batch, and has
-    the weight W_k = min(20, N / number of classes at depth k or deeper).
+    The loss of level k is summed over the samples whose chain of ancestors reaches it, divided by the size of the whole
+    batch, and weighted by W_k = min(20, N / number of classes at depth k or deeper).
 
-    On the CPU it is a custom operator with first derivatives only, and of ``torch.func`` supports ``jvp`` only, not
-    compiled; elsewhere it consists of torch's own operators. Non-finite numbers are noticed where they count: in the
-    levels that a sample of the batch reaches.
+    On the CPU it is a custom operator, which has only first derivatives; of ``torch.func`` it supports ``jvp`` alone,
+    and that not when compiled. Elsewhere it consists of torch's own operators. Non-finite numbers are noticed where
+    they count: in the levels that a sample of the batch reaches.
 
     Args:
         tree: The classes and their hierarchy.

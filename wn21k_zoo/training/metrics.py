@@ -166,7 +166,7 @@ class SemanticAccuracy(Counts):
         self._count(torch.cat([levels, torch.stack([broken.sum(), (~there).sum()])[None]]))
 
     def compute(self) -> SemanticFigures:
-        """Return percentages over all ranks: ``semantic_top1``, and ``levels``: depth -> percent, for valid depths."""
+        """Return percentages over all ranks: ``semantic_top1``, and ``levels``: percent by depth, where there are images."""
         *total, broken, impossible = self._total()
         if impossible:
             raise _out_of_range(impossible, self.levels.num_classes)
@@ -349,7 +349,10 @@ class Calibration(Counts):
 
     @torch.no_grad()
     def update(self, confidence_b: Tensor, right_b: Tensor, counted_b: Tensor | None = None) -> None:
-        """Count confidences in [0, 1] and whether predictions were right, [B] each, or only those in ``counted_b``."""
+        """Count a batch: confidences in [0, 1] and whether predictions were right, [B] each.
+
+        With ``counted_b``, [B] bool, only those where it is true are counted.
+        """
         confidence_b = confidence_b.float()
         right_b = right_b.bool()
         counted_b = torch.ones_like(right_b) if counted_b is None else counted_b

@@ -51,9 +51,9 @@ class Criterion(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor, teacher: Tensor | None = None, share: float = 1.0) -> Tensor:
         """Return the mean over a batch; both networks' logits, [batch, classes], are in level order if there is a tree.
 
-        ``share`` is that of the targets in mixed images, see :func:`wn21k_zoo.training.mixing.mix`; the rest is that of
-        the targets in reverse order. A loss that is not finite is NaN here and not an error, so that all ranks reach
-        the point where they agree to stop.
+        For mixed images (:func:`wn21k_zoo.training.mixing.mix`), ``share`` is the weight of the loss for the targets;
+        the rest is that of the loss for the targets in reverse order. A loss that is not finite is NaN here and not an
+        error, so that all ranks reach the point where they agree to stop.
         """
         try:
             loss = self._of(logits, targets)

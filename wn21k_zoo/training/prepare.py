@@ -45,7 +45,7 @@ __all__ = ["PrepareOptions", "Progress", "prepare"]
 
 _LOG = logging.getLogger(__name__)
 _WORK_DONE = ".work.done"
-_HIDDEN = (".DS_Store", "._*", ".fseventsd", ".Spotlight-V100", ".TemporaryItems", ".Trash*", ".nfs*")  # no user's
+_HIDDEN = (".DS_Store", "._*", ".fseventsd", ".Spotlight-V100", ".TemporaryItems", ".Trash*", ".nfs*")  # not a user's
 
 
 def prepare(

@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Reports the progress of the leading rank; the other ranks have a silent one.
+    """Reports the progress of a run; on all ranks but the leading one it is silent.
 
     Args:
         folder: Folder of the run; None: silent.

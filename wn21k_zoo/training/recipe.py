@@ -91,7 +91,7 @@ class Model(Section):
         architecture: timm's name, or one of this package (``ofa_flops_595m_s``).
         start: Weights to start from: a record's or timm's name, a folder, ``hf-hub:ORG/NAME``; None: random ones. Their
             head is kept if it has the same classes; a new head starts with small weights. Weights of another
-            architecture are taken if all that it has in addition are biases. With the prefix ``random:``, as if they
+            architecture are taken if biases are all that they have in addition. With the prefix ``random:``, as if they
             were there, but random, for a trial.
         freeze_backbone: Train only the classifier; all before it stays unchanged, batch statistics too.
         arguments: More arguments for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; none for which
@@ -139,7 +139,7 @@ class Data(Section):
         cutmix: The same with a rectangle of one in the other (arXiv 1905.04899); with both, each gets half the batches.
         crop_pct: Evaluation resizes the shorter side to size / crop_pct and crops the centre; None: squash.
         window: Number of shards that are mixed with each other.
-        max_bad: Share of damaged samples that is tolerated; of few images ten always are, for 0.01.
+        max_bad: Share of damaged samples that is tolerated; 1,000 times this number always are (ten for 0.01).
     """
 
     label_space: str | tuple[str, ...] | None = "fall11"

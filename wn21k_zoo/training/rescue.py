@@ -36,7 +36,7 @@ class Rescue:
         self.begun = False
 
     def __call__(self, until: float) -> None:
-        """Write the checkpoint and mark the run, unless it failed on another rank.
+        """Write the checkpoint and mark the run preempted; a run that failed on another rank is not marked.
 
         Args:
             until: Deadline, by :func:`time.monotonic`; what is not written by then is abandoned.

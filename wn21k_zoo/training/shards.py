@@ -191,8 +191,8 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     except FileNotFoundError:
         what = "is not a folder" if not folder.is_dir() else f"has no {INFO_FILE}"
         raise DataError(
-            f"{folder} {what}; name a finished output folder of `wn21k data prepare` (to finish one, run the command "
-            "that began it again)."
+            f"{folder} {what}; name a finished output folder of `wn21k data prepare` (to finish an unfinished "
+            "one, run the same command again)."
         ) from None
     except NotADirectoryError:
         raise DataError(f"{folder} is a file; name an output folder of `wn21k data prepare`.") from None

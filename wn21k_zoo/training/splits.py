@@ -67,8 +67,8 @@ def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
 
     Raises:
         DataError, UnknownLabelSpaceError: It cannot be read.
-        RecipeError: The recipe's loss needs a hierarchy, and the classes have none; or the name of a folder is no class
-            of its label space.
+        RecipeError: The recipe's loss needs a hierarchy, and the classes have none; or the name of a folder is not a
+            class of its label space.
     """
     wanted = recipe.data.space
     train: ImageDataset

@@ -135,7 +135,9 @@ class Stage:
         """
         path = self.folder / name
         if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(self.folder)):
-            raise DataError(f"{name} is not the name of a shard: it is outside of the data set; do not trust that one.")
+            raise DataError(
+                f"{name} is not the name of a shard: it leads outside the data set, which cannot be trusted."
+            )
         if not path.is_file():
             make_folder(path.parent, DataError, ELSEWHERE)
             with exclusive(Path(f"{path}.lock"), DataError, ELSEWHERE):
