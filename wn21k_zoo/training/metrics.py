@@ -166,7 +166,7 @@ class SemanticAccuracy(Counts):
         self._count(torch.cat([levels, torch.stack([broken.sum(), (~there).sum()])[None]]))
 
     def compute(self) -> SemanticFigures:
-        """Return percentages over all ranks: ``semantic_top1``, and ``levels``: percent by depth, where there are images."""
+        """Return percentages over all ranks: ``semantic_top1``, and ``levels`` by depth, for depths with images."""
         *total, broken, impossible = self._total()
         if impossible:
             raise _out_of_range(impossible, self.levels.num_classes)
