@@ -32,9 +32,20 @@ def test_did_you_mean(name, candidates, expected):
 
 
 def test_messages_hold_no_passwords():
-    for url in ("https://me:secret@host/x", "ftp://me:secret@host", "s3://key:secret@bucket/x y@z"):
+    for url in (
+        "https://me:secret@host/x",
+        "https://me:p@secret@host/x",
+        "ftp://me:secret@host",
+        "s3://key:secret@bucket/x y@z",
+    ):
         assert "secret" not in str(DataError(f"{url} cannot be reached."))
-    for text in ("hf-hub:ORG/NAME@main", "https://host/a@b", "file:///home/me@host/x"):
+    for text in (
+        "hf-hub:ORG/NAME@main",
+        "https://host/a@b",
+        "https://host?mail=a@b.c",
+        "https://host#a@b",
+        "file:///home/me@host/x",
+    ):
         assert str(DataError(text)) == text
 
 

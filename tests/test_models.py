@@ -123,6 +123,24 @@ def test_a_configuration_says_what_is_built_not_where_weights_come_from(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth", "model"]
 
 
+def test_arguments_of_the_architecture_stay(tmp_path):
+    """Also one whose name begins as those of weights do."""
+    arguments = {"img_size": 64, "embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+    module = timm.create_model(
+        "swinv2_tiny_window8_256", num_classes=3, **arguments, pretrained_window_sizes=(8, 8)
+    ).eval()
+    for parameter in module.parameters():  # blocks begin with zeros
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_for_hf(module, tmp_path / "model", model_config={})
+    again = create_model(tmp_path / "model").eval()
+    image = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(module(image), again(image))
+        plain = timm.create_model("swinv2_tiny_window8_256", num_classes=3, **arguments).eval()
+        plain.load_state_dict(module.state_dict())
+        assert not torch.equal(module(image), plain(image))
+
+
 def test_what_timm_saved_of_a_record_is_the_same_to_all(tmp_path):
     """In predictions, in ``wn21k info``, and as the start of a training."""
     module = create_model("mobilenetv3_large_100.miil_in21k", pretrained=False)

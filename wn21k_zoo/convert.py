@@ -46,6 +46,8 @@ _PREFIX = "module."
 # The original activated batch normalisation scales by |weight| + eps (Rota Bulo et al. 2018, section 4.1).
 _ABN_EPS = 1e-5
 _SHOWN = 5
+_OF_WEIGHTS = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+    "pretrained_filter_fn", "pretrained_model_args", "pretrained_strict")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ def names_weights(argument: str) -> bool:
 
     Files written by others may describe a network, but must not cause anything else to be fetched, read or written.
     """
-    return argument.startswith("pretrained") or argument in ("cache_dir", "checkpoint_path")
+    return argument in _OF_WEIGHTS
 
 
 def convert_file(path: str | os.PathLike[str], architecture: str | None = None) -> Converted:

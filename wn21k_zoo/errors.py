@@ -121,7 +121,7 @@ class Wn21kError(Exception):
 
 def without_login(text: str) -> str:
     """Remove names and passwords from the URLs in a text."""
-    return re.sub(r"(?<=://)[^/\s@]*@", "", text)
+    return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
 
 
 class InvalidArgumentError(Wn21kError, ValueError):

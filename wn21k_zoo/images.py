@@ -211,7 +211,11 @@ def _open(file: Path | BinaryIO, name: str | None) -> Image.Image:
         head = _first_bytes(file)
         if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
             return _open_heif(file, shown)
-        what = "is empty (0 bytes)" if not head else "is not an image that can be decoded"
+        what = (
+            "is empty (0 bytes)"
+            if not head
+            else "is not an image of a known format; convert it to PNG, or give it as a PIL image"
+        )
         raise ImageDecodeError(f"{shown} {what}.") from error
     except PermissionError as error:
         raise ImageDecodeError(f"{shown} may not be read; check its permissions.") from error

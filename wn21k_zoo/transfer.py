@@ -211,11 +211,13 @@ def read_text(url: str, patience: Patience) -> str:
     """
     timeout = (patience.timeout(CONNECT_SECONDS), patience.timeout(STALL_SECONDS))
     with new_session() as session, _typed_errors(url, patience):
-        response = session.get(url, timeout=timeout, stream=True)
+        response = session.get(url, headers={"Accept-Encoding": "identity"}, timeout=timeout, stream=True)
         require_success(response.status_code, url)
-        content: bytes = response.raw.read(TEXT_BYTES + 1, decode_content=True)
-        if len(content) > TEXT_BYTES:
-            raise DownloadError(f"{url} has over {TEXT_BYTES:,} bytes.")
+        content = bytearray()
+        for chunk in _chunks(response, url, patience):
+            content += chunk
+            if len(content) > TEXT_BYTES:
+                raise DownloadError(f"{url} has over {TEXT_BYTES:,} bytes.")
         return content.decode(errors="replace")
 
 

@@ -61,6 +61,15 @@ def test_on_a_terminal_it_has_a_bar(data, tmp_path, monkeypatch):
     assert terminal.getvalue().rindex("\x1b[?25h") > terminal.getvalue().rindex("\x1b[?25l")  # the cursor is back
 
 
+def test_what_is_left_open_is_as_the_images_need(data, tmp_path):
+    recipe = small_recipe(schedule={"epochs": None, "max_steps": 25}, run={"evaluate_every": None})
+    run(recipe, data, tmp_path)
+    resolved = RunFolder(tmp_path).recipe()
+    assert (resolved.schedule.epochs, resolved.run.evaluate_every) == (5, 1)  # of 6 steps each
+    run(small_recipe(schedule={"epochs": 3}, run={"evaluate_every": None}), data, tmp_path / "short")
+    assert [line["step"] for line in lines(tmp_path / "short", "evaluation")] == [6, 12, 18]
+
+
 def test_it_learns(data, tmp_path):
     recipe = small_recipe(schedule={"epochs": 12}, optimizer={"lr": 3e-3}, data={"augmentation": "none"})
     figures = run(recipe, data, tmp_path)

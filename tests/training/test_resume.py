@@ -25,6 +25,7 @@ def recipe_of_everything():
     recipe.run.ema_decay, recipe.optimizer.clip_norm, recipe.data.batch_per_device = 0.9, 1.0, 4
     recipe.data.augmentation, recipe.schedule.name, recipe.optimizer.name = "modern", "cosine", "adamw"
     recipe.data.mixup, recipe.data.cutmix = 0.2, 1.0
+    recipe.run.evaluate_every = 2  # and no checkpoint after the first epoch
     recipe.run.log_every = 4  # lines that span the ends of epochs and of the first part
     return recipe
 

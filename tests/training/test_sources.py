@@ -100,7 +100,8 @@ def test_sizes_that_nobody_can_mean_are_damage(tmp_path, packed, kind, size):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / f"{WNIDS[0]}.tar").write_bytes(content)
     if size < 0 or kind != tarfile.REGTYPE:
-        with pytest.raises(DataSourceError, match="is damaged"):
+        said = "size below 0" if kind == tarfile.REGTYPE else f"a header has {size:,} bytes"
+        with pytest.raises(DataSourceError, match=f"is damaged: .*{said}"):
             [*read_members(classes_of(tmp_path / "folder", tmp_path)[0])]
 
 

@@ -123,7 +123,7 @@ def test_a_data_set_names_no_file_outside_of_its_folder(shards, tmp_path, name):
             open_dataset(place)
 
 
-@pytest.mark.parametrize("name", ["../evil.pth", "a/../../evil.pth", "/evil.pth"])
+@pytest.mark.parametrize("name", ["../evil.pth", "a/../../evil.pth", "a/../b/evil.pth", "/evil.pth"])
 def test_nothing_is_written_outside_of_the_stage(tmp_path, name):
     stage = Stage(tmp_path / "stage")
     with pytest.raises(DataError, match="leads outside the data set"):

@@ -104,10 +104,10 @@ def train(
     if is_among(folder.path, data):
         raise RunError(f"{folder.path} would be among the images of {data}; choose an output folder elsewhere.")
     splits = open_splits(recipe, data)
-    recipe = recipe.counted(len(splits.train))
     # Except where weights lie: the leading rank's are used, and teachers are compared by what they say.
     world.agree("recipes", recipe.model_dump(mode="json", exclude={"model": {"start"}, "loss": {"teacher"}}))
     world.agree("data", splits.describe())
+    recipe = recipe.counted(len(splits.train))
     of_start = {name: value for name, value in recipe.model.arguments.items() if name not in asked}
     about = {**splits.describe(), "start_arguments": of_start if before is None else before}
     world.lead(lambda: folder.check(recipe, about))
@@ -258,7 +258,8 @@ class _Run:
     def _finish_epoch(self, epoch: int) -> None:
         self.window.share(self.world)
         is_last = self.step >= self.total
-        evaluates = is_last or epoch % (self.recipe.run.evaluate_every or 1) == 0
+        every = self.recipe.run.evaluate_every
+        evaluates = is_last or (every is not None and epoch % every == 0)
         is_saved = self.saved is not None and self.saved[0] == self.step
         if evaluates and not is_saved and self.total > 2:  # a trial has nothing to lose
             self._save()  # an evaluation that fails, e.g. over damaged images, loses no training

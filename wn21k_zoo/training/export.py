@@ -25,7 +25,7 @@ from wn21k_zoo.files import expanded
 from wn21k_zoo.markdown import markdown_table
 from wn21k_zoo.training.heads import reorder_head
 from wn21k_zoo.training.levels import Levels
-from wn21k_zoo.training.recipe import NAME, Recipe
+from wn21k_zoo.training.recipe import NAME, RANDOM, Recipe
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
 from wn21k_zoo.training.weights import is_place
 from wn21k_zoo.tree import SemanticTree
@@ -238,8 +238,11 @@ def _draft(checkpoint: Checkpoint) -> str:
 
 def _shared(name: str | None) -> str | None:
     """Return a name of weights fit for publication: only the last part of a path on this machine."""
-    is_here = name is not None and is_place(name) and not name.startswith(HUB_PREFIX)
-    return Path(name).name if is_here and name else name
+    if name is None:
+        return None
+    plain = name.removeprefix(RANDOM)
+    is_here = is_place(plain) and not plain.startswith(HUB_PREFIX)
+    return name.removesuffix(plain) + (Path(plain).name if is_here else plain)
 
 
 def _card(checkpoint: Checkpoint, trained: Trained) -> str:

@@ -425,7 +425,7 @@ class Recipe(Section):
         of_epoch, of_run = self.steps(images)
         recipe = self.model_copy(deep=True)
         recipe.schedule.epochs = self.schedule.epochs or math.ceil(of_run / of_epoch)
-        recipe.run.evaluate_every = self.run.evaluate_every or math.ceil(of_run / of_epoch / _EVALUATIONS)
+        recipe.run.evaluate_every = self.run.evaluate_every or max(1, round(of_run / of_epoch / _EVALUATIONS))
         return recipe
 
     @property

@@ -81,17 +81,16 @@ class ClassSource:
 class Header(tarfile.TarInfo):
     """A header of an untrusted archive, for ``tarfile.open(tarinfo=)``."""
 
-    @classmethod
-    def frombuf(cls, *arguments: Any) -> Header:
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # the hook that tarfile has for subclasses
         """Limit headers that describe the next one, such as its long name, to a megabyte: tarfile reads them whole.
 
         Raises:
             tarfile.ReadError: It claims to be larger.
         """
-        header = super().frombuf(*arguments)
-        if header.type in _ABOUT_THE_NEXT and not 0 <= header.size <= 1 << 20:
-            raise tarfile.ReadError(f"a header has {header.size:,} bytes")
-        return header
+        if self.type in _ABOUT_THE_NEXT and not 0 <= self.size <= 1 << 20:
+            raise tarfile.ReadError(f"a header has {self.size:,} bytes")
+        found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        return found
 
 
 @dataclass(frozen=True, slots=True)

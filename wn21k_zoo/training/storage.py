@@ -134,7 +134,7 @@ class Stage:
             DiskSpaceError: No space is left.
         """
         path = self.folder / name
-        if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(self.folder)):
+        if Path(name).anchor or ".." in Path(name).parts:
             raise DataError(
                 f"{name} is not the name of a shard: it leads outside the data set, which cannot be trusted."
             )
