@@ -235,6 +235,15 @@ def parquet(table, names=None, **options):
     return file
 
 
+@pytest.mark.parametrize(
+    "metadata", ["no json", "[1]", '{"info": 3}', '{"info": {"features": {"label": {"names": 3}}}}']
+)
+def test_metadata_that_is_no_data_sets(metadata):
+    table = pa.table({"label": [1, 2]}).replace_schema_metadata({"huggingface": metadata})
+    with pytest.raises(DataError, match=r"x\.parquet"):
+        index_parquet(parquet(table), "x.parquet", CLASSES)
+
+
 def test_rows_of_a_table_by_a_column_of_text(tmp_path):
     # A name in words besides the synset, a class 0, a class that is not asked for, and one missing image.
     table = pa.table(

@@ -101,7 +101,7 @@ def index_parquet(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDA
         column, names = _label_column(parquet.schema_arrow, name)
         _check_embedded(parquet, name)
         values = parquet.read(columns=[column])[column]
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, AttributeError) as error:  # its metadata is any JSON
         raise DataError(f"{name} is not a readable Parquet file: {first_line(error)}") from None
     if names is not None:
         table = np.array([*(classes.get(_synset(one), -1) for one in names), -1], np.int32)
