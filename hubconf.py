@@ -20,7 +20,7 @@ def predictor(model=None, **kwargs):
     """Labels at every level of the WordNet hierarchy: ``predictor()('photo.jpg').label``.
 
     Args:
-        model: Checkpoint name; by default MobileNetV3-L over ImageNet-21K-P, or the embedded model without a network.
+        model: Checkpoint name; by default that of :func:`wn21k_zoo.predict`.
         **kwargs: As for ``wn21k_zoo.Predictor``: top_k, threshold, device, batch_size, ...
     """
     return _package().Predictor(model, **kwargs)

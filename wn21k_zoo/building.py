@@ -163,7 +163,7 @@ def as_folder(name: str | os.PathLike[str]) -> Path | None:
     """Return the folder that a name refers to, None if it names something else.
 
     Raises:
-        UnknownModelError: It looks like a folder, but there is none.
+        UnknownModelError: It is empty, or looks like a folder, but there is none, or a file.
     """
     text = os.fspath(name)
     if text.startswith(HUB_PREFIX):
@@ -188,7 +188,7 @@ def configured_folder(name: str | os.PathLike[str], cache_dir: str | os.PathLike
     """Return the folder with the configuration of a folder or (fetched) Hub repository; None for any other name.
 
     Raises:
-        UnknownModelError: It looks like a folder, but there is none.
+        UnknownModelError: It is empty, or looks like a folder, but there is none, or a file.
         ModelError: The repository or its configuration cannot be fetched.
     """
     text = os.fspath(name)

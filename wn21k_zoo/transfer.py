@@ -138,7 +138,7 @@ def transfer(
         url: Its address.
         target: Its final place; the folder must exist.
         expected: What is known about it.
-        headers: Headers to send, to the host of ``url`` only.
+        headers: Headers to send; ``Authorization`` to the host of ``url`` only.
         patience: Shared between tries that belong together.
         report: Called with the number of bytes so far and the total.
 
