@@ -105,6 +105,14 @@ def test_sizes_that_nobody_can_mean_are_damage(tmp_path, packed, kind, size):
             [*read_members(classes_of(tmp_path / "folder", tmp_path)[0])]
 
 
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_headers_without_end_are_damage(tmp_path, kind):
+    image = header(f"{WNIDS[0]}/{WNIDS[0]}_0.JPEG", 0)
+    (tmp_path / "flat.tar").write_bytes(image + header("x", 0, kind) * 3_000 + image + bytes(10_240))
+    with pytest.raises(DataSourceError, match=r"is damaged .*: too many headers describe one member\.$"):
+        classes_of(tmp_path / "flat.tar", tmp_path)
+
+
 def test_a_class_that_is_there_twice_is_refused(tmp_path):
     write_folder(tmp_path / "in", {f"{WNIDS[0]}.tar": tar_bytes({}), f"{WNIDS[0]}/a.jpg": b"a"})
     with pytest.raises(DataSourceError, match=rf"is there twice, .*{WNIDS[0]} and .*{WNIDS[0]}\.tar; remove one"):

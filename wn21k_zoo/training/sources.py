@@ -85,11 +85,14 @@ class Header(tarfile.TarInfo):
         """Limit headers that describe the next one, such as its long name, to a megabyte: tarfile reads them whole.
 
         Raises:
-            tarfile.ReadError: It claims to be larger.
+            tarfile.ReadError: It claims to be larger, or a thousand of them follow each other.
         """
         if self.type in _ABOUT_THE_NEXT and not 0 <= self.size <= 1 << 20:
             raise tarfile.ReadError(f"a header has {self.size:,} bytes")
-        found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        try:
+            found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        except RecursionError:
+            raise tarfile.ReadError("too many headers describe one member") from None
         return found
 
 
