@@ -2,6 +2,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -281,10 +282,19 @@ def test_a_folder_with_wnids_as_names(folder, tmp_path, embedded):
     assert models.load_model(other, head="softmax").label_space.wnids == tuple(wnids)
 
 
+@pytest.mark.parametrize("name", ["resnet50_miil_21k.pth", "resnet50.safetensors"])
+def test_a_weight_file_is_told_how_it_becomes_a_model(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for given in (name, f"./{name}", tmp_path / name):
+        with pytest.raises(UnknownModelError, match=rf"is a file; .* `wn21k export \S*{re.escape(name)} DIR` makes"):
+            models.load_model(given)
+
+
 def test_bad_folders(folder, tmp_path):
     with pytest.raises(UnknownModelError, match="no folder"):
         models.load_model(tmp_path / "none")
-    with pytest.raises(UnknownModelError, match="is a file"):
+    with pytest.raises(UnknownModelError, match=r"config\.json is a file; name the folder that holds .* weights\.$"):
         models.load_model(folder / "config.json")
     with pytest.raises(ModelError, match=r"no config\.json"):
         models.load_model(tmp_path)

@@ -598,6 +598,29 @@ def test_offline_opens_no_socket(kind, root, monkeypatch):
         download.fetch_file(HubSource(repo_id=REPO), ("config.json",))
 
 
+def test_what_somebody_put_into_the_cache_is_used_if_its_name_states_its_hash(root, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    checkpoint = checkpoint_of("plain", "https://host.invalid")
+    (source,) = checkpoint.sources
+    place = root / cache.relative_path(source, source.filename)
+    place.parent.mkdir(parents=True)
+    place.write_bytes(BODY)
+    fetched = download.fetch(checkpoint)
+    assert (fetched.path, fetched.checked_against) == (place, "the file's name")
+    assert find_local(checkpoint) == place
+    place.write_bytes(BODY[:-1])
+    with pytest.raises(OfflineError, match=r"is not at .* is damaged: sha256 expected"):
+        download.fetch(checkpoint)
+
+    nameless = plain_checkpoint("https://host.invalid/weights.pth")
+    place = root / cache.relative_path(nameless.sources[0], "weights.pth")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(BODY)
+    with pytest.raises(OfflineError, match=r"weights\.pth was put there by hand .*: wn21k export \S+ DIR"):
+        download.fetch(nameless)
+    assert find_local(nameless) is None
+
+
 def test_a_mirror_is_asked_first_and_not_believed(root, serve, monkeypatch):
     origin, origin_seen = serve(files_of("hub"))
     place = "mirror/hub/org--name/model.safetensors"

@@ -21,7 +21,7 @@ from wn21k_zoo.errors import (
     UnknownSynsetError,
     UnknownTreeError,
 )
-from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace
 from wn21k_zoo.synsets import load_nouns
 from wn21k_zoo.tree import SemanticTree
 from wn21k_zoo.wordnet import TIMM_FILES
@@ -310,3 +310,8 @@ def test_trees_are_equal_that_say_the_same():
     assert tree not in (SemanticTree.from_wnids(wnids, name="other"), SemanticTree.from_wnids(wnids[::-1]), "tree")
     assert tree != SemanticTree(tree.label_space, np.array([-1, -1]))
     assert yaml.unsafe_load(yaml.dump(tree)) == tree
+
+
+def test_a_tree_is_over_synsets():
+    with pytest.raises(InvalidArgumentError, match=r"synsets, not over ClassNames\('own', 2 classes\)"):
+        SemanticTree(ClassNames(["inn", "hotel"]), np.array([-1, -1], np.int32))

@@ -172,12 +172,16 @@ def as_folder(name: str | os.PathLike[str]) -> Path | None:
         raise UnknownModelError("The model name is empty; `wn21k list` shows some names.")
     if text.startswith(FOLDER_PREFIX) or isinstance(name, os.PathLike) or looks_like_path(text):
         folder = expanded(text.removeprefix(FOLDER_PREFIX), UnknownModelError)
-    elif Path(text).is_dir() and not registry.is_known(text):  # in the working directory, named without a slash
+    elif Path(text).exists() and not registry.is_known(text):  # in the working directory, named without a slash
         folder = Path(text)
     else:
         return None
     if folder.is_file():
-        how = "; `wn21k train export RUN DIR` makes one from a run" if folder.suffix == ".pt" else ""
+        how = ""
+        if folder.suffix == ".pt":
+            how = "; `wn21k train export RUN DIR` makes one from a run"
+        elif folder.suffix in (".pth", ".bin", ".safetensors"):
+            how = f"; `wn21k export {folder} DIR` makes one from a published weight file"
         raise UnknownModelError(f"{folder} is a file; name the folder that holds {CONFIG_FILE} and the weights{how}.")
     if not folder.is_dir():
         raise UnknownModelError(f"There is no folder {folder}. For a repository on the Hub write hf-hub:ORG/NAME.")

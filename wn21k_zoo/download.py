@@ -33,7 +33,7 @@ from wn21k_zoo.errors import (
 from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.files import make_folder
 from wn21k_zoo.messages import bars, on_terminal, say
-from wn21k_zoo.on_disk import Fetched, Remote, filenames_of, find_file, find_verified, pinned_sha256
+from wn21k_zoo.on_disk import Fetched, Remote, filenames_of, find_file, find_verified, stated
 from wn21k_zoo.transfer import Expected, Patience, RefusedError, difference, head, read_text, transfer
 
 __all__ = ["UnverifiedWeightsWarning", "fetch", "fetch_file", "fetch_source", "is_reachable"]
@@ -236,13 +236,10 @@ def _resolve(
 
 def _known(source: Remote, filename: str, place: Path) -> Expected | None:
     """What is known about a file without asking a server."""
-    if pinned := pinned_sha256(source, filename):
-        return Expected(num_bytes=source.num_bytes, sha256=pinned, stated_by="our lock file")
-    if isinstance(source, HubSource):
-        return None
-    if source.sha256_prefix:
-        return Expected(sha256_prefix=source.sha256_prefix, stated_by="the file's name")
-    return _first_download(place)
+    expected = stated(source, filename)
+    if expected.hash:
+        return expected
+    return None if isinstance(source, HubSource) else _first_download(place)
 
 
 def _asked(
@@ -286,6 +283,11 @@ def _mirror() -> str | None:
 def _offline(source: Remote, filename: str, root: Path, command: str, damages: Sequence[str]) -> OfflineError:
     place = root / cache.relative_path(source, filename)
     damaged = f" ({'; '.join(damages)})" if damages else ""
+    if place.is_file() and not damages:
+        return OfflineError(
+            f"{place} was put there by hand and nothing states its hash. Download it again once there is a network, "
+            f"or use it unverified: wn21k export {place} DIR makes a model of it."
+        )
     return OfflineError(
         f"{filename} of {source} is not at {place}{damaged}, and the network is switched off (HF_HUB_OFFLINE or "
         f"--offline). On a machine with a network run: {command} --cache-dir DIR, then copy DIR to {root}"

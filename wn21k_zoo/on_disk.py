@@ -22,7 +22,7 @@ __all__ = [
     "find_file",
     "find_local",
     "find_verified",
-    "pinned_sha256",
+    "stated",
 ]
 
 Remote = HubSource | URLSource
@@ -79,10 +79,8 @@ def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None 
         root = cache.cache_dir(cache_dir)
         for filename in filenames_of(source):
             place = root / cache.relative_path(source, filename)
-            if place.is_file() and (
-                pinned_sha256(source, filename) or cache.read_receipt(place)
-            ):  # else it cannot be verified
-                return place
+            if place.is_file() and (stated(source, filename).hash or cache.read_receipt(place)):
+                return place  # else it cannot be verified
             if not isinstance(source, HubSource) or (path := hub.find_in_cache(source, filename)) is None:
                 continue
             if source.sha256 or hub.expected_of_etag(path.resolve().name).stated_by:
@@ -102,22 +100,27 @@ def cached_files(sources: Iterable[Source], cache_dir: str | os.PathLike[str] | 
     return [place for place in places if place.is_file() or cache.receipt_path(place).is_file()]
 
 
-def pinned_sha256(source: Remote, filename: str) -> str | None:
-    """The sha256 that a source states for a file: for the first of its files, else None."""
-    return source.sha256 if filename == filenames_of(source)[0] else None
+def stated(source: Remote, filename: str) -> Expected:
+    """What a source's record says about a file: its hash (of the first of its files), the first digits, nothing."""
+    if source.sha256 and filename == filenames_of(source)[0]:
+        return Expected(num_bytes=source.num_bytes, sha256=source.sha256, stated_by="our lock file")
+    prefix = source.sha256_prefix if isinstance(source, URLSource) else None
+    return Expected(sha256_prefix=prefix, stated_by="the file's name" if prefix else None)
 
 
 def find_file(source: Remote, filename: str, root: Path, damages: list[str]) -> Fetched | None:
     """Find a local file that has the right hash; local files that do not are reported in ``damages``."""
     place = root / cache.relative_path(source, filename)
-    receipt = cache.read_receipt(place)
-    pinned = pinned_sha256(source, filename)
-    candidates = [(place, Expected(sha256=pinned or (receipt.sha256 if receipt else None)))]
+    of_record, receipt = stated(source, filename), cache.read_receipt(place)
+    in_cache = of_record
+    if receipt is not None and not of_record.sha256:
+        in_cache = Expected(sha256=receipt.sha256, stated_by=receipt.checked_against)
+    candidates = [(place, in_cache)]
     if isinstance(source, HubSource) and (path := hub.find_in_cache(source, filename)):
         blob = path.resolve().name  # the Hub's cache names a file by its ETag
-        candidates.append((path, Expected(sha256=pinned) if pinned else hub.expected_of_etag(blob)))
+        candidates.append((path, of_record if of_record.hash else hub.expected_of_etag(blob)))
     for path, expected in candidates:
-        if not (expected.sha256 or expected.git_sha1) or not path.is_file():
+        if not expected.hash or not path.is_file():
             continue  # nothing to compare it with: a cache without links does not show the ETag
         try:
             sha256 = sha256_of(path)
@@ -129,12 +132,11 @@ def find_file(source: Remote, filename: str, root: Path, damages: list[str]) -> 
             damages.append(f"{path} is damaged: {wrong}")
             _LOG.warning("%s; it is not used.", damages[-1])
             continue
-        stated = receipt.checked_against if receipt and path == place else "the Hub"
         return Fetched(
             path=path,
             sha256=sha256,
             num_bytes=path.stat().st_size,
-            checked_against="our lock file" if pinned else stated,
+            checked_against=expected.stated_by,
             downloaded=False,
         )
     return None

@@ -93,6 +93,10 @@ class SemanticTree:
         parents: Index of each class's parent, -1 for a root, int32, shape [len(tree)].
         depths: Number of each class's ancestors, int32, shape [len(tree)].
 
+    Raises:
+        InvalidArgumentError: ``label_space`` is not a :class:`LabelSpace`.
+        TreeError: The parents have a cycle.
+
     Example:
         >>> tree = SemanticTree.load("fall11")
         >>> [node.name for node in tree.ancestors("n02123045")][:2]
@@ -100,6 +104,10 @@ class SemanticTree:
     """
 
     def __init__(self, label_space: LabelSpace, parents: NDArray[np.int32], *, name: str | None = None) -> None:
+        if not isinstance(label_space, LabelSpace):
+            raise InvalidArgumentError(
+                f"A tree is over a LabelSpace, whose classes are WordNet synsets, not over {label_space!r}."
+            )
         self.name = name or label_space.name
         self.label_space = label_space
         self.parents = np.array(parents, dtype=np.int32)

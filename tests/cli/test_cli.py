@@ -24,6 +24,7 @@ from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.cli import main
 from wn21k_zoo.cli.app import _is_closed_pipe, app
 from wn21k_zoo.cli.output import CSV_COLUMNS
+from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.prediction import json_schema
 
 ROOT = Path(__file__).parents[2]
@@ -269,7 +270,7 @@ def test_file_names_that_are_no_text(tmp_path, photographs):
         (["info", ""], 1, "The model name is empty"),
         (["data", "prepare", "images", "out", "--format", "json"], 2, "is for --dry-run"),
         (["data", "prepare", "images", "out", "--ray-address", "auto"], 2, "add --engine ray"),
-        (["tree", "compare", "none.pth"], 1, "no tree file"),
+        (["tree", "compare", "none.pth"], 1, "No tree is called 'none.pth'"),
         (["nonsense"], 2, "nonsense"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -340,11 +341,22 @@ def test_tree_commands(tmp_path, monkeypatch):
     assert run("tree", "show", "n02121808", "-f", "dot").stdout.startswith("digraph")
     assert "tabby" in run("tree", "show", "n02121808", "-f", "tree").stdout
     assert len(json.loads(run("tree", "show").stdout)) == 302
+    listed = list(csv.DictReader(io.StringIO(run("tree", "show", "-f", "csv", "--tree", "imagenet1k").stdout)))
+    assert [row["wnid"] for row in listed] == list(LabelSpace.load("imagenet1k").wnids)
+    assert (listed[281]["index"], listed[281]["name"]) == ("281", "tabby, tabby cat")
+    cats = [json.loads(line) for line in run("tree", "show", "n02121808", "-f", "jsonl", "-d", 1).stdout.splitlines()]
+    tree = SemanticTree.load("fall11")
+    assert sorted(row["wnid"] for row in cats) == sorted(
+        ["n02121808", *(node.wnid for node in tree.children("n02121808"))]
+    )
+    assert len(run("tree", "show", "-f", "jsonl", "-d", 1).stdout.splitlines()) == 302
     (tmp_path / "pets.txt").write_text("n02121808\nn02123045\n")
     assert "tabby" in run("tree", "show", "--tree", tmp_path / "pets.txt", "-f", "tree").stdout
     (tmp_path / "fall11.txt").write_text("\n".join(SemanticTree.load("fall11").wnids))
     assert run("tree", "compare", tmp_path / "fall11.txt").exit_code == 0
     assert run("tree", "compare", tmp_path / "pets.txt").exit_code == 1
+    lost = json.loads(run("tree", "compare", "winter21").stdout)["only in fall11"]
+    assert len(lost) == 11_221 - 10_450
     assert run("tree", "build", "--output", tmp_path / "pets.txt").exit_code == 2
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))

@@ -18,7 +18,7 @@ from wn21k_zoo.training.inspect import contact_sheet, describe, verify_shards
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import INFO_FILE, MANIFEST_FILE, index_path, read_index, read_info, write_index
 
-from .archives import WNIDS, jpeg, make_classes, nested_tar, write_folder
+from .archives import WNIDS, jpeg, make_classes, nested_tar, split_files, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,14 @@ def test_prepare_on_the_command_line(tmp_path, prepared):
     wrong = run("prepare", source, tmp_path / "out", "--label-space", "fal11")
     assert (wrong.exit_code, "Did you mean fall11" in wrong.stderr) == (1, True)
     assert run("prepare", source, tmp_path / "out", "--quality", "101").exit_code == 2
+
+
+def test_a_dry_run_counts_a_class_of_two_splits_once(tmp_path):
+    classes = {wnid: files for wnid, files in make_classes().items() if wnid in WNIDS}
+    write_folder(tmp_path, split_files(classes, validation=2))
+    dry = run("prepare", tmp_path / "imagenet21k_resized", tmp_path / "out", "-j", 1, "--dry-run", "-f", "json")
+    (row,) = json.loads(dry.stdout)
+    assert (row["decision"], row["classes"], row["train"], row["validation"]) == ("kept", 3, 24, 6)
 
 
 @pytest.mark.parametrize("whole", [0.5, 0.99, "version", "lists"])

@@ -296,6 +296,31 @@ def test_leaves_are_those_with_no_imaged_class_below(imaged, leaves):
     assert (figures["leaves"], figures["classes_with_images"]) == (leaves, 2)
 
 
+@pytest.mark.parametrize("order", ["published", "level"])
+@pytest.mark.parametrize("head", ["semantic_softmax", "softmax", "sigmoid"])
+def test_among_all_classes_one_without_images_may_win(head, order):
+    # Images are of cats and dogs; tabby is below cat, animal above both, and plant is another kind.
+    animal, cat, tabby, dog, plant = range(len(NESTED))
+    logits = torch.full((4, len(NESTED)), -9.0)
+    for row, likely in enumerate(([animal, cat], [animal, cat, tabby], [animal, dog], [plant])):
+        logits[row, likely] = 9.0
+    logits[3, [animal, dog]] = 5.0  # rather a dog than a cat
+    evaluation = Evaluation(NESTED, head, [cat, dog], order)
+    columns = evaluation._levels.columns if order == "level" else slice(None)
+    evaluation.update(logits[:, columns], torch.tensor([cat, cat, dog, dog]))
+    figures = evaluation.compute()
+    assert (figures["top1"], figures["top1_among_all"]) == (100, 75)
+
+
+def test_among_all_classes_of_ones_own():
+    logits = torch.eye(4)[[0, 1, 3]]
+    for known, expected in ((4, 200 / 3), (None, 100)):  # the fourth class is known, or not
+        evaluation = Evaluation(None, "softmax", range(3), num_classes=known)
+        evaluation.update(logits + torch.tensor([0, 0, 0.5, 0]), torch.tensor([0, 1, 2]))
+        figures = evaluation.compute()
+        assert (figures["top1"], figures["top1_among_all"]) == (100, pytest.approx(expected))
+
+
 def test_semantic_top1_is_by_the_softmax_within_a_level():
     # feline and canine; cat below the first, wolf below the second
     tree = SemanticTree.from_wnids(["n02120997", "n02083346", "n02121620", "n02114100"])

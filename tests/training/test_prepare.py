@@ -437,15 +437,20 @@ def test_a_damaged_class_archive_counts_as_bad(tmp_path):
     assert reasons == {WNIDS[0]: "damaged archive", WNIDS[1]: None}
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_processed_release_is_taken_as_it_comes(tmp_path, packed):
+@pytest.mark.parametrize("small_last", [False, True])
+@pytest.mark.parametrize("layout", ["folder", "tar", "tar.gz"])
+def test_the_processed_release_is_taken_as_it_comes(tmp_path, layout, small_last):
     classes = {wnid: files for wnid, files in make_classes().items() if wnid != OUTSIDE}
     files = split_files(classes, validation=4)
-    if packed:
-        source = tmp_path / "imagenet21k_resized.tar.gz"
-        source.write_bytes(gzip.compress(tar_bytes(files)))
-    else:
+    small = {f"imagenet21k_resized/imagenet21k_small_classes/{wnid}/x.JPEG": jpeg(0) for wnid in ("n01440764", OUTSIDE)}
+    files = files | small if small_last else small | files
+    source = tmp_path / f"imagenet21k_resized.{layout}"
+    if layout == "folder":
         source = write_folder(tmp_path / "source", files) / "imagenet21k_resized"
+    else:
+        source.write_bytes(gzip.compress(tar_bytes(files)) if layout == "tar.gz" else tar_bytes(files))
+    counts = count(source, PrepareOptions(label_space="winter21"), workers=1)
+    assert {(one.wnid, one.decision) for one in counts} == {(wnid, "kept") for wnid in classes}
     prepare(source, tmp_path / "out", PrepareOptions(label_space="winter21"), workers=1)
     rows = manifest(tmp_path / "out")
     assert {row["action"] for row in rows} == {"copied"}

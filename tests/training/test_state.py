@@ -54,7 +54,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
 def test_another_recipe_or_other_data_are_not_mixed_into_a_run(data, tmp_path):
     run(small_recipe(), data, tmp_path / "run")
-    with pytest.raises(RunError, match=r"holds a run with optimizer\.lr = 0.0003, not 0.1"):
+    with pytest.raises(RunError, match=r"optimizer\.lr = 0.0003, not 0.1; .* `wn21k train export \S+run DIR`"):
         run(small_recipe(optimizer={"lr": 0.1}), data, tmp_path / "run")
     other = make_folder(tmp_path / "other", images=12)
     with pytest.raises(RunError, match="holds a run on other data"):

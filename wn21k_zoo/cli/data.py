@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -42,7 +41,7 @@ def prepare(
         typer.Argument(
             callback=at_home,
             help="fall11_whole.tar, winter21_whole.tar.gz, a folder of class archives or class folders, the processed "
-            "ImageNet-21K-P of image-net.org (split and resized as it comes).",
+            "ImageNet-21K-P of image-net.org (split and resized as it comes; imagenet21k_small_classes is left out).",
         ),
     ],
     output: Annotated[
@@ -194,12 +193,12 @@ def _count(source: Path, output: Path, options: PrepareOptions, run: dict[str, A
     with progress_bar() as progress:
         counts = count(source, options, **run, progress=progress)
     rows: list[dict[str, Any]] = []
-    for decision, classes in sorted(Counter(one.decision for one in counts).items()):
+    for decision in sorted({one.decision for one in counts}):
         mine = [one for one in counts if one.decision == decision]
         rows.append(
             {
                 "decision": decision,
-                "classes": classes,
+                "classes": len({one.wnid for one in mine}),
                 "train": sum(one.train for one in mine),
                 "validation": sum(one.validation for one in mine),
                 "GB": round(sum(one.stored_bytes for one in mine) / 1e9, 3),

@@ -61,7 +61,10 @@ def predict(
     threshold: Annotated[
         float, typer.Option("--threshold", "-t", min=0.0, max=1.0, help="Confidence that the label must reach.")
     ] = 0.5,
-    tree: Annotated[str | None, typer.Option("--tree", help="fall11, winter21, or a file of wnids.")] = None,
+    tree: Annotated[
+        str | None,
+        typer.Option("--tree", help="fall11, winter21, or a file of wnids; not for a semantic softmax."),
+    ] = None,
     label_space: LabelSpaceOption = None,
     head: HeadOption = None,
     format: FormatOption = None,  # noqa: A002

@@ -232,6 +232,7 @@ _COMPARED = (
     "raw_semantic_top1",
     "top1",
     "top5",
+    "top1_among_all",
     "balanced_top1",
     "raw_top1",
     "mean_lca_error",
@@ -307,7 +308,11 @@ def evaluate(
         Path | None, typer.Option("--plot", callback=to_write, help="PNG file for a reliability diagram (extra plot).")
     ] = None,
     predictions: Annotated[
-        Path | None, typer.Option("--predictions", help="CSV file with a row per image: class, prediction, confidence.")
+        Path | None,
+        typer.Option(
+            "--predictions",
+            help="CSV file with a row per image: class, prediction (of the classes with images), confidence.",
+        ),
     ] = None,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
@@ -341,6 +346,11 @@ def evaluate(
         )
     if figures["left_out"]:
         say(f"{figures['left_out']:,} images of classes that the model does not know are left out")
+    if figures["classes_with_images"] < figures["classes"]:
+        say(
+            f"{figures['classes_with_images']:,} of {figures['classes']:,} classes have images: predictions are among "
+            "these, but those of top1_among_all among all"
+        )
     _print_figures({name: value for name, value in figures.items() if name != "per_class"}, format)
     if output is not None:
         write_whole(output, json.dumps(figures, indent=1) + "\n", DataOutputError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -32,14 +33,19 @@ def show(
     node: Annotated[str | None, typer.Argument(help="Draw what is below this wnid or index. Default: all.")] = None,
     tree: TreeOption = "fall11",
     depth: Annotated[
-        int | None, typer.Option("--depth", "-d", min=0, help="Levels to draw. Default: 2, or all below a node.")
+        int | None,
+        typer.Option("--depth", "-d", min=0, help="Levels to draw. Default: 2, or all below a node and in lists."),
     ] = None,
     format: Annotated[  # noqa: A002
-        Literal["tree", "dot", "json"] | None,
-        typer.Option("--format", "-f", help="Default: tree on a terminal, json in a pipe."),
+        Literal["tree", "dot", "json", "jsonl", "csv"] | None,
+        typer.Option(
+            "--format",
+            "-f",
+            help="Default: tree on a terminal, json (nested) in a pipe. jsonl and csv list the classes by index.",
+        ),
     ] = None,
 ) -> None:
-    """Draw the tree, or the part below a node."""
+    """Draw the tree, or the part below a node; or list its classes, in the order of a model's outputs."""
     semantic_tree = SemanticTree.find(tree)
     chosen = format or ("tree" if sys.stdout.isatty() else "json")
     top = _node(semantic_tree, node) if node is not None else None
@@ -48,6 +54,11 @@ def show(
         sys.stdout.write(semantic_tree.to_dot(top, limit))
     elif chosen == "json":
         print_json(semantic_tree.to_dict(top, limit))
+    elif chosen == "jsonl" or chosen == "csv":
+        nodes = [*semantic_tree] if top is None else [top, *semantic_tree.descendants(top)]
+        deepest = math.inf if depth is None else depth + (-1 if top is None else top.depth)
+        rows = [asdict(each) for each in sorted(nodes, key=lambda each: each.index) if each.depth <= deepest]
+        print_table(rows, COLUMNS, chosen)
     else:
         console().print(semantic_tree.to_rich(top, limit))
 
@@ -94,17 +105,20 @@ def path(
 
 @app.command()
 def compare(
-    file: Annotated[Path, typer.Argument(callback=at_home, help="The authors' tree.pth, or a text file of wnids.")],
+    other: Annotated[
+        str,
+        typer.Argument(metavar="TREE", help="The authors' tree.pth, a text file of wnids, or a name as for --tree."),
+    ],
     tree: TreeOption = "fall11",
 ) -> None:
-    """Compare a tree file with ours; exit code 1 if they differ."""
-    difference = SemanticTree.from_file(file).difference(SemanticTree.find(tree))
+    """Compare a tree, such as one in a file, with ours; exit code 1 if they differ."""
+    difference = SemanticTree.find(other).difference(SemanticTree.find(tree))
     if not difference:
-        say(f"{file} is the tree {tree}: the same classes, order and parents.")
+        say(f"{other} is the tree {tree}: the same classes, order and parents.")
         return
     print_json(
         {
-            f"only in {file.name}": difference.only_left,
+            f"only in {Path(other).name}": difference.only_left,
             f"only in {tree}": difference.only_right,
             "other parents": dict(difference.parents),
             "same order": difference.same_order,

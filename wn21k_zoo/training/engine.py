@@ -405,6 +405,7 @@ class _Run:
             self.classes,
             "level" if self.splits.tree is not None else "published",
             device=self.device,
+            num_classes=len(self.splits.class_names),
         )
         begin = time.perf_counter()
         for batch in self._while_wanted(self.loaders[1]):

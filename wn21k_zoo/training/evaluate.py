@@ -127,7 +127,14 @@ def evaluate(
 
     if image_size is not None:
         take_size(subject, image_size, run, chosen, resample=not isinstance(model, nn.Module))
-    evaluation = Evaluation(tree, subject.head, classes_with_images(dataset), device=chosen, over_ranks=False)
+    evaluation = Evaluation(
+        tree,
+        subject.head,
+        classes_with_images(dataset),
+        device=chosen,
+        over_ranks=False,
+        num_classes=len(subject.classes),
+    )
     loader = Loader(
         dataset,
         batch_size=batch_size,

@@ -54,6 +54,7 @@ class Evaluation(nn.Module):
         order: Order of the logits.
         device: Where the logits are.
         over_ranks: Whether figures cover the batches of all ranks, each of which computes them, or only its own.
+        num_classes: Outputs of a head without a tree; default: up to the last class with images.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Evaluation(nn.Module):
         order: Order = "published",
         device: torch.device | str = "cpu",
         over_ranks: bool = True,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        num_classes = len(tree) if tree is not None else num_classes or max(classes) + 1
         self._levels = Levels(tree, order) if tree is not None and order == "level" else None
         self.distances: HierarchicalDistances | None = None
         self.hierarchy: str | None = None
@@ -75,7 +78,10 @@ class Evaluation(nn.Module):
             self.distances, self.hierarchy = HierarchicalDistances(spread), spread.name
             if not has_levels:  # no class is above another, or none beside another
                 tree = None
-        self.leaf, self.raw = LeafAccuracy(_leaves(tree, classes)), LeafAccuracy(classes)
+        leaves = _leaves(tree, classes)
+        rivals = _rivals(tree, leaves, num_classes)
+        self.leaf, self.raw = LeafAccuracy(leaves), LeafAccuracy(classes)
+        self.among_all = LeafAccuracy([*leaves, *rivals]) if rivals else None
         self.classes, self.calibration = ClassAccuracy(max(classes) + 1), Calibration()
         self.broken = BrokenRows()
         self.semantic = SemanticAccuracy(tree, "level") if tree is not None else None
@@ -102,8 +108,7 @@ class Evaluation(nn.Module):
             logits_bn = logits_bn.index_select(1, self._levels.positions)
         self.raw.update(logits_bn, targets_b)
         if self._decoder is None or self.semantic is None:
-            confidence = logits_bn.sigmoid() if self._head == "sigmoid" else logits_bn.softmax(1)
-            predictions = self.leaf.update(confidence, targets_b)
+            order = confidence = logits_bn.sigmoid() if self._head == "sigmoid" else logits_bn.softmax(1)
         else:
             if self.raw_semantic is not None:
                 self.raw_semantic.update(logits_bn, targets_b)
@@ -114,7 +119,9 @@ class Evaluation(nn.Module):
             if self._head == "semantic_softmax":  # capped by less confident ancestors, so ties occur
                 probability = scores.probability.index_select(1, self.semantic.levels.positions)
                 order = _precise(confidence) * (1 + 1e-9 * _precise(probability))  # less than float32 can tell apart
-            predictions = self.leaf.update(order, targets_b)
+        predictions = self.leaf.update(order, targets_b)
+        if self.among_all is not None:
+            self.among_all.update(order, targets_b)
         sure, counted = confidence.gather(1, predictions[:, None])[:, 0], self.leaf.has(targets_b)
         if self.distances is not None:
             self.distances.update(predictions, targets_b, counted)
@@ -126,7 +133,8 @@ class Evaluation(nn.Module):
         """Return all figures, shares in percent; waits for all ranks if figures cover them.
 
         ``top1`` and ``top5`` cover the images of leaves, counted by ``leaf_images``, and rank leaves by confidence;
-        so do calibration, the hierarchical figures and ``balanced_top1``, the mean top-1 of all classes. ``raw_top1``
+        so do calibration, the hierarchical figures and ``balanced_top1``, the mean top-1 of all classes.
+        ``top1_among_all`` covers the same images, but classes without images may win, as in a prediction. ``raw_top1``
         uses the highest logit among all classes with images, ``raw_semantic_top1`` the highest logit of each level, the
         published protocol. A confidence is what the model gives among all its classes, even if few of them have images.
         ``hierarchy`` is the attribute.
@@ -140,7 +148,9 @@ class Evaluation(nn.Module):
             figures |= self.semantic.compute()
             figures["raw_semantic_top1"] = (self.raw_semantic or self.semantic).compute()["semantic_top1"]
         leaf, raw = self.leaf.compute(), self.raw.compute()
-        figures |= {"top1": leaf["top1"], "top5": leaf["top5"], **self.classes.compute(), "raw_top1": raw["top1"]}
+        among_all = leaf if self.among_all is None else self.among_all.compute()
+        figures |= {"top1": leaf["top1"], "top5": leaf["top5"], "top1_among_all": among_all["top1"]}
+        figures |= {**self.classes.compute(), "raw_top1": raw["top1"]}
         if self.distances is not None:
             figures |= self.distances.compute()
         figures |= self.calibration.compute()
@@ -158,6 +168,15 @@ def _leaves(tree: SemanticTree | None, classes: Sequence[int]) -> list[int]:
         return list(classes)
     above = {ancestor for index in classes for ancestor in tree.chain(index)[1:]}
     return [index for index in classes if index not in above]
+
+
+def _rivals(tree: SemanticTree | None, leaves: Sequence[int], num_classes: int) -> list[int]:
+    """Return the other classes that exclude all of the leaves: those neither above nor below one of them."""
+    known = set(leaves)
+    if tree is None:
+        return [index for index in range(num_classes) if index not in known]
+    above = {ancestor for index in leaves for ancestor in tree.chain(index)}
+    return [index for index in range(num_classes) if index not in above and known.isdisjoint(tree.chain(index))]
 
 
 def classes_with_images(dataset: ImageDataset) -> list[int]:

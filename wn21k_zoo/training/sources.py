@@ -45,6 +45,7 @@ _SPLIT_FOLDERS = {
     "val": "validation",
     "validation": "validation",
 }
+_SMALL_CLASSES = "imagenet21k_small_classes"  # in the same archive, but not part of ImageNet-21K-P
 _LAYOUTS = (
     "an archive of class archives (fall11_whole.tar, winter21_whole.tar.gz), a folder of class archives "
     "(n01440764.tar), an archive or a folder of class folders (n01440764/), or the processed ImageNet-21K-P of "
@@ -145,8 +146,8 @@ def open_source(path: Path) -> Source:
         raise DataSourceError(f"{path} is not a readable tar archive ({error}); name {_LAYOUTS}.") from None
     if first is None:
         raise DataSourceError(f"{path} is empty; name {_LAYOUTS}.")
-    nested = first.name.endswith(".tar")
-    if not nested and _place(first.name) is None:
+    nested, above = first.name.endswith(".tar"), PurePosixPath(first.name).parts[:-1]
+    if not nested and _place(first.name) is None and _SMALL_CLASSES not in above:
         raise DataSourceError(
             f"{path} begins with {first.name!r}, neither a class archive nor in a class folder; name {_LAYOUTS}."
         )
@@ -158,7 +159,7 @@ def open_source(path: Path) -> Source:
         classes=lambda spool, wanted: classes(path, spool, wanted),
         num_bytes=path.stat().st_size,
         sequential=compressed,
-        is_split=not nested and (_place(first.name) or ("", None))[1] is not None,
+        is_split=not nested and not {*_SPLIT_FOLDERS, _SMALL_CLASSES}.isdisjoint(above),
     )
 
 
@@ -317,8 +318,10 @@ def _refuse_twice(classes: list[ClassSource]) -> None:
 
 
 def _place(name: str) -> tuple[str, str | None] | None:
-    """Class and split of a member of an archive of class folders; None if it is in no class folder."""
+    """Class and split of a member of an archive of class folders; None if it is in no class folder that is read."""
     parts = PurePosixPath(name).parts
+    if _SMALL_CLASSES in parts:
+        return None
     for position in range(len(parts) - 2, -1, -1):
         if WNID_PATTERN.fullmatch(parts[position]):
             split = next((_SPLIT_FOLDERS[part] for part in parts[:position] if part in _SPLIT_FOLDERS), None)

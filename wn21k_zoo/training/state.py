@@ -264,9 +264,12 @@ class RunFolder:
         for section, fields in ours.items():
             for field, now in fields.items():
                 if (before := theirs[section][field]) != now and (section, field) not in _FREE:
+                    how = "or continue with the recipe.json in it."
+                    if self.status().get("state") == "finished":
+                        how = f"where model.start=DIR goes on from this run's `wn21k train export {self.path} DIR`."
                     raise RunError(
                         f"{self.path} holds a run with {section}.{field} = {before!r}, not {now!r}; name another "
-                        "output folder, or continue with the recipe.json in it."
+                        f"output folder, {how}"
                     )
         known = self.data() if self.knows_its_data else data
         for key in ("classes", "images", "files"):
