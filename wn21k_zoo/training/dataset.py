@@ -38,7 +38,7 @@ from wn21k_zoo.training.shards import (
 )
 from wn21k_zoo.training.storage import ELSEWHERE, Stage, Storage, data_cache_dir, default_stage, open_storage
 
-__all__ = ["ImageDataset", "Images", "ShardedDataset", "open_dataset"]
+__all__ = ["ImageDataset", "Images", "ShardedDataset", "images_per_class", "open_dataset"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -98,6 +98,14 @@ class ImageDataset(Protocol):
 
     def place(self, shard: int, key: str) -> str:
         """Return what identifies an image among all others, given its key in the shard."""
+
+
+def images_per_class(dataset: ImageDataset) -> NDArray[np.int64]:
+    """Count the images of each class, shape [number of classes]."""
+    counts = np.zeros(len(dataset.class_names), np.int64)
+    for number in range(len(dataset.lengths)):
+        counts += np.bincount(dataset.index(number)["target"], minlength=len(counts))
+    return counts
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

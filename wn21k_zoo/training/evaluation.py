@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.hierarchy import Decoder
-from wn21k_zoo.training.dataset import ImageDataset
+from wn21k_zoo.training.dataset import ImageDataset, images_per_class
 from wn21k_zoo.training.levels import Levels, Order
 from wn21k_zoo.training.metrics import (
     BrokenRows,
@@ -181,7 +181,4 @@ def _rivals(tree: SemanticTree | None, leaves: Sequence[int], num_classes: int) 
 
 def classes_with_images(dataset: ImageDataset) -> list[int]:
     """Return the indices of the classes that have at least one image."""
-    found: set[int] = set()
-    for number in range(len(dataset.lengths)):
-        found.update(np.unique(dataset.index(number)["target"]).tolist())
-    return sorted(found)
+    return list(map(int, np.flatnonzero(images_per_class(dataset))))

@@ -119,9 +119,7 @@ class FolderDataset:
         Raises:
             DataError: A folder's name is not a wnid, or no folder's name is a class of the label space.
         """
-        what = (
-            f"class of {space.name}; folders must be named by its wnids (`wn21k tree search` finds them)"
-        )
+        what = f"class of {space.name}; folders must be named by its wnids (`wn21k tree search` finds them)"
         mapped = self.mapped(space.wnids, what, WNID_PATTERN)
         if not len(mapped):
             raise DataError(f"{self.root}, {self.split}: no folder is named after a class of {space.name}.")
