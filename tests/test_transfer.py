@@ -23,8 +23,8 @@ import urllib3
 from filelock import FileLock
 from hub_server import hub_server
 
-from wn21k_zoo import cache, download, hub, transfer
-from wn21k_zoo.checkpoints import Checkpoint, HubSource, URLSource
+from wn21k_zoo import cache, download, hub, registry, transfer
+from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource, URLSource
 from wn21k_zoo.errors import (
     AccessDeniedError,
     AuthenticationError,
@@ -616,9 +616,23 @@ def test_what_somebody_put_into_the_cache_is_used_if_its_name_states_its_hash(ro
     place = root / cache.relative_path(nameless.sources[0], "weights.pth")
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(BODY)
-    with pytest.raises(OfflineError, match=r"weights\.pth was put there by hand .*: wn21k export \S+ DIR"):
+    with pytest.raises(OfflineError, match=r"weights\.pth is not used, as nothing states its hash.*: wn21k download"):
         download.fetch(nameless)
     assert find_local(nameless) is None
+
+
+WITH_HASH = {
+    one.name: [source for source in one.sources if getattr(source, "sha256_prefix", None)] for one in CHECKPOINTS
+}
+
+
+@pytest.mark.parametrize("name", [name for name, sources in WITH_HASH.items() if sources])
+def test_where_a_file_can_be_put_by_hand_is_told(name, root, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    checkpoint, named = registry.get_checkpoint(name), WITH_HASH[name]
+    with pytest.raises(OfflineError) as caught:
+        download.fetch(checkpoint)
+    assert f"is not at {root / cache.relative_path(named[0], named[0].filename)}, and" in str(caught.value)
 
 
 def test_a_mirror_is_asked_first_and_not_believed(root, serve, monkeypatch):

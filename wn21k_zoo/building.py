@@ -181,7 +181,7 @@ def as_folder(name: str | os.PathLike[str]) -> Path | None:
         if folder.suffix == ".pt":
             how = "; `wn21k train export RUN DIR` makes one from a run"
         elif folder.suffix in (".pth", ".bin", ".safetensors"):
-            how = f"; `wn21k export {folder} DIR` makes one from a published weight file"
+            how = f"; `wn21k export {folder} DIR` makes one from the weight file of a record"
         raise UnknownModelError(f"{folder} is a file; name the folder that holds {CONFIG_FILE} and the weights{how}.")
     if not folder.is_dir():
         raise UnknownModelError(f"There is no folder {folder}. For a repository on the Hub write hf-hub:ORG/NAME.")

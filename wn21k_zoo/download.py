@@ -69,7 +69,8 @@ def fetch(checkpoint: Checkpoint, *, cache_dir: str | os.PathLike[str] | None = 
     if not remote:
         raise WeightsNotFoundError(f"{checkpoint.name} has no known source.")
     if hub.is_offline():
-        first = remote[0]
+        # One that can be put there by hand, as its hash is stated.
+        first = next((source for source in remote if stated(source, filenames_of(source)[0]).hash), remote[0])
         raise _offline(first, filenames_of(first)[0], root, f"wn21k download {checkpoint.name}", damages)
     errors: list[DownloadError] = []
     patience = Patience()
@@ -285,8 +286,8 @@ def _offline(source: Remote, filename: str, root: Path, command: str, damages: S
     damaged = f" ({'; '.join(damages)})" if damages else ""
     if place.is_file() and not damages:
         return OfflineError(
-            f"{place} was put there by hand and nothing states its hash. Download it again once there is a network, "
-            f"or use it unverified: wn21k export {place} DIR makes a model of it."
+            f"{place} is not used, as nothing states its hash: its receipt is missing. Copy the whole cache folder, or "
+            f"download it again once there is a network: {command}"
         )
     return OfflineError(
         f"{filename} of {source} is not at {place}{damaged}, and the network is switched off (HF_HUB_OFFLINE or "

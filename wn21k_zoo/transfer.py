@@ -61,7 +61,6 @@ ATTEMPTS = 100
 CHUNK = 256 * 1024
 TEXT_BYTES = 64 * 1024
 SPARE_BYTES = 1024 * 1024
-_NO_ACCESS = "accept its terms, or ask for access; of a weight file you have, wn21k export FILE DIR makes a model."
 
 Report = Callable[[int, int | None], None]
 
@@ -233,7 +232,7 @@ def require_success(status: int, url: str, hint: str = "") -> None:
     if status == 401:
         raise AuthenticationError(f"{url} requires a login (HTTP 401){hint or '; log in: hf auth login.'}")
     if status == 403:
-        raise AccessDeniedError(f"{url} refuses access (HTTP 403){hint or f'; {_NO_ACCESS}'}")
+        raise AccessDeniedError(f"{url} refuses access (HTTP 403){hint or '; accept its terms or ask for access.'}")
     if status in (404, 410):
         raise RemoteNotFoundError(f"{url} does not exist (HTTP {status}){hint or '; check the name and revision.'}")
     kind = RefusedError if status < 500 else DownloadError

@@ -346,9 +346,8 @@ def test_tree_commands(tmp_path, monkeypatch):
     assert (listed[281]["index"], listed[281]["name"]) == ("281", "tabby, tabby cat")
     cats = [json.loads(line) for line in run("tree", "show", "n02121808", "-f", "jsonl", "-d", 1).stdout.splitlines()]
     tree = SemanticTree.load("fall11")
-    assert sorted(row["wnid"] for row in cats) == sorted(
-        ["n02121808", *(node.wnid for node in tree.children("n02121808"))]
-    )
+    nodes = (tree["n02121808"], *tree.children("n02121808"))
+    assert [row["index"] for row in cats] == sorted(node.index for node in nodes)
     assert len(run("tree", "show", "-f", "jsonl", "-d", 1).stdout.splitlines()) == 302
     (tmp_path / "pets.txt").write_text("n02121808\nn02123045\n")
     assert "tabby" in run("tree", "show", "--tree", tmp_path / "pets.txt", "-f", "tree").stdout

@@ -112,6 +112,14 @@ def test_plot_export_evaluate(run, data, tmp_path):
     assert "level 0" in table
 
 
+def test_evaluation_says_among_which_classes_it_is(run, data, tmp_path):
+    for wnid in WNIDS[2:4]:
+        shutil.copytree(data / wnid, tmp_path / wnid)
+    said = "2 of 6 classes have images: top1, top5 and raw_top1 are among these"
+    assert said in wn21k("evaluate", run, tmp_path, "-j", 0).stderr
+    assert "have images" not in wn21k("evaluate", run, data, "-j", 0).stderr
+
+
 def test_evaluate_as_csv(run, data):
     lines = wn21k("evaluate", run, data, "-j", 0, "-f", "csv", "--image-size", 48).stdout.splitlines()
     assert lines[0] == "figure,value"

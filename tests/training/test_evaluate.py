@@ -97,6 +97,15 @@ def test_how_outputs_are_read_is_what_is_asked_for(run, data, tmp_path):
         evaluate(run, data, head="softmax", workers=0)
 
 
+def test_among_all_classes_those_without_images_compete(tmp_path):
+    module = timm.create_model("test_convnext", num_classes=4)
+    torch.nn.init.zeros_(module.head.fc.weight)
+    module.head.fc.bias.data = torch.tensor([1.0, 0.0, 0.0, 2.0])  # whatever the image
+    images = make_folder(tmp_path / "images", names="ab")
+    figures = evaluate(module, images, label_space=ClassNames(["a", "b", "c", "d"]), workers=0)
+    assert (figures["top1"], figures["top1_among_all"], figures["classes"]) == (50, 0, 4)
+
+
 def test_a_network_of_ones_own_is_evaluated_and_left_as_it_was(run, data, tmp_path):
     exported = export_run(run, tmp_path / "model")
     module = timm.create_model(f"local-dir:{exported}", pretrained=True).train()

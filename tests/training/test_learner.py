@@ -17,7 +17,7 @@ from wn21k_zoo.training.signals import Signals
 from wn21k_zoo.training.splits import open_splits
 
 from .checks import ALONE
-from .runs import small_recipe
+from .runs import WNIDS, make_folder, small_recipe
 
 ONE = Batch(torch.rand(1, 3, 32, 32), torch.arange(1), torch.arange(1))
 NOTHING = Batch(torch.empty(0, 3, 1, 1), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
@@ -43,6 +43,20 @@ def test_a_batch_without_images_changes_nothing(data):
     assert all(torch.equal(before[name], buffer) for name, buffer in learner.module.named_buffers())
     assert float(learner.loss(some_batch()).detach()) > 0  # back in training mode
     assert any(not torch.equal(before[name], buffer) for name, buffer in learner.module.named_buffers())
+
+
+@pytest.mark.parametrize("names", [WNIDS, "abcdef"])
+def test_balanced_weights_are_those_of_the_training_images(tmp_path, names):
+    images = make_folder(tmp_path / "images", names=names)
+    for number in range(2, 10):
+        (images / names[0] / f"{number}.jpg").unlink()
+    weights = []
+    for balance in ("none", "balanced"):
+        criterion = learner_of(images, loss={"kind": "single_label", "class_weights": balance}).criterion
+        weights.append((criterion if criterion.loss is None else criterion.loss).class_weights)
+    assert weights[0] is None
+    of_class = dict(zip(sorted(names), weights[1].tolist(), strict=True))
+    assert of_class.pop(names[0]) > 3 * max(of_class.values())
 
 
 def test_a_batch_without_images_cannot_be_where_ranks_share_statistics(data):

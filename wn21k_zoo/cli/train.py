@@ -348,8 +348,8 @@ def evaluate(
         say(f"{figures['left_out']:,} images of classes that the model does not know are left out")
     if figures["classes_with_images"] < figures["classes"]:
         say(
-            f"{figures['classes_with_images']:,} of {figures['classes']:,} classes have images: predictions are among "
-            "these, but those of top1_among_all among all"
+            f"{figures['classes_with_images']:,} of {figures['classes']:,} classes have images: top1, top5 and "
+            "raw_top1 are among these"
         )
     _print_figures({name: value for name, value in figures.items() if name != "per_class"}, format)
     if output is not None:

@@ -118,7 +118,7 @@ def compare(
         return
     print_json(
         {
-            f"only in {Path(other).name}": difference.only_left,
+            f"only in {other}": difference.only_left,
             f"only in {tree}": difference.only_right,
             "other parents": dict(difference.parents),
             "same order": difference.same_order,

@@ -31,6 +31,7 @@ from wn21k_zoo.training.shards import (
     WORK_FOLDER,
     DatasetInfo,
     Shard,
+    count_targets,
     index_path,
     is_of_others,
     read_index,
@@ -101,11 +102,14 @@ class ImageDataset(Protocol):
 
 
 def images_per_class(dataset: ImageDataset) -> NDArray[np.int64]:
-    """Count the images of each class, shape [number of classes]."""
-    counts = np.zeros(len(dataset.class_names), np.int64)
-    for number in range(len(dataset.lengths)):
-        counts += np.bincount(dataset.index(number)["target"], minlength=len(counts))
-    return counts
+    """Count the images of each class, shape [number of classes].
+
+    Raises:
+        DataError: An index is damaged.
+    """
+    numbers = range(len(dataset.lengths))
+    targets = ((dataset.shard_name(number), dataset.index(number)["target"]) for number in numbers)
+    return count_targets(targets, len(dataset.class_names))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

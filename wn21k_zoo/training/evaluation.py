@@ -54,7 +54,7 @@ class Evaluation(nn.Module):
         order: Order of the logits.
         device: Where the logits are.
         over_ranks: Whether figures cover the batches of all ranks, each of which computes them, or only its own.
-        num_classes: Outputs of a head without a tree; default: up to the last class with images.
+        num_classes: Number of outputs of a head without a tree; default: that of the classes with images.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Evaluation(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        num_classes = len(tree) if tree is not None else num_classes or max(classes) + 1
+        num_classes = len(tree) if tree is not None else num_classes
         self._levels = Levels(tree, order) if tree is not None and order == "level" else None
         self.distances: HierarchicalDistances | None = None
         self.hierarchy: str | None = None
@@ -78,10 +78,10 @@ class Evaluation(nn.Module):
             self.distances, self.hierarchy = HierarchicalDistances(spread), spread.name
             if not has_levels:  # no class is above another, or none beside another
                 tree = None
-        leaves = _leaves(tree, classes)
-        rivals = _rivals(tree, leaves, num_classes)
-        self.leaf, self.raw = LeafAccuracy(leaves), LeafAccuracy(classes)
-        self.among_all = LeafAccuracy([*leaves, *rivals]) if rivals else None
+        self.leaf, self.raw = LeafAccuracy(_leaves(tree, classes)), LeafAccuracy(classes)
+        self.among_all: LeafAccuracy | None = None  # else no class competes but those with images
+        if num_classes is not None and num_classes > len(self.raw.classes):
+            self.among_all = LeafAccuracy(range(num_classes))
         self.classes, self.calibration = ClassAccuracy(max(classes) + 1), Calibration()
         self.broken = BrokenRows()
         self.semantic = SemanticAccuracy(tree, "level") if tree is not None else None
@@ -107,6 +107,8 @@ class Evaluation(nn.Module):
         if self._levels is not None:
             logits_bn = logits_bn.index_select(1, self._levels.positions)
         self.raw.update(logits_bn, targets_b)
+        if self.among_all is not None:
+            self.among_all.update(logits_bn, targets_b)
         if self._decoder is None or self.semantic is None:
             order = confidence = logits_bn.sigmoid() if self._head == "sigmoid" else logits_bn.softmax(1)
         else:
@@ -120,8 +122,6 @@ class Evaluation(nn.Module):
                 probability = scores.probability.index_select(1, self.semantic.levels.positions)
                 order = _precise(confidence) * (1 + 1e-9 * _precise(probability))  # less than float32 can tell apart
         predictions = self.leaf.update(order, targets_b)
-        if self.among_all is not None:
-            self.among_all.update(order, targets_b)
         sure, counted = confidence.gather(1, predictions[:, None])[:, 0], self.leaf.has(targets_b)
         if self.distances is not None:
             self.distances.update(predictions, targets_b, counted)
@@ -134,8 +134,8 @@ class Evaluation(nn.Module):
 
         ``top1`` and ``top5`` cover the images of leaves, counted by ``leaf_images``, and rank leaves by confidence;
         so do calibration, the hierarchical figures and ``balanced_top1``, the mean top-1 of all classes.
-        ``top1_among_all`` covers the same images, but classes without images may win, as in a prediction. ``raw_top1``
-        uses the highest logit among all classes with images, ``raw_semantic_top1`` the highest logit of each level, the
+        ``raw_top1`` uses the highest logit among all classes with images; ``top1_among_all``, which a semantic softmax
+        lacks, that among all classes, the usual top-1; ``raw_semantic_top1`` the highest logit of each level, the
         published protocol. A confidence is what the model gives among all its classes, even if few of them have images.
         ``hierarchy`` is the attribute.
 
@@ -148,9 +148,9 @@ class Evaluation(nn.Module):
             figures |= self.semantic.compute()
             figures["raw_semantic_top1"] = (self.raw_semantic or self.semantic).compute()["semantic_top1"]
         leaf, raw = self.leaf.compute(), self.raw.compute()
-        among_all = leaf if self.among_all is None else self.among_all.compute()
-        figures |= {"top1": leaf["top1"], "top5": leaf["top5"], "top1_among_all": among_all["top1"]}
-        figures |= {**self.classes.compute(), "raw_top1": raw["top1"]}
+        figures |= {"top1": leaf["top1"], "top5": leaf["top5"], **self.classes.compute(), "raw_top1": raw["top1"]}
+        if self._head != "semantic_softmax":  # whose logits of different levels cannot be compared
+            figures["top1_among_all"] = (self.among_all or self.raw).compute()["top1"]
         if self.distances is not None:
             figures |= self.distances.compute()
         figures |= self.calibration.compute()
@@ -168,15 +168,6 @@ def _leaves(tree: SemanticTree | None, classes: Sequence[int]) -> list[int]:
         return list(classes)
     above = {ancestor for index in classes for ancestor in tree.chain(index)[1:]}
     return [index for index in classes if index not in above]
-
-
-def _rivals(tree: SemanticTree | None, leaves: Sequence[int], num_classes: int) -> list[int]:
-    """Return the other classes that exclude all of the leaves: those neither above nor below one of them."""
-    known = set(leaves)
-    if tree is None:
-        return [index for index in range(num_classes) if index not in known]
-    above = {ancestor for index in leaves for ancestor in tree.chain(index)}
-    return [index for index in range(num_classes) if index not in above and known.isdisjoint(tree.chain(index))]
 
 
 def classes_with_images(dataset: ImageDataset) -> list[int]:

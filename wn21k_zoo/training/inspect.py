@@ -25,7 +25,15 @@ from wn21k_zoo.images import FORMATS
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.extra import pc, pq
 from wn21k_zoo.training.manifest import read_table
-from wn21k_zoo.training.shards import MANIFEST_FILE, DatasetInfo, Shard, index_path, read_index, read_info
+from wn21k_zoo.training.shards import (
+    MANIFEST_FILE,
+    DatasetInfo,
+    Shard,
+    count_targets,
+    index_path,
+    read_index,
+    read_info,
+)
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["Damage", "contact_sheet", "describe", "verify_shards"]
@@ -75,13 +83,8 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _class_counts(folder: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[np.int64]:
-    counts = np.zeros(classes, np.int64)
-    for shard in shards:
-        target = read_index(index_path(folder / shard.name), shard.num_samples)["target"]
-        if len(target) and not 0 <= int(target.min()) <= int(target.max()) < classes:
-            raise DataError(f"{shard.name} has class indices outside the label space; run `wn21k data verify`.")
-        counts += np.bincount(target, minlength=classes)
-    return counts
+    indexes = ((each.name, read_index(index_path(folder / each.name), each.num_samples)) for each in shards)
+    return count_targets(((name, index["target"]) for name, index in indexes), classes)
 
 
 def contact_sheet(

@@ -267,8 +267,8 @@ class SingleLabelLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.levels, self.label_smoothing = Levels(tree, order), _smoothing(label_smoothing)
-        if class_weights is not None and class_weights.shape != (len(tree),):
-            raise InvalidArgumentError(f"class_weights needs one for each of the {len(tree):,} classes.")
+        if class_weights is not None and (not isinstance(class_weights, Tensor) or class_weights.shape != (len(tree),)):
+            raise InvalidArgumentError(f"class_weights must be a tensor of shape [{len(tree)}], one for each class.")
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:

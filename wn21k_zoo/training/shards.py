@@ -21,6 +21,7 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ __all__ = [
     "WORK_FOLDER",
     "DatasetInfo",
     "Shard",
+    "count_targets",
     "encode_record",
     "index_path",
     "is_of_others",
@@ -220,6 +222,20 @@ def shard_name(split: str, number: int) -> str:
 def index_path(shard: Path) -> Path:
     """The sidecar index of a shard."""
     return shard.parent / INDEX_FOLDER / f"{shard.name.removesuffix('.tar')}.npy"
+
+
+def count_targets(shards: Iterable[tuple[str, NDArray[Any]]], classes: int) -> NDArray[np.int64]:
+    """Count the images of each class in shards, given their names and targets; shape [classes].
+
+    Raises:
+        DataError: A target is not a class.
+    """
+    counts = np.zeros(classes, np.int64)
+    for name, targets in shards:
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+            raise DataError(f"{name} has class indices outside the label space; run `wn21k data verify`.")
+        counts += np.bincount(targets, minlength=classes)
+    return counts
 
 
 def read_index(path: Path, num_samples: int | None = None) -> NDArray[np.void]:

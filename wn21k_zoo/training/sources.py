@@ -86,7 +86,7 @@ class Header(tarfile.TarInfo):
         """Limit headers that describe the next one, such as its long name, to a megabyte: tarfile reads them whole.
 
         Raises:
-            tarfile.ReadError: It claims to be larger, or a thousand of them follow each other.
+            tarfile.ReadError: It claims to be larger, or more of them follow each other than Python's recursion limit.
         """
         if self.type in _ABOUT_THE_NEXT and not 0 <= self.size <= 1 << 20:
             raise tarfile.ReadError(f"a header has {self.size:,} bytes")
@@ -159,7 +159,7 @@ def open_source(path: Path) -> Source:
         classes=lambda spool, wanted: classes(path, spool, wanted),
         num_bytes=path.stat().st_size,
         sequential=compressed,
-        is_split=not nested and not {*_SPLIT_FOLDERS, _SMALL_CLASSES}.isdisjoint(above),
+        is_split=not nested and (_SMALL_CLASSES in above or (_place(first.name) or ("", None))[1] is not None),
     )
 
 

@@ -265,7 +265,7 @@ class RunFolder:
             for field, now in fields.items():
                 if (before := theirs[section][field]) != now and (section, field) not in _FREE:
                     how = "or continue with the recipe.json in it."
-                    if self.status().get("state") == "finished":
+                    if section in ("loss", "optimizer", "schedule") and self.status().get("state") == "finished":
                         how = f"where model.start=DIR goes on from this run's `wn21k train export {self.path} DIR`."
                     raise RunError(
                         f"{self.path} holds a run with {section}.{field} = {before!r}, not {now!r}; name another "
