@@ -274,6 +274,23 @@ def test_the_preprocessing_of_a_folder(folder, tmp_path, embedded):
         models.create_transform(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mean", "x"), ("mean", [None]), ("std", [1e999] * 3), ("std", 10**30), ("crop_pct", "x"), ("crop_pct", [1]),
+        ("crop_pct", float("nan")), ("interpolation", True), ("interpolation", [None]), ("input_size", None),
+        ("input_size", []), ("input_size", "aaa"), ("input_size", [3, 0, 0]), ("input_size", [3, 32.5, 32]),
+        ("tag", "\ud800"),
+    ],
+)  # fmt: skip
+def test_preprocessing_that_nobody_can_mean_is_a_model_error(folder, tmp_path, field, value):
+    other = copy_of(folder, tmp_path, **{field: value})
+    with pytest.raises(ModelError, match=r"^No images can be prepared|config\.json"):
+        models.create_transform(other)
+    with pytest.raises(ModelError, match=r"^No images can be prepared|config\.json"):
+        predict(CAT, model=other)
+
+
 def test_a_folder_with_wnids_as_names(folder, tmp_path, embedded):
     wnids = [*embedded.label_space.wnids[:-1], "n02121808"]
     other = copy_of(folder, tmp_path, label_names=wnids)

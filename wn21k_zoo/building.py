@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -261,6 +262,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     try:
         config = parse_json((folder / CONFIG_FILE).read_bytes())
+        json.dumps(config, ensure_ascii=False, allow_nan=False).encode()  # no NaN, infinity or half a character
     except FileNotFoundError as error:
         needed = f"has no {CONFIG_FILE}; give a folder as written by timm or the Hub."
         raise ModelError(f"{folder} {about_run(folder) or needed}") from error
@@ -271,6 +273,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     settings = config.get("pretrained_cfg", {})
     if not isinstance(settings, dict):
         raise ModelError(f"{folder / CONFIG_FILE}: pretrained_cfg is not an object.")
+    size = settings_of(config).get("input_size", [3, 1, 1])
+    if not isinstance(size, list) or len(size) != 3 or not all(type(each) is int and each > 0 for each in size):
+        raise ModelError(f"{folder / CONFIG_FILE}: input_size is not three numbers, of channels, height and width.")
     for key, place in (("label_names", config), ("label_names", settings), ("labels", config)):  # timm's old name
         given = names = place.get(key)
         if isinstance(given, dict) and set(given) == {str(index) for index in range(len(given))}:

@@ -209,14 +209,21 @@ def create_transform(
 
 
 def build_transform(data_config: Mapping[str, Any], training: bool = False) -> Any:
-    """Build the transform for the ``data_config`` of a :class:`LoadedModel`."""
+    """Build the transform for the ``data_config`` of a :class:`LoadedModel`.
+
+    Raises:
+        ModelError: It is not possible, as of a damaged configuration.
+    """
     import timm.data
 
     settings = dict(data_config)
     if training:
         settings.pop("crop_pct", None)
         settings.pop("crop_mode", None)
-    return timm.data.create_transform(**settings, is_training=training)
+    try:
+        return timm.data.create_transform(**settings, is_training=training)
+    except Exception as error:  # timm and torch do not check what they are given
+        raise ModelError(f"No images can be prepared according to {settings}: {first_line(error)}") from error
 
 
 def short_side(data_config: Mapping[str, Any]) -> float | None:

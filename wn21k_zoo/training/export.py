@@ -55,7 +55,7 @@ class Trained:
         self.recipe: Recipe = folder.recipe()
         self.run = folder.path.name
         self.step: int = state["step"]
-        self.trained_on: str = folder.data().get("sketch", "")
+        self.trained_on: str = str(folder.data().get("sketch") or "")
         self.figures: dict[str, Any] = state["figures"] if state["figures"].get("step") == self.step else {}
         self.space, self.class_names = folder.classes()
         self.module = self._build(state)

@@ -198,7 +198,7 @@ class RunFolder:
         """Within, unexpected content of data.json is reported as damage."""
         try:
             yield
-        except (KeyError, TypeError, ValueError, UnknownLabelSpaceError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, UnknownLabelSpaceError) as error:
             raise RunError(f"{self.path / DATA_FILE} is damaged ({first_line(error)}).") from None
 
     @property

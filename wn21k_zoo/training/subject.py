@@ -116,7 +116,7 @@ def open_subject(
         head=loaded.head,
         resize=_own_resize(config),
         input_size=[*config["input_size"]],
-        trained_on=building.read_config(folder).get(TRAINED_ON, "") if folder is not None else "",
+        trained_on=str(building.read_config(folder).get(TRAINED_ON) or "") if folder is not None else "",
     )
 
 
