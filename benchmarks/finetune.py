@@ -5,7 +5,8 @@
 Two data sets of 10 classes with 30 images each: photographs (from a tar of one tar per synset), whose classes the
 weights at the beginning have seen, as those of ImageNet-1K, and digits that are drawn here, which they have not. The
 weights are those of the extra ``embedded``. The probe is a logistic regression on the pooled features of the centre
-crop, with the best of four strengths by the validation images, which is kind to it.
+crop, with the best of four strengths by the validation images, which is kind to it. All classes have as many validation
+images; with ``--rare`` every second one has only so few for training, and logit adjustment is compared.
 """
 
 from __future__ import annotations
@@ -40,26 +41,29 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=30, help="of each class, for training")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rare", type=int, help="images of every second class, for training")
     arguments = parser.parse_args()
     print(f"top-1, {arguments.classes} classes with {arguments.images} images each, {arguments.size} px, {START}")
     with tempfile.TemporaryDirectory() as temporary:
         for name, samples in (("photographs", photographs(arguments)), ("digits", digits(arguments))):
             folder = Path(temporary) / name
             write(samples, folder, arguments.images)
+            if arguments.rare is not None:
+                for place in sorted((folder / "train").iterdir())[1::2]:
+                    for path in sorted(place.iterdir())[arguments.rare :]:
+                        path.unlink()
             recipe = presets.finetune(START)
             recipe.data.size = arguments.size
             print(f"{name}, linear probe: {probe(recipe, folder):.1f}", flush=True)
-            for arm, changes in (
-                ("finetune", {}),
-                ("20 epochs", {"epochs": 20}),
-                ("a frozen backbone", {"freeze_backbone": True}),
-            ):
+            arms = ("logit adjustment",) if arguments.rare is not None else ("20 epochs", "a frozen backbone")
+            for arm in ("finetune", *arms):
                 found = []
                 for seed in range(arguments.seeds):
                     changed = recipe.model_copy(deep=True)
                     changed.run.seed, changed.run.evaluate_every = seed, 10_000
-                    changed.schedule.epochs = changes.get("epochs", changed.schedule.epochs)
-                    changed.model.freeze_backbone = changes.get("freeze_backbone", False)
+                    changed.schedule.epochs = 20 if arm == "20 epochs" else changed.schedule.epochs
+                    changed.model.freeze_backbone = arm == "a frozen backbone"
+                    changed.loss.logit_adjustment = float(arm == "logit adjustment")
                     run = Path(temporary) / f"{name} {arm} {seed}"
                     found.append(train(changed, folder, run, workers=1)["top1"])
                 print(f"{name}, {arm}: {', '.join(f'{value:.1f}' for value in found)}", flush=True)

@@ -46,17 +46,17 @@ def test_a_batch_without_images_changes_nothing(data):
 
 
 @pytest.mark.parametrize("names", [WNIDS, "abcdef"])
-def test_balanced_weights_are_those_of_the_training_images(tmp_path, names):
+def test_logits_are_adjusted_by_the_training_images(tmp_path, names):
     images = make_folder(tmp_path / "images", names=names)
     for number in range(2, 10):
         (images / names[0] / f"{number}.jpg").unlink()
-    weights = []
-    for balance in ("none", "balanced"):
-        criterion = learner_of(images, loss={"kind": "single_label", "class_weights": balance}).criterion
-        weights.append((criterion if criterion.loss is None else criterion.loss).class_weights)
-    assert weights[0] is None
-    of_class = dict(zip(sorted(names), weights[1].tolist(), strict=True))
-    assert of_class.pop(names[0]) > 3 * max(of_class.values())
+    assert learner_of(images, loss={"kind": "single_label"}).criterion.adjustment is None
+    learner = learner_of(images, loss={"kind": "single_label", "logit_adjustment": 1.0})
+    adjustment = learner.criterion.adjustment
+    if learner.levels is not None:
+        adjustment = adjustment[learner.levels.positions]
+    of_class = dict(zip(sorted(names), adjustment.tolist(), strict=True))
+    assert of_class.pop(names[0]) < min(of_class.values()) - 1
 
 
 def test_a_batch_without_images_cannot_be_where_ranks_share_statistics(data):

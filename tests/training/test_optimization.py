@@ -8,7 +8,7 @@ from wn21k_zoo import convert
 from wn21k_zoo.errors import RecipeError
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
-from wn21k_zoo.training.optimization import Criterion, average_of, balanced, build_optimizer, build_schedule
+from wn21k_zoo.training.optimization import Criterion, average_of, build_optimizer, build_schedule
 from wn21k_zoo.tree import SemanticTree
 
 from .runs import WNIDS, small_recipe
@@ -181,18 +181,15 @@ def test_the_loss_is_that_of_the_recipe(kind):
 
 
 @pytest.mark.parametrize("tree", [TREE, None])
-def test_balanced_weights_let_each_class_count_the_same(tree):
-    recipe = small_recipe(loss={"kind": "single_label"})
-    images = np.array([8, 1, 0, 4, 2, 1])  # the third class has none
-    weights = balanced(images)
-    targets = torch.from_numpy(np.repeat(np.arange(6), images))
-    positions = Levels(TREE, "level").positions if tree is not None else torch.arange(6)
-    of_class = torch.randn(6, 6)  # all images of a class have the same logits
-    losses = torch.nn.functional.cross_entropy(of_class, positions, label_smoothing=0.2, reduction="none")
-    loss = Criterion(recipe, tree, weights)(of_class[targets], targets)
-    torch.testing.assert_close(loss, losses[images > 0].mean())
-    parts = [Criterion(recipe, tree, weights)(of_class[part], part) for part in targets.split(8)]
-    torch.testing.assert_close((parts[0] + parts[1]) / 2, loss)  # as ranks, or parts of a batch, add up
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_adjusted_logits_are_those_plus_the_logarithm_of_shares(tree, factor):
+    recipe = small_recipe(loss={"kind": "single_label", "logit_adjustment": factor})
+    images, targets = np.array([8, 1, 0, 4, 2, 1]), torch.tensor([0, 5, 3, 1])  # the third class has none
+    logits = torch.randn(4, 6)  # in the label space's order
+    columns = Levels(TREE, "level").columns if tree is not None else slice(None)
+    shares = torch.tensor([8, 1, 1, 4, 2, 1]) / 16
+    expected = torch.nn.functional.cross_entropy(logits + factor * shares.log(), targets, label_smoothing=0.2)
+    torch.testing.assert_close(Criterion(recipe, tree, images)(logits[:, columns], targets), expected)
 
 
 @pytest.mark.parametrize("kind", ["semantic_softmax", "single_label", "multi_label"])

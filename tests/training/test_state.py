@@ -216,7 +216,7 @@ OTHERS = {
     "precision": "bf16", "deterministic": True, "channels_last": False, "sync_batchnorm": True,
     "arguments": {"drop_rate": 0.5}, "mean": (0.5,) * 3, "std": (0.5,) * 3, "betas": (0.5, 0.5), "crop_pct": 0.5,
     "clip_norm": 9.0, "ema_decay": 0.5, "layer_decay": 0.5, "teacher_head": "softmax", "max_steps": 3,
-    "freeze_backbone": True, "class_weights": "balanced",
+    "freeze_backbone": True,
 }  # fmt: skip
 FREE = {"compile", "gradient_checkpointing", "batch_per_device", "max_bad", "checkpoint_minutes", "keep"}
 FREE |= {"evaluate_every", "evaluate_batches", "log_every", "teacher", "label_space"}

@@ -24,7 +24,7 @@ from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import explain
 from wn21k_zoo.training.mixing import mix
 from wn21k_zoo.training.network import Normalized, build_network, try_size
-from wn21k_zoo.training.optimization import Criterion, average_of, balanced, build_optimizer, build_schedule
+from wn21k_zoo.training.optimization import Criterion, average_of, build_optimizer, build_schedule
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits
 from wn21k_zoo.training.teacher import build_teacher
@@ -107,8 +107,8 @@ class Learner:
                 try_size(each, recipe.data.size, self._device, field, len(splits.class_names))
         self._buffers = dict(self.module.module.named_buffers())
         self._kept = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        weights = balanced(images_per_class(splits.train)) if recipe.loss.class_weights == "balanced" else None
-        self.criterion = Criterion(recipe, splits.tree, weights).to(self._device)
+        images = images_per_class(splits.train) if recipe.loss.logit_adjustment else None
+        self.criterion = Criterion(recipe, splits.tree, images).to(self._device)
         self.optimizer = build_optimizer(recipe, self.module.module)
         self._factor: float = self.optimizer.param_groups[0]["lr"] / recipe.optimizer.lr
         self._schedule = build_schedule(recipe, self.optimizer, steps)

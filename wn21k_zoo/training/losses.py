@@ -21,14 +21,7 @@ from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
 from wn21k_zoo.training.levels import Levels, Order
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = [
-    "MultiLabelLoss",
-    "SemanticDistillationLoss",
-    "SemanticSoftmaxLoss",
-    "SingleLabelLoss",
-    "explain",
-    "weighted_cross_entropy",
-]
+__all__ = ["MultiLabelLoss", "SemanticDistillationLoss", "SemanticSoftmaxLoss", "SingleLabelLoss", "explain"]
 
 
 class SemanticSoftmaxLoss(nn.Module):
@@ -248,52 +241,25 @@ class SingleLabelLoss(nn.Module):
         tree: The classes.
         label_smoothing: Share of the target that is spread over all classes.
         order: Order of the logits, see :class:`Levels`.
-        class_weights: Factor of the loss of each class's images, [N] in the label space's order. The mean is over the
-            number of images, not over their weights.
 
     Raises:
-        InvalidArgumentError: As :class:`SemanticSoftmaxLoss`; or the weights are not one per class.
+        InvalidArgumentError: As :class:`SemanticSoftmaxLoss`.
         NonFiniteError: As :class:`SemanticSoftmaxLoss`.
     """
 
-    class_weights: Tensor | None
-
-    def __init__(
-        self,
-        tree: SemanticTree,
-        label_smoothing: float = 0.2,
-        order: Order = "published",
-        class_weights: Tensor | None = None,
-    ) -> None:
+    def __init__(self, tree: SemanticTree, label_smoothing: float = 0.2, order: Order = "published") -> None:
         super().__init__()
         self.levels, self.label_smoothing = Levels(tree, order), _smoothing(label_smoothing)
-        if class_weights is not None and (not isinstance(class_weights, Tensor) or class_weights.shape != (len(tree),)):
-            raise InvalidArgumentError(f"class_weights must be a tensor of shape [{len(tree)}], one for each class.")
-        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
         """Return the mean loss, a float32 scalar, of logits [B, N] and indices in the label space, [B] int64."""
         self.levels.check(logits_bn, targets_b)
         targets_b, all_in_range = self.levels.in_range(targets_b)
-        places_b = self.levels.positions[targets_b] if self.levels.order == "level" else targets_b
-        loss = weighted_cross_entropy(
-            logits_bn.float(),
-            places_b,
-            self.label_smoothing,
-            None if self.class_weights is None else self.class_weights[targets_b],
-        )
+        if self.levels.order == "level":
+            targets_b = self.levels.positions[targets_b]
+        loss = F.cross_entropy(logits_bn.float(), targets_b, label_smoothing=self.label_smoothing)
         _check_finite(loss, logits_bn)
         return loss.where(all_in_range, math.nan)
-
-
-def weighted_cross_entropy(
-    logits_bn: Tensor, targets_b: Tensor, label_smoothing: float, weights_b: Tensor | None
-) -> Tensor:
-    """The cross-entropy of each image times its weight, the mean over images."""
-    if weights_b is None:
-        return F.cross_entropy(logits_bn, targets_b, label_smoothing=label_smoothing)
-    losses_b = F.cross_entropy(logits_bn, targets_b, label_smoothing=label_smoothing, reduction="none")
-    return (losses_b * weights_b).mean()
 
 
 class MultiLabelLoss(nn.Module):

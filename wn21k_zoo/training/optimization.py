@@ -10,25 +10,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from wn21k_zoo.errors import NonFiniteError, RecipeError
 from wn21k_zoo.training.heads import heads_of
-from wn21k_zoo.training.losses import (
-    MultiLabelLoss,
-    SemanticDistillationLoss,
-    SemanticSoftmaxLoss,
-    SingleLabelLoss,
-    weighted_cross_entropy,
-)
+from wn21k_zoo.training.levels import Levels
+from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.tree import SemanticTree
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
-__all__ = ["Criterion", "average_of", "balanced", "build_optimizer", "build_schedule"]
+__all__ = ["Criterion", "average_of", "build_optimizer", "build_schedule"]
 
 
 class Criterion(nn.Module):
@@ -37,22 +33,28 @@ class Criterion(nn.Module):
     Args:
         recipe: Gives kind, smoothing and distillation.
         tree: The classes and their hierarchy; None without one.
-        class_weights: For ``single_label``, see :class:`wn21k_zoo.training.losses.SingleLabelLoss`.
+        images: Number of training images of each class, [N] in the label space's order, for ``loss.logit_adjustment``.
     """
 
-    class_weights: Tensor | None
+    adjustment: Tensor | None
 
-    def __init__(self, recipe: Recipe, tree: SemanticTree | None, class_weights: Tensor | None = None) -> None:
+    def __init__(self, recipe: Recipe, tree: SemanticTree | None, images: NDArray[np.int64] | None = None) -> None:
         super().__init__()
         smoothing = recipe.loss.label_smoothing
         self.weight = recipe.loss.distillation_weight
         self.smoothing = smoothing
         self.loss: nn.Module | None = None
-        self.register_buffer("class_weights", class_weights if tree is None else None, persistent=False)
+        adjustment = None
+        if images is not None:
+            share = np.log(images.clip(1) / images.sum())  # the logits of a class without images are not -inf
+            adjustment = torch.from_numpy(recipe.loss.logit_adjustment * share).float()
+            if tree is not None:
+                adjustment = adjustment[Levels(tree, "level").columns]
+        self.register_buffer("adjustment", adjustment, persistent=False)
         if tree is not None:
             self.loss = {  # type: ignore[no-untyped-call]
                 "semantic_softmax": lambda: SemanticSoftmaxLoss(tree, smoothing, "level"),
-                "single_label": lambda: SingleLabelLoss(tree, smoothing, "level", class_weights),
+                "single_label": lambda: SingleLabelLoss(tree, smoothing, "level"),
                 "multi_label": lambda: MultiLabelLoss(tree, order="level"),
             }[recipe.loss.kind]()
         self.distillation: nn.Module | None = None
@@ -77,18 +79,12 @@ class Criterion(nn.Module):
         return loss
 
     def _of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.adjustment is not None:
+            logits = logits.float() + self.adjustment
         if self.loss is None:
-            weights = None if self.class_weights is None else self.class_weights[targets]
-            return weighted_cross_entropy(logits.float(), targets, self.smoothing, weights)
+            return F.cross_entropy(logits.float(), targets, label_smoothing=self.smoothing)
         loss: Tensor = self.loss(logits, targets)
         return loss
-
-
-def balanced(images: NDArray[np.int64]) -> Tensor:
-    """Weights of classes, inverse to their numbers of images, [N] float32; their mean over all images is 1."""
-    there = images > 0
-    weights = np.where(there, images.sum() / (there.sum() * images.clip(1)), 0)
-    return torch.from_numpy(weights.astype(np.float32))
 
 
 def build_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:

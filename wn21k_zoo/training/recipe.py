@@ -182,8 +182,9 @@ class Loss(Section):
     Attributes:
         kind: A softmax per level of the tree, one over all classes, or a sigmoid per class and ancestor.
         label_smoothing: Share of the target that is spread over the level's, or all, classes.
-        class_weights: ``balanced``: the loss of an image is weighted inversely to the number of training images of its
-            class, so that each class counts the same; of ``single_label`` only. ``none``: each image counts the same.
+        logit_adjustment: For classes with few images (arXiv 2007.07314), of ``single_label`` only: in training, the
+            logarithm of each class's share of the images, times this, is added to its logits. 1 aims at the mean
+            accuracy of all classes, 0 at that of all images.
         teacher: Network to distil: a record, a folder (such as an exported run), a Hub repository, or a checkpoint of a
             run (``RUN/checkpoints/best.pt``, which must stay unchanged); if it has other classes or another kind of
             head, it is read through the tree.
@@ -193,7 +194,7 @@ class Loss(Section):
 
     kind: Literal["semantic_softmax", "single_label", "multi_label"] = "semantic_softmax"
     label_smoothing: float = pydantic.Field(default=0.2, ge=0, lt=1)
-    class_weights: Literal["none", "balanced"] = "none"
+    logit_adjustment: float = pydantic.Field(default=0.0, ge=0)
     teacher: str | None = None
     teacher_head: Head | None = None
     distillation_weight: float = pydantic.Field(default=0.0, ge=0)
@@ -349,8 +350,8 @@ class Recipe(Section):
             ),
             (any(not 0 <= beta < 1 for beta in self.optimizer.betas), "optimizer.betas must be in [0, 1)."),
             (
-                self.loss.kind != "single_label" and self.loss.class_weights != "none",
-                "loss.class_weights is for single_label; set it to none.",
+                self.loss.kind != "single_label" and self.loss.logit_adjustment > 0,
+                "loss.logit_adjustment is for single_label; set it to 0.",
             ),
             (
                 self.loss.kind == "multi_label" and self.loss.label_smoothing > 0,
