@@ -110,6 +110,9 @@ class _Synthetic:
     def index(self, shard):
         return {"target": np.arange(len(self._images)) % len(self.label_space)}
 
+    def shard_name(self, shard) -> str:
+        return "synthetic"
+
 
 def _engine(recipe, splits, folder, device):
     world = World(0, 1, device)
