@@ -253,6 +253,14 @@ def test_prepare_on_the_command_line(tmp_path, prepared):
     assert run("prepare", source, tmp_path / "out", "--quality", "101").exit_code == 2
 
 
+def test_a_manifest_whose_type_is_damaged_does_not_hang(copy):
+    content = bytearray((copy / MANIFEST_FILE).read_bytes())
+    kind = content.rindex(b"\x15\x0c\x19", 0, content.rindex(b"\x05shard\x15\x0c")) + 1
+    content[kind] = 0x0E  # the physical type of the column shard
+    (copy / MANIFEST_FILE).write_bytes(content)
+    assert {damage.file for damage in verify_shards(copy)} <= {MANIFEST_FILE}  # Arrow may still read it
+
+
 def test_a_dry_run_counts_a_class_of_two_splits_once(tmp_path):
     classes = {wnid: files for wnid, files in make_classes().items() if wnid in WNIDS}
     write_folder(tmp_path, split_files(classes, validation=2))

@@ -218,7 +218,8 @@ class _Manifest:
     @classmethod
     def read(cls, path: Path, space: LabelSpace) -> _Manifest:
         columns = ["synset", "split", "shard"]
-        table = read_table(path, columns=columns, filters=pc.field("shard").is_valid(), read_dictionary=columns)
+        # Not by filters=, with which Arrow 26 waits forever for a column whose stated type is damaged.
+        table = read_table(path, columns=columns, read_dictionary=columns).filter(pc.field("shard").is_valid())
         synsets, splits, shards = (table[column].unify_dictionaries().combine_chunks() for column in columns)
         targets = np.array([space.index.get(wnid, 0) for wnid in synsets.dictionary.to_pylist()], np.int32)
         numbers = shards.indices.to_numpy()
@@ -237,7 +238,8 @@ class _Manifest:
     @functools.cached_property
     def names(self) -> Any:
         """A table of each row's hash and key."""
-        return read_table(self.path, columns=_NAMES, filters=pc.field("shard").is_valid())
+        table = read_table(self.path, columns=[*_NAMES, "shard"])
+        return table.filter(pc.field("shard").is_valid()).select(_NAMES)
 
 
 def _compare_counts(info: DatasetInfo, manifest: _Manifest, found: list[Damage]) -> None:
