@@ -198,7 +198,44 @@ def test_verify_sees_labels_that_are_out_of_range_or_wrong(copy):
     assert any("1 class indices are outside" in one.problem for one in verify_shards(copy))
     index["target"][0] = original + 1
     write_index(path, index)
-    assert any("its classes are not those" in one.problem for one in verify_shards(copy))
+    (damage,) = verify_shards(copy)
+    assert damage.problem == "has 1 entries that are not an image of train-00000.tar with its class"
+
+
+def _swapped(index, field):
+    other = next(number for number, each in enumerate(index) if each["target"] != index[0]["target"])
+    index[field][[0, other]] = index[field][[other, 0]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: _swapped(index, "target"),
+        lambda index: _swapped(index, "offset"),
+        lambda index: index["size"].__ifloordiv__(2),
+        lambda index: index.__setitem__(0, index[1]),
+        lambda index: index["offset"].__iadd__(512),
+        lambda index: index["offset"].__setitem__(0, 0),
+    ],
+)
+def test_verify_sees_an_index_that_names_other_images_or_classes(copy, change):
+    path = index_path(copy / "train-00001.tar")
+    index = read_index(path).copy()
+    change(index)
+    write_index(path, index)
+    (damage,) = verify_shards(copy)
+    assert damage.file == "__index__/train-00001.npy"
+    assert "entries that are not an image of train-00001.tar with its class" in damage.problem
+
+
+def test_verify_sees_a_manifest_with_another_class(copy):
+    table = pq.read_table(copy / MANIFEST_FILE)
+    rows = table.to_pylist()
+    used = next(row for row in rows if row["shard"] == "train-00000.tar")
+    used["synset"] = next(wnid for wnid in WNIDS if wnid != used["synset"])
+    pq.write_table(table.from_pylist(rows, table.schema), copy / MANIFEST_FILE)
+    (damage,) = verify_shards(copy)
+    assert (damage.file, damage.problem) == ("train-00000.tar", "its classes are not those that the manifest lists")
 
 
 @pytest.mark.parametrize("offset", [2**20, 2**45, 2**64 - 1])

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.extra import pc, pq
 from wn21k_zoo.training.manifest import read_table
 from wn21k_zoo.training.shards import (
+    BLOCK,
     MANIFEST_FILE,
     DatasetInfo,
     Shard,
@@ -147,8 +148,7 @@ def _images(folder: Path, shards: tuple[Shard, ...], target: int | None) -> Iter
         try:
             with (folder / shard.name).open("rb") as file:
                 for entry in chosen:
-                    file.seek(int(entry["offset"]) - tarfile.BLOCKSIZE)
-                    name = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
+                    name = _member_at(file, int(entry["offset"]) - BLOCK).name
                     yield name, file.read(int(entry["size"])), int(entry["target"])
         except (OSError, ValueError, OverflowError, tarfile.TarError) as error:  # of a damaged index
             raise DataError(f"{shard.name} cannot be read ({error}); run `wn21k data verify`.") from None
@@ -169,7 +169,7 @@ class Damage:
 def verify_shards(
     folder: str | os.PathLike[str], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Damage]:
-    """Check shards against their sha256, indexes against shards and manifest, classes against the label space.
+    """Check shards against their sha256, indexes against shards, both against the manifest and the label space.
 
     Where a shard's hash is wrong, its images are compared one by one with the manifest to name the damaged ones.
 
@@ -263,9 +263,9 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
     outside = int(((index["target"] < 0) | (index["target"] >= len(space))).sum())
     if outside:
         yield Damage(shard.name, None, f"{outside:,} class indices are outside the label space")
+    name = index_path(path).relative_to(folder).as_posix()
     beyond = int((index["offset"] > shard.num_bytes - index["size"].astype(np.int64)).sum())
     if beyond:
-        name = index_path(path).relative_to(folder).as_posix()
         yield Damage(name, None, f"places {beyond:,} images beyond the end of {shard.name}")
     try:
         digest = sha256_of(path)
@@ -278,7 +278,9 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
         listed, there = (
             np.bincount(targets, minlength=len(space)) for targets in (manifest.targets[rows], index["target"])
         )
-        if not np.array_equal(there, listed):
+        if not beyond and (wrong := _count_wrong(path, index)):
+            yield Damage(name, None, f"has {wrong:,} entries that are not an image of {shard.name} with its class")
+        elif not np.array_equal(there, listed):
             yield Damage(shard.name, None, "its classes are not those that the manifest lists")
         return
     if digest != shard.sha256:
@@ -295,3 +297,25 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
         if whole[digest] < wanted[digest]:
             equal = f", or another of {wanted[digest]} identical ones" if wanted[digest] > 1 else ""
             yield Damage(shard.name, key, f"the image is damaged{equal}")
+
+
+def _count_wrong(path: Path, index: NDArray[np.void]) -> int:
+    """Count the entries of an index whose place, size or class is not that of an image in the undamaged tar."""
+    wrong = len(index) - len(np.unique(index["offset"]))
+    with path.open("rb") as file:
+        for entry in index:
+            offset, size = int(entry["offset"]), int(entry["size"])
+            try:
+                image = _member_at(file, offset - BLOCK)
+                label = _member_at(file, offset + size + -size % BLOCK)
+                fits = image.size == size and label.name == f"{image.name.removesuffix('.jpg')}.cls"
+                fits = fits and int(file.read(label.size)) == entry["target"]
+            except (OSError, ValueError, tarfile.TarError):
+                fits = False
+            wrong += not fits
+    return wrong
+
+
+def _member_at(file: BinaryIO, offset: int) -> tarfile.TarInfo:
+    file.seek(offset)
+    return tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "strict")

@@ -34,6 +34,7 @@ from wn21k_zoo.files import atomic_file, expanded, parse_json
 from wn21k_zoo.labels import LabelSpace
 
 __all__ = [
+    "BLOCK",
     "END_OF_TAR",
     "INDEX_DTYPE",
     "INDEX_FOLDER",
