@@ -315,3 +315,24 @@ def test_a_damaged_description_of_ours_is_not_read_as_of_others(copy, whole):
         open_dataset(copy)
     (copy / INFO_FILE).write_text('{"splits": {"train": {}}}')  # timm's
     assert open_dataset(copy).label_space.name == "imagenet21k_p_fall11"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("num_samples", 25, "num_samples of train is 25, its shards have 24"),
+        ("num_samples", "24", "num_samples of train is '24'"),
+        ("name", "validation", "its split 'train' has the name 'validation'"),
+        ("shard_lengths", [10**30, 7, 7, 3], "no size or length"),
+        ("num_bytes", [-1, 1, 1, 1], "no size or length"),
+        ("filenames", ["a.tar"], "argument"),
+    ],
+)
+def test_a_description_that_contradicts_itself(copy, field, value, problem):
+    whole = json.loads((copy / INFO_FILE).read_text())
+    whole["splits"]["train"][field] = value
+    (copy / INFO_FILE).write_text(json.dumps(whole))
+    for command in ("info", "verify", "show"):
+        done = run(command, copy)
+        assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+        assert problem in done.stderr

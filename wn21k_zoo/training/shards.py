@@ -145,7 +145,7 @@ class DatasetInfo:
             return DatasetInfo(
                 label_space=whole["label_space"],
                 label_digest=whole["label_digest"],
-                splits={split: _shards_of(entry) for split, entry in whole["splits"].items()},
+                splits={split: _shards_of(split, entry) for split, entry in whole["splits"].items()},
                 preparation=whole["preparation"],
                 wnids=_wnids_of(whole.get("wnids")),
             )
@@ -168,11 +168,17 @@ def _wnids_of(entry: Any) -> tuple[str, ...] | None:
     return None if entry is None else tuple(entry)
 
 
-def _shards_of(entry: dict[str, Any]) -> tuple[Shard, ...]:
+def _shards_of(split: str, entry: dict[str, Any]) -> tuple[Shard, ...]:
+    if entry["name"] != split:
+        raise TypeError(f"its split {split!r} has the name {entry['name']!r}")
     columns = (entry["filenames"], entry["shard_lengths"], entry["num_bytes"], entry["sha256"])
     for kind, column in zip((str, int, int, str), columns, strict=True):
         if not all(isinstance(value, kind) for value in column):
             raise TypeError(f"one of the lists of shards has an entry that is not {kind.__name__}")
+    if not all(0 <= number < 2**63 for number in (*columns[1], *columns[2])):
+        raise TypeError("one of the lists of shards has a number that is no size or length")
+    if entry["num_samples"] != sum(columns[1]):
+        raise TypeError(f"num_samples of {split} is {entry['num_samples']!r}, its shards have {sum(columns[1]):,}")
     if strange := next((name for name in columns[0] if not _FILE_NAME.fullmatch(name)), None):
         raise TypeError(f"{strange!r} is not the name of a shard")
     return tuple(
