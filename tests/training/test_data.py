@@ -484,6 +484,20 @@ def test_many_files_may_be_open():
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 
 
+def test_closed_it_has_no_processes_and_starts_new_ones_where_it_was(shards):
+    one = loader(shards, batch_size=3, workers=2)
+    one.close()
+    before = set(multiprocessing.active_children())
+    begun = iter(one)
+    seen = next(begun).samples.tolist()
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    one.close()
+    assert set(multiprocessing.active_children()) == before
+    assert seen + [sample for batch in one for sample in batch.samples.tolist()] == [
+        sample for batch in loader(shards, batch_size=3) for sample in batch.samples.tolist()
+    ]
+
+
 def test_a_process_that_ends_as_it_begins_is_one_line(shards, monkeypatch):
     one = loader(shards, workers=1)
 

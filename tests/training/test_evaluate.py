@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import multiprocessing
 import shutil
 
 import pyarrow.parquet as pq
@@ -67,6 +68,16 @@ def test_rows_of_shards_have_the_names_in_them_and_those_of_a_failure_are_not_th
     with pytest.raises(NonFiniteError):
         evaluate(_broken(run, tmp_path), data, workers=0, predictions=place)
     assert not place.exists()
+
+
+def test_an_evaluation_that_is_interrupted_leaves_no_processes(run, data):
+    def interrupted(done, total):
+        raise KeyboardInterrupt
+
+    before = set(multiprocessing.active_children())
+    with pytest.raises(KeyboardInterrupt) as end:
+        evaluate(run, data, workers=1, progress=interrupted)
+    assert set(multiprocessing.active_children()) == before, end
 
 
 def _broken(run, tmp_path):

@@ -1,3 +1,4 @@
+import multiprocessing
 import signal
 import time
 from types import SimpleNamespace
@@ -5,16 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from wn21k_zoo.errors import NonFiniteError
 from wn21k_zoo.training import engine
-from wn21k_zoo.training.engine import Preempted
+from wn21k_zoo.training.engine import Preempted, train
 from wn21k_zoo.training.export import export_run
 from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
 
-from .checks import assert_same_weights, final, lines, run, run_told
-from .runs import (
-    small_recipe,
-)
+from .checks import ALONE, assert_same_weights, final, lines, run, run_told
+from .runs import small_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,6 +136,24 @@ def test_ctrl_c_in_a_notebook_costs_no_step(data, tmp_path, at_loss, ctrl_c, cap
     assert RunFolder(tmp_path / "parts").status() == {"state": "preempted", "step": 9, "total": 12}
     run(small_recipe(), data, tmp_path / "parts")
     assert_same_weights(final(tmp_path / "whole"), final(tmp_path / "parts"))
+
+
+def test_a_run_that_ends_early_in_a_notebook_leaves_no_processes(data, tmp_path, at_loss, ctrl_c):
+    before, during, held = set(multiprocessing.active_children()), [], []
+
+    def interrupted(logits, number):
+        during.append(len(set(multiprocessing.active_children()) - before))
+        if number == 8:  # after an evaluation
+            signal.raise_signal(signal.SIGINT)
+        return logits * (float("nan") if number == 10 else 1)
+
+    at_loss(interrupted)
+    for error in (KeyboardInterrupt, NonFiniteError):
+        with pytest.raises(error) as end:
+            train(small_recipe(), data, tmp_path, ALONE, workers=1)
+        held.append(end)  # as a notebook keeps the traceback
+        assert set(multiprocessing.active_children()) == before
+    assert max(during) == 2
 
 
 def test_a_handler_of_the_programs_own_stays(data, tmp_path, at_loss, ctrl_c):

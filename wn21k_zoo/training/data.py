@@ -233,6 +233,16 @@ class Loader:
         self._plan.epoch, self._plan.samples_seen = state["epoch"], state["samples_seen"]
         self._told = True
 
+    def close(self) -> None:
+        """End the processes that load images; the next iteration starts new ones.
+
+        Otherwise they end with the last reference to the loader, which after an error or Ctrl-C in a notebook is the
+        traceback's; the garbage collector may then wait for each of them.
+        """
+        loaded, self._batches._iterator = self._batches._iterator, None
+        if loaded is not None:
+            loaded._shutdown_workers()  # type: ignore[attr-defined]
+
     def _loaded(self) -> Iterator[dict[str, Any]]:
         """Yield what the workers read; pinning memory, here or in a thread, uses the current GPU."""
 

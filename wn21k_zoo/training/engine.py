@@ -123,6 +123,9 @@ def train(
         stack.enter_context(torch_as_it_was(world.device))
         try:
             begun = _Run(recipe, splits, folder, world, told, rescue, workers)
+            if signals is None:  # otherwise the process ends in a moment, within its limit of seconds
+                for loader in begun.loaders:
+                    stack.callback(loader.close)
             world.lead(lambda: folder.begin(recipe, about))
             return begun.go()
         except Preempted:

@@ -146,7 +146,12 @@ def evaluate(
         names=predictions is not None,
     )
     total, begin = len(loader), time.perf_counter()
-    with torch.inference_mode(), evaluating(module), _rows(predictions, subject.class_names) as write:
+    with (
+        contextlib.closing(loader),
+        torch.inference_mode(),
+        evaluating(module),
+        _rows(predictions, subject.class_names) as write,
+    ):
         for number, batch in enumerate(loader, start=1):
             if len(batch):  # otherwise all its images are damaged
                 images = batch.images.contiguous(memory_format=layout)
