@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import weakref
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,30 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, caplog):
     run(small_recipe(), data, tmp_path)
     assert "step-00000012.pt cannot be read" in caplog.text
     assert_same_weights(final(tmp_path), whole)
+
+
+def test_a_changed_bit_of_a_checkpoint_is_seen(data, tmp_path):
+    run(small_recipe(), data, tmp_path)
+    newest = RunFolder(tmp_path).steps()[0]
+    with zipfile.ZipFile(newest) as file:
+        weights = file.read(max(file.infolist(), key=lambda entry: entry.file_size))
+    content = bytearray(newest.read_bytes())
+    content[content.index(weights) + 5] ^= 1
+    newest.write_bytes(content)
+    with pytest.raises(RunError, match=r"step-00000012\.pt cannot be read: damaged"):
+        read_checkpoint(newest)
+
+
+def test_checkpoints_have_checksums_also_in_a_program_that_turned_them_off(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.begin(small_recipe(), {})
+    torch.serialization.set_crc32_options(False)
+    try:
+        CheckpointWriter(folder, keep=2).write({"format": FORMAT, "step": 6})
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(*folder.steps())["step"] == 6
 
 
 def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(data, tmp_path):

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         RunError: It is missing or damaged.
     """
     try:
+        with zipfile.ZipFile(path) as file:  # torch does not compare the checksums
+            if damaged := file.testzip():
+                raise ValueError(damaged)
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         written = content["format"]
     except OSError as error:
