@@ -55,7 +55,7 @@ def test_checkpoints_have_checksums_also_in_a_program_that_turned_them_off(tmp_p
     folder.begin(small_recipe(), {})
     torch.serialization.set_crc32_options(False)
     try:
-        CheckpointWriter(folder, keep=2).write({"format": FORMAT, "step": 6})
+        CheckpointWriter(folder, keep=2).save({"format": FORMAT, "step": 6}, wait=True)
         assert not torch.serialization.get_crc32_options()
     finally:
         torch.serialization.set_crc32_options(True)
