@@ -1,7 +1,6 @@
 import time
 
 import pytest
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from wn21k_zoo import download, hub, registry
 from wn21k_zoo.checkpoints import DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT, PackageSource
@@ -56,12 +55,3 @@ def test_a_server_that_never_answers_costs_less_than_a_second(monkeypatch):
     begin = time.monotonic()
     assert not download.is_reachable(DEFAULT)
     assert time.monotonic() - begin < 1
-
-
-def test_a_bar_is_shown_unless_the_hubs_library_was_told_to_show_none(monkeypatch):
-    monkeypatch.setattr(download, "on_terminal", lambda: True)
-    enable_progress_bars()
-    assert download._shows_progress()
-    disable_progress_bars()  # as predict --quiet does
-    assert not download._shows_progress()
-    enable_progress_bars()

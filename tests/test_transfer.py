@@ -22,6 +22,7 @@ import requests
 import urllib3
 from filelock import FileLock
 from hub_server import hub_server
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from wn21k_zoo import cache, download, hub, registry, transfer
 from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource, URLSource
@@ -117,6 +118,27 @@ def test_a_download_a_hit_and_what_is_written_about_it(kind, root, serve):
     assert (again.path, again.downloaded) == (fetched.path, False)
     assert len(seen) == requests
     assert sorted((path, path.stat().st_mtime_ns) for path in root.rglob("*")) == state
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_download_is_announced_unless_the_hubs_library_was_told_to_show_nothing(
+    quiet, terminal, root, serve, monkeypatch, capsys
+):
+    endpoint, _ = serve(files_of("plain"), faults=[{"status": 503}])
+    monkeypatch.setattr(download, "on_terminal", lambda: terminal)
+    if quiet:
+        disable_progress_bars()  # as predict --quiet does
+    try:
+        download.fetch(checkpoint_of("plain", endpoint))
+    finally:
+        enable_progress_bars()
+    shown = capsys.readouterr().err
+    assert shown.count("fetching") == (not quiet and not terminal)
+    assert ("━" in shown) == (not quiet and terminal)
+    if "fetching" in shown:  # e.g. in a notebook
+        assert shown.count("\n") == 1
+        assert f", {len(BODY) / 1e6:,.1f} MB" in shown
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])

@@ -299,22 +299,25 @@ def _lock(place: Path, name: str) -> contextlib.AbstractContextManager[None]:
     """Hold the lock under which only this process fetches a file."""
 
     def waiting() -> None:
-        if _shows_progress():
+        if _may_speak():
             say(f"waiting for another process that is fetching {name}")
 
     return exclusive(cache.lock_path(place), CacheError, "set WN21K_CACHE to another disk.", seconds=1, waiting=waiting)
 
 
-def _shows_progress() -> bool:
+def _may_speak() -> bool:
     from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 
-    return on_terminal() and not are_progress_bars_disabled()
+    return not are_progress_bars_disabled()
 
 
 @contextlib.contextmanager
 def _progress_bar(name: str) -> Iterator[Any]:
-    if not _shows_progress():
+    if not _may_speak():
         yield None
+        return
+    if not on_terminal():  # e.g. in a notebook
+        yield _OneLine(name)
         return
     from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
@@ -323,3 +326,15 @@ def _progress_bar(name: str) -> Iterator[Any]:
     with bars(*columns, TimeRemainingColumn()) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _OneLine:
+    """Says that a file is being fetched, once its first bytes are there."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._said = name, False
+
+    def __call__(self, done: int, total: int | None) -> None:
+        if not self._said:
+            say(f"fetching {self._name}" + (f", {total / 1e6:,.1f} MB" if total else ""))
+        self._said = True
