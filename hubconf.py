@@ -16,14 +16,15 @@ dependencies = [
 ]
 
 
-def predictor(model=None, **kwargs):
+def predictor(name=None, **kwargs):
     """Labels at every level of the WordNet hierarchy: ``predictor()('photo.jpg').label``.
 
     Args:
-        model: Checkpoint name; by default that of :func:`wn21k_zoo.predict`.
+        name: Checkpoint name; by default that of :func:`wn21k_zoo.predict`. Not called ``model`` as it is there, which
+            is an argument of ``torch.hub.load`` itself.
         **kwargs: As for ``wn21k_zoo.Predictor``: top_k, threshold, device, batch_size, ...
     """
-    return _package().Predictor(model, **kwargs)
+    return _package().Predictor(name, **kwargs)
 
 
 def semantic_tree(name="fall11"):

@@ -75,7 +75,7 @@ print(json.dumps([listed, helped, len(tree), model.num_classes]))
 @pytest.mark.slow
 def test_load_of_a_local_checkout_and_predictions_afterwards(tmp_path, photographs, embedded):
     code = f"""
-predict = torch.hub.load({str(CHECKOUT)!r}, "predictor", {EMBEDDED!r}, source="local")
+predict = torch.hub.load({str(CHECKOUT)!r}, "predictor", name={EMBEDDED!r}, source="local")
 assert {str(CHECKOUT)!r} not in sys.path
 import os; os.chdir("/")
 print(predict({str(photographs[0])!r}).label.wnid)

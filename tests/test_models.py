@@ -321,7 +321,7 @@ def test_bad_folders(folder, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="architecture"):
         models.load_model(tmp_path)
-    for damage in ({"pretrained_cfg": None}, {"pretrained_cfg": []}, {"label_names": 5}):
+    for damage in ({"pretrained_cfg": None}, {"pretrained_cfg": []}, {"label_names": 5}, {"model_args": "resnet18"}):
         (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", **damage}))
         with pytest.raises(ModelError, match="is not a"):
             models.load_model(tmp_path)

@@ -271,8 +271,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise ModelError(f"{folder / CONFIG_FILE} names no timm architecture.")
     settings = config.get("pretrained_cfg", {})
-    if not isinstance(settings, dict):
-        raise ModelError(f"{folder / CONFIG_FILE}: pretrained_cfg is not an object.")
+    for key, kind in (("pretrained_cfg", dict), ("model_args", dict | None)):
+        if not isinstance(config.get(key, {}), kind):
+            raise ModelError(f"{folder / CONFIG_FILE}: {key} is not an object.")
     size = settings_of(config).get("input_size", [3, 1, 1])
     if not isinstance(size, list) or len(size) != 3 or not all(type(each) is int and each > 0 for each in size):
         raise ModelError(f"{folder / CONFIG_FILE}: input_size is not three numbers, of channels, height and width.")
