@@ -173,7 +173,7 @@ def as_folder(name: str | os.PathLike[str]) -> Path | None:
         raise UnknownModelError("The model name is empty; `wn21k list` shows some names.")
     if text.startswith(FOLDER_PREFIX) or isinstance(name, os.PathLike) or looks_like_path(text):
         folder = expanded(text.removeprefix(FOLDER_PREFIX), UnknownModelError)
-    elif Path(text).exists() and not registry.is_known(text):  # in the working directory, named without a slash
+    elif not registry.is_known(text) and expanded(text, UnknownModelError).exists():  # named without a slash
         folder = Path(text)
     else:
         return None

@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 
 from wn21k_zoo.checkpoints import HubSource, URLSource
 from wn21k_zoo.errors import CacheError, first_line
-from wn21k_zoo.files import parse_json, replace, user_cache
+from wn21k_zoo.files import expanded, parse_json, replace, user_cache
 
 __all__ = [
     "PART_SUFFIX",
@@ -72,17 +72,15 @@ def cache_dir(folder: str | os.PathLike[str] | None = None) -> Path:
     """Return the cache folder: the argument, ``WN21K_CACHE``, or the user's cache folder on this system.
 
     Raises:
-        CacheError: It belongs in a home folder that is not known; set ``WN21K_CACHE`` to another one.
+        CacheError: It belongs in a home folder that is not known, or no folder can have its name.
     """
     chosen = folder or os.environ.get("WN21K_CACHE")
     if not chosen:
         return user_cache(CacheError, "WN21K_CACHE")
     try:
-        return Path(chosen).expanduser().absolute()
-    except RuntimeError as error:
-        raise CacheError(
-            f"There is no home folder for the cache folder {chosen}; set WN21K_CACHE to another one."
-        ) from error
+        return expanded(chosen, CacheError).absolute()
+    except CacheError as error:
+        raise CacheError(f"There can be no cache folder (--cache-dir, WN21K_CACHE) in {error}") from None
 
 
 def relative_path(source: HubSource | URLSource, filename: str) -> PurePosixPath:

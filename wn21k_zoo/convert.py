@@ -19,7 +19,7 @@ from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.architectures.ofa import STAGE_DEPTHS
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.errors import ConversionError, UnknownModelError, Wn21kError, did_you_mean, first_line
-from wn21k_zoo.files import replace
+from wn21k_zoo.files import expanded, replace
 from wn21k_zoo.registry import TIMM_PREFIX
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
     import safetensors.torch
     import torch
 
-    path = Path(path)
+    path = expanded(path, ConversionError)
     if not path.is_file():
         raise ConversionError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; name a weight file.")
     try:

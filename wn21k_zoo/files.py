@@ -52,22 +52,29 @@ THE_SYSTEMS = (
 
 
 def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
-    """Expand ~ in a path to a home folder.
+    """Expand ~ in a path to a home folder; nothing need be there.
 
     Raises:
-        Wn21kError: Of class ``kind``: there is no such user.
+        Wn21kError: Of class ``kind``: there is no such user, or no file can have this name.
     """
     try:
-        return Path(place).expanduser()
+        path = Path(place).expanduser()
+        os.lstat(path)
     except RuntimeError:
         raise kind(f"{os.fspath(place)}: this home folder is not known; write the full path.") from None
+    except ValueError as error:  # a null, half a character
+        raise kind(f"{os.fspath(place)!r} is no file name: {first_line(error)}.") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise kind(f"{os.fspath(place)[:40]}... is too long for a file name; give a shorter one.") from None
+    return path
 
 
 def local_path(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
     """Like :func:`expanded`, for an output path; a URL would create a folder such as ``s3:`` here.
 
     Raises:
-        Wn21kError: Of class ``kind``: it is a URL, or there is no such user.
+        Wn21kError: Of class ``kind``: it is a URL; or as :func:`expanded`.
     """
     if (url := _URL.fullmatch(os.fspath(place))) and not Path(f"{url[1]}:").is_dir():
         raise kind(f"{url[1]}://{url[2]} is a URL; name a path of this machine, and copy the output from there.")

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -103,7 +102,7 @@ class LabelSpace:
             UnknownSynsetError: A word is not a noun synset of WordNet 3.0.
         """
         try:
-            lines = text_of(Path(path).read_bytes()).splitlines()
+            lines = text_of(expanded(path, LabelSpaceError).read_bytes()).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise LabelSpaceError(f"{path} cannot be read as a list of wnids ({first_line(error)}).") from error
         words = (line.split("#")[0].split() for line in lines)

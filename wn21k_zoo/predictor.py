@@ -12,7 +12,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast, overload
 
 from wn21k_zoo import models
@@ -22,12 +21,14 @@ from wn21k_zoo.errors import (
     ImageError,
     InvalidArgumentError,
     ModelError,
+    UnknownModelError,
     Wn21kError,
     check_share,
     first_line,
     is_out_of_memory,
     whole_number,
 )
+from wn21k_zoo.files import expanded
 from wn21k_zoo.images import check_resized, describe_source, load_image
 from wn21k_zoo.labels import ClassNames
 from wn21k_zoo.models import LabelSpaceLike, LoadedModel
@@ -386,7 +387,8 @@ def predict(
         raise InvalidArgumentError(
             f"predict has no option {', '.join(sorted(unknown))}; help(wn21k_zoo.Predictor) lists them."
         )
-    stays_the_same = isinstance(chosen, str) and not looks_like_path(chosen) and not Path(chosen).is_dir()
+    is_name = isinstance(chosen, str) and not looks_like_path(chosen)
+    stays_the_same = is_name and not expanded(chosen, UnknownModelError).is_dir()
     if stays_the_same and not options.keys() & {"label_space", "head", "cache_dir"}:
         chosen = _load_once(chosen, str(select_device(device)))
     return Predictor(chosen, top_k=top_k, threshold=threshold, device=device, **options)(images, errors=errors)

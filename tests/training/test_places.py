@@ -6,13 +6,21 @@ import shutil
 
 import pytest
 import torch
+from conftest import EMBEDDED
 
-from wn21k_zoo import LabelSpace, SemanticTree, predict
-from wn21k_zoo.errors import LabelSpaceError, ModelError, RecipeError, RunError, UnknownModelError
-from wn21k_zoo.training.engine import Preempted
+from wn21k_zoo import LabelSpace, Predictor, SemanticTree, create_model, create_transform, predict
+from wn21k_zoo.checkpoints import DEFAULT_CHECKPOINT
+from wn21k_zoo.convert import read_state_dict
+from wn21k_zoo.errors import LabelSpaceError, ModelError, RecipeError, RunError, UnknownModelError, Wn21kError
+from wn21k_zoo.training import presets
+from wn21k_zoo.training.data import open_dataset
+from wn21k_zoo.training.engine import Preempted, train
 from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.export import export_run
 from wn21k_zoo.training.folder import open_folder
+from wn21k_zoo.training.inspect import describe
+from wn21k_zoo.training.prepare import prepare
+from wn21k_zoo.training.recipe_files import load_recipe
 from wn21k_zoo.training.state import RunFolder
 from wn21k_zoo.training.weights import resolved
 
@@ -232,3 +240,43 @@ def test_arguments_that_were_left_out_are_told_without_the_start_too(data, tmp_p
         run(recipe, data, tmp_path / "run")
     again = RunFolder(tmp_path / "run").recipe()
     run(again, data, tmp_path / "run")
+
+
+TAKE_A_NAME = {
+    "create_model": create_model,
+    "create_transform": create_transform,
+    "predict": lambda name: predict("photo.jpg", model=name),
+    "Predictor": Predictor,
+    "an image": lambda name: predict(name, model=EMBEDDED),
+    "a cache": lambda name: create_model(DEFAULT_CHECKPOINT, cache_dir=name),
+    "LabelSpace.find": LabelSpace.find,
+    "LabelSpace.from_file": LabelSpace.from_file,
+    "SemanticTree.find": SemanticTree.find,
+    "SemanticTree.from_file": SemanticTree.from_file,
+    "read_state_dict": read_state_dict,
+    "load_recipe": load_recipe,
+    "finetune": presets.finetune,
+    "open_dataset": open_dataset,
+    "open_folder": open_folder,
+    "data of evaluate": lambda name: evaluate(EMBEDDED, name),
+    "model of evaluate": lambda name: evaluate(name, "."),
+    "predictions of evaluate": lambda name: evaluate(EMBEDDED, ".", predictions=name),
+    "describe": describe,
+    "source of prepare": lambda name: prepare(name, "out"),
+    "output of prepare": lambda name: prepare(".", name),
+    "run of export_run": lambda name: export_run(name, "out"),
+    "output of export_run": lambda name: export_run("run", name),
+    "data of train": lambda name: train(small_recipe(), name, "out"),
+    "output of train": lambda name: train(small_recipe(), ".", name),
+}
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "/" + "a" * 300, "\0", "a/\0", "~\0", "\ud800", "~nobody/a"])
+@pytest.mark.parametrize("function", TAKE_A_NAME)
+def test_a_name_that_no_file_can_have(function, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(Wn21kError) as error:
+        TAKE_A_NAME[function](name)
+    assert "\n" not in str(error.value)
+    assert not [*tmp_path.iterdir()]
