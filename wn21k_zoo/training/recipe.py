@@ -71,6 +71,13 @@ class Section(pydantic.BaseModel):
             raise pydantic_core.PydanticCustomError("no_truth", "Input should be true or false")
         return value
 
+    @pydantic.field_validator("*")
+    @classmethod
+    def _within_64_bits(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and value >= 2**63:
+            raise pydantic_core.PydanticCustomError("too_large", "Input should be less than 9223372036854775808")
+        return value
+
     def __init__(self, **fields: Any) -> None:
         try:
             super().__init__(**fields)
@@ -152,6 +159,13 @@ class Data(Section):
     crop_pct: float | None = pydantic.Field(default=None, gt=0, le=1)
     window: int = pydantic.Field(default=16, ge=1)
     max_bad: float = pydantic.Field(default=0.01, ge=0, le=1)
+
+    @pydantic.field_validator("mixup", "cutmix")
+    @classmethod
+    def _enough_to_draw_from(cls, value: float) -> float:
+        if 0 < value < 1e-6:
+            raise pydantic_core.PydanticCustomError("too_small", "Input should be 0 or at least 1e-6")
+        return value
 
     @pydantic.field_validator("label_space", mode="before")
     @classmethod
@@ -271,7 +285,7 @@ class Run(Section):
         deterministic: Use only deterministic algorithms; on the CPU they are anyway.
     """
 
-    seed: int = pydantic.Field(default=0, ge=0, lt=2**63)
+    seed: int = pydantic.Field(default=0, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
     checkpoint_minutes: float = pydantic.Field(default=30.0, gt=0)
@@ -492,6 +506,10 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
             f"model.arguments cannot have {reserved[0]!r}: the weights are those of model.start, the outputs the "
             "classes of the data."
         )
+    for name, value in arguments.items():
+        is_share = "drop" in name and name.endswith("_rate")
+        if is_share and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise RecipeError(f"model.arguments.{name} cannot be {value!r}: it is a share, from 0 to 1.")
 
 
 def sized(architecture: str, arguments: dict[str, Any], size: int) -> dict[str, Any] | None:
