@@ -96,6 +96,12 @@ def test_importing_the_package_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
+@pytest.mark.parametrize("module", ["cli.app", "training.recipe", "training.shards", "training.state"])
+def test_what_a_quick_command_needs_does_not_import_torch(module):
+    code = f"import sys, wn21k_zoo.{module}; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_what_another_module_imports_is_exported():
     trees = {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))

@@ -30,6 +30,7 @@ from wn21k_zoo.errors import (
     DataSourceError,
     DiskSpaceError,
     InvalidArgumentError,
+    MissingExtraError,
 )
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import dry_run
@@ -600,6 +601,14 @@ def test_wrong_sources_and_outputs_are_one_line_each(tmp_path, monkeypatch):
     for wrong in ({"quality": 0}, {"resize": "crop"}, {"shard_size": 0}):
         with pytest.raises(InvalidArgumentError):
             PrepareOptions(**wrong)
+
+
+def test_without_ray_its_extra_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "source.tar").write_bytes(nested_tar(make_classes()))
+    monkeypatch.setattr("wn21k_zoo.training.options.find_spec", lambda _: None)
+    with pytest.raises(MissingExtraError, match=r"The Ray engine needs an extra: pip install .*\[ray\]"):
+        prepare(tmp_path / "source.tar", tmp_path / "out", engine="ray")
+    assert not (tmp_path / "out").exists()
 
 
 def test_disk_space_is_checked_before_anything_is_written(tmp_path, monkeypatch):

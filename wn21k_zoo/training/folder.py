@@ -428,7 +428,7 @@ def _images(root: Path, below: str, passed_over: Counter[str]) -> list[str]:
             passed_over[PurePosixPath(name).suffix.lower()] += 1
     names = sorted(found, key=composed)
     if any(name.lower().endswith((".heic", ".heif")) for name in names) and find_spec("pillow_heif") is None:
-        raise MissingExtraError(f"{root / below} has HEIF photographs, which", "heif")
+        raise MissingExtraError(f"Reading the HEIF photographs in {root / below}", "heif")
     return names
 
 

@@ -7,10 +7,11 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError, whole_number
+from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError, MissingExtraError, whole_number
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 from wn21k_zoo.training.tasks import Engine, run_tasks
 
@@ -86,6 +87,7 @@ class Tasks:
 
     Raises:
         InvalidArgumentError: Fewer than one worker.
+        MissingExtraError: Ray is not installed.
     """
 
     workers: int | None
@@ -96,6 +98,8 @@ class Tasks:
     def __post_init__(self) -> None:
         if self.workers is not None:
             whole_number("workers", self.workers, 1)
+        if self.engine == "ray" and find_spec("ray") is None:
+            raise MissingExtraError("The Ray engine", "ray")
 
     def run(self, function: Callable[..., Any], tasks: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
         """Yield results in the order in which they become ready."""

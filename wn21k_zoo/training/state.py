@@ -23,8 +23,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wn21k_zoo.errors import RecipeError, RunError, UnknownLabelSpaceError, first_line
 from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.files import RECIPE_FILE, expanded, is_hidden, is_run, make_folder, parse_json
@@ -311,6 +309,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         RunError: It is missing or damaged.
     """
+    import torch  # late, as `wn21k train compare` needs none
+
     try:
         with zipfile.ZipFile(path) as file:  # torch does not compare the checksums
             if damaged := file.testzip():
