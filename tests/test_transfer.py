@@ -127,8 +127,7 @@ def test_a_download_is_announced_unless_the_hubs_library_was_told_to_show_nothin
 ):
     endpoint, _ = serve(files_of("plain"), faults=[{"status": 503}])
     monkeypatch.setattr(download, "on_terminal", lambda: terminal)
-    if quiet:
-        disable_progress_bars()  # as predict --quiet does
+    (disable_progress_bars if quiet else enable_progress_bars)()  # the former as predict --quiet does
     try:
         download.fetch(checkpoint_of("plain", endpoint))
     finally:

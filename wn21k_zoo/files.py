@@ -66,7 +66,7 @@ def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
         raise kind(f"{os.fspath(place)!r} is no file name: {first_line(error)}.") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise kind(f"{os.fspath(place)[:40]}... is too long for a file name; give a shorter one.") from None
+            raise kind(f"{os.fspath(place)} is too long for a file name; give a shorter one.") from None
     return path
 
 
