@@ -100,9 +100,18 @@ def test_sizes_that_nobody_can_mean_are_damage(tmp_path, packed, kind, size):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / f"{WNIDS[0]}.tar").write_bytes(content)
     if size < 0 or kind != tarfile.REGTYPE:
-        said = "size below 0" if kind == tarfile.REGTYPE else f"a header has {size:,} bytes"
-        with pytest.raises(DataSourceError, match=f"is damaged: .*{said}"):
+        with pytest.raises(DataSourceError, match=f"is damaged: .*a header has {size:,} bytes"):
             [*read_members(classes_of(tmp_path / "folder", tmp_path)[0])]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_size_below_0_in_another_header_is_damage(tmp_path, packed):
+    image, record = header(f"{WNIDS[0]}/{WNIDS[0]}_0.JPEG", 0), b"13 size=-512\n"
+    about = header("x", len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0")
+    content = image + about + header(f"{WNIDS[0]}/{WNIDS[0]}_1.JPEG", 0) + bytes(10_240)
+    (tmp_path / "flat.tar").write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(DataSourceError, match="is damaged"):
+        classes_of(tmp_path / "flat.tar", tmp_path)
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])

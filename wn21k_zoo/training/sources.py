@@ -83,17 +83,25 @@ class Header(tarfile.TarInfo):
     """A header of an untrusted archive, for ``tarfile.open(tarinfo=)``."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # the hook that tarfile has for subclasses
-        """Limit headers that describe the next one, such as its long name, to a megabyte: tarfile reads them whole.
+        """Refuse sizes below 0, and what describes the next header, such as its long name, beyond a megabyte.
+
+        Tarfile reads the latter whole. With the former it loops forever, or since Python's CVE-2025-8194 was mended
+        takes them for the end of the archive.
 
         Raises:
-            tarfile.ReadError: It claims to be larger, or more of them follow each other than Python's recursion limit.
+            tarfile.ReadError: The size is such a one, or more headers describe one member than Python's recursion
+                limit.
         """
-        if self.type in _ABOUT_THE_NEXT and not 0 <= self.size <= 1 << 20:
+        if self.size < 0 or (self.type in _ABOUT_THE_NEXT and self.size > 1 << 20):
             raise tarfile.ReadError(f"a header has {self.size:,} bytes")
         try:
             found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         except RecursionError:
             raise tarfile.ReadError("too many headers describe one member") from None
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+        if found.size < 0:  # as another header says
+            raise tarfile.ReadError(f"a header has {found.size:,} bytes")
         return found
 
 
@@ -189,8 +197,6 @@ def members_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         tarfile.ReadError: It ends too early, or at something that is not a header, which tarfile takes for the end.
     """
     while (member := archive.next()) is not None:
-        if member.size < 0:  # tarfile may go back then, and loop forever (CVE-2025-8194)
-            raise tarfile.ReadError("a header has a size below 0")
         archive.members.clear()  # type: ignore[attr-defined]
         yield member
     file: Any = archive.fileobj
