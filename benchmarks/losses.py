@@ -101,14 +101,8 @@ def _on_gpu_alone(action: Callable[[], None], device: str) -> float:
 def _bandwidth(device: str) -> float:
     """Bytes per second read and written by a copy much larger than the cache."""
     source = torch.zeros(2**28, device=device)
-    target, times = torch.empty_like(source), []
-    for _ in range(13):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
+    target = torch.empty_like(source)
+    times = [_on_gpu_alone(lambda: target.copy_(source), device) for _ in range(13)]
     return 2 * source.nbytes / statistics.median(times[3:])
 
 

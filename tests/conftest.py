@@ -18,6 +18,7 @@ os.environ.update(
     HF_ENDPOINT="http://127.0.0.1:9",
     HF_HUB_DISABLE_TELEMETRY="1",
     COLUMNS="120",
+    CUBLAS_WORKSPACE_CONFIG=":4096:8",  # read once in a process, so before any test of a GPU
 )
 for _name in ("WN21K_MODEL", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "WN21K_MIRROR"):
     os.environ.pop(_name, None)

@@ -334,11 +334,12 @@ def check_share(name: str, value: float) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device ran out of memory; for MPS and the CPU, only torch's message tells."""
+    """Whether a device ran out of memory; for MPS, the CPU, cuBLAS and cuDNN, only torch's message tells."""
+    said = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
     return (
         isinstance(error, RuntimeError)
         and not isinstance(error, Wn21kError)
-        and any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))
+        and any(words in str(error) for words in said)
     )
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import timm
@@ -10,10 +11,12 @@ from wn21k_zoo.errors import RecipeError
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.export import export_run, load_run
 from wn21k_zoo.training.heads import freeze_backbone, reorder_head
+from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.network import Normalized, _moved, build_network, try_size
+from wn21k_zoo.training.splits import open_splits
 from wn21k_zoo.training.weights import resolved
 
-from .checks import run
+from .checks import ALONE, run
 from .runs import make_folder, small_recipe
 
 
@@ -53,13 +56,44 @@ def test_weights_of_another_architecture_are_taken_if_none_are_missing(caplog):
         _moved(timm.create_model(vit, num_classes=3, **small | {"depth": 2}), "deep", "deep", vit, 3, small)
 
 
-def test_a_gpu_that_fails_is_not_blamed_on_the_size():
-    class Failing(torch.nn.Module):
-        def forward(self, images):
-            raise torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device")
+CUBLAS = (
+    "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
+    "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses CuBLAS "
+    "and you have CUDA >= 10.2. To enable deterministic behavior in this case, you must set an environment variable "
+    "before running your PyTorch application: CUBLAS_WORKSPACE_CONFIG=:4096:8 or CUBLAS_WORKSPACE_CONFIG=:16:8."
+)
 
-    with pytest.raises(torch.AcceleratorError, match="no kernel image"):
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"), "no kernel"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), "NOT_INITIALIZED"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "memory of cpu is",
+        ),
+        (
+            RuntimeError("reflection_pad2d does not have a deterministic implementation, but"),
+            "^reflection_pad2d, which",
+        ),
+        (RuntimeError(CUBLAS), "^This process used the GPU before CUBLAS_WORKSPACE_CONFIG was set"),
+    ],
+)
+def test_a_gpu_that_fails_is_not_blamed_on_the_size(data, monkeypatch, error, message):
+    def failing(self, images):
+        raise error
+
+    class Failing(torch.nn.Module):
+        forward = failing
+
+    recipe = small_recipe()
+    splits = open_splits(recipe, data)
+    with pytest.raises(type(error), match=re.escape(str(error))):
         try_size(Failing(), 32, torch.device("cpu"), "The network", 3)
+    monkeypatch.setattr(Normalized, "forward", failing)
+    with pytest.raises(Exception, match=message):
+        Learner(recipe, splits, ALONE, 10, False)
 
 
 def test_a_new_head_begins_with_small_logits_and_a_kept_one_as_it_was():

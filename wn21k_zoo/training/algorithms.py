@@ -44,8 +44,8 @@ def _set_deterministic(wanted: bool, warns: bool = False) -> None:
 
 def choose_algorithms(deterministic: bool) -> None:
     """Let torch use only deterministic algorithms, or the fastest ones."""
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
+    # Without it cuBLAS refuses to be deterministic; it is read once, so a run that is not may be followed by one.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     _set_deterministic(deterministic)
     torch.backends.cudnn.benchmark = not deterministic  # all images have the same size
 

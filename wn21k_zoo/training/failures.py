@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from wn21k_zoo.training.distributed import World
     from wn21k_zoo.training.recipe import Recipe
 
-__all__ = ["explained", "is_of_a_worker", "not_deterministic", "worker_gone"]
+__all__ = ["explained", "is_of_a_worker", "is_of_the_device", "not_deterministic", "worker_gone"]
 
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _NO_ROOM = "unable to allocate shared memory"  # of torch's allocator
 
 
@@ -74,8 +75,26 @@ def worker_gone(problem: Exception) -> DataError:
     )
 
 
+def is_of_the_device(problem: Exception) -> bool:
+    """Whether a device failed, or its memory or deterministic algorithms did not suffice: the images are not to blame.
+
+    Errors of cuBLAS and cuDNN have no class of their own.
+    """
+    return (
+        isinstance(problem, torch.AcceleratorError)
+        or is_out_of_memory(problem)
+        or not_deterministic(problem) is not None
+        or any(words in str(problem) for words in ("CUDA error", "CUBLAS_STATUS", "cuDNN error", "CUDNN_STATUS"))
+    )
+
+
 def not_deterministic(problem: Exception) -> RecipeError | None:
     """Convert torch's error for an operation that run.deterministic forbids; None for any other."""
+    if _WORKSPACE in str(problem):
+        return RecipeError(
+            f"This process used the GPU before {_WORKSPACE} was set, which run.deterministic needs: set it to :4096:8 "
+            "and start again (in a notebook, restart the kernel), or set run.deterministic to false."
+        )
     operation, forbidden, _ = str(problem).partition(" does not have a deterministic implementation")
     if not forbidden:
         return None

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from wn21k_zoo import building, convert, registry
-from wn21k_zoo.errors import RecipeError, UnresolvedLabelSpaceError, Wn21kError, first_line, is_out_of_memory
+from wn21k_zoo.errors import RecipeError, UnresolvedLabelSpaceError, Wn21kError, first_line
 from wn21k_zoo.running import evaluating
+from wn21k_zoo.training.failures import is_of_the_device
 from wn21k_zoo.training.heads import calm_head, check_head, reorder_head
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.recipe import RANDOM, Recipe
@@ -174,7 +175,7 @@ def try_size(module: nn.Module, size: int, device: torch.device, what: str, num_
         with evaluating(module):
             logits = module(torch.zeros(1, 3, size, size, device=device))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+        if is_of_the_device(error):
             raise
         raise wrong_size(what, size, error) from error
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):

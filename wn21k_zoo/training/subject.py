@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wn21k_zoo import building
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import InvalidArgumentError, UnknownModelError, first_line, is_out_of_memory, whole_number
+from wn21k_zoo.errors import InvalidArgumentError, UnknownModelError, first_line, whole_number
 from wn21k_zoo.files import expanded, is_run
 from wn21k_zoo.images import check_resized
 from wn21k_zoo.labels import ClassNames, LabelSpace
@@ -25,6 +25,7 @@ from wn21k_zoo.running import evaluating
 from wn21k_zoo.training.augment import Image
 from wn21k_zoo.training.data import Augmentation
 from wn21k_zoo.training.export import TRAINED_ON, load_run
+from wn21k_zoo.training.failures import is_of_the_device
 from wn21k_zoo.training.network import Normalized
 from wn21k_zoo.training.splits import evaluation_resize
 
@@ -162,7 +163,7 @@ def take_size(subject: Subject, size: int, run: Callable[[Tensor], Any], device:
         with torch.inference_mode(), evaluating(network):
             run(torch.zeros(1, 3, size, size, device=device))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        if isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+        if is_of_the_device(error):
             raise
         raise InvalidArgumentError(
             f"{subject.name} does not take images of {size} pixels: {first_line(error).rstrip('.')}; choose another "
