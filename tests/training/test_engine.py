@@ -140,8 +140,12 @@ def test_deterministic_is_more_than_a_warning(data, tmp_path, at_loss):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_what_is_torchs_is_afterwards_as_it_was(data, tmp_path, deterministic, monkeypatch):
+def test_what_is_torchs_is_afterwards_as_it_was(data, tmp_path, deterministic, monkeypatch, at_loss):
+    filled = []
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    memory = torch.utils.deterministic
+    assert memory.fill_uninitialized_memory
+    at_loss(lambda logits, number: filled.append(memory.fill_uninitialized_memory) or logits)
     torch.use_deterministic_algorithms(deterministic)
     try:
         torch.manual_seed(3)
@@ -151,6 +155,7 @@ def test_what_is_torchs_is_afterwards_as_it_was(data, tmp_path, deterministic, m
         assert torch.equal(torch.rand(4), expected)
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert torch.backends.cudnn.benchmark == deterministic
+        assert (filled, memory.fill_uninitialized_memory) == ([False], True)
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 __all__ = ["about_precision", "choose_algorithms", "is_deterministic", "torch_as_it_was"]
+
+_MEMORY: Any = torch.utils.deterministic  # its attribute is not declared
 
 
 @contextlib.contextmanager
 def torch_as_it_was(device: torch.device) -> Iterator[None]:
     """Let a run change torch's process-wide settings and random state, and restore them afterwards."""
     before, benchmark = is_deterministic(), torch.backends.cudnn.benchmark
+    fill = _MEMORY.fill_uninitialized_memory
     products = None
     if device.type == "cuda":
         with contextlib.suppress(RuntimeError):  # a choice made through torch's newer settings stays
@@ -26,6 +30,7 @@ def torch_as_it_was(device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.backends.cudnn.benchmark = benchmark
+            _MEMORY.fill_uninitialized_memory = fill
             if products is not None:
                 torch.set_float32_matmul_precision(products)
             _set_deterministic(*before)
@@ -47,6 +52,7 @@ def choose_algorithms(deterministic: bool) -> None:
     # Without it cuBLAS refuses to be deterministic; it is read once, so a run that is not may be followed by one.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     _set_deterministic(deterministic)
+    _MEMORY.fill_uninitialized_memory = False  # takes up to a sixth of a step on a CPU, for layers that read garbage
     torch.backends.cudnn.benchmark = not deterministic  # all images have the same size
 
 
