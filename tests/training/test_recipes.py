@@ -162,6 +162,39 @@ def test_the_head_of_a_file_has_the_commands_and_the_cost(path):
         assert "Images seen" in head
 
 
+@pytest.mark.parametrize("architecture", presets.ARCHITECTURES)
+def test_the_head_of_a_file_says_what_is_published_and_what_was_chosen(architecture):
+    """The values are those of the recipes."""
+    head = " ".join((FOLDER / f"{architecture}.py").read_text().partition('"""\n')[0].split())
+    published, chosen = head.partition(" Published: ")[2].split(" Chosen, as it is not published: ")
+    start = presets.ARCHITECTURES[architecture].start
+    recipe, tuned = presets.in21k(architecture, start or "some weights"), presets.in1k(architecture)
+    scratch = presets.from_scratch(recipe)
+    for words in (
+        f"Adam, learning rate {shown(recipe.optimizer.lr)}, weight decay {shown(recipe.optimizer.weight_decay)};",
+        f"one cycle of {recipe.schedule.epochs} epochs, {100 * recipe.schedule.warmup:.0f} % of it warm-up;",
+        f"label smoothing {recipe.loss.label_smoothing}; squash to {recipe.data.size},",
+        f"with {recipe.loss.teacher} a good teacher;",
+        f"SGD at {shown(scratch.optimizer.lr)} for {scratch.schedule.epochs} epochs;",
+        f"on ImageNet-1K Adam at {shown(tuned.optimizer.lr)} and distillation.",
+    ):
+        assert words in published
+    for words in (
+        f"the distillation weight, {recipe.loss.distillation_weight:g},",
+        f"on ImageNet-1K {tuned.schedule.epochs} epochs of batches of {tuned.data.batch_size}, smoothing "
+        f"{tuned.loss.label_smoothing}, a moving average of {tuned.run.ema_decay} and a centre crop of "
+        f"{tuned.data.crop_pct};",
+        f"which ImageNet-1K weights to start from, here {start}" if start else "semantic softmax",
+    ):
+        assert words in chosen
+    each = f"8 GPUs with {recipe.data.batch_size // 8} images each;"
+    assert (each in published) != (f"batches of {recipe.data.batch_size};" in chosen)
+
+
+def shown(number):
+    return f"{number:.0e}".replace("e-0", "e-")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ALL, ids=short)
 def test_every_recipe_takes_two_steps(where, images, tmp_path, monkeypatch):

@@ -30,8 +30,16 @@ a V100 lacks, and it crops: shards made with --resize short-edge --size 256 leav
 We know of no ImageNet-1K weights of this architecture that have not seen ImageNet-21K. If you have some, for example in
 a folder, tresnet_v2_l.py:in21k:DIR trains them with the published settings. Without them, the in21k recipes start from
 random weights and, except for in21k_modern, use the settings published for training from scratch.
-wn21k_zoo/training/presets.py lists what is published and what had to be chosen, above all the distillation weight and
-most of the fine-tuning. This project has run none of these recipes to completion.
+
+Published: ImageNet-1K weights to start from; Adam, learning rate 3e-4, weight decay 1e-4; one cycle of 80 epochs, 10 %
+of it warm-up; label smoothing 0.2; squash to 224, cutout, RandAugment, no normalisation; distillation, with
+vit_base_patch16_224_miil.in21k a good teacher; from scratch, for one softmax, SGD at 1e-2 for 140 epochs; on
+ImageNet-1K Adam at 2e-4 and distillation.
+
+Chosen, as it is not published: batches of 512; the distillation weight, 10, and its form in fine-tuning; on ImageNet-1K
+40 epochs of batches of 512, smoothing 0.1, a moving average of 0.9997 and a centre crop of 0.875; semantic softmax and
+distillation from scratch; all of in21k_modern. wn21k_zoo/training/presets.py has sources and reasons. This project has
+run none of these recipes to completion.
 """
 
 from wn21k_zoo.training import presets
