@@ -50,7 +50,8 @@ def test_yaml(path):
         service, job = documents
         assert (service["kind"], job["kind"]) == ("Service", "Job")
         pod = job["spec"]["template"]["spec"]
-        assert f"--rdzv-endpoint={job['metadata']['name']}-0.{pod['subdomain']}:29500" in pod["containers"][0]["args"]
+        assert service["metadata"]["name"] == pod["subdomain"]
+        assert f"--master-addr={job['metadata']['name']}-0.{pod['subdomain']}" in pod["containers"][0]["args"]
         assert f"--nnodes={job['spec']['parallelism']}" in pod["containers"][0]["args"]
         assert pod["terminationGracePeriodSeconds"] >= 60
     else:
