@@ -32,7 +32,7 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.files import make_folder
-from wn21k_zoo.messages import bars, on_terminal, say
+from wn21k_zoo.messages import bar_column, bars, on_terminal, say
 from wn21k_zoo.on_disk import Fetched, Remote, filenames_of, find_file, find_verified, stated
 from wn21k_zoo.transfer import Expected, Patience, RefusedError, difference, head, read_text, transfer
 
@@ -319,10 +319,10 @@ def _progress_bar(name: str) -> Iterator[Any]:
     if not on_terminal():  # e.g. in a notebook
         yield _OneLine(name)
         return
-    from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import DownloadColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), DownloadColumn(), Speed())
+    columns = (TextColumn("{task.description}"), bar_column(), TaskProgressColumn(), DownloadColumn(), Speed())
     with bars(*columns, TimeRemainingColumn()) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
-__all__ = ["bars", "forget_unheard", "on_terminal", "printable", "say"]
+__all__ = ["bar_column", "bars", "forget_unheard", "on_terminal", "printable", "say"]
 
 _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))}
 
@@ -58,6 +58,14 @@ def bars(*columns: Any, **options: Any) -> Progress:
     console = Console(file=file, stderr=True, width=None if on_terminal() else 120)
     # By default rich moves what a program prints meanwhile to stderr, above the bar: data must stay on stdout.
     return Progress(*columns, console=console, redirect_stdout=False, **options)
+
+
+def bar_column() -> Any:
+    """Create the column of the bar itself, which becomes shorter where the others need the room."""
+    from rich.progress import BarColumn
+    from rich.table import Column
+
+    return BarColumn(bar_width=None, table_column=Column(max_width=40))
 
 
 class _Lossy:

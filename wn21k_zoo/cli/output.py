@@ -17,7 +17,7 @@ import typer
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 from wn21k_zoo.files import expanded, local_path
-from wn21k_zoo.messages import bars, printable, say
+from wn21k_zoo.messages import bar_column, bars, printable, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -175,11 +175,11 @@ def print_table(
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Progress], None]]:
     """A bar per stage on stderr, with images/s and the time left."""
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description:>8}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description:>8}"), bar_column(), TaskProgressColumn(), TimeRemainingColumn(),
+        TextColumn("left"), TextColumn("{task.fields[speed]}"),
     )  # fmt: skip
     shown = bars(*columns)
     tasks: dict[str, Any] = {}

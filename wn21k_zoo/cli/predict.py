@@ -25,7 +25,7 @@ from wn21k_zoo.cli.output import (
     warnings_as_messages,
 )
 from wn21k_zoo.errors import ImageNotFoundError, InvalidArgumentError, Wn21kError
-from wn21k_zoo.messages import bars, on_terminal, say
+from wn21k_zoo.messages import bar_column, bars, on_terminal, say
 
 if TYPE_CHECKING:
     from wn21k_zoo.predictor import Predictor
@@ -166,9 +166,9 @@ def _progress(total: int | None, hidden: bool) -> Iterator[Callable[[], None]]:
     if hidden or total == 1 or not on_terminal():
         yield lambda: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("predict"), bar_column(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
     with bars(*columns, transient=True) as progress:
         task = progress.add_task("predict", total=total)
         yield lambda: progress.advance(task)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wn21k_zoo.errors import RunError, first_line
-from wn21k_zoo.messages import bars, on_terminal, printable, say
+from wn21k_zoo.messages import bar_column, bars, on_terminal, printable, say
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.state import RunFolder
 
@@ -43,7 +43,9 @@ class Reporter:
         self._file = folder.metrics.open("a", encoding="utf-8", newline="\n")
         self._board = _tensorboard(folder, first)
         if on_terminal():
-            self._bar = _bar()
+            from rich.progress import TextColumn
+
+            self._bar = bars(bar_column(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.fields[now]}"))
             self._task = self._bar.add_task("train", total=total, completed=first, now="")
             self._bar.start()
 
@@ -55,16 +57,16 @@ class Reporter:
     def train(self, values: dict[str, Any]) -> None:
         """Record and report metrics of the last steps."""
         self._record({"kind": "train", **values})
+        done = values["step"] - self._first
+        left = (time.perf_counter() - self._begin) / max(1, done) * (self._total - values["step"])
         text = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:,.0f} images/s  "
-            f"data {values['data_wait']:.0%}"
+            f"{_duration(left)} left  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+            f"{values['images_per_second']:,.0f} images/s  data {values['data_wait']:.0%}"
         )
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, now=text)
         else:
-            done = values["step"] - self._first
-            left = (time.perf_counter() - self._begin) / max(1, done) * (self._total - values["step"])
-            self.say(f"step {values['step']:,}/{self._total:,}  {text}  {_duration(left)} left")
+            self.say(f"step {values['step']:,}/{self._total:,}  {text}")
 
     def evaluation(self, values: dict[str, Any]) -> None:
         """Record and report metrics of the validation images."""
@@ -170,16 +172,6 @@ def _tensorboard(folder: RunFolder, first: int) -> Any:
     except Exception as error:  # a version that does not fit its protobuf or NumPy
         _LOG.warning("TensorBoard does not work here and is left out: %s", first_line(error))
         return None
-
-
-def _bar() -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    return bars(*columns)
 
 
 def _duration(seconds: float) -> str:
