@@ -1,3 +1,4 @@
+import functools
 import multiprocessing
 import signal
 import time
@@ -89,6 +90,28 @@ def test_told_to_stop_before_its_first_step_it_stops(data, tmp_path, monkeypatch
     monkeypatch.undo()
     run_told(small_recipe(), data, tmp_path)
     assert final(tmp_path)["step"] == 12
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"x" * 1000])
+def test_a_best_checkpoint_that_is_lost_or_damaged_is_replaced_by_the_next(
+    data, tmp_path, stop_at, monkeypatch, caplog, damage
+):
+    scores = iter([90.0, 10.0])  # the second is not better
+    monkeypatch.setattr(engine, "score", functools.lru_cache(lambda step: next(scores)))
+    monkeypatch.setattr(engine, "score", lambda figures, score=engine.score: score(figures["images_per_second"]))
+    stop_at(7)
+    with pytest.raises(Preempted):
+        run_told(small_recipe(), data, tmp_path)
+    best = RunFolder(tmp_path).best
+    assert read_checkpoint(best)["step"] == 6
+    best.unlink()
+    if damage is not None:
+        best.write_bytes(damage)
+    stop_at(-1)
+    run_told(small_recipe(), data, tmp_path)
+    assert read_checkpoint(best)["step"] == 12
+    assert "best.pt cannot be read" in caplog.text
+    assert best.with_suffix(".damaged").exists() == (damage is not None)
 
 
 def test_a_finished_run_is_left_alone(data, tmp_path, capsys):

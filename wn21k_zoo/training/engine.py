@@ -396,7 +396,9 @@ class _Run:
         self.window.load_state_dict(state["window"])
         self.saved = self.step, self.evaluated
         best, best_of = state["best"]
-        if best_of == self.best_of:  # a score on fewer or more images is not comparable
+        needed = self.world.leads and self.step < self.total and best > float("-inf")
+        lost = self.world.any(needed and not self.folder.has_best())
+        if best_of == self.best_of and not lost:  # a score on fewer or more images is not comparable
             self.best = best
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from typing import Any
 
 from wn21k_zoo.errors import RecipeError, RunError, UnknownLabelSpaceError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import RECIPE_FILE, expanded, is_hidden, is_run, make_folder, parse_json
+from wn21k_zoo.files import RECIPE_FILE, expanded, is_hidden, is_run, make_folder, parse_json, replace
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.status import ELSEWHERE, STATUS_FILE, read_status, write_status, write_text
@@ -238,6 +238,24 @@ class RunFolder:
             raise RunError(f"No checkpoint of {self.path} can be read; the newest: {problem}")
         return None
 
+    def has_best(self) -> bool:
+        """Whether the best checkpoint is there; a damaged one is moved aside, and either is warned of.
+
+        Raises:
+            RunError: It cannot be moved.
+        """
+        try:
+            _check(self.best)
+            return True
+        except RunError as error:
+            _LOG.warning("%s The next evaluation counts as the best so far.", error)
+        try:
+            if self.best.exists():
+                replace(self.best, self.best.with_suffix(".damaged"))
+        except OSError as error:
+            raise RunError(f"A damaged checkpoint cannot be moved aside: {first_line(error)}.") from None
+        return False
+
     def cut(self, step: int, evaluated: int) -> None:
         """Drop what will be computed again: what came after a step, or after the last evaluation that counts.
 
@@ -311,16 +329,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     import torch  # late, as `wn21k train compare` needs none
 
+    _check(path)
     try:
-        with zipfile.ZipFile(path) as file:  # torch does not compare the checksums
-            if damaged := file.testzip():
-                raise ValueError(damaged)
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         written = content["format"]
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {first_line(error)}") from None
-    except Exception as error:  # a truncated zip, a damaged pickle: torch says much, with advice not to be followed
+    except Exception as error:  # torch says much, with advice not to be followed
         raise RunError(f"{path} cannot be read: damaged, or not a checkpoint ({type(error).__name__}).") from None
     if written != FORMAT:
         raise RunError(f"{path} cannot be read: its format is {written}, this version reads {FORMAT}.")
     return content
+
+
+def _check(path: Path) -> None:
+    """Compare the checksums in a checkpoint, which torch does not."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            is_damaged = file.testzip() is not None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {first_line(error)}.") from None
+    except Exception:  # zipfile and zlib raise many kinds of errors
+        is_damaged = True
+    if is_damaged:
+        raise RunError(f"{path} cannot be read: damaged, or not a checkpoint.")
