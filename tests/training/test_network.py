@@ -17,7 +17,7 @@ from wn21k_zoo.training.splits import open_splits
 from wn21k_zoo.training.weights import resolved
 
 from .checks import ALONE, run
-from .runs import make_folder, small_recipe
+from .runs import WNIDS, make_folder, small_recipe
 
 
 @pytest.mark.parametrize("architecture", ["mobilenetv3_small_050", "tresnet_m", "resnet10t"])
@@ -54,6 +54,15 @@ def test_weights_of_another_architecture_are_taken_if_none_are_missing(caplog):
         _moved(moved, "plain", "plain", vit, 3, small)
     with pytest.raises(RecipeError, match=r"model\.start deep is a deep, not a vit_tiny_patch16_224"):
         _moved(timm.create_model(vit, num_classes=3, **small | {"depth": 2}), "deep", "deep", vit, 3, small)
+
+
+def test_a_trial_finds_weights_of_another_architecture(caplog):
+    recipe = presets.in21k("resnet50")
+    recipe.model.start = "efficientnet_lite0.embedded_in1k"
+    with pytest.raises(RecipeError, match=r"model\.start \S+ is a tf_efficientnet_lite0, not a resnet50"):
+        build_network(recipe.debug(), WNIDS, None)
+    build_network(presets.in21k("vit_base_patch16_224_miil").debug(), WNIDS, None)
+    assert "a vit_base_patch16_224_miil takes its weights but for 36 biases" in caplog.text
 
 
 CUBLAS = (

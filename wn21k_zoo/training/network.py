@@ -77,8 +77,7 @@ def build_network(
     start, arguments = recipe.model.start, dict(recipe.model.arguments)
     try:
         if start is not None and start.startswith(RANDOM) and not is_place(start.removeprefix(RANDOM)):
-            with contextlib.suppress(UnresolvedLabelSpaceError):
-                registry.resolve_checkpoint(start.removeprefix(RANDOM))  # a trial finds wrong names, too
+            _try_start(recipe, start.removeprefix(RANDOM), len(class_names))
         if start is None or start.startswith(RANDOM) or not pretrained:
             module = convert.build(recipe.model.architecture, num_classes=len(class_names), **arguments)
         else:
@@ -92,6 +91,17 @@ def build_network(
     if recipe.model.gradient_checkpointing:
         checkpoint_gradients(module, recipe.model.architecture)
     return module
+
+
+def _try_start(recipe: Recipe, start: str, num_classes: int) -> None:
+    """Check, without weights, that a trial's start exists and has the network's architecture or a similar one."""
+    architecture, arguments = recipe.model.architecture, dict(recipe.model.arguments)
+    with contextlib.suppress(UnresolvedLabelSpaceError):
+        begun = registry.resolve_checkpoint(start).architecture
+        if begun != architecture:
+            with torch.device("meta"):
+                module = convert.build(begun, num_classes=num_classes, **arguments)
+                _moved(module, start, begun, architecture, num_classes, arguments)
 
 
 def _started(
