@@ -295,6 +295,14 @@ def test_two_recipes_share_nothing():
         (lambda recipe: override(recipe, ['model.arguments={"a": null}']), r"model.arguments.a cannot be None: Input"),
         (lambda recipe: override(recipe, ["optimizer.lr.x=1"]), "A recipe has no field optimizer.lr.x"),
         (lambda recipe: override(recipe, ["schedule.epoch=3"]), "Did you mean epochs"),
+        (
+            lambda recipe: override(recipe, ["loss.temperature=3"]),
+            r"loss\.temperature\. Fields of loss: kind",
+        ),
+        (
+            lambda recipe: setattr(recipe.loss, "temperature", 3),
+            "loss has no field 'temperature'. Fields of loss: kind",
+        ),
     ],
 )
 def test_a_wrong_field_or_value_is_one_line(change, message):

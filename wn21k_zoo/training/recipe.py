@@ -38,7 +38,7 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"Training ({error.name} is missing)", "train") from error
 
-__all__ = ["ELSEWHERE", "NAME", "RANDOM", "Model", "Recipe", "Section", "is_reserved", "sized"]
+__all__ = ["ELSEWHERE", "NAME", "RANDOM", "Model", "Recipe", "Section", "is_reserved", "near_field", "sized"]
 
 _EPOCHS, _STEPS, _EVALUATIONS = 20, 1000, 20  # where a recipe leaves them open
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a recipe, and of the record that it results in
@@ -527,6 +527,12 @@ def sized(architecture: str, arguments: dict[str, Any], size: int) -> dict[str, 
     return None
 
 
+def near_field(name: str, section: type[Section]) -> str:
+    """Suggest what was meant by a name that is no field of a section, or else list its fields."""
+    near = did_you_mean(ELSEWHERE.get(name, name), section.model_fields)
+    return near or f" Fields of {section.__name__.lower()}: {', '.join(section.model_fields)}."
+
+
 def _as_recipe_error(section: type[Section], error: pydantic.ValidationError) -> RecipeError:
     first = error.errors(include_url=False)[0]
     inner = first.get("ctx", {}).get("error")
@@ -536,7 +542,7 @@ def _as_recipe_error(section: type[Section], error: pydantic.ValidationError) ->
     where = section.__name__.lower()
     if first["type"] in ("extra_forbidden", "no_such_attribute"):
         name = str(first["loc"][-1])
-        near = did_you_mean(ELSEWHERE.get(name, name), section.model_fields)
+        near = near_field(name, section)
         return RecipeError(f"{where} has no field {name!r}.{near}")
     if first["type"] == "missing":
         return RecipeError(f"{where}.{place} is missing.")

@@ -14,7 +14,7 @@ from typing import Any
 
 from wn21k_zoo.errors import RecipeError, Wn21kError, did_you_mean, first_line
 from wn21k_zoo.files import RECIPE_FILE, expanded, is_run, parse_json, text_of, visible
-from wn21k_zoo.training.recipe import ELSEWHERE, Model, Recipe, Section
+from wn21k_zoo.training.recipe import ELSEWHERE, Model, Recipe, Section, near_field
 
 __all__ = ["listed_in", "load_recipe", "override", "shipped_recipes"]
 
@@ -197,7 +197,7 @@ def _field(target: Any, name: str, path: str) -> Any:
         ]
         same = [each for each in known if leaf == each.rpartition(".")[2]]
         in_section = isinstance(target, Section) and not isinstance(target, Recipe)
-        near = did_you_mean(ELSEWHERE.get(name, name), fields) if in_section else did_you_mean(path, known)
+        near = near_field(name, type(target)) if in_section else did_you_mean(path, known)
         near = f" Did you mean {' or '.join(same)}?" if same else near
         raise RecipeError(f"A recipe has no field {path or name}.{near}")
     return getattr(target, name)
