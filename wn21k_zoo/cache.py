@@ -80,7 +80,7 @@ def cache_dir(folder: str | os.PathLike[str] | None = None) -> Path:
     try:
         return expanded(chosen, CacheError).absolute()
     except CacheError as error:
-        raise CacheError(f"There can be no cache folder (--cache-dir, WN21K_CACHE) in {error}") from None
+        raise CacheError(f"The cache folder (WN21K_CACHE or --cache-dir): {error}") from None
 
 
 def relative_path(source: HubSource | URLSource, filename: str) -> PurePosixPath:

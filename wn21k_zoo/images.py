@@ -237,7 +237,7 @@ def _open_heif(file: Path | BinaryIO, shown: str) -> Image.Image:
     try:
         import pillow_heif
     except ImportError as error:
-        raise MissingExtraError(f"{shown} is a HEIF photograph, which", "heif") from error
+        raise MissingExtraError(f"The HEIF photograph {shown}", "heif") from error
     pillow_heif.register_heif_opener()
     try:
         return Image.open(file, formats=("HEIF",))

@@ -493,6 +493,8 @@ def test_closed_it_has_no_processes_and_starts_new_ones_where_it_was(shards):
     assert len(set(multiprocessing.active_children()) - before) == 2
     one.close()
     assert set(multiprocessing.active_children()) == before
+    with pytest.raises(DataError, match="was closed in the middle of an epoch"):
+        next(begun)
     assert seen + [sample for batch in one for sample in batch.samples.tolist()] == [
         sample for batch in loader(shards, batch_size=3) for sample in batch.samples.tolist()
     ]

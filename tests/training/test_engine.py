@@ -1,5 +1,6 @@
 import io
 import math
+import os
 import re
 import sys
 import time
@@ -12,7 +13,7 @@ from wn21k_zoo.errors import (
     RecipeError,
 )
 from wn21k_zoo.training import engine
-from wn21k_zoo.training.algorithms import is_deterministic
+from wn21k_zoo.training.algorithms import choose_algorithms, is_deterministic, torch_as_it_was
 from wn21k_zoo.training.distributed import World
 from wn21k_zoo.training.engine import Preempted
 from wn21k_zoo.training.network import build_network
@@ -137,6 +138,14 @@ def test_deterministic_is_more_than_a_warning(data, tmp_path, at_loss):
         assert is_deterministic() == (True, True)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_cublas_can_be_deterministic_after_any_run(monkeypatch, deterministic):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with torch_as_it_was(torch.device("cpu")):
+        choose_algorithms(deterministic)
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

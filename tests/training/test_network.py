@@ -58,9 +58,13 @@ def test_weights_of_another_architecture_are_taken_if_none_are_missing(caplog):
 
 def test_a_trial_finds_weights_of_another_architecture(caplog):
     recipe = presets.in21k("resnet50")
-    recipe.model.start = "efficientnet_lite0.embedded_in1k"
-    with pytest.raises(RecipeError, match=r"model\.start \S+ is a tf_efficientnet_lite0, not a resnet50"):
-        build_network(recipe.debug(), WNIDS, None)
+    for start, architecture in (
+        ("efficientnet_lite0.embedded_in1k", "tf_efficientnet_lite0"),
+        ("vit_small_patch16_224.dino", "vit_small_patch16_224"),  # without classes
+    ):
+        recipe.model.start = start
+        with pytest.raises(RecipeError, match=rf"model\.start {start} is a {architecture}, not a resnet50"):
+            build_network(recipe.debug(), WNIDS, None)
     build_network(presets.in21k("vit_base_patch16_224_miil").debug(), WNIDS, None)
     assert "a vit_base_patch16_224_miil takes its weights but for 12 biases" in caplog.text
 

@@ -266,12 +266,16 @@ TAKE_A_NAME = {
     "output of prepare": lambda name: prepare(".", name),
     "run of export_run": lambda name: export_run(name, "out"),
     "output of export_run": lambda name: export_run("run", name),
+    "start": lambda name: resolved(small_recipe(model={"start": name})),
+    "teacher": lambda name: resolved(small_recipe(loss={"teacher": name})),
     "data of train": lambda name: train(small_recipe(), name, "out"),
     "output of train": lambda name: train(small_recipe(), ".", name),
 }
 
 
-@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "/" + "a" * 300, "\0", "a/\0", "~\0", "\ud800", "~nobody/a"])
+@pytest.mark.parametrize(
+    "name", ["a" * 300, "a/" * 3000, "/" + "a" * 300, "\0", "a/\0", "~\0", "\ud800", "~nosuchuser/a"]
+)
 @pytest.mark.parametrize("function", TAKE_A_NAME)
 def test_a_name_that_no_file_can_have(function, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,13 +1,15 @@
+import errno
 import functools
 import multiprocessing
 import signal
 import time
+import zipfile
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from wn21k_zoo.errors import NonFiniteError
+from wn21k_zoo.errors import NonFiniteError, RunError
 from wn21k_zoo.training import engine
 from wn21k_zoo.training.engine import Preempted, train
 from wn21k_zoo.training.export import export_run
@@ -110,8 +112,27 @@ def test_a_best_checkpoint_that_is_lost_or_damaged_is_replaced_by_the_next(
     stop_at(-1)
     run_told(small_recipe(), data, tmp_path)
     assert read_checkpoint(best)["step"] == 12
-    assert "best.pt cannot be read" in caplog.text
+    assert f"best.pt is {'gone' if damage is None else 'damaged'}; the next evaluation counts" in caplog.text
     assert best.with_suffix(".damaged").exists() == (damage is not None)
+
+
+def test_a_best_checkpoint_that_cannot_be_read_now_is_not_called_damaged(data, tmp_path, stop_at, monkeypatch):
+    stop_at(7)
+    with pytest.raises(Preempted):
+        run_told(small_recipe(), data, tmp_path)
+    opened = zipfile.ZipFile
+
+    def stale(path):
+        if path.name == "best.pt":
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return opened(path)
+
+    monkeypatch.setattr(zipfile, "ZipFile", stale)
+    stop_at(-1)
+    with pytest.raises(RunError, match="Stale file handle"):
+        run_told(small_recipe(), data, tmp_path)
+    monkeypatch.undo()
+    assert read_checkpoint(RunFolder(tmp_path).best)["step"] == 6
 
 
 def test_a_finished_run_is_left_alone(data, tmp_path, capsys):

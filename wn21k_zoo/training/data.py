@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from wn21k_zoo.errors import BadImagesError, InvalidArgumentError, check_share, whole_number
+from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError, check_share, whole_number
 from wn21k_zoo.training.augment import PublishedAugmentation, Squash
 from wn21k_zoo.training.dataset import ImageDataset, ShardedDataset, open_dataset
 from wn21k_zoo.training.extra import cv2
@@ -234,7 +234,7 @@ class Loader:
         self._told = True
 
     def close(self) -> None:
-        """End the processes that load images; the next iteration starts new ones.
+        """End the processes that load images; the next iteration starts new ones, and one under way raises an error.
 
         Otherwise they end with the last reference to the loader, which after an error or Ctrl-C in a notebook is the
         traceback's; the garbage collector may then wait for each of them.
@@ -257,6 +257,8 @@ class Loader:
             with shielded(), there():
                 loaded = iter(self._batches)
             while True:
+                if self._batches.num_workers and loaded is not self._batches._iterator:
+                    raise DataError("The loader was closed in the middle of an epoch; iterate it anew to go on there.")
                 with there():
                     raw = next(loaded, None)
                 if raw is None:

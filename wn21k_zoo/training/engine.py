@@ -64,7 +64,7 @@ def train(
 
     Ctrl-C, also in a notebook, finishes the current step, writes a checkpoint and is then raised; a second one ends the
     run at once. Torch's random state on the CPU and on the run's GPU, its determinism setting and its matrix
-    multiplication precision are restored afterwards.
+    multiplication precision are restored afterwards; CUBLAS_WORKSPACE_CONFIG stays set, since it is read only once.
 
     Args:
         recipe: What to run.
@@ -396,10 +396,18 @@ class _Run:
         self.window.load_state_dict(state["window"])
         self.saved = self.step, self.evaluated
         best, best_of = state["best"]
-        needed = self.world.leads and self.step < self.total and best > float("-inf")
-        lost = self.world.any(needed and not self.folder.has_best())
-        if best_of == self.best_of and not lost:  # a score on fewer or more images is not comparable
+        if best_of == self.best_of:  # a score on fewer or more images is not comparable
             self.best = best
+        if self.best > float("-inf") and self.step < self.total:
+            there = True
+
+            def look() -> None:
+                nonlocal there
+                there = self.folder.has_best()
+
+            self.world.lead(look)
+            if self.world.any(not there):
+                self.best = float("-inf")
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, Any]:

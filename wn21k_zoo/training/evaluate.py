@@ -160,6 +160,7 @@ def evaluate(
                 write(batch, *evaluation.update(logits, batch.targets))
             progress(number, total)
         figures = evaluation.compute()
+        seconds = time.perf_counter() - begin
     return {
         "model": subject.name,
         "label_space": subject.classes.name,
@@ -171,7 +172,7 @@ def evaluate(
         "per_class": _per_class(evaluation, subject.class_names),
         "bad_samples": loader.bad_samples,
         "left_out": dataset.left_out,
-        "images_per_second": figures["images"] / (time.perf_counter() - begin),
+        "images_per_second": figures["images"] / seconds,
         "device": chosen.type,
     }
 

@@ -215,7 +215,7 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
     Ours are those that ``wn21k data prepare`` writes, finished or not.
 
     Raises:
-        DataError: The path begins with ~ and an unknown user name.
+        DataError: No folder can have this name, or it begins with ~ and an unknown user name.
     """
     folder = expanded(place, DataError)
     if not folder.is_dir() or (folder / INFO_FILE).exists() or is_unfinished(folder):

@@ -279,7 +279,8 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
             np.bincount(targets, minlength=len(space)) for targets in (manifest.targets[rows], index["target"])
         )
         if not beyond and (wrong := _count_wrong(path, index)):
-            yield Damage(name, None, f"has {wrong:,} entries that are not an image of {shard.name} with its class")
+            problem = f"does not fit {shard.name}: place, size or class of {wrong:,} of {len(index):,} images"
+            yield Damage(name, None, problem)
         elif not np.array_equal(there, listed):
             yield Damage(shard.name, None, "its classes are not those that the manifest lists")
         return
@@ -301,19 +302,17 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
 
 def _count_wrong(path: Path, index: NDArray[np.void]) -> int:
     """Count the entries of an index whose place, size or class is not that of an image in the undamaged tar."""
-    wrong = len(index) - len(np.unique(index["offset"]))
+    right = set()
     with path.open("rb") as file:
         for entry in index:
             offset, size = int(entry["offset"]), int(entry["size"])
-            try:
+            with contextlib.suppress(OSError, ValueError, tarfile.TarError):
                 image = _member_at(file, offset - BLOCK)
                 label = _member_at(file, offset + size + -size % BLOCK)
                 fits = image.size == size and label.name == f"{image.name.removesuffix('.jpg')}.cls"
-                fits = fits and int(file.read(label.size)) == entry["target"]
-            except (OSError, ValueError, tarfile.TarError):
-                fits = False
-            wrong += not fits
-    return wrong
+                if fits and int(file.read(min(label.size, 20))) == entry["target"]:
+                    right.add(offset)
+    return len(index) - len(right)
 
 
 def _member_at(file: BinaryIO, offset: int) -> tarfile.TarInfo:

@@ -6,13 +6,13 @@ loss faster; :func:`wn21k_zoo.training.heads.reorder_head` converts to and from 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
+from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
 from wn21k_zoo import building, convert, registry
@@ -94,14 +94,16 @@ def build_network(
 
 
 def _try_start(recipe: Recipe, start: str, num_classes: int) -> None:
-    """Check, without weights, that a trial's start exists and has the network's architecture or a similar one."""
+    """Check without weights that a trial may start from a record or timm model, as :func:`_started` does with them."""
     architecture, arguments = recipe.model.architecture, dict(recipe.model.arguments)
-    with contextlib.suppress(UnresolvedLabelSpaceError):
+    try:
         begun = registry.resolve_checkpoint(start).architecture
-        if begun != architecture:
-            with torch.device("meta"):
-                module = convert.build(begun, num_classes=num_classes, **arguments)
-                _moved(module, start, begun, architecture, num_classes, arguments)
+    except UnresolvedLabelSpaceError:  # of timm, which may have other classes
+        begun = split_model_name_tag(start.removeprefix(registry.TIMM_PREFIX))[0]
+    if begun != architecture:
+        with torch.device("meta"):
+            module = convert.build(begun, num_classes=num_classes, **arguments)
+            _moved(module, start, begun, architecture, num_classes, arguments)
 
 
 def _started(

@@ -74,8 +74,9 @@ class Section(pydantic.BaseModel):
     @pydantic.field_validator("*")
     @classmethod
     def _within_64_bits(cls, value: Any) -> Any:
-        if isinstance(value, (int, float)) and value >= 2**63:
-            raise pydantic_core.PydanticCustomError("too_large", "Input should be less than 9223372036854775808")
+        each = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, (int, float)) and abs(number) >= 2**63 for number in each):
+            raise pydantic_core.PydanticCustomError("too_large", "Input should be within 64 bits")
         return value
 
     def __init__(self, **fields: Any) -> None:
@@ -346,7 +347,7 @@ class Recipe(Section):
                 self.loss.teacher is None and self.loss.teacher_head is not None,
                 "loss.teacher_head is set, but there is no loss.teacher.",
             ),
-            (any(value <= 0 for value in self.model.std), "model.std must be above 0."),
+            (any(value < 1e-6 for value in self.model.std), "model.std must be at least 1e-6."),
             (
                 self.model.freeze_backbone and self.model.start is None,
                 "model.freeze_backbone would keep random weights; set model.start.",

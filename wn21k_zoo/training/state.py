@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -61,7 +62,7 @@ class RunFolder:
         path: The folder; created when something is written.
 
     Raises:
-        RunError: The path begins with ~ and an unknown user name.
+        RunError: No folder can have this name, or it begins with ~ and an unknown user name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -242,18 +243,15 @@ class RunFolder:
         """Whether the best checkpoint is there; a damaged one is moved aside, and either is warned of.
 
         Raises:
-            RunError: It cannot be moved.
+            OSError: It cannot be read or moved.
         """
-        try:
-            _check(self.best)
+        there = self.best.exists()
+        if there and _is_whole(self.best):
             return True
-        except RunError as error:
-            _LOG.warning("%s The next evaluation counts as the best so far.", error)
-        try:
-            if self.best.exists():
-                replace(self.best, self.best.with_suffix(".damaged"))
-        except OSError as error:
-            raise RunError(f"A damaged checkpoint cannot be moved aside: {first_line(error)}.") from None
+        what = "is damaged" if there else "is gone"
+        _LOG.warning("%s %s; the next evaluation counts as the best so far", self.best, what)
+        if there:
+            replace(self.best, self.best.with_suffix(".damaged"))
         return False
 
     def cut(self, step: int, evaluated: int) -> None:
@@ -264,7 +262,7 @@ class RunFolder:
         """
         after = [path for path in self.steps() if path.name > f"step-{step:08d}.pt"]
         try:
-            for former in self.checkpoints.glob("*.damaged") if after else ():
+            for former in self.checkpoints.glob("step-*.damaged") if after else ():
                 former.unlink()  # they are large, so only the last ones are kept
             for path in after:
                 path.replace(path.with_suffix(".damaged"))
@@ -329,7 +327,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     import torch  # late, as `wn21k train compare` needs none
 
-    _check(path)
+    try:
+        is_whole = _is_whole(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {first_line(error)}.") from None
+    if not is_whole:
+        raise RunError(f"{path} cannot be read: damaged, or not a checkpoint.")
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         written = content["format"]
@@ -340,14 +343,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check(path: Path) -> None:
-    """Compare the checksums in a checkpoint, which torch does not."""
+def _is_whole(path: Path) -> bool:
+    """Whether the checksums in a checkpoint are right, which torch does not compare.
+
+    Raises:
+        OSError: It cannot be read.
+    """
     try:
         with zipfile.ZipFile(path) as file:
-            is_damaged = file.testzip() is not None
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {first_line(error)}.") from None
-    except Exception:  # zipfile and zlib raise many kinds of errors
-        is_damaged = True
-    if is_damaged:
-        raise RunError(f"{path} cannot be read: damaged, or not a checkpoint.")
+            return file.testzip() is None
+    except Exception as error:  # zipfile and zlib raise many kinds of errors
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a place that damage names
+            raise
+        return False

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from wn21k_zoo.errors import DataError, Wn21kError, first_line
+from wn21k_zoo.errors import DataError, MissingExtraError, Wn21kError, first_line
 
 __all__ = ["Engine", "count_cores", "no_processes", "run_tasks"]
 
@@ -46,6 +46,7 @@ def run_tasks(
 
     Raises:
         DataError: A local worker died.
+        MissingExtraError: Ray is not installed.
     """
     if engine == "ray":
         return _run_on_ray(function, tasks, workers, address)
@@ -136,8 +137,10 @@ def _end_with(parent: Any) -> None:
 def _run_on_ray(
     function: Callable[..., Result], tasks: Iterable[tuple[Any, ...]], workers: int | None, address: str | None
 ) -> Iterator[Result]:
-    import ray
-
+    try:
+        import ray
+    except ImportError as error:  # also a broken one
+        raise MissingExtraError("The Ray engine", "ray") from error
     wanted = address or os.environ.get("RAY_ADDRESS")
     ours = not ray.is_initialized()
     if ours:

@@ -28,7 +28,9 @@ __all__ = ["classes_of", "is_place", "not_of_synsets", "refuse_run", "resolved",
 def is_place(name: str) -> bool:
     """Whether a name of weights means a file, a folder or a Hub repository, not a record or timm model."""
     is_path = name.startswith((building.HUB_PREFIX, building.FOLDER_PREFIX)) or building.looks_like_path(name)
-    return is_path or name.endswith(".pt") or (Path(name).exists() and not registry.is_known(name))
+    if is_path or name.endswith(".pt"):
+        return True
+    return not registry.is_known(name) and expanded(name, UnknownModelError).exists()
 
 
 def teacher_record(name: str) -> Checkpoint:
