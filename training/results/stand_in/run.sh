@@ -34,8 +34,9 @@ wait $!
 runs=()
 for run in {single_label,semantic,distilled}-{0,1} teacher {single_label,semantic}-long; do
     mkdir -p "results/$run"
-    cp "runs/$run/metrics.jsonl" "runs/$run/recipe.json" "results/$run/"
-    echo "== $run" && cat "logs/$run"
+    cp "runs/$run/metrics.jsonl" "results/$run/"
+    sed "s|$PWD/||g" "runs/$run/recipe.json" >"results/$run/recipe.json"
+    echo "== $run" && sed "s|$PWD/||g" "logs/$run"
     [[ $run == *-long ]] || runs+=("runs/$run")
 done >results/log.txt
 wn21k train plot "${runs[@]}" --output results/plot.png
