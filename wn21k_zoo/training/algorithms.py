@@ -52,7 +52,7 @@ def choose_algorithms(deterministic: bool) -> None:
     # Without it cuBLAS refuses to be deterministic; it is read once, so a run that is not may be followed by one.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     _set_deterministic(deterministic)
-    _MEMORY.fill_uninitialized_memory = False  # takes up to a sixth of a step on a CPU, for layers that read garbage
+    _MEMORY.fill_uninitialized_memory = False  # costs time, and helps only layers that read garbage
     torch.backends.cudnn.benchmark = not deterministic  # all images have the same size
 
 
