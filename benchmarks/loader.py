@@ -15,7 +15,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from augment import pillow_augmentation
+from augment import pillow_augmentation, seconds_of
 
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.data import Loader, PublishedAugmentation, open_dataset
@@ -64,12 +63,6 @@ class PillowTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return self.tensor(pillow_augmentation(image, SIZE, random))
-
-
-def timed(function) -> float:
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
 
 
 def consume(batches) -> None:
@@ -135,7 +128,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in todo}
         for number in range(arguments.rounds + 1):
             for name, (function, samples) in todo.items():
-                took = timed(function) / samples
+                took = seconds_of(function) / samples
                 if number:  # the first round warms up
                     seconds[name].append(took)
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -1,4 +1,4 @@
-"""Fixtures. Tests never touch the user's caches, and default runs never use the internet."""
+"""Fixtures. Tests never touch the user's caches or the internet."""
 
 import contextlib
 import functools

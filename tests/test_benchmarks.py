@@ -1,4 +1,4 @@
-"""The benchmarks can be imported. Two of them also run in tests/training, as slow tests."""
+"""The benchmarks can be imported. That of the engine also runs in tests/training, as a slow test."""
 
 import runpy
 from pathlib import Path

@@ -329,7 +329,7 @@ def test_show_is_the_file():
     assert isinstance(CliRunner().invoke(app, ["show", "resnet5.miil_in21k"]).exception, UnknownModelError)
 
 
-def test_what_cannot_be_written(monkeypatch, tmp_path):
+def test_what_cannot_be_written(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     for place in (file, file / "cards"):

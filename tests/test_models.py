@@ -506,7 +506,7 @@ def test_a_refusal_of_the_hub_in_predict(tmp_path):
     assert done.stdout == ""
 
 
-def test_photographs_agree_with_timm(embedded, photographs, tmp_path):
+def test_photographs_agree_with_timm(embedded, photographs):
     """Same top-1 as timm's own evaluation transform and model on every image."""
     module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     module.load_state_dict(embedded.module.state_dict())

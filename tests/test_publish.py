@@ -188,7 +188,7 @@ def test_a_name_that_only_timm_has(tmp_path, monkeypatch):
     assert "mobilenetv3_small_050.lamb_in1k" in (place / "README.md").read_text()
 
 
-def test_refusals_leave_nothing(folder, tmp_path):
+def test_refusals_leave_nothing(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("precious")
     (tmp_path / "file").write_text("")
@@ -259,10 +259,10 @@ def test_into_the_current_folder_through_a_link_and_after_a_kill(tmp_path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
 
 
-def damaged_copy(folder, tmp_path, without=(), **contents):
+def damaged_copy(folder, tmp_path, **contents):
     place = tmp_path / "copy"
     place.mkdir()
-    for name in FILES - set(without):
+    for name in FILES:
         (place / name).write_bytes((folder / name).read_bytes())
     for name, text in contents.items():
         (place / name.replace("_json", ".json")).write_text(text)

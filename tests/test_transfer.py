@@ -688,7 +688,7 @@ def test_a_copy_of_the_cache_is_a_mirror_where_the_hub_is_out_of_reach(root, ser
 
 
 @pytest.mark.parametrize("status", [500, None])  # a server error; a dead port
-def test_a_mirror_stands_in_for_a_plain_server_that_is_out_of_reach(status, root, serve, monkeypatch, tmp_path):
+def test_a_mirror_stands_in_for_a_plain_server_that_is_out_of_reach(status, root, serve, monkeypatch):
     endpoint, _ = serve({}, status=status) if status else ("http://127.0.0.1:9", None)
     checkpoint = plain_checkpoint(f"{endpoint}/files/plain.pth")
     place = cache.relative_path(checkpoint.sources[0], "plain.pth").as_posix()

@@ -14,7 +14,7 @@ from wn21k_zoo.images import load_image
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server():
     picture = io.BytesIO()
     Image.new("RGB", (4, 4), "red").save(picture, "PNG")
 

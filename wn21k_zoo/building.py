@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wn21k_zoo import convert, download, registry
 from wn21k_zoo.architectures import ARCHITECTURES, ofa
-from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource
+from wn21k_zoo.checkpoints import CHECKPOINTS, WEIGHT_FILES, Checkpoint, HubSource
 from wn21k_zoo.errors import (
     InvalidArgumentError,
     ModelError,
@@ -30,7 +30,6 @@ __all__ = [
     "CONFIG_FILE",
     "FOLDER_PREFIX",
     "HUB_PREFIX",
-    "WEIGHT_FILES",
     "about_run",
     "as_folder",
     "build_checkpoint",
@@ -50,7 +49,6 @@ __all__ = [
 HUB_PREFIX = "hf-hub:"
 FOLDER_PREFIX = "local-dir:"
 CONFIG_FILE = "config.json"
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # Keys of a pretrained configuration: weights given by hand, all sources of weights, what belongs to the architecture.
 _OWN_WEIGHTS = ("state_dict", "file")

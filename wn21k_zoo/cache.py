@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_type_hints
 from urllib.parse import quote, urlsplit
 
 from wn21k_zoo.checkpoints import HubSource, URLSource
@@ -109,14 +109,7 @@ def receipt_from_json(text: str) -> Receipt:
         ValueError: The text is not a receipt.
     """
     content = parse_json(text)
-    kinds = {
-        "source": str,
-        "filename": str,
-        "revision": str | None,
-        "num_bytes": int,
-        "sha256": str,
-        "checked_against": str | None,
-    }
+    kinds = get_type_hints(Receipt)
     if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
         raise ValueError("not a receipt")
     if content["num_bytes"] < 0 or not re.fullmatch("[0-9a-f]{64}", content["sha256"]):

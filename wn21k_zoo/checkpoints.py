@@ -24,6 +24,7 @@ __all__ = [
     "EMBEDDED_CHECKPOINT",
     "LOCK_FILE",
     "PAPER",
+    "WEIGHT_FILES",
     "Checkpoint",
     "Head",
     "HubSource",
@@ -37,6 +38,8 @@ __all__ = [
 
 Head = Literal["semantic_softmax", "softmax", "sigmoid"]
 Resize = Literal["squash", "crop", "border"]
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of weight files in folders and repositories, in order of preference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ class HubSource:
     """
 
     repo_id: str
-    filenames: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")
+    filenames: tuple[str, ...] = WEIGHT_FILES
     revision: str | None = None
     sha256: str | None = None
     num_bytes: int | None = None

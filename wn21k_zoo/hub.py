@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.checkpoints import HubSource
-from wn21k_zoo.errors import DownloadError, RemoteNotFoundError, first_line
+from wn21k_zoo.errors import DownloadError, first_line
 from wn21k_zoo.transfer import (
     BACKOFF_SECONDS,
     RETRIED,
@@ -103,19 +103,14 @@ def _probe(source: HubSource, seconds: float, statuses: list[int]) -> None:
 
 def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
     """Fetch the Hub's metadata of a file, retrying after 408, 429 and 5xx."""
-    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        url = hf_hub_url(source.repo_id, filename, revision=source.revision)
-    except HFValidationError as error:
-        raise RemoteNotFoundError(f"{source.repo_id!r} is not a repository name; write ORG/NAME.") from error
+    url = hf_hub_url(source.repo_id, filename, revision=source.revision)
     for attempt in range(1, METADATA_ATTEMPTS + 1):
         begin = time.monotonic()
         try:
-            return get_hf_file_metadata(
-                url, token=get_token(), timeout=patience.timeout(STALL_SECONDS), library_name="wn21k_zoo"
-            )
+            return get_hf_file_metadata(url, timeout=patience.timeout(STALL_SECONDS), library_name="wn21k_zoo")
         except HfHubHTTPError as error:
             if error.response.status_code not in RETRIED or attempt == METADATA_ATTEMPTS:
                 raise _typed_hub_error(error, source, filename) from error

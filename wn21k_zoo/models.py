@@ -51,6 +51,7 @@ __all__ = [
     "LabelSpaceLike",
     "LoadedModel",
     "ModelLike",
+    "build_transform",
     "choose_default",
     "create_transform",
     "load_model",
@@ -208,8 +209,8 @@ def create_transform(
     return build_transform(_published_data_config(known, own), training=training)
 
 
-def build_transform(data_config: Mapping[str, Any], training: bool = False) -> Any:
-    """Build the transform for the ``data_config`` of a :class:`LoadedModel`.
+def build_transform(data_config: Mapping[str, Any], training: bool = False, **options: Any) -> Any:
+    """Build the transform for the ``data_config`` of a :class:`LoadedModel`; ``options`` are more of timm's arguments.
 
     Raises:
         ModelError: It is not possible, as of a damaged configuration.
@@ -221,7 +222,7 @@ def build_transform(data_config: Mapping[str, Any], training: bool = False) -> A
         settings.pop("crop_pct", None)
         settings.pop("crop_mode", None)
     try:
-        return timm.data.create_transform(**settings, is_training=training)
+        return timm.data.create_transform(**settings, is_training=training, **options)
     except Exception as error:  # timm and torch do not check what they are given
         raise ModelError(f"No images can be prepared according to {settings}: {first_line(error)}") from error
 

@@ -14,21 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast, overload
 
-from wn21k_zoo import models
-from wn21k_zoo.building import looks_like_path
+from wn21k_zoo import models, registry
 from wn21k_zoo.checkpoints import Head
 from wn21k_zoo.errors import (
     ImageError,
     InvalidArgumentError,
     ModelError,
-    UnknownModelError,
     Wn21kError,
     check_share,
     first_line,
     is_out_of_memory,
     whole_number,
 )
-from wn21k_zoo.files import expanded
 from wn21k_zoo.images import check_resized, describe_source, load_image
 from wn21k_zoo.labels import ClassNames
 from wn21k_zoo.models import LabelSpaceLike, LoadedModel
@@ -387,8 +384,7 @@ def predict(
         raise InvalidArgumentError(
             f"predict has no option {', '.join(sorted(unknown))}; help(wn21k_zoo.Predictor) lists them."
         )
-    is_name = isinstance(chosen, str) and not looks_like_path(chosen)
-    stays_the_same = is_name and not expanded(chosen, UnknownModelError).is_dir()
+    stays_the_same = isinstance(chosen, str) and registry.is_known(chosen)  # else a folder, or a repository
     if stays_the_same and not options.keys() & {"label_space", "head", "cache_dir"}:
         chosen = _load_once(chosen, str(select_device(device)))
     return Predictor(chosen, top_k=top_k, threshold=threshold, device=device, **options)(images, errors=errors)

@@ -16,7 +16,6 @@ from wn21k_zoo import cards, convert, hub, registry
 from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.building import (
     CONFIG_FILE,
-    WEIGHT_FILES,
     about_run,
     build_checkpoint,
     build_from_folder,
@@ -24,7 +23,7 @@ from wn21k_zoo.building import (
     pretrained_config,
     read_config,
 )
-from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint
+from wn21k_zoo.checkpoints import CHECKPOINTS, WEIGHT_FILES, Checkpoint
 from wn21k_zoo.errors import (
     ConversionError,
     InvalidArgumentError,

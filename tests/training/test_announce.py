@@ -35,7 +35,7 @@ def test_what_is_as_it_should_be_is_not_told(told, monkeypatch):
     assert told(World(0, 1, torch.device("cuda", 0)), model={"compile": True, "sync_batchnorm": True}) == []
 
 
-def test_what_may_not_be_meant_is_told(told, monkeypatch):
+def test_what_may_not_be_meant_is_told(told):
     (line,) = told(model={"compile": True, "sync_batchnorm": True})
     assert "model.compile gains little" in line
     (line,) = told(layout=[1, 8])
@@ -44,7 +44,7 @@ def test_what_may_not_be_meant_is_told(told, monkeypatch):
 
 
 @pytest.mark.parametrize("divided", [False, True])
-def test_files_that_nobody_reads_are_told(tmp_path, monkeypatch, divided):
+def test_files_that_nobody_reads_are_told(tmp_path, divided):
     images = make_folder(tmp_path / "images")
     if divided:
         shutil.copytree(images, tmp_path / "divided" / "train")

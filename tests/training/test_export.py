@@ -69,7 +69,7 @@ def test_the_names_of_synsets_may_be_taken_as_they_are(exported, data):
     assert found.top_k[0].name in LabelSpace("x", sorted(WNIDS)).unique_names
 
 
-def test_it_speaks_the_published_order_again(run, exported, data):
+def test_it_speaks_the_published_order_again(run, exported):
     trained = load_run(run)
     assert trained.class_names == tuple(sorted(WNIDS))
     model = timm.create_model(f"local-dir:{exported}", pretrained=True).eval()
@@ -189,7 +189,7 @@ def test_the_folder_of_a_run_is_no_model_yet(run, data, tmp_path):
             train(small_recipe(**sections), data, tmp_path / "run", ALONE, workers=0)
 
 
-def test_classes_of_ones_own_by_a_network_of_ours(tmp_path, capsys):
+def test_classes_of_ones_own_by_a_network_of_ours(tmp_path):
     data = make_folder(tmp_path / "images", names=("cats", "dogs"))
     recipe = small_recipe("ofa_flops_595m_s", loss={"kind": "single_label"}, schedule={"max_steps": 1})
     train(recipe, data, tmp_path / "run", ALONE, workers=0)
@@ -408,7 +408,7 @@ def test_classes_of_ones_own_are_evaluated_and_predicted(tmp_path):
         wn21k_zoo.predict(images / "käse" / "1.jpg", model=tmp_path / "run")
 
 
-def test_images_of_other_classes_are_counted(run, data, tmp_path):
+def test_images_of_other_classes_are_counted(run, tmp_path):
     more = make_folder(tmp_path / "more", names=(*WNIDS, "n00007846")[1:])
     prepare(more, tmp_path / "shards", PrepareOptions(min_images=0, val_per_class=2, size=32), workers=1)
     figures = evaluate(run, tmp_path / "shards", workers=0)

@@ -155,7 +155,7 @@ def test_one_name_for_a_place(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
     whole = str((tmp_path / "model").resolve())
     for name in ("model", "./model", "below/../model", "local-dir:model", whole, f"{whole}{os.sep}"):
-        assert resolved(small_recipe(model={"start": name})).model.start == whole
+        assert resolved(small_recipe(model={"start": name}), otherwise={}).model.start == whole
 
 
 def test_classes_of_ones_own_with_their_ancestors(data, tmp_path, monkeypatch):

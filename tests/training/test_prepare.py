@@ -42,7 +42,7 @@ from wn21k_zoo.training.gather import _shard_of_each
 from wn21k_zoo.training.inspect import describe, verify_shards
 from wn21k_zoo.training.options import disk_full_as_error
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
-from wn21k_zoo.training.shards import MANIFEST_FILE, encode_record, index_path, read_index, read_info
+from wn21k_zoo.training.shards import BLOCK, MANIFEST_FILE, encode_record, index_path, read_index, read_info
 from wn21k_zoo.training.sources import ClassSource
 from wn21k_zoo.training.tasks import _quota
 
@@ -649,7 +649,7 @@ def test_the_stand_in_archive(tmp_path, test_data):
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 7_000_000])
 def test_tar_headers_are_those_that_tarfile_writes(size):
     data = bytes(size)
-    record, offset = encode_record("n02123045_1", data, 7, {"label": 7})
+    record = encode_record("n02123045_1", data, 7, {"label": 7})
     expected = io.BytesIO()
     with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, content in (
@@ -661,7 +661,7 @@ def test_tar_headers_are_those_that_tarfile_writes(size):
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     assert expected.getvalue()[: len(record)] == record
-    assert record[offset : offset + size] == data
+    assert record[BLOCK : BLOCK + size] == data
 
 
 def test_where_nothing_is_to_be_used_other_options_may_follow(tmp_path):

@@ -135,7 +135,7 @@ def test_a_best_checkpoint_that_cannot_be_read_now_is_not_called_damaged(data, t
     assert read_checkpoint(RunFolder(tmp_path).best)["step"] == 6
 
 
-def test_a_finished_run_is_left_alone(data, tmp_path, capsys):
+def test_a_finished_run_is_left_alone(data, tmp_path):
     figures = run(small_recipe(), data, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_text()
     assert run(small_recipe(), data, tmp_path) == figures

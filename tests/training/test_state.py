@@ -138,7 +138,7 @@ def test_files_beside_those_of_a_run_are_in_nobodys_way(data, tmp_path):
     run(small_recipe(), data, tmp_path)
 
 
-def test_the_best_has_its_name_before_the_state_that_says_so(data, tmp_path, monkeypatch):
+def test_the_best_has_its_name_before_the_state_that_says_so(tmp_path, monkeypatch):
     replace = type(tmp_path).replace
 
     def killed(self, target):

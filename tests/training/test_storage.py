@@ -88,7 +88,7 @@ def test_a_cache_that_cannot_be_written_is_named(shards, tmp_path, monkeypatch):
         Stage(tmp_path / "stage").get("a.tar", lambda _: None)
 
 
-def test_a_home_folder_is_found(shards, tmp_path, monkeypatch):
+def test_a_home_folder_is_found(shards, monkeypatch):
     monkeypatch.setenv("HOME", str(shards.parent))
     monkeypatch.setenv("USERPROFILE", str(shards.parent))
     assert open_dataset(f"~/{shards.name}").storage == open_dataset(shards).storage

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from wn21k_zoo import registry
-from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, Checkpoint
+from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, WEIGHT_FILES, Checkpoint
 from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, print_json, print_table, printed_as_json
 from wn21k_zoo.errors import UnresolvedLabelSpaceError, without_login
 from wn21k_zoo.labels import ClassNames, LabelSpace
@@ -106,7 +106,7 @@ def _of_folder(folder: Path) -> dict[str, Any]:
 
     config = building.read_config(folder)
     names = [str(each) for each in config.get("label_names") or []]
-    local = next((folder / each for each in building.WEIGHT_FILES if (folder / each).is_file()), None)
+    local = next((folder / each for each in WEIGHT_FILES if (folder / each).is_file()), None)
     space, head = None, None
     with contextlib.suppress(UnresolvedLabelSpaceError):
         space, head = models.outputs_of(config, folder)

@@ -7,12 +7,12 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.serialization import get_crc32_options, set_crc32_options
+from torch.utils.serialization import config
 
 from wn21k_zoo.errors import RunError, first_line
 from wn21k_zoo.files import atomic_file, replace
@@ -101,7 +101,8 @@ class CheckpointWriter:
     def _write(self, state: dict[str, Any], best: bool) -> None:
         path = self._folder.checkpoints / f"step-{state['step']:08d}.pt"
         with atomic_file(path) as file:
-            with _with_checksums():
+            # A program may have turned them off.
+            with config.patch("save.compute_crc32", True):  # type: ignore[attr-defined]
                 torch.save(state, file)
             if best:  # before the checkpoint that records it is in place
                 file.flush()
@@ -121,17 +122,6 @@ class CheckpointWriter:
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
         replace(temporary, self._folder.best, patience=60)  # evaluations read it, and this thread may wait
-
-
-@contextlib.contextmanager
-def _with_checksums() -> Iterator[None]:
-    """Within, torch.save writes checksums, which a program may have turned off."""
-    before = get_crc32_options()
-    set_crc32_options(True)
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
 
 
 def _bytes_of(value: Any) -> int:

@@ -116,7 +116,7 @@ def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, i
                 "width": stored.stored_width,
                 "height": stored.stored_height,
             }
-            record, image_offset = encode_record(keys[name], stored.data, target, details)
+            record = encode_record(keys[name], stored.data, target, details)
             rows.append(
                 {
                     **{field: value for field, value in asdict(stored).items() if field != "data"},
@@ -127,7 +127,6 @@ def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, i
                     "sha256": hashlib.sha256(stored.data).hexdigest(),
                     "start": file.tell(),
                     "length": len(record),
-                    "image_offset": image_offset,
                     "order": sample_hash(keys[name]),
                 }
             )

@@ -21,7 +21,7 @@ from wn21k_zoo.errors import DataError, first_line
 from wn21k_zoo.files import parse_json
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.extra import pa, pq
-from wn21k_zoo.training.shards import END_OF_TAR, INDEX_DTYPE, encode_record
+from wn21k_zoo.training.shards import BLOCK, END_OF_TAR, INDEX_DTYPE, encode_record
 from wn21k_zoo.training.sources import Header, members_of
 
 __all__ = ["convert_parquet", "index_parquet", "index_tar", "split_of"]
@@ -181,8 +181,8 @@ def convert_parquet(file: IO[bytes], rows: NDArray[np.void], target: Path) -> ND
         for row, data in _images(parquet, column):
             if row in wanted:
                 place = wanted[row]
-                record, offset = encode_record(f"row-{row:09d}", data, int(rows["target"][place]), {"row": row})
-                index[place] = (out.tell() + offset, len(data), rows["target"][place])
+                record = encode_record(f"row-{row:09d}", data, int(rows["target"][place]), {"row": row})
+                index[place] = (out.tell() + BLOCK, len(data), rows["target"][place])
                 out.write(record)
         out.write(END_OF_TAR)
     return index

@@ -16,6 +16,7 @@ from wn21k_zoo.training.extra import pa, pc, pq
 from wn21k_zoo.training.manifest import MANIFEST_SCHEMA, ClassResult, read_table
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
 from wn21k_zoo.training.shards import (
+    BLOCK,
     END_OF_TAR,
     INDEX_DTYPE,
     MANIFEST_FILE,
@@ -32,8 +33,8 @@ _SPLITS = ("train", "validation")
 _ROW_GROUP = 200_000
 _ORDER_DTYPE = np.dtype(
     [
-        ("order", "<u8"), ("start", "<u8"), ("length", "<u4"), ("image_offset", "<u4"), ("stored_bytes", "<u4"),
-        ("part", "<u4"), ("target", "<i4"),
+        ("order", "<u8"), ("start", "<u8"), ("length", "<u4"), ("stored_bytes", "<u4"), ("part", "<u4"),
+        ("target", "<i4"),
     ]
 )  # fmt: skip
 
@@ -100,7 +101,7 @@ def _sort(
     bounds = hashes[:: options.shard_size]
     lengths = np.diff(np.searchsorted(hashes, bounds), append=len(hashes)).astype(np.int64)
     free = np.cumsum(lengths) - lengths  # the next free place of each shard
-    columns = ["order", "start", "length", "image_offset", "stored_bytes"]
+    columns = ["order", "start", "length", "stored_bytes"]
     with atomic_file(work / f"{split}.bounds.npy") as file:
         np.save(file, bounds, allow_pickle=False)
     order = np.lib.format.open_memmap(work / f"{split}.order.npy", "w+", _ORDER_DTYPE, (len(hashes),))
@@ -148,7 +149,7 @@ def write_shard(output: Path, names: list[str], split: str, number: int, first: 
                 with (work / "classes" / f"{names[entry['part']]}.tar").open("rb", buffering=0) as records:
                     records.seek(int(entry["start"]))
                     record = records.read(int(entry["length"]))
-                index[position] = (size + int(entry["image_offset"]), entry["stored_bytes"], entry["target"])
+                index[position] = (size + BLOCK, entry["stored_bytes"], entry["target"])
                 digest.update(record)
                 size += file.write(record)
             digest.update(END_OF_TAR)

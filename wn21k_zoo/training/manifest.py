@@ -52,7 +52,6 @@ PART_SCHEMA = pa.schema(
         *(field for field in MANIFEST_SCHEMA if field.name != "shard"),
         pa.field("start", pa.uint64()),
         pa.field("length", pa.uint32()),
-        pa.field("image_offset", pa.uint32()),
         pa.field("order", pa.uint64()),
     ]
 )

@@ -270,14 +270,14 @@ def write_index(path: Path, index: NDArray[np.void]) -> None:
         np.save(file, np.ascontiguousarray(index, dtype=INDEX_DTYPE), allow_pickle=False)
 
 
-def encode_record(key: str, image: bytes, target: int, details: dict[str, Any]) -> tuple[bytes, int]:
-    """The tar members of one sample, to be concatenated, and the offset of the image's bytes in them.
+def encode_record(key: str, image: bytes, target: int, details: dict[str, Any]) -> bytes:
+    """The tar members of one sample, to be concatenated; the image's bytes are at offset :data:`BLOCK`.
 
     Times and owners are constants, so the bytes depend on the arguments alone.
     """
     text = json.dumps(details, separators=(",", ":")).encode()
     members = ((f"{key}.jpg", image), (f"{key}.cls", str(target).encode()), (f"{key}.json", text))
-    return b"".join(_member(name, data) for name, data in members), BLOCK
+    return b"".join(_member(name, data) for name, data in members)
 
 
 def _member(name: str, data: bytes) -> bytes:

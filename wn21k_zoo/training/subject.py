@@ -20,7 +20,7 @@ from wn21k_zoo.errors import InvalidArgumentError, UnknownModelError, first_line
 from wn21k_zoo.files import expanded, is_run
 from wn21k_zoo.images import check_resized
 from wn21k_zoo.labels import ClassNames, LabelSpace
-from wn21k_zoo.models import LabelSpaceLike, ModelLike, load_model, short_side
+from wn21k_zoo.models import LabelSpaceLike, ModelLike, build_transform, load_model, short_side
 from wn21k_zoo.running import evaluating
 from wn21k_zoo.training.augment import Image
 from wn21k_zoo.training.data import Augmentation
@@ -115,7 +115,7 @@ def open_subject(
         module=Normalized(loaded.module, config["mean"], config["std"]),
         classes=classes,
         head=loaded.head,
-        resize=_own_resize(config),
+        resize=_OwnResize(build_transform(config, use_prefetcher=True), short_side(config)),  # bytes, not normalised
         input_size=[*config["input_size"]],
         trained_on=str(building.read_config(folder).get(TRAINED_ON) or "") if folder is not None else "",
     )
@@ -134,13 +134,6 @@ class _OwnResize:
             check_resized((image.shape[1], image.shape[0]), self.short_side, "The image")
         pixels = np.asarray(self.transform(PILImage.fromarray(image)), np.uint8)
         return np.ascontiguousarray(pixels.transpose(1, 2, 0))
-
-
-def _own_resize(config: dict[str, Any]) -> _OwnResize:
-    from timm.data import create_transform
-
-    transform = create_transform(**config, use_prefetcher=True)  # bytes, not normalised
-    return _OwnResize(transform, short_side(config))
 
 
 def take_size(subject: Subject, size: int, run: Callable[[Tensor], Any], device: torch.device, resample: bool) -> None:

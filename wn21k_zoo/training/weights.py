@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from wn21k_zoo import building, download, registry
+from wn21k_zoo import building, registry
 from wn21k_zoo.checkpoints import Checkpoint
-from wn21k_zoo.errors import (
-    ModelError,
-    OfflineError,
-    RecipeError,
-    RemoteNotFoundError,
-    UnknownModelError,
-    UnresolvedLabelSpaceError,
-)
+from wn21k_zoo.errors import ModelError, RecipeError, UnknownModelError, UnresolvedLabelSpaceError
 from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import outputs_of
@@ -97,9 +89,11 @@ def resolved(recipe: Recipe, otherwise: Mapping[str, Any] | None = None) -> Reci
     start = recipe.model.start
     if start is None or start.startswith(RANDOM) or not is_place(start):
         return recipe
+    if otherwise is None:
+        refuse_run("model.start", start)
     try:
-        config = _file_of(start, building.CONFIG_FILE)
-        known = _arguments_in(building.read_config(config.parent)) if config is not None else otherwise or {}
+        folder = building.configured_folder(start)
+        known = _arguments_in(building.read_config(folder)) if folder is not None else otherwise or {}
     except (ModelError, UnknownModelError):
         if otherwise is None:
             raise
@@ -128,18 +122,3 @@ def _arguments_in(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, dict):
         found |= {name: value for name, value in arguments.items() if not is_reserved(name)}
     return found
-
-
-def _file_of(start: str, file: str) -> Path | None:
-    """A file beside weights in a folder or, fetched, in a Hub repository; None if missing, or not available offline.
-
-    Raises:
-        ModelError, UnknownModelError: There is no such folder, or the repository cannot be reached.
-    """
-    if start.startswith(building.HUB_PREFIX):
-        try:
-            return download.fetch_file(building.hub_source(start), (file,)).path
-        except (RemoteNotFoundError, OfflineError):
-            return None
-    folder = building.as_folder(start)
-    return folder / file if folder is not None and (folder / file).is_file() else None
