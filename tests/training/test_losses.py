@@ -172,7 +172,7 @@ def test_multi_label_has_a_gradient_everywhere(gamma):
 def test_input_that_does_not_fit_is_a_typed_error(loss_class):
     loss_of = loss_class(SMALL)
     logits, targets = torch.zeros(3, len(SMALL)), torch.tensor([0, 1, 2])
-    for bad_logits in (torch.zeros(3, len(SMALL) + 1), torch.zeros(len(SMALL)), torch.zeros(0, len(SMALL))):
+    for bad_logits in (torch.zeros(3, len(SMALL) + 1), torch.zeros(len(SMALL)), torch.zeros(3, 6, 4, 4)):
         with pytest.raises(InvalidArgumentError, match=r"logits must have the shape \[batch, 6\]"):
             loss_of(bad_logits, targets)
     for bad_targets in (targets[:2], targets.int(), targets.float(), targets[:, None]):
@@ -355,3 +355,84 @@ def test_what_is_no_tensor_and_what_is_mixed_is_explained():
             loss_of(logits, [0, 1])
         with pytest.raises(InvalidArgumentError, match="add the losses of both targets, weighted by their shares"):
             loss_of(logits, torch.eye(len(SMALL))[:2])
+
+
+def of_rows(loss_of, logits, targets):
+    return loss_of(logits, targets if targets is not None else logits.flip(0))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("made", [SemanticSoftmaxLoss, SemanticDistillationLoss, SingleLabelLoss, MultiLabelLoss])
+def test_a_loss_per_sample_is_what_is_reduced(made, order):
+    logits, targets = torch.randn(8, len(SMALL), dtype=torch.float64), torch.tensor([0, 5, 3, 3, 1, 2, 4, 0])
+    targets = None if made is SemanticDistillationLoss else targets
+    gradients = {}
+    for reduction in ("none", "sum", "mean"):
+        given = logits.clone().requires_grad_()
+        found = of_rows(made(SMALL, order=order, reduction=reduction), given, targets)
+        gradients[reduction] = found, *torch.autograd.grad(found.sum(), given)
+    each, gradient = gradients["none"]
+    assert each.shape == (8,)
+    assert each.dtype == torch.float32
+    torch.testing.assert_close(gradients["sum"], (each.sum(), gradient))
+    torch.testing.assert_close(gradients["mean"], (each.mean(), gradient / 8))
+    if targets is not None:
+        one = made(SMALL, order=order)
+        alone = torch.stack([one(row[None], target[None]) for row, target in zip(logits, targets, strict=True)])
+        torch.testing.assert_close(each, alone)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_weights_of_samples_weigh_their_gradients(order):
+    loss_of = SemanticSoftmaxLoss(SMALL, order=order, reduction="none")
+    logits, targets = torch.randn(4, len(SMALL), requires_grad=True), torch.tensor([3, 0, 5, 1])
+    weights = torch.tensor([2.0, 0.0, 0.5, 1.0])
+    (gradient,) = torch.autograd.grad((weights * loss_of(logits, targets)).sum(), logits)
+    plain = torch.stack([weight * each for weight, each in zip(weights, loss_of._plain(logits, targets), strict=True)])
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain.sum(), logits)[0])
+    assert not gradient[1].any()
+    assert gradient[0].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("made", [SemanticSoftmaxLoss, SemanticDistillationLoss, SingleLabelLoss, MultiLabelLoss])
+def test_an_empty_batch_has_no_loss_but_a_gradient(made, reduction):
+    logits = torch.zeros(0, len(SMALL), requires_grad=True)
+    targets = None if made is SemanticDistillationLoss else torch.zeros(0, dtype=torch.int64)
+    found = of_rows(made(SMALL, reduction=reduction), logits, targets)
+    assert found.tolist() == ([] if reduction == "none" else 0.0)
+    assert torch.autograd.grad(found.sum(), logits)[0].shape == logits.shape
+
+
+def test_reductions_have_names():
+    with pytest.raises(InvalidArgumentError, match="reduction is 'average'; it can be mean, sum, none"):
+        SingleLabelLoss(SMALL, reduction="average")
+
+
+@pytest.mark.parametrize("made", [SemanticSoftmaxLoss, SemanticDistillationLoss, SemanticAccuracy])
+def test_a_tree_without_a_level_has_nothing_to_train(made):
+    chain = SemanticTree.from_wnids(["n02121808", "n02123045"])  # one class, and one below it
+    with pytest.raises(InvalidArgumentError, match="custom has no level"):
+        made(chain)
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "advice"),
+    [
+        (torch.zeros(2, 6, 4, 4), torch.zeros(2, 4, 4), "put classes last and flatten the others"),
+        (torch.zeros(2, 6), torch.zeros(2, 6, dtype=torch.int64), r"targets.argmax\(1\)"),
+        (torch.zeros(2, 6), torch.zeros(2, dtype=torch.int32), r"targets.long\(\)"),
+        (torch.zeros(2, 6), torch.tensor([0, -100]), "leave out the rows"),
+    ],
+    ids=["positions", "one-hot", "int32", "ignored"],
+)
+def test_usual_mistakes_get_advice(logits, targets, advice):
+    with pytest.raises(InvalidArgumentError, match=advice):
+        SemanticSoftmaxLoss(SMALL)(logits, targets)
+
+
+def test_printing_a_loss_tells_its_settings():
+    shown = repr(SemanticSoftmaxLoss(SMALL, 0.1, "level"))
+    assert "label_smoothing=0.1, reduction='mean'" in shown
+    assert "SemanticTree('small'" in shown
+    assert "'level'" in shown

@@ -58,6 +58,22 @@ class Levels(nn.Module):
         self.register_buffer("columns", torch.from_numpy(hierarchy.order.copy()), persistent=False)
         self.register_buffer("positions", torch.from_numpy(hierarchy.position.copy()), persistent=False)
 
+    def extra_repr(self) -> str:
+        """Return what printing the levels shows of them."""
+        return f"{self.tree!r}, order={self.order!r}"
+
+    def check_there_are_levels(self) -> None:
+        """Check that there is a level, that is, two classes of the same depth.
+
+        Raises:
+            InvalidArgumentError: There is none.
+        """
+        if not self.depths:
+            raise InvalidArgumentError(
+                f"The tree {self.tree.name} has no level: no two of its classes have the same depth, so there is "
+                "nothing to choose from."
+            )
+
     def split(self, logits_bn: Tensor) -> list[Tensor]:
         """Split logits by level, in float32: [B, N] -> K tensors [B, size of the level]."""
         self.check_width(logits_bn)
@@ -77,10 +93,11 @@ class Levels(nn.Module):
             raise InvalidArgumentError(f"{name} must be a tensor, not {type(logits).__name__}; use torch.as_tensor.")
         if not logits.is_floating_point():
             raise InvalidArgumentError(f"{name} must have a floating-point dtype, not {logits.dtype}.")
-        if logits.ndim != 2 or logits.shape[1] != self.num_classes or not len(logits):
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
+            advice = "; for a loss per position, put classes last and flatten the others" if logits.ndim > 2 else ""
             raise InvalidArgumentError(
-                f"{name} must have the shape [batch, {self.num_classes}], one output per class of {self.tree.name}, "
-                f"and at least one row; they have {list(logits.shape)}."
+                f"{name} must have the shape [batch, {self.num_classes}], one output per class of {self.tree.name}; "
+                f"they have {list(logits.shape)}{advice}."
             )
 
     def check(self, logits_bn: Tensor, targets_b: Tensor) -> None:
@@ -95,8 +112,13 @@ class Levels(nn.Module):
         if not isinstance(targets_b, Tensor):
             raise InvalidArgumentError(f"targets must be a tensor, not {type(targets_b).__name__}.")
         if targets_b.shape != logits_bn.shape[:1] or targets_b.dtype != torch.int64:
-            mixed = targets_b.shape == logits_bn.shape and targets_b.is_floating_point()
-            advice = "; for mixed images, add the losses of both targets, weighted by their shares" if mixed else ""
+            advice = ""
+            if targets_b.shape == logits_bn.shape and targets_b.is_floating_point():
+                advice = "; for mixed images, add the losses of both targets, weighted by their shares"
+            elif targets_b.shape == logits_bn.shape:
+                advice = "; use targets.argmax(1)"
+            elif targets_b.shape == logits_bn.shape[:1] and not targets_b.is_floating_point():
+                advice = "; use targets.long()"
             raise InvalidArgumentError(
                 f"targets must be class indices, int64 of the shape [{len(logits_bn)}]; they are {targets_b.dtype} of "
                 f"{list(targets_b.shape)}{advice}."
@@ -106,17 +128,21 @@ class Levels(nn.Module):
 
     def check_range(self, targets_b: Tensor) -> None:
         """Raise :class:`InvalidArgumentError` for targets that are not classes; waits for the device."""
+        if not len(targets_b):
+            return
         low, high = (int(bound) for bound in torch.aminmax(targets_b))
         if low < 0 or high >= self.num_classes:
+            alike = "do the data and the tree use the same label space?"
+            what = "leave out the rows of targets that do not count." if low < 0 else alike
             raise InvalidArgumentError(
                 f"A target is {low if low < 0 else high}, but {self.tree.name} has the classes 0 to "
-                f"{self.num_classes - 1}; do the data and the tree use the same label space?"
+                f"{self.num_classes - 1}; {what}"
             )
 
     def in_range(self, targets_b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return targets that are safe to look up, [B], and whether all were in range, []; waits for nothing."""
-        valid = (targets_b >= 0) & (targets_b < self.num_classes)
-        return targets_b.where(valid, 0), valid.all()
+        """Return targets that are safe to look up, and whether each was in range, [B] both; waits for nothing."""
+        valid_b = (targets_b >= 0) & (targets_b < self.num_classes)
+        return targets_b.where(valid_b, 0), valid_b
 
 
 def check_tree(tree: object) -> None:

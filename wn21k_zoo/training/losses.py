@@ -2,7 +2,11 @@
 
 All take logits of any floating-point dtype and reduce in float32; none loops over samples or waits for a device. On the
 CPU, targets out of range and non-finite numbers raise an error at once. On other devices, where checking would mean
-waiting, they make the loss NaN, and :func:`explain` says why.
+waiting, and in compiled code they make the loss NaN, and :func:`explain` says why.
+
+``reduction`` is that of torch's losses: with ``none`` a loss is [B], one number per sample, to be weighted or masked. A
+target that does not count needs a valid class all the same; give its sample the weight 0, or leave out its row. Over an
+empty batch a mean is 0, with gradients, so that a rank whose images are all damaged takes part in a step.
 
 Shape suffixes: B batch, N classes, K levels.
 """
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +26,23 @@ from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
 from wn21k_zoo.training.levels import Levels, Order
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["MultiLabelLoss", "SemanticDistillationLoss", "SemanticSoftmaxLoss", "SingleLabelLoss", "explain"]
+__all__ = [
+    "MultiLabelLoss",
+    "Reduction",
+    "SemanticDistillationLoss",
+    "SemanticSoftmaxLoss",
+    "SingleLabelLoss",
+    "explain",
+]
+
+Reduction = Literal["mean", "sum", "none"]
 
 
 class SemanticSoftmaxLoss(nn.Module):
     """Cross-entropy with label smoothing inside each level, summed over levels (arXiv 2104.10972, section 3.3).
 
-    The loss of level k is summed over the samples whose chain of ancestors reaches it, divided by the size of the whole
-    batch, and weighted by W_k = min(20, N / number of classes at depth k or deeper).
+    The loss of a sample is summed over the levels that its chain of ancestors reaches, each weighted by
+    W_k = min(20, N / number of classes at depth k or deeper); the mean is over the whole batch.
 
     On the CPU it is a custom operator, which has only first derivatives; of ``torch.func`` it supports ``jvp`` alone,
     and that not when compiled. Elsewhere it consists of torch's own operators. Non-finite numbers are noticed where
@@ -38,32 +52,46 @@ class SemanticSoftmaxLoss(nn.Module):
         tree: The classes and their hierarchy.
         label_smoothing: Share of the target that is spread over the level's classes.
         order: Order of the logits, see :class:`Levels`; ``level`` is faster.
+        reduction: ``mean``, ``sum`` or ``none``.
 
     Raises:
-        InvalidArgumentError: label_smoothing is not in [0, 1); from the call: shapes or targets that do not fit.
+        InvalidArgumentError: label_smoothing is not in [0, 1), there is no such reduction, or the tree has no levels;
+            from the call: shapes or targets that do not fit.
         NonFiniteError: From the call, on the CPU: the logits are not finite.
     """
 
-    def __init__(self, tree: SemanticTree, label_smoothing: float = 0.2, order: Order = "published") -> None:
+    def __init__(
+        self,
+        tree: SemanticTree,
+        label_smoothing: float = 0.2,
+        order: Order = "published",
+        reduction: Reduction = "mean",
+    ) -> None:
         super().__init__()
         self.levels, self.label_smoothing = Levels(tree, order), _smoothing(label_smoothing)
+        self.levels.check_there_are_levels()
+        self.reduction = _reduction(reduction)
+
+    def extra_repr(self) -> str:
+        """Return what printing the loss shows of it."""
+        return f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
-        """Return the mean loss of a batch.
+        """Return the loss of a batch.
 
         Args:
             logits_bn: [B, N].
             targets_b: Indices in the tree's label space, whatever the order of the logits, [B] int64.
 
         Returns:
-            A float32 scalar.
+            float32: a scalar, or [B] without reduction.
         """
         levels = self.levels
         levels.check(logits_bn, targets_b)
-        if logits_bn.device.type != "cpu" or _has_tangent(logits_bn):
+        if logits_bn.device.type != "cpu" or not len(logits_bn) or _has_tangent(logits_bn):
             return self._plain(logits_bn, targets_b)
-        targets_b, all_in_range = levels.in_range(targets_b)
-        loss: Tensor = _semantic_softmax(
+        targets_b, valid_b = levels.in_range(targets_b)
+        loss_b: Tensor = _semantic_softmax(
             logits_bn,
             levels.ancestors.index_select(0, targets_b),
             levels.columns if levels.order == "published" else None,
@@ -73,19 +101,19 @@ class SemanticSoftmaxLoss(nn.Module):
             list(levels.weights),
             self.label_smoothing,
         )[0]
-        return loss.where(all_in_range, math.nan)  # when compiled, the check above looks at no values
+        return _reduced(loss_b.where(valid_b, math.nan), self.reduction)  # when compiled, the check looks at no values
 
     def _plain(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
         """Compute the same with plain operations on fixed shapes, for other devices and compilers."""
-        targets_b, all_in_range = self.levels.in_range(targets_b)
+        targets_b, valid_b = self.levels.in_range(targets_b)
         ancestors = self.levels.ancestors[targets_b]
-        loss = logits_bn.new_zeros((), dtype=torch.float32)
+        loss_b = logits_bn.new_zeros(len(logits_bn), dtype=torch.float32)
         for level, (scores, weight) in enumerate(zip(self.levels.split(logits_bn), self.levels.weights, strict=True)):
             of_level = F.cross_entropy(
-                scores, ancestors[:, level], ignore_index=-1, reduction="sum", label_smoothing=self.label_smoothing
+                scores, ancestors[:, level], ignore_index=-1, reduction="none", label_smoothing=self.label_smoothing
             )
-            loss = loss + weight / len(logits_bn) * of_level
-        return loss.where(all_in_range, math.nan)
+            loss_b = loss_b + weight * of_level
+        return _reduced(loss_b.where(valid_b, math.nan), self.reduction)
 
 
 @torch.library.custom_op("wn21k_zoo::semantic_softmax", mutates_args=())
@@ -99,14 +127,14 @@ def _semantic_softmax(
     weights: list[float],
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and each level's p minus its target, level by level, while a level's numbers are in the cache.
+    """Return the loss of each sample, [B], and p minus its target, level by level, while a level is in the cache.
 
     Samples that do not reach a level cost nothing there.
     """
     if columns is not None:
         logits = logits.gather(1, columns.expand(len(logits), -1))
     errors = torch.empty(logits.numel(), dtype=torch.float32)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss_b = torch.zeros(len(logits), dtype=torch.float32)
     for level, rows, error in _reached(errors, ancestors, starts, stops):
         scores = logits[:, starts[level] : stops[level]].index_select(0, rows).float()
         at = ancestors[rows, level, None]
@@ -116,18 +144,18 @@ def _semantic_softmax(
         smoothed = (1 - smoothing) * scores.gather(1, at)[:, 0]
         if smoothing:  # without smoothing, classes may be masked by -inf
             smoothed += smoothing * scores.mean(1)
-        loss += weights[level] / len(logits) * (log_sum - smoothed).sum(dtype=torch.float64)
+        loss_b.index_add_(0, rows, log_sum.sub_(smoothed), alpha=weights[level])
         if smoothing:
             p.sub_(smoothing / p.shape[1])
         p.scatter_add_(1, at, p.new_full(at.shape, smoothing - 1))
-    if not math.isfinite(float(loss)):
+    if not math.isfinite(float(loss_b.sum())):
         raise NonFiniteError(_describe(logits))
-    return loss.float(), errors
+    return loss_b, errors
 
 
 @torch.library.custom_op("wn21k_zoo::semantic_softmax_backward", mutates_args=())
 def _semantic_softmax_backward(
-    loss_gradient: Tensor,
+    gradient_b: Tensor,
     errors: Tensor,
     ancestors: Tensor,
     positions: Tensor | None,
@@ -138,9 +166,12 @@ def _semantic_softmax_backward(
 ) -> Tensor:
     """Return the gradient with respect to the logits, [B, N]."""
     gradient = torch.zeros(len(ancestors), len(errors) // len(ancestors), dtype=torch.float32)
-    scale = float(loss_gradient) / len(ancestors)
+    of_all = bool((gradient_b == gradient_b[0]).all())  # as that of a mean or sum is
+    scale = float(gradient_b[0]) if of_all else 1.0
     for level, rows, error in _reached(errors, ancestors, starts, stops):
         gradient[:, starts[level] : stops[level]].index_add_(0, rows, error, alpha=scale * weights[level])
+    if not of_all:
+        gradient.mul_(gradient_b[:, None])
     gradient = gradient if positions is None else gradient.gather(1, positions.expand(len(gradient), -1))
     return gradient.to(dtype)
 
@@ -161,12 +192,12 @@ def _reached(
 @_semantic_softmax.register_fake
 def _(logits, ancestors, columns, positions, starts, stops, weights, smoothing):  # type: ignore[no-untyped-def]
     del ancestors, columns, positions, starts, stops, weights, smoothing
-    return logits.new_empty((), dtype=torch.float32), logits.new_empty(logits.numel(), dtype=torch.float32)
+    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(logits.numel(), dtype=torch.float32)
 
 
 @_semantic_softmax_backward.register_fake
-def _(loss_gradient, errors, ancestors, positions, starts, stops, weights, dtype):  # type: ignore[no-untyped-def]
-    del loss_gradient, positions, starts, stops, weights
+def _(gradient_b, errors, ancestors, positions, starts, stops, weights, dtype):  # type: ignore[no-untyped-def]
+    del gradient_b, positions, starts, stops, weights
     return errors.new_empty((len(ancestors), len(errors) // len(ancestors)), dtype=dtype)
 
 
@@ -177,10 +208,10 @@ def _keep_errors(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(output[1], ancestors, positions)
 
 
-def _gradient(ctx, loss_gradient: Tensor | None, _: Tensor | None):  # type: ignore[no-untyped-def]
-    if loss_gradient is None:
+def _gradient(ctx, gradient_b: Tensor | None, _: Tensor | None):  # type: ignore[no-untyped-def]
+    if gradient_b is None:
         return (None,) * 8
-    gradient = _semantic_softmax_backward(loss_gradient, *ctx.saved_tensors, *ctx.levels, ctx.dtype)
+    gradient = _semantic_softmax_backward(gradient_b, *ctx.saved_tensors, *ctx.levels, ctx.dtype)
     return gradient, None, None, None, None, None, None, None
 
 
@@ -191,32 +222,46 @@ class SemanticDistillationLoss(nn.Module):
     """Distance of a student's per-level softmax from the teacher's (arXiv 2104.10972, section 3.4).
 
     Per level: the squared difference, weighted per sample by the teacher's probability in its top 5 % (rounded up) of
-    the level's classes; summed over classes, levels and, as in the published code, the batch. Its weight relative to
-    the other loss is not published.
+    the level's classes; summed over classes, levels and, as in the published code, the batch, unless ``reduction`` says
+    otherwise. Its weight relative to the other loss is not published.
 
     Args:
         tree: The classes and their hierarchy.
         order: Order of both networks' logits, see :class:`Levels`.
         per_level: Use a softmax per level, or else one over all classes, to distil a single-label network.
+        reduction: ``sum``, ``mean`` or ``none``.
 
     Raises:
-        InvalidArgumentError: From the call: shapes that do not fit.
+        InvalidArgumentError: There is no such reduction, or the tree has no levels; from the call: shapes that do not
+            fit.
         NonFiniteError: From the call, on the CPU: logits are not finite.
     """
 
-    def __init__(self, tree: SemanticTree, order: Order = "published", per_level: bool = True) -> None:
+    def __init__(
+        self,
+        tree: SemanticTree,
+        order: Order = "published",
+        per_level: bool = True,
+        reduction: Reduction = "sum",
+    ) -> None:
         super().__init__()
-        self.levels, self.per_level = Levels(tree, order), per_level
+        self.levels, self.per_level, self.reduction = Levels(tree, order), per_level, _reduction(reduction)
+        if per_level:
+            self.levels.check_there_are_levels()
+
+    def extra_repr(self) -> str:
+        """Return what printing the loss shows of it."""
+        return f"per_level={self.per_level}, reduction={self.reduction!r}"
 
     def forward(self, student_bn: Tensor, teacher_bn: Tensor) -> Tensor:
-        """Return the loss summed over a batch.
+        """Return the loss of a batch.
 
         Args:
             student_bn: Logits, [B, N].
             teacher_bn: Logits, [B, N]; they get no gradient.
 
         Returns:
-            A float32 scalar.
+            float32: a scalar, or [B] without reduction.
         """
         self.levels.check_width(student_bn, "the student's logits")
         self.levels.check_width(teacher_bn, "the teacher's logits")
@@ -224,14 +269,14 @@ class SemanticDistillationLoss(nn.Module):
             raise InvalidArgumentError(
                 f"The student's logits have {len(student_bn)} rows, but the teacher's have {len(teacher_bn)}."
             )
-        loss = student_bn.new_zeros((), dtype=torch.float32)
+        loss_b = student_bn.new_zeros(len(student_bn), dtype=torch.float32)
         parts = self.levels.split if self.per_level else lambda logits_bn: [logits_bn.float()]
         for ours, theirs in zip(parts(student_bn), parts(teacher_bn.detach()), strict=True):
             teacher = theirs.softmax(1)
             certainty = teacher.topk(-(-teacher.shape[1] // 20), sorted=False).values.sum(1)
-            loss = loss + ((ours.softmax(1) - teacher).square().sum(1) * certainty).sum()
-        _check_finite(loss, student_bn, teacher_bn)
-        return loss
+            loss_b = loss_b + (ours.softmax(1) - teacher).square().sum(1) * certainty
+        _check_finite(loss_b, student_bn, teacher_bn)
+        return _reduced(loss_b, self.reduction)
 
 
 class SingleLabelLoss(nn.Module):
@@ -241,25 +286,37 @@ class SingleLabelLoss(nn.Module):
         tree: The classes.
         label_smoothing: Share of the target that is spread over all classes.
         order: Order of the logits, see :class:`Levels`.
+        reduction: ``mean``, ``sum`` or ``none``.
 
     Raises:
         InvalidArgumentError: As :class:`SemanticSoftmaxLoss`.
         NonFiniteError: As :class:`SemanticSoftmaxLoss`.
     """
 
-    def __init__(self, tree: SemanticTree, label_smoothing: float = 0.2, order: Order = "published") -> None:
+    def __init__(
+        self,
+        tree: SemanticTree,
+        label_smoothing: float = 0.2,
+        order: Order = "published",
+        reduction: Reduction = "mean",
+    ) -> None:
         super().__init__()
         self.levels, self.label_smoothing = Levels(tree, order), _smoothing(label_smoothing)
+        self.reduction = _reduction(reduction)
+
+    def extra_repr(self) -> str:
+        """Return what printing the loss shows of it."""
+        return f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
-        """Return the mean loss, a float32 scalar, of logits [B, N] and indices in the label space, [B] int64."""
+        """Return the loss, float32, [B] or reduced, of logits [B, N] and indices in the label space, [B] int64."""
         self.levels.check(logits_bn, targets_b)
-        targets_b, all_in_range = self.levels.in_range(targets_b)
+        targets_b, valid_b = self.levels.in_range(targets_b)
         if self.levels.order == "level":
             targets_b = self.levels.positions[targets_b]
-        loss = F.cross_entropy(logits_bn.float(), targets_b, label_smoothing=self.label_smoothing)
-        _check_finite(loss, logits_bn)
-        return loss.where(all_in_range, math.nan)
+        loss_b = F.cross_entropy(logits_bn.float(), targets_b, reduction="none", label_smoothing=self.label_smoothing)
+        _check_finite(loss_b, logits_bn)
+        return _reduced(loss_b.where(valid_b, math.nan), self.reduction)
 
 
 class MultiLabelLoss(nn.Module):
@@ -275,6 +332,7 @@ class MultiLabelLoss(nn.Module):
         gamma_positive: Exponent for positive classes; 0 in that paper.
         clip: Probability margin of negatives; 0.05 in that paper.
         order: Order of the logits, see :class:`Levels`.
+        reduction: ``mean``, ``sum`` or ``none``.
 
     Raises:
         InvalidArgumentError: As :class:`SemanticSoftmaxLoss`.
@@ -291,6 +349,7 @@ class MultiLabelLoss(nn.Module):
         gamma_positive: float = 0.0,
         clip: float = 0.05,
         order: Order = "published",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         if gamma_negative < 0 or gamma_positive < 0 or not 0 <= clip < 1:
@@ -298,11 +357,17 @@ class MultiLabelLoss(nn.Module):
         self.levels = Levels(tree, order)
         self.register_buffer("chains", _chains(self.levels), persistent=False)
         self.gamma_negative, self.gamma_positive, self.clip = gamma_negative, gamma_positive, clip
+        self.reduction = _reduction(reduction)
+
+    def extra_repr(self) -> str:
+        """Return what printing the loss shows of it."""
+        names = ("gamma_negative", "gamma_positive", "clip", "reduction")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
-        """Return the mean loss, a float32 scalar, of logits [B, N] and indices in the label space, [B] int64."""
+        """Return the loss, float32, [B] or reduced, of logits [B, N] and indices in the label space, [B] int64."""
         self.levels.check(logits_bn, targets_b)
-        targets_b, all_in_range = self.levels.in_range(targets_b)
+        targets_b, valid_b = self.levels.in_range(targets_b)
         truth = self._truth(targets_b)
         logits_bn = logits_bn.float()
         p = logits_bn.sigmoid()
@@ -313,9 +378,9 @@ class MultiLabelLoss(nn.Module):
         # Exponents below 1 have no gradient at 0.
         positive = log_true * (1 - p).clamp(min=1e-8).pow(self.gamma_positive)
         negative = log_false * (1 - false).clamp(min=1e-8).pow(self.gamma_negative)
-        loss = -torch.where(truth, positive, negative).sum(1).mean()
-        _check_finite(loss, logits_bn)
-        return loss.where(all_in_range, math.nan)
+        loss_b = -torch.where(truth, positive, negative).sum(1)
+        _check_finite(loss_b, logits_bn)
+        return _reduced(loss_b.where(valid_b, math.nan), self.reduction)
 
     def _truth(self, targets_b: Tensor) -> Tensor:
         """For each sample and output, whether the output is the class or one of its ancestors, [B, N] bool."""
@@ -362,8 +427,22 @@ def _smoothing(value: float) -> float:
     return float(value)
 
 
-def _check_finite(loss: Tensor, *logits: Tensor) -> None:
-    if loss.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(float(loss.detach())):
+def _reduction(name: str) -> Reduction:
+    if name not in get_args(Reduction):
+        raise InvalidArgumentError(f"reduction is {name!r}; it can be {', '.join(get_args(Reduction))}.")
+    return cast(Reduction, name)
+
+
+def _reduced(loss_b: Tensor, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return loss_b
+    total = loss_b.sum()
+    return total / max(1, len(loss_b)) if reduction == "mean" else total
+
+
+def _check_finite(loss_b: Tensor, *logits: Tensor) -> None:
+    on_cpu = loss_b.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and not math.isfinite(float(loss_b.detach().sum())):
         raise NonFiniteError(_describe(*logits))
 
 

@@ -140,13 +140,14 @@ class SemanticAccuracy(Counts):
         order: Order of the logits, see :class:`Levels`.
 
     Raises:
-        InvalidArgumentError: From ``update``: shapes or targets that do not fit; on a GPU such targets raise from
-            ``compute``.
+        InvalidArgumentError: The tree has no levels; from ``update``: shapes or targets that do not fit; on a GPU such
+            targets raise from ``compute``.
         NonFiniteError: From ``compute``: a logit was NaN or inf; -inf is just the smallest value.
     """
 
     def __init__(self, tree: SemanticTree, order: Order = "published") -> None:
         levels = Levels(tree, order)
+        levels.check_there_are_levels()
         super().__init__(len(levels.depths) + 1, 2)  # last row: images with broken logits, with impossible targets
         self.levels = levels
 
