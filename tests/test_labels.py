@@ -78,8 +78,10 @@ def test_bad_spaces():
     for wnid in ("n00000000", "02121808", "v00001740", "cat", "n021218080", "", None, 7):
         with pytest.raises(UnknownSynsetError):
             LabelSpace("x", ("n02121808", wnid))
-    with pytest.raises(InvalidArgumentError):
-        LabelSpace("x", "n02121808")
+    for wrong in ("n02121808", 5, {"n02121808", "n02084071"}, {"n02121808": 0, "n02084071": 1}):
+        with pytest.raises(InvalidArgumentError, match=f"wnids is a {type(wrong).__name__}; give a list"):
+            LabelSpace("x", wrong)
+    assert LabelSpace("x", {"n02121808": 0, "n02084071": 1}.keys()).wnids == ("n02121808", "n02084071")
 
 
 def test_names_of_classes_that_are_no_synsets():

@@ -191,6 +191,32 @@ def test_distance_is_a_metric(wnids, data):
     assert (tree.distance(one, two) == 0) == (one == two)
 
 
+@settings(max_examples=40, deadline=None)
+@given(wnid_lists)
+def test_tables_agree_with_chains(wnids):
+    tree = SemanticTree.from_wnids(wnids)
+    for index, row in enumerate(tree.ancestor_table.tolist()):
+        chain = tree.chain(index)[::-1]
+        assert row == chain + [-1] * (len(row) - len(chain))
+    pairs = [[tree.distance(one, two) for two in range(len(tree))] for one in range(len(tree))]
+    assert tree.distances().tolist() == [[-1 if each is None else each for each in row] for row in pairs]
+
+
+def test_distances_of_chosen_nodes(fall11):
+    tabby, siamese = fall11["n02123045"], fall11["n02123597"]
+    assert fall11.distances([tabby, "n07920052", siamese.index]).tolist() == [[0, -1, 2], [-1, 0, -1], [2, -1, 0]]
+    assert fall11.distances([]).shape == (0, 0)
+    with pytest.raises(UnknownSynsetError):
+        fall11.distances(["n99999999"])
+
+
+def test_a_tree_over_nodes_of_another(fall11):
+    cats = fall11.descendants("n02121808")
+    assert SemanticTree.from_wnids(cats).wnids == tuple(node.wnid for node in cats)
+    with pytest.raises(InvalidArgumentError, match="wnids is a set; give a list"):
+        SemanticTree.from_wnids(set(cats))
+
+
 def test_one_level_and_one_class():
     one = SemanticTree.from_wnids(["n02121808", "n02084071"])
     assert list(one.levels) == [0]

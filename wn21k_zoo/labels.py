@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib import resources
 from types import MappingProxyType
@@ -31,7 +31,7 @@ from wn21k_zoo.errors import (
 from wn21k_zoo.files import expanded, text_of
 from wn21k_zoo.synsets import load_nouns
 
-__all__ = ["LABEL_SPACES", "LABEL_SPACE_ALIASES", "ClassNames", "LabelSpace"]
+__all__ = ["LABEL_SPACES", "LABEL_SPACE_ALIASES", "ClassNames", "LabelSpace", "ordered"]
 
 LABEL_SPACES: Mapping[str, str] = MappingProxyType(
     {
@@ -58,6 +58,7 @@ class LabelSpace:
         wnids: WordNet 3.0 noun ids in the order of the outputs; any sequence is converted to a tuple.
 
     Raises:
+        InvalidArgumentError: ``wnids`` is not a list, or has no order.
         EmptyLabelSpaceError: There is no class.
         DuplicateSynsetError: A wnid appears twice.
         UnknownSynsetError: A wnid is not a noun synset of WordNet 3.0.
@@ -73,11 +74,7 @@ class LabelSpace:
     """Position of each class in :class:`wn21k_zoo.synsets.Nouns`, shape [len(self)]."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.wnids, str):
-            raise InvalidArgumentError("wnids is one string; give a list such as ['n02121808', 'n02084071'].")
-        if not isinstance(self.wnids, Iterable):
-            raise InvalidArgumentError(f"wnids is a {type(self.wnids).__name__}; give a list such as ['n02121808'].")
-        object.__setattr__(self, "wnids", tuple(self.wnids))
+        object.__setattr__(self, "wnids", ordered("wnids", self.wnids))
         object.__setattr__(self, "positions", _checked_positions(self.wnids))
 
     @staticmethod
@@ -196,7 +193,7 @@ class ClassNames:
 
     Raises:
         EmptyLabelSpaceError: There is no class.
-        InvalidArgumentError: A name is not a string, or the names have no order.
+        InvalidArgumentError: ``names`` is not a list of strings, or has no order.
 
     Example:
         >>> ClassNames(["healthy", "rust", "scab"])
@@ -207,11 +204,9 @@ class ClassNames:
     name: str = "own"
 
     def __post_init__(self) -> None:
-        if isinstance(self.names, (str, Set, Mapping)) or not isinstance(self.names, Iterable):
-            raise InvalidArgumentError(
-                f"names is a {type(self.names).__name__}; give a list of class names, and then a name for the list."
-            )
-        object.__setattr__(self, "names", tuple(self.names))
+        if isinstance(self.names, str):
+            raise InvalidArgumentError("names is a str; give a list of class names, and then a name for the list.")
+        object.__setattr__(self, "names", ordered("names", self.names))
         if not self.names:
             raise EmptyLabelSpaceError("The list of classes is empty; give at least one name.")
         for name in (self.name, *self.names):
@@ -229,6 +224,25 @@ class ClassNames:
 
     def __repr__(self) -> str:
         return f"ClassNames({self.name!r}, {len(self):,} classes)"
+
+
+def ordered(name: str, classes: Iterable[Any]) -> tuple[Any, ...]:
+    """Return the classes of an argument as a tuple.
+
+    Raises:
+        InvalidArgumentError: They are one string, or nothing says which output each stands for.
+    """
+    if isinstance(classes, Mapping):
+        raise InvalidArgumentError(
+            f"{name} is a {type(classes).__name__}; give a list in the order of the outputs, such as "
+            "sorted(class_to_idx, key=class_to_idx.get)."
+        )
+    has_no_order = isinstance(classes, Set) and not isinstance(classes, KeysView)
+    if isinstance(classes, str) or has_no_order or not isinstance(classes, Iterable):
+        raise InvalidArgumentError(
+            f"{name} is a {type(classes).__name__}; give a list, with a class for each output in their order."
+        )
+    return tuple(classes)
 
 
 @functools.cache

@@ -38,7 +38,7 @@ from wn21k_zoo.errors import (
     Wn21kError,
     first_line,
 )
-from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace
+from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace, ordered
 from wn21k_zoo.on_disk import find_local
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.tree import SemanticTree
@@ -425,6 +425,6 @@ def _as_label_space(label_space: LabelSpaceLike | None) -> Given:
     if isinstance(label_space, (str, os.PathLike)):
         return LabelSpace.find(label_space)
     try:
-        return LabelSpace("custom", tuple(label_space))
+        return LabelSpace("custom", ordered("label_space", label_space))
     except UnknownSynsetError as error:
         raise UnknownSynsetError(f"{error} ClassNames takes the names of classes that are not synsets.") from None

@@ -30,7 +30,7 @@ from wn21k_zoo.errors import (
     first_line,
 )
 from wn21k_zoo.files import expanded
-from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace
+from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace, ordered
 from wn21k_zoo.synsets import WNID_PATTERN, load_nouns
 
 if TYPE_CHECKING:
@@ -157,15 +157,21 @@ class SemanticTree:
         return cls(label_space, parents, name=short_names.get(label_space.name))
 
     @classmethod
-    def from_wnids(cls, wnids: Sequence[str], *, name: str = "custom") -> SemanticTree:
+    def from_wnids(cls, wnids: Sequence[str | Node], *, name: str = "custom") -> SemanticTree:
         """The tree over any list of WordNet 3.0 noun synsets; indices are positions in that list.
 
+        Args:
+            wnids: wnids, or nodes of another tree.
+            name: Its name in results.
+
         Raises:
+            InvalidArgumentError: ``wnids`` is not a list, or has no order.
             UnknownSynsetError: An entry is not a noun synset of WordNet 3.0.
             DuplicateSynsetError: An entry appears twice.
             EmptyLabelSpaceError: The list is empty.
         """
-        return cls.from_label_space(LabelSpace(name, cast("tuple[str, ...]", wnids)))  # which makes it a tuple
+        given = ordered("wnids", wnids)
+        return cls.from_label_space(LabelSpace(name, tuple(x.wnid if isinstance(x, Node) else x for x in given)))
 
     @classmethod
     def from_file(cls, path: str | Path) -> SemanticTree:
@@ -269,6 +275,21 @@ class SemanticTree:
     def class_tree_list(self) -> list[list[int]]:
         """The published form: the :meth:`chain` of each class. The lists are shared: copy what you change."""
         return [self.chain(index) for index in range(len(self))]
+
+    @functools.cached_property
+    def ancestor_table(self) -> NDArray[np.int64]:
+        """Index of each class's ancestor at each depth: at its own depth the class itself, deeper -1.
+
+        Shape [len(tree), deepest + 1]. ``tree.ancestor_table[predictions, depth]`` is what to compare on one level.
+        """
+        table = np.full((len(self), int(self.depths.max()) + 1), -1, np.int64)
+        rows = nodes = np.arange(len(self))
+        while len(rows):
+            table[rows, self.depths[nodes]] = nodes
+            above = self.parents[nodes].astype(np.int64)
+            rows, nodes = rows[above >= 0], above[above >= 0]
+        table.flags.writeable = False
+        return table
 
     @functools.cached_property
     def digest(self) -> str:
@@ -386,6 +407,15 @@ class SemanticTree:
         if common is None:
             return None
         return int(self.depths[self.index(first)] + self.depths[self.index(second)]) - 2 * common.depth
+
+    def distances(self, nodes: Sequence[int | str | Node] | None = None) -> NDArray[np.int32]:
+        """The :meth:`distance` of each pair of nodes, by default of all classes, [n, n]; -1 where it is None."""
+        chosen = np.arange(len(self)) if nodes is None else np.array([self.index(node) for node in nodes], np.int64)
+        common = np.zeros((len(chosen), len(chosen)), np.int32)  # number of common ancestors, a node's own included
+        for column in self.ancestor_table[chosen].T:
+            common += (column[:, None] == column) & (column >= 0)
+        depths = self.depths[chosen]
+        return np.where(common > 0, depths[:, None] + depths - 2 * (common - 1), -1).astype(np.int32)
 
     def search(self, query: str | int, limit: int | None = 20) -> tuple[Node, ...]:
         """Find nodes by an index, a wnid or (part of) a name, the best first.

@@ -62,7 +62,7 @@ def test_leaf_accuracy_chooses_among_the_given_classes_only():
     assert metric.compute() == {"top1": 50, "top5": 100, "images": 2}  # 0 is not one of the classes
     assert metric.has(torch.tensor([0, 1, 4, 8, 9, 100])).tolist() == [False, True, True, True, False, False]
     metric.reset()
-    assert metric.compute() == {"top1": 0, "top5": 0, "images": 0}
+    assert metric.compute()["images"] == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -390,9 +390,41 @@ def test_counts_go_where_a_metric_goes_and_nowhere_else():
     shared = ClassAccuracy(3)
     other = copy.copy(shared)  # like a process that was given the memory
     shared.update(targets, targets)
-    assert (shared.compute(), other.compute()) == ({"balanced_top1": 100.0}, {"balanced_top1": 0.0})
+    assert (shared.per_class(), other.per_class()) == ({0: (1, 1), 1: (1, 1), 2: (1, 1)}, {})
     shared.reset()
     assert shared.per_class() == {}
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [SemanticAccuracy(TREE), LeafAccuracy([0]), ClassAccuracy(3), HierarchicalDistances(TREE), Calibration()],
+    ids=lambda metric: type(metric).__name__,
+)
+def test_figures_of_nothing_are_not_figures(metric):
+    figures = metric.compute()
+    numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
+    assert numbers
+    assert all(map(math.isnan, numbers.values()))
+
+
+@pytest.mark.parametrize("made", [lambda: HierarchicalDistances(TREE), lambda: ClassAccuracy(3)])
+def test_what_are_no_class_indices_is_a_typed_error(made):
+    targets = torch.tensor([0, 1])
+    for wrong in ([0, 1], torch.zeros(2), torch.zeros(2, 3, dtype=torch.int64), targets[:1]):
+        with pytest.raises(InvalidArgumentError, match=r"[Pp]redictions"):
+            made().update(wrong, targets)
+    with pytest.raises(InvalidArgumentError, match=r"by argmax\(1\)"):
+        made().update(torch.zeros(2, 3), targets)
+    with pytest.raises(InvalidArgumentError, match="scores must be a tensor"):
+        LeafAccuracy([0]).update(targets, targets)
+
+
+def test_predictions_of_a_semantic_softmax_are_those_of_its_evaluation():
+    targets = torch.tensor([TREE.index("n02123045")] * 2)
+    logits = torch.full((2, len(TREE)), -5.0)
+    logits[:, TREE.chain("n02123045")] = 10.0  # right on all levels
+    predictions, _ = Evaluation(TREE, "semantic_softmax", range(len(TREE))).update(logits, targets)
+    assert predictions.tolist() == targets.tolist()
 
 
 def test_all_count_where_nothing_else_is_said():

@@ -54,7 +54,9 @@ class Levels(nn.Module):
         self.depths = tuple(depth for depth, _ in hierarchy.levels)
         self.slices = tuple(where for _, where in hierarchy.levels)
         self.weights = tuple(min(_MAX_WEIGHT, len(tree) / (len(tree) - where.start)) for where in self.slices)
-        self.register_buffer("ancestors", torch.from_numpy(_ancestors(tree, hierarchy, self.depths)), persistent=False)
+        table = tree.ancestor_table
+        ancestors = np.where(table >= 0, hierarchy.position[table] - hierarchy.starts[:-1], -1)[:, list(self.depths)]
+        self.register_buffer("ancestors", torch.from_numpy(ancestors), persistent=False)
         self.register_buffer("columns", torch.from_numpy(hierarchy.order.copy()), persistent=False)
         self.register_buffer("positions", torch.from_numpy(hierarchy.position.copy()), persistent=False)
 
@@ -153,13 +155,3 @@ def check_tree(tree: object) -> None:
     """
     if not isinstance(tree, SemanticTree):
         raise InvalidArgumentError(f"{tree!r:.60} is not a tree; pass one such as SemanticTree.load('fall11').")
-
-
-def _ancestors(tree: SemanticTree, hierarchy: Hierarchy, depths: tuple[int, ...]) -> np.ndarray[tuple[int, int]]:
-    everywhere = np.full((len(tree), len(hierarchy.starts) - 1), -1, np.int64)
-    for node, parent in zip(hierarchy.order, hierarchy.parents, strict=True):  # parents come before their children
-        if parent >= 0:
-            everywhere[node] = everywhere[hierarchy.order[parent]]
-        depth = tree.depths[node]
-        everywhere[node, depth] = hierarchy.position[node] - hierarchy.starts[depth]
-    return everywhere[:, list(depths)]

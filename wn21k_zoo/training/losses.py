@@ -393,12 +393,9 @@ def _chains(levels: Levels) -> Tensor:
 
     Covers all depths, including those with one class, which have no softmax of their own.
     """
-    chains = levels.tree.class_tree_list
-    found = torch.full((len(chains), max(map(len, chains))), levels.num_classes)
+    table = torch.from_numpy(levels.tree.ancestor_table.copy())
     places = levels.positions if levels.order == "level" else torch.arange(levels.num_classes)
-    for index, chain in enumerate(chains):
-        found[index, : len(chain)] = places[chain]
-    return found
+    return places[table].where(table >= 0, levels.num_classes)
 
 
 def explain(levels: Levels | None, logits_bn: Tensor, targets_b: Tensor) -> str:

@@ -1,7 +1,7 @@
 """How good predictions are: per level of the hierarchy, on classes with images, and how far off mistakes are.
 
 Each metric counts on the device of its inputs and waits for it only in ``compute``. Counts are integers, or sums of
-them, and are added up over ranks exactly; with ``over_ranks`` False each rank keeps its own.
+them, and are added up over ranks exactly; with ``over_ranks`` False each rank keeps its own. Figures of nothing are NaN.
 
 Shape suffixes: B batch, N classes, K levels.
 """
@@ -30,6 +30,11 @@ __all__ = [
     "SemanticAccuracy",
     "SemanticFigures",
 ]
+
+
+def _share(part: float, whole: int) -> float:
+    """A part of what was counted; NaN if nothing was."""
+    return part / whole if whole else math.nan
 
 
 _ROUNDING = 0.01  # how far sums of probabilities in half precision may be from 1
@@ -123,6 +128,22 @@ def _out_of_range(images: int, num_classes: int) -> InvalidArgumentError:
     )
 
 
+def _check_classes(predictions_b: Tensor, targets_b: Tensor) -> None:
+    for name, classes in (("predictions", predictions_b), ("targets", targets_b)):
+        if not isinstance(classes, Tensor):
+            raise InvalidArgumentError(f"{name} must be a tensor, not {type(classes).__name__}; use torch.as_tensor.")
+        if classes.dtype != torch.int64 or classes.ndim != 1:
+            logits = "; take predictions from logits by argmax(1)" if classes.ndim == 2 else ""
+            raise InvalidArgumentError(
+                f"{name} must be class indices, int64 of the shape [batch]; they are {classes.dtype} of "
+                f"{list(classes.shape)}{logits}."
+            )
+    if predictions_b.shape != targets_b.shape:
+        raise InvalidArgumentError(
+            f"Predictions of shape {list(predictions_b.shape)} do not match targets of {list(targets_b.shape)}."
+        )
+
+
 class SemanticFigures(TypedDict):
     """What :class:`SemanticAccuracy` computes, in percent; ``levels`` is keyed by depth."""
 
@@ -179,7 +200,7 @@ class SemanticAccuracy(Counts):
             for depth, hits, count in zip(self.levels.depths, right, valid, strict=True)
             if count
         }
-        return {"semantic_top1": 100 * sum(right) / max(1, sum(valid)), "levels": per_level}
+        return {"semantic_top1": 100 * _share(sum(right), sum(valid)), "levels": per_level}
 
 
 class LeafAccuracy(Counts):
@@ -208,6 +229,9 @@ class LeafAccuracy(Counts):
     @torch.no_grad()
     def update(self, scores_bn: Tensor, targets_b: Tensor) -> Tensor:
         """Count scores [B, N] and targets [B] int64, both of the label space; returns predictions, [B] int64."""
+        if not isinstance(scores_bn, Tensor) or scores_bn.ndim != 2:
+            shape = list(scores_bn.shape) if isinstance(scores_bn, Tensor) else type(scores_bn).__name__
+            raise InvalidArgumentError(f"scores must be a tensor of the shape [batch, classes], not {shape}.")
         if scores_bn.shape[1] < len(self.chosen):
             raise InvalidArgumentError(
                 f"The scores are of {scores_bn.shape[1]:,} classes, but a class that counts has the index "
@@ -230,7 +254,7 @@ class LeafAccuracy(Counts):
         first, any_of_five, count, broken = self._total()
         if broken:
             raise _not_finite(f"{broken:,}")
-        return {"top1": 100 * first / max(1, count), "top5": 100 * any_of_five / max(1, count), "images": count}
+        return {"top1": 100 * _share(first, count), "top5": 100 * _share(any_of_five, count), "images": count}
 
 
 class ClassAccuracy(Counts):
@@ -245,7 +269,12 @@ class ClassAccuracy(Counts):
 
     @torch.no_grad()
     def update(self, predictions_b: Tensor, targets_b: Tensor, counted_b: Tensor | None = None) -> None:
-        """Count a batch of class indices, [B] int64 each, or only those where ``counted_b``, [B] bool, is true."""
+        """Count a batch of class indices, [B] int64 each, or only those where ``counted_b``, [B] bool, is true.
+
+        Raises:
+            InvalidArgumentError: As :meth:`HierarchicalDistances.update`.
+        """
+        _check_classes(predictions_b, targets_b)
         rows = targets_b.clamp(0, len(self.counts) - 1)
         there = rows == targets_b  # other targets are not counted
         counted_b = there if counted_b is None else counted_b & there
@@ -260,11 +289,16 @@ class ClassAccuracy(Counts):
     def compute(self) -> dict[str, float]:
         """Return ``balanced_top1``: the mean percentage of the classes with counted images, over all ranks."""
         shares = [right / images for images, right in self.per_class().values()]
-        return {"balanced_top1": 100 * sum(shares) / max(1, len(shares))}
+        return {"balanced_top1": 100 * _share(sum(shares), len(shares))}
 
 
 class HierarchicalDistances(Counts):
     """How far predicted classes are from true ones in the tree.
+
+    The prediction of one softmax over all classes is its largest logit. Logits of a semantic softmax cannot be compared
+    across levels: its predictions are what :meth:`wn21k_zoo.training.evaluation.Evaluation.update` returns. For classes
+    of which none is above another, such as ImageNet-1K's, take the tree :meth:`SemanticTree.with_ancestors`, or else
+    all mistakes are the same.
 
     - ``mean_lca_error``: by how many levels the lowest common ancestor of prediction and truth lies above the truth; a
       right prediction counts 0, one in another tree of the forest counts as if there were a root above all (the
@@ -286,11 +320,7 @@ class HierarchicalDistances(Counts):
     def __init__(self, tree: SemanticTree) -> None:
         super().__init__(7)
         check_tree(tree)
-        chains = np.full((len(tree), int(tree.depths.max()) + 1), -1, np.int64)
-        for index in range(len(tree)):
-            chain = tree.chain(index)
-            chains[index, : len(chain)] = chain[::-1]
-        self.register_buffer("chains", torch.from_numpy(chains), persistent=False)
+        self.register_buffer("chains", torch.from_numpy(tree.ancestor_table.copy()), persistent=False)
         self.register_buffer("depths", torch.from_numpy(tree.depths.astype(np.int64)), persistent=False)
 
     @torch.no_grad()
@@ -298,12 +328,9 @@ class HierarchicalDistances(Counts):
         """Count a batch of class indices, [B] int64 each, or only those where ``counted_b``, [B] bool, is true.
 
         Raises:
-            InvalidArgumentError: There are not as many predictions as targets.
+            InvalidArgumentError: They are not, or there are not as many predictions as targets.
         """
-        if predictions_b.shape != targets_b.shape:
-            raise InvalidArgumentError(
-                f"Predictions of shape {list(predictions_b.shape)} do not match targets of {list(targets_b.shape)}."
-            )
+        _check_classes(predictions_b, targets_b)
         counted = torch.ones_like(targets_b) if counted_b is None else counted_b.long()
         there = (torch.minimum(predictions_b, targets_b) >= 0) & (
             torch.maximum(predictions_b, targets_b) < len(self.depths)
@@ -325,10 +352,10 @@ class HierarchicalDistances(Counts):
         if impossible:
             raise _out_of_range(impossible, len(self.depths))
         return {
-            "mean_lca_error": errors / max(1, images),
-            "mean_lca_error_of_mistakes": errors / max(1, mistakes),
-            "hierarchical_precision": 100 * common / max(1, predicted),
-            "hierarchical_recall": 100 * common / max(1, truth),
+            "mean_lca_error": _share(errors, images),
+            "mean_lca_error_of_mistakes": _share(errors, mistakes) if mistakes else _share(0, images),
+            "hierarchical_precision": 100 * _share(common, predicted),
+            "hierarchical_recall": 100 * _share(common, truth),
         }
 
 
@@ -368,8 +395,8 @@ class Calibration(Counts):
         *total, impossible, _, _ = self._total()
         if impossible:
             raise InvalidArgumentError(f"The confidences of {impossible:,} images are not in [0, 1].")
-        rows, images = [], max(1, sum(total[::3]))
-        error = 0.0
+        rows, images = [], sum(total[::3])
+        error = _share(0, images)
         for number in range(self.bins):
             count, right, millionths = total[3 * number : 3 * number + 3]
             if not count:
