@@ -5,11 +5,12 @@ from timm.models import save_for_hf
 
 from wn21k_zoo.errors import RecipeError, UnknownModelError
 from wn21k_zoo.training import presets
+from wn21k_zoo.training.engine import train
 from wn21k_zoo.training.plan import plan
 from wn21k_zoo.training.recipe_files import override
 from wn21k_zoo.training.state import RunFolder
 
-from .runs import small_recipe
+from .runs import make_folder, small_recipe
 
 
 def test_a_plan_counts_the_teacher_wherever_it_is(tmp_path):
@@ -116,6 +117,16 @@ def test_the_memory_of_a_plan_is_near_what_torch_counts(checkpointing):
             tracker.reset_mod_stats()
     peak = sum(parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values())
     assert plan(recipe, gpus=1, images=1000).memory_gb == pytest.approx(peak / 1e9, rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_the_disk_of_a_plan_is_that_of_checkpoints(tmp_path, name):
+    recipe = small_recipe("mobilenetv3_small_050", optimizer={"name": name, "lr": 1e-3})
+    recipe.schedule.max_steps, recipe.run.ema_decay = 1, 0.99 if name == "adam" else None
+    train(recipe, make_folder(tmp_path / "images"), tmp_path / "run", workers=0)
+    (checkpoint,) = RunFolder(tmp_path / "run").checkpoints.glob("step-*.pt")
+    found = plan(recipe, gpus=1, images=54, classes=6).disk_gb
+    assert found == pytest.approx((recipe.run.keep + 2) * checkpoint.stat().st_size / 1e9, rel=0.1)
 
 
 def _resnet():

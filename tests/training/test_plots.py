@@ -73,3 +73,25 @@ print(matplotlib.get_backend())
     environment = {**os.environ, "MPLBACKEND": named}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert (done.stdout.strip().lower(), done.stderr) == (used, "")
+
+
+def test_a_spike_of_a_long_run_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, output: drawn.append(figure))
+    rows = [{"kind": "train", "step": step, "loss": 90.0 if step == 7777 else 1.0} for step in range(1, 20_001)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_runs([tmp_path], tmp_path / "x.png")
+    steps, losses = drawn[0].axes[0].lines[0].get_data()
+    assert len(steps) <= plots._POINTS
+    assert (losses.min(), losses.max()) == (1.0, 90.0)
+    assert steps[losses.argmax()] == pytest.approx(7777, abs=20)
+
+
+def test_many_runs_leave_room_for_their_curves(tmp_path):
+    row = {"kind": "train", "step": 1, "loss": 5.0, "lr": 0.1, "images_per_second": 70.0}
+    runs = [tmp_path / f"run-{number}" for number in range(60)]
+    for run in runs:
+        run.mkdir()
+        (run / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "step": 9}) + "\n")
+    picture = plot_runs(runs, tmp_path / "x.png")  # matplotlib warns where panels have no room, an error in tests
+    assert picture.stat().st_size

@@ -103,7 +103,7 @@ def plan(
     set: SetOption = None,  # noqa: A002
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Show steps, images, hours, and an estimate of the memory."""
+    """Show steps, images, hours, and an estimate of the memory and of the room on disk."""
     from wn21k_zoo.training.plan import plan as make_plan
     from wn21k_zoo.training.recipe_files import load_recipe, override
     from wn21k_zoo.training.splits import open_splits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -160,7 +161,7 @@ def write_shard(output: Path, names: list[str], split: str, number: int, first: 
     return len(order)
 
 
-def write_manifest(output: Path, results: list[ClassResult]) -> None:
+def write_manifest(output: Path, results: list[ClassResult], progress: Callable[[Progress], None]) -> None:
     """Write all parts as one file, with the shard that each image went to."""
     work = output / WORK_FOLDER
     bounds = {split: np.load(work / f"{split}.bounds.npy", allow_pickle=False) for split in _SPLITS}
@@ -170,6 +171,7 @@ def write_manifest(output: Path, results: list[ClassResult]) -> None:
     ):
         waiting: list[pa.Table] = []
         for number, result in enumerate(results, start=1):
+            progress(Progress(stage="manifest", done=number - 1, total=len(results), images=0))
             table = read_table(work / "classes" / f"{result.name}.parquet")
             table = table.append_column("shard", pa.array(_shard_of_each(table, bounds), pa.string()))
             waiting.append(table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA))
@@ -185,6 +187,11 @@ def _shard_of_each(table: pa.Table, bounds: dict[str, NDArray[np.uint64]]) -> ND
     orders = pc.fill_null(table["order"], 0).to_numpy()  # as uint64: float64 would round them
     for split, least in bounds.items():
         mine = np.flatnonzero(splits == split)
-        names = np.array([shard_name(split, number) for number in range(len(least))], object)
+        names = _shard_names(split, len(least))
         shards[mine] = names[np.searchsorted(least, orders[mine], side="right") - 1]
     return shards
+
+
+@functools.lru_cache(maxsize=2)
+def _shard_names(split: str, count: int) -> NDArray[np.object_]:
+    return np.array([shard_name(split, number) for number in range(count)], object)

@@ -23,7 +23,7 @@ from wn21k_zoo.errors import DataError, UnknownSynsetError, did_you_mean
 from wn21k_zoo.files import expanded, sha256_of, visible
 from wn21k_zoo.images import FORMATS
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.training.extra import pc, pq
+from wn21k_zoo.training.extra import pa, pc, pq
 from wn21k_zoo.training.manifest import read_table
 from wn21k_zoo.training.shards import (
     BLOCK,
@@ -238,8 +238,10 @@ class _Manifest:
     @functools.cached_property
     def names(self) -> Any:
         """A table of each row's hash and key."""
-        table = read_table(self.path, columns=[*_NAMES, "shard"])
-        return table.filter(pc.field("shard").is_valid()).select(_NAMES)
+        with self.path.open("rb") as opened, pq.ParquetFile(opened) as file:  # in parts: whole, they take twice as much
+            groups = (file.read_row_group(group, columns=[*_NAMES, "shard"]) for group in range(file.num_row_groups))
+            kept = [each.filter(pc.field("shard").is_valid()).select(_NAMES) for each in groups]
+            return pa.concat_tables(kept or [file.schema_arrow.empty_table()])
 
 
 def _compare_counts(info: DatasetInfo, manifest: _Manifest, found: list[Damage]) -> None:
@@ -304,15 +306,27 @@ def _count_wrong(path: Path, index: NDArray[np.void]) -> int:
     """Count the entries of an index whose place, size or class is not that of an image in the undamaged tar."""
     right = set()
     with path.open("rb") as file:
-        for entry in index:
-            offset, size = int(entry["offset"]), int(entry["size"])
-            with contextlib.suppress(OSError, ValueError, tarfile.TarError):
-                image = _member_at(file, offset - BLOCK)
-                label = _member_at(file, offset + size + -size % BLOCK)
-                fits = image.size == size and label.name == f"{image.name.removesuffix('.jpg')}.cls"
-                if fits and int(file.read(min(label.size, 20))) == entry["target"]:
+        for offset, size, target in index.tolist():
+            with contextlib.suppress(OSError, ValueError, OverflowError):
+                image, length = _header_at(file, offset - BLOCK)
+                label, digits = _header_at(file, offset + size + -size % BLOCK)
+                fits = length == size and label == image.removesuffix(b".jpg") + b".cls"
+                if fits and int(file.read(min(digits, 20))) == target:
                     right.add(offset)
     return len(index) - len(right)
+
+
+def _header_at(file: BinaryIO, offset: int) -> tuple[bytes, int]:
+    """Name and size in a header of an undamaged tar of ours; tarfile takes eight times as long.
+
+    Raises:
+        ValueError: There is no header.
+    """
+    file.seek(offset)
+    header = file.read(BLOCK)
+    if header[257:262] != b"ustar":
+        raise ValueError("no header")
+    return header[:100].rstrip(b"\0"), int(header[124:135], 8)
 
 
 def _member_at(file: BinaryIO, offset: int) -> tarfile.TarInfo:

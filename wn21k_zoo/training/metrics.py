@@ -1,7 +1,8 @@
 """How good predictions are: per level of the hierarchy, on classes with images, and how far off mistakes are.
 
 Each metric counts on the device of its inputs and waits for it only in ``compute``. Counts are integers, or sums of
-them, and are added up over ranks exactly; with ``over_ranks`` False each rank keeps its own. Figures of nothing are NaN.
+them, and are added up over ranks exactly; with ``over_ranks`` False each rank keeps its own. Figures are NaN where
+nothing was counted.
 
 Shape suffixes: B batch, N classes, K levels.
 """

@@ -48,6 +48,7 @@ class Plan:
         parameters: Parameters of the network.
         memory_gb: A guess per GPU: weights, gradients, optimizer, averages, teacher, and the activations kept for the
             backward pass; excludes what the allocator and the convolutions take in addition.
+        disk_gb: What the run's folder takes: ``run.keep`` checkpoints, the best one, and one that is being written.
         hours: None when the speed is not known.
         images_per_second: Per GPU; if not given, that published for a V100.
         assumed: How hours were estimated.
@@ -63,6 +64,7 @@ class Plan:
     classes: int
     parameters: int
     memory_gb: float
+    disk_gb: float
     hours: float | None
     images_per_second: float | None
     assumed: str
@@ -129,6 +131,7 @@ def plan(
         classes=num_classes,
         parameters=parameters,
         memory_gb=_rounded(memory / 1e9),
+        disk_gb=_rounded((recipe.run.keep + 2) * _checkpoint_bytes(recipe, module) / 1e9),
         hours=_rounded(seen / speed / gpus / 3600) if speed else None,
         images_per_second=round(speed, 1) if speed else None,
         assumed=assumed + without,
@@ -151,6 +154,14 @@ def _memory(recipe: Recipe, module: nn.Module, micro: int, kept: float, num_clas
         return memory, "; memory without the teacher, whose network is not known here"
     weights = _size(teacher, num_classes, recipe.data.size)[0].parameters()
     return memory + (4 + 2 * halved) * sum(parameter.numel() for parameter in weights), ""
+
+
+def _checkpoint_bytes(recipe: Recipe, module: nn.Module) -> int:
+    """Return the size of one checkpoint: weights, averages, optimizer."""
+    weights: int = sum(each.numel() * each.element_size() for each in module.state_dict().values())
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    moments = _PER_TRAINED[recipe.optimizer.name] - 4  # without the gradient
+    return weights * (1 + bool(recipe.run.ema_decay)) + trained * moments
 
 
 def _rounded(number: float) -> float:

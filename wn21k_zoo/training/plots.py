@@ -10,11 +10,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from wn21k_zoo.errors import DataOutputError, MissingExtraError, RunError
 from wn21k_zoo.files import check_writable, write_whole
 from wn21k_zoo.training.state import RunFolder, names_of, read_lines
 
 __all__ = ["check_picture", "plot_reliability", "plot_runs"]
+
+
+_MARKERS = ("o", "s", "^", "v", "D", "x")  # with ten colours each
+_PANELS = (  # kind of line, field, title, line style
+    ("train", "loss", "training loss", "-"),
+    ("train", "lr", "learning rate", "-"),
+    ("evaluation", "semantic_top1", "semantic top-1 (dashed: top-1), %", "-"),
+    ("evaluation", "top1", "", "--"),
+    ("train", "images_per_second", "images per second", "-"),
+)
+_POINTS = 2000  # of a curve; more than a picture can show
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> Path:
@@ -25,43 +39,36 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
         DataOutputError: The picture cannot be written.
         MissingExtraError: matplotlib is not installed.
     """
-    metrics = [_metrics(run) for run in runs]
+    curves = [_curves(run) for run in runs]
     check_picture(output)
     with _default_style():
-        figure, axes = _figure(2, 2, (11, 7))
-        panels = (
-            ("train", "loss", "training loss", "-"),
-            ("train", "lr", "learning rate", "-"),
-            ("evaluation", "semantic_top1", "semantic top-1 (dashed: top-1), %", "-"),
-            ("evaluation", "top1", "", "--"),
-            ("train", "images_per_second", "images per second", "-"),
-        )
+        names = names_of(runs)
+        columns = max(1, min(len(names), 160 // (max(map(len, names)) + 6)))
+        figure, axes = _figure(2, 2, (11, 7 + 0.16 * -(-len(names) // columns)))
         places = [axes.flat[number] for number in (0, 1, 2, 2, 3)]  # both accuracies share a panel
-        for place, (kind, name, title, style) in zip(places, panels, strict=True):
-            for number, lines in enumerate(metrics):
-                points = [
-                    (line["step"], line[name])
-                    for line in lines
-                    if line["kind"] == kind and isinstance(line.get(name), (int, float))
-                ]
-                marker = ("o", "s", "^", "v")[number // 10 % 4] if kind == "evaluation" or number > 9 else ""
-                if points:
+        for place, (kind, name, title, style) in zip(places, _PANELS, strict=True):
+            for number, each in enumerate(curves):
+                marker = _MARKERS[number // 10 % len(_MARKERS)] if kind == "evaluation" or number > 9 else ""
+                if (curve := each.get((kind, name))) is not None:
                     place.plot(
-                        *zip(*points, strict=True),
+                        *curve,
                         color=f"C{number % 10}",
                         linestyle=style,
                         marker=marker,
                         markersize=3,
+                        markevery=None if kind == "evaluation" else 0.1,
                     )
             if title:
                 place.set_title(title, fontsize=10)
             place.set_xlabel("step", fontsize=8)
             place.grid(True, alpha=0.3)
         handles = [
-            axes.flat[0].plot([], [], color=f"C{number % 10}", label=name)[0]
-            for number, name in enumerate(names_of(runs))
+            axes.flat[0].plot(
+                [], [], color=f"C{number % 10}", marker=_MARKERS[number // 10 % len(_MARKERS)], markersize=3, label=name
+            )[0]
+            for number, name in enumerate(names)
         ]
-        axes.flat[0].legend(handles=handles, fontsize=7)
+        figure.legend(handles=handles, fontsize=7, loc="outside lower center", ncols=columns)
         return _save(figure, output)
 
 
@@ -96,14 +103,30 @@ def plot_reliability(figures: Mapping[str, Any], output: Path) -> Path:
         return _save(figure, output)
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
+def _thinned(points: list[tuple[int, float]]) -> NDArray[np.float64]:
+    """Steps and values of a curve, shape [2, n]; of many neighbours the extremes, so that spikes stay."""
+    steps, values = np.array(points, np.float64).T
+    if len(steps) <= _POINTS:
+        return np.stack([steps, values])
+    firsts = np.arange(0, len(steps), -(-2 * len(steps) // _POINTS))
+    ends = np.stack([np.minimum.reduceat(values, firsts), np.maximum.reduceat(values, firsts)], 1)
+    return np.stack([steps[firsts].repeat(2), ends.ravel()])
+
+
+def _curves(run: Path) -> dict[tuple[str, str], NDArray[np.float64]]:
+    """The curve of each panel; not the lines themselves, which take much more memory."""
     folder = RunFolder(run)
     if not folder.metrics.is_file():
         raise RunError(f"{folder.path} holds no run (no metrics.jsonl).")
     lines = read_lines(folder.metrics)
     if not lines:
         raise RunError(f"{folder.metrics} has no lines yet.")
-    return lines
+    curves = {}
+    for kind, name, *_ in _PANELS:
+        values = [(line["step"], line.get(name)) for line in lines if line["kind"] == kind]
+        if points := [(step, value) for step, value in values if isinstance(value, (int, float))]:
+            curves[kind, name] = _thinned(points)
+    return curves
 
 
 def check_picture(path: Path) -> None:

@@ -103,9 +103,9 @@ def prepare(
         results = _prepare_classes(opened, options, output, tasks, max_bad, allow_truncated)
         _refuse_bad(results, max_bad)
         shards = write_shards(output, results, options, tasks)
-        progress(Progress(stage="manifest", done=0, total=1, images=0))
+        write_manifest(output, results, progress)
         info = _finish(output, results, shards, options, recorded)
-        progress(Progress(stage="manifest", done=1, total=1, images=0))
+        progress(Progress(stage="manifest", done=len(results), total=len(results), images=0))
     try:
         # A half-deleted work folder cannot be resumed, so rename it first.
         replace(output / WORK_FOLDER, output / _WORK_DONE, patience=10)
@@ -219,7 +219,7 @@ def _prepare_classes(
         tasks.progress(Progress(stage="classes", done=known + done, total=source.num_bytes, images=images))
         if source.sequential and len(results) % 50 == 0:
             check_space_during(results.values(), done, source.num_bytes, output)
-        if images > 10_000:
+        if result.bad and images > 10_000:  # only such a class raises the share of bad images
             _refuse_bad(list(results.values()), 5 * max_bad)  # no need to wait for the end if it is that bad
     if cut_off and not allow_truncated:
         raise DataSourceError(
@@ -259,9 +259,8 @@ def _finish(
     options: PrepareOptions,
     recorded: dict[str, Any],
 ) -> DatasetInfo:
-    """Write manifest, summary and, last, ``_info.json``, which marks the output as complete."""
+    """Write the summary and, last, ``_info.json``, which marks the output as complete."""
     space = options.space
-    write_manifest(output, results)
     write_whole(output / "classes.csv", classes_csv(results))
     write_whole(output / "SUMMARY.md", summary(results, space, recorded))
     info = DatasetInfo(
