@@ -269,6 +269,9 @@ def test_the_preprocessing_of_a_folder(folder, tmp_path, embedded):
     assert torch.equal(models.create_transform(folder)(image), embedded.transform(image))
     other = copy_of(folder, tmp_path, crop_pct=1.0, input_size=[3, 256, 256])
     assert models.create_transform(str(other))(image).shape == (3, 256, 256)
+    assert models.create_transform(other, image_size=64, training=True)(image).shape == (3, 64, 64)
+    with pytest.raises(InvalidArgumentError, match="image_size is 0"):
+        models.create_transform(other, image_size=0)
     assert "RandomResizedCrop" in str(models.create_transform(other, training=True))
     with pytest.raises(ModelError, match=r"no config\.json"):
         models.create_transform(tmp_path)
@@ -426,6 +429,7 @@ def test_transforms(checkpoint):
     if checkpoint.resize == "squash":  # the whole picture, nothing cropped
         assert 0 <= tensor.min() < 0.01
         assert 0.99 < tensor.max() <= 1
+    assert models.create_transform(checkpoint.name, image_size=96)(image).shape == (3, 96, 96)
     training = models.create_transform(checkpoint.name, training=True)
     assert tuple(training(image).shape) == checkpoint.input_size
 

@@ -86,7 +86,10 @@ def test_back_off(embedded):
     prediction = embedded(CAT)
     finest = dataclasses.replace(prediction, threshold=0.0)
     assert finest.label == prediction.path[-1]
-    assert dataclasses.replace(prediction, threshold=1.0).label is None
+    assert dataclasses.replace(prediction, threshold=1.0).label is prediction.label_at(1) is None
+    assert prediction.label_at(0.0) == finest.label
+    with pytest.raises(InvalidArgumentError, match="threshold"):
+        dataclasses.replace(prediction, threshold=2)
     exact = dataclasses.replace(prediction, threshold=prediction.path[0].confidence)
     assert exact.label == prediction.path[0]  # reaching the threshold is enough
     assert prediction.labels(1.0) == ()

@@ -371,7 +371,7 @@ def test_a_tls_connection_that_breaks_is_tried_again(root):
 def test_only_a_certificate_is_called_a_certificate(fault, interrupted, wrap):
     with pytest.raises(DownloadError) as caught, transfer._typed_errors("https://host/file", transfer.Patience()):
         raise wrap(fault)
-    assert isinstance(caught.value, transfer._InterruptedError) == interrupted
+    assert isinstance(caught.value, transfer.BrokenOffError) == interrupted
     assert ("certificate" in str(caught.value)) != interrupted
 
 

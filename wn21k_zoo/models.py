@@ -37,6 +37,7 @@ from wn21k_zoo.errors import (
     UnresolvedLabelSpaceError,
     Wn21kError,
     first_line,
+    whole_number,
 )
 from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace, ordered
 from wn21k_zoo.on_disk import find_local
@@ -184,7 +185,11 @@ def choose_default(cache_dir: str | os.PathLike[str] | None = None) -> str:
 
 
 def create_transform(
-    name: str | os.PathLike[str], training: bool = False, *, cache_dir: str | os.PathLike[str] | None = None
+    name: str | os.PathLike[str],
+    training: bool = False,
+    *,
+    image_size: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Create the preprocessing of a model: a transform from an RGB PIL image to a float32 tensor [3, H, W].
 
@@ -192,21 +197,28 @@ def create_transform(
         name: A record, a timm model with a known label space, a folder, or ``hf-hub:ORG/NAME[@REVISION]``.
         training: timm's training transform (random resized crop, flip, colour jitter) with the model's size,
             interpolation, mean and std, instead of the one for predictions.
+        image_size: H and W, if not the model's.
         cache_dir: Cache folder.
 
     Raises:
         UnknownModelError, UnresolvedLabelSpaceError: As :func:`wn21k_zoo.registry.resolve_checkpoint`.
         ModelError: The configuration of a folder or repository cannot be obtained.
+        InvalidArgumentError: ``image_size`` is not a positive number.
     """
     from timm.data import resolve_data_config
 
+    side = None if image_size is None else whole_number("image_size", image_size, 1)
     folder = configured_folder(name, cache_dir)
     if folder is None:
-        return build_transform(registry.resolve_checkpoint(os.fspath(name)).data_config, training=training)
-    config = read_config(folder)
-    own = resolve_data_config(pretrained_cfg=settings_of(config))
-    known = None if _is_export(config) else _checkpoint_of_config(config)
-    return build_transform(_published_data_config(known, own), training=training)
+        data_config: Mapping[str, Any] = registry.resolve_checkpoint(os.fspath(name)).data_config
+    else:
+        config = read_config(folder)
+        own = resolve_data_config(pretrained_cfg=settings_of(config))
+        known = None if _is_export(config) else _checkpoint_of_config(config)
+        data_config = _published_data_config(known, own)
+    if side is not None:
+        data_config = {**data_config, "input_size": (data_config["input_size"][0], side, side)}
+    return build_transform(data_config, training=training)
 
 
 def build_transform(data_config: Mapping[str, Any], training: bool = False, **options: Any) -> Any:

@@ -119,8 +119,16 @@ class Prediction:
     unmapped: float
 
     def __post_init__(self) -> None:
-        likely = (label for label in reversed(self.path) if label.confidence >= self.threshold)
-        object.__setattr__(self, "label", next(likely, None))
+        object.__setattr__(self, "label", self.label_at(self.threshold))
+
+    def label_at(self, threshold: float) -> Label | None:
+        """What :attr:`label` is with another threshold in [0, 1].
+
+        Raises:
+            InvalidArgumentError: The threshold is not in [0, 1].
+        """
+        limit = check_share("threshold", threshold)
+        return next((label for label in reversed(self.path) if label.confidence >= limit), None)
 
     def labels(self, threshold: float | None = None) -> tuple[Label, ...]:
         """Each level's most probable label, if its probability is above the threshold, as in the published demo.

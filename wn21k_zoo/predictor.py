@@ -427,6 +427,7 @@ def _loaded(image: ImageLike, *, allow_url: bool = False) -> Any:
 def _own_transform(model: LoadedModel) -> Callable[[Any], torch.Tensor]:
     if model.data_config is None:
         raise InvalidArgumentError(
-            f"The preprocessing of {model.name} is not known; give transform (PIL image to tensor [3, H, W])."
+            f"The preprocessing of {model.name} is not known; give transform (PIL image to tensor [3, H, W]), or the "
+            "timm network that it wraps (module.module)."
         )
     return cast("Callable[[Any], torch.Tensor]", models.build_transform(model.data_config))

@@ -37,6 +37,7 @@ __all__ = [
     "RETRIED",
     "RETRY_AFTER_MAX_SECONDS",
     "STALL_SECONDS",
+    "BrokenOffError",
     "Expected",
     "Patience",
     "RefusedError",
@@ -252,7 +253,7 @@ def _fetch_body(
                 with _typed_errors(url, patience):
                     _attempt(session, url, part, before, expected, headers, patience, report)
                 return
-            except _InterruptedError as error:
+            except BrokenOffError as error:
                 after = part.stat().st_size if part.exists() else 0
                 fruitless = 0 if after > before else fruitless + 1
                 if fruitless >= ATTEMPTS_WITHOUT_PROGRESS or (fruitless > 1 and error.no_connection):
@@ -261,7 +262,7 @@ def _fetch_body(
     raise DownloadError(f"{url} keeps breaking off; try again later, the download will resume.")
 
 
-class _InterruptedError(DownloadError):
+class BrokenOffError(DownloadError):
     """A try that ended early and can be resumed."""
 
     def __init__(self, message: str, no_connection: bool = False) -> None:
@@ -292,7 +293,7 @@ def _attempt(
                 if _is_whole(response, part, start, expected):
                     return
                 part.unlink()  # not a part of that file
-            raise _InterruptedError(f"{url} refuses to resume at byte {start:,}.")
+            raise BrokenOffError(f"{url} refuses to resume at byte {start:,}.")
         require_success(response.status_code, url)
         going_on = bool(start) and _goes_on(response, start)
         done = start if going_on else 0
@@ -312,7 +313,7 @@ def _attempt(
                 file.write(chunk)
                 report(done, total or expected.num_bytes)
         if done != (total if total is not None else expected.num_bytes or done):
-            raise _InterruptedError(f"{url} ended after {done:,} of {total or expected.num_bytes:,} bytes.")
+            raise BrokenOffError(f"{url} ended after {done:,} of {total or expected.num_bytes:,} bytes.")
 
 
 def _chunks(response: requests.Response, url: str, patience: Patience) -> Iterator[bytes]:
@@ -325,7 +326,7 @@ def _chunks(response: requests.Response, url: str, patience: Patience) -> Iterat
         if now - window_start > STALL_SECONDS:
             if in_window < STALL_BYTES:
                 patience.spent += now - window_start
-                raise _InterruptedError(f"{url} sent {in_window:,} bytes in {now - window_start:.0f} s.")
+                raise BrokenOffError(f"{url} sent {in_window:,} bytes in {now - window_start:.0f} s.")
             window_start, in_window = now, 0
 
 
@@ -371,10 +372,10 @@ def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
             raise DownloadError(f"{url}: {why}; check the clock and REQUESTS_CA_BUNDLE.") from error
         if "timed out" in str(error).lower():
             patience.spent += min(time.monotonic() - begin, STALL_SECONDS)
-            raise _InterruptedError(f"{url} stalls: no answer or no data for {STALL_SECONDS:.0f} s.") from error
+            raise BrokenOffError(f"{url} stalls: no answer or no data for {STALL_SECONDS:.0f} s.") from error
         if isinstance(error, requests.ConnectionError):
-            raise _InterruptedError(f"{url} cannot be reached; check the network.", no_connection=True) from error
-        raise _InterruptedError(f"{url} breaks off ({type(error).__name__}).") from error
+            raise BrokenOffError(f"{url} cannot be reached; check the network.", no_connection=True) from error
+        raise BrokenOffError(f"{url} breaks off ({type(error).__name__}).") from error
 
 
 def _certificate_fault(error: BaseException) -> ssl.SSLCertVerificationError | None:

@@ -17,19 +17,21 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import timm.data
 import torch
 from PIL import Image
 
 from wn21k_zoo.errors import BadImagesError, DataError, ImageTooLargeError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.training.data import Loader, Squash, open_dataset
+from wn21k_zoo.training.data import Loader, Squash, open_dataset, open_folder
 from wn21k_zoo.training.options import PrepareOptions
 from wn21k_zoo.training.shards import read_info
 from wn21k_zoo.training.workers import allow_open_files, randomness, warn_of_main
 
-from .archives import WNIDS
+from .archives import WNIDS, jpeg
 from .loading import SIZE, Noisy, batches, loader, same
 from .ranks import run_rank
+from .runs import make_folder
 
 
 def test_a_batch_is_what_was_stored(shards):
@@ -221,6 +223,22 @@ def test_a_file_that_cannot_be_read_or_changed_is_a_bad_sample(shards, error):
     one = loader(shards, augmentation=Failing(error))
     assert sum(len(batch) for batch in one) + one.bad_samples == 64
     assert one.bad_samples
+
+
+def test_a_batch_of_damaged_images_has_the_shape_of_others(tmp_path):
+    make_folder(tmp_path, images=2, names=WNIDS)
+    for image in tmp_path.rglob("*.jpg"):
+        image.write_bytes(b"no image")
+    (tmp_path / WNIDS[0] / "good.jpg").write_bytes(jpeg(0))
+    empty = Loader(open_folder(tmp_path, "all"), batch_size=1, augmentation=Squash(SIZE), max_bad=1)
+    shapes = {tuple(batch.images.shape) for batch in empty}
+    assert shapes == {(0, 3, SIZE, SIZE), (1, 3, SIZE, SIZE)}
+
+
+@pytest.mark.parametrize("made", [lambda: timm.data.create_transform(32), lambda: str.upper])
+def test_a_transform_of_images_alone_is_no_augmentation(shards, made):
+    with pytest.raises(InvalidArgumentError, match="use TorchDataset with torch's DataLoader"):
+        loader(shards, augmentation=made())
 
 
 def test_too_many_damaged_samples_end_it(damaged):

@@ -236,7 +236,15 @@ def test_what_is_no_data_set(tmp_path):
         open_folder(tmp_path / "file")
     (tmp_path / "other" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match="none for validation"):
-        open_folder(tmp_path / "other")
+        open_folder(tmp_path / "other", "validation")
+
+
+def test_a_folder_of_training_images_alone(tmp_path):
+    make_folder(tmp_path / "train", images=2)
+    assert len(open_folder(tmp_path)) == len(open_folder(tmp_path, "all")) == 2 * len(WNIDS)
+    assert open_folder(tmp_path).class_names == tuple(sorted(WNIDS))
+    with pytest.raises(DataError, match="none for validation"):
+        open_folders(tmp_path)
 
 
 def test_targets_of_a_label_space_by_the_names_of_the_folders(tmp_path):

@@ -252,6 +252,12 @@ def test_a_folder_to_begin_with_may_be_a_path(tmp_path, monkeypatch):
     assert (recipe.name, recipe.model.start) == ("mine_finetuned", str(tmp_path / "mine"))
 
 
+def test_classes_in_a_file_can_be_a_path(tmp_path):
+    recipe = presets.in21k("resnet50")
+    recipe.data.label_space = tmp_path / "mine.txt"
+    assert recipe.data.label_space == str(tmp_path / "mine.txt")
+
+
 def test_two_recipes_share_nothing():
     one, other = presets.in21k("resnet50"), presets.in21k("resnet50")
     one.optimizer.lr = 1.0

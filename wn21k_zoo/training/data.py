@@ -9,6 +9,7 @@ batches as bytes; the conversion to numbers in [0, 1] happens on the device.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class Loader:
     order, each exactly once over all ranks; a rank's last batch may be smaller or missing.
 
     A damaged sample is logged with shard and key, counted in ``bad_samples`` and dropped; its batch is one smaller, or
-    empty, so that no other rank has to wait.
+    empty, so that no other rank has to wait: the losses of :mod:`wn21k_zoo.training.losses` are then 0.
 
     Args:
         dataset: From :func:`open_dataset` or :func:`open_folder`.
@@ -165,10 +166,8 @@ class Loader:
             )
         self.dataset, self.batch_size, self.training = dataset, batch_size, training
         self.world_size = world_size
-        if augmentation is not None and not callable(augmentation):
-            raise InvalidArgumentError(
-                f"augmentation is {augmentation!r}; pass a function of pixels and a random.Random."
-            )
+        if augmentation is not None:
+            _check_augmentation(augmentation)
         try:
             self.device = torch.device(device)
         except (RuntimeError, TypeError):
@@ -326,6 +325,22 @@ class Loader:
                     else "fetch the shards again that `wn21k data verify` names."
                 )
             )
+
+
+def _check_augmentation(augmentation: Any) -> None:
+    if not callable(augmentation):
+        raise InvalidArgumentError(f"augmentation is {augmentation!r}; pass a function of pixels and a random.Random.")
+    try:
+        takes = inspect.signature(augmentation)
+    except ValueError:  # of a function that is not written in Python
+        return
+    try:
+        takes.bind(None, None)
+    except TypeError:
+        raise InvalidArgumentError(
+            f"augmentation is called with pixels and a random.Random, which {type(augmentation).__name__} does not "
+            "take; for transforms of timm or torchvision use TorchDataset with torch's DataLoader."
+        ) from None
 
 
 class _Plan(Sampler[Task]):

@@ -281,9 +281,9 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
         listing = _listing(root, [[each] for each in classes])
         return [_dataset(root, split, classes, listing, _share(listing, split)) for split in splits]
     validation = next((name for name in _VALIDATION if name in below), None)
-    if validation is None:
+    if validation is None and "validation" in splits:
         raise DataError(f"{root} has a folder train, but none for validation: {', '.join(_VALIDATION)}.")
-    parts = ["train", validation]
+    parts = ["train", *filter(None, [validation])]
     tops = {"train": parts[:1], "validation": parts[1:], "all": parts}
     looked_at = [top for top in parts if top == "train" or any(top in tops[split] for split in splits)]
     real = {top: {composed(name): name for name in _classes(root / top, 1 + (top == "train"))} for top in looked_at}

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import typing
 from collections.abc import Mapping
@@ -173,6 +174,8 @@ class Data(Section):
     def _classes(cls, value: Any) -> Any:
         if isinstance(value, LabelSpace):
             return value.name if value.is_shipped else value.wnids
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
         listed = isinstance(value, (list, tuple)) and all(isinstance(wnid, str) for wnid in value)
         if not (value is None or isinstance(value, str) or listed):  # a set has no stable order
             raise pydantic_core.PydanticCustomError("no_classes", "Give a name, a file or a list of wnids")

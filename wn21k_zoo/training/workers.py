@@ -123,6 +123,9 @@ def _end_when_the_parent_says_so() -> None:
             os._exit(0)
 
 
+_BAD = (BadImageError, ImageError, OSError, cv2.error)  # of one image, which is left out
+
+
 class Reader(Dataset[dict[str, Any]]):
     """From a range of positions to a batch of bytes.
 
@@ -169,7 +172,7 @@ class Reader(Dataset[dict[str, Any]]):
                     decode(file.read(int(entry["offset"]), int(entry["size"]))),
                     randomness(self.order.seed, epoch, sample),
                 )
-            except (BadImageError, ImageError, OSError, cv2.error) as error:
+            except _BAD as error:
                 bad.append((self.dataset.shard_name(shard), file.key(int(entry["offset"])), str(error)))
                 continue
             if images is None:
@@ -181,7 +184,7 @@ class Reader(Dataset[dict[str, Any]]):
             if self.names:
                 names.append(self.dataset.place(shard, file.key(int(entry["offset"]))))
         if images is None:
-            images = torch.empty((0, 1, 1, 3), dtype=torch.uint8)
+            images = torch.empty((0, *self._usual_shape()), dtype=torch.uint8)
         return {
             "images": images[: len(targets)],
             "targets": torch.tensor(targets, dtype=torch.int64),
@@ -190,6 +193,12 @@ class Reader(Dataset[dict[str, Any]]):
             "bad": bad,
             "seen": seen,
         }
+
+    def _usual_shape(self) -> tuple[int, ...]:
+        """Return the shape of an augmented image, for batches whose images are all damaged."""
+        with contextlib.suppress(*_BAD):
+            return self.augmentation(np.zeros((32, 32, 3), np.uint8), randomness(self.order.seed, 0, 0)).shape
+        return (1, 1, 3)
 
     def _stage_ahead(self, epoch: int, window: int) -> None:
         """Copy the next window's shards to this machine while this one is read; each worker starts at another shard."""
