@@ -25,6 +25,7 @@ _HOME_OF = {
     "get_checkpoint": "registry",
     "list_checkpoints": "registry",
     "predict": "predictor",
+    "save_model": "saving",
 }
 
 __all__ = ["__version__", *sorted(_HOME_OF)]
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from wn21k_zoo.predictor import predict as predict
     from wn21k_zoo.registry import get_checkpoint as get_checkpoint
     from wn21k_zoo.registry import list_checkpoints as list_checkpoints
+    from wn21k_zoo.saving import save_model as save_model
     from wn21k_zoo.tree import SemanticTree as SemanticTree
 
 

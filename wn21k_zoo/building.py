@@ -30,6 +30,7 @@ __all__ = [
     "CONFIG_FILE",
     "FOLDER_PREFIX",
     "HUB_PREFIX",
+    "OF_ARCHITECTURE",
     "about_run",
     "as_folder",
     "build_checkpoint",
@@ -53,7 +54,7 @@ CONFIG_FILE = "config.json"
 # Keys of a pretrained configuration: weights given by hand, all sources of weights, what belongs to the architecture.
 _OWN_WEIGHTS = ("state_dict", "file")
 _SOURCES = (*_OWN_WEIGHTS, "source", "url", "hf_hub_id", "hf_hub_filename", "custom_load")
-_OF_ARCHITECTURE = ("first_conv", "classifier", "pool_size", "fixed_input_size", "min_input_size")
+OF_ARCHITECTURE = ("first_conv", "classifier", "pool_size", "fixed_input_size", "min_input_size")
 
 
 def create_model(
@@ -146,7 +147,7 @@ def pretrained_config(checkpoint: Checkpoint, num_classes: int | None = None) ->
         config = dict(ofa.DEFAULT_CONFIG)
     else:  # timm has the architecture but not the weights: take only what belongs to the architecture
         default = get_pretrained_cfg(checkpoint.architecture).to_dict()
-        config = {key: default[key] for key in _OF_ARCHITECTURE if key in default}
+        config = {key: default[key] for key in OF_ARCHITECTURE if key in default}
     _, _, tag = checkpoint.name.partition(".")
     config.update(checkpoint.data_config, architecture=checkpoint.architecture, tag=tag, custom_load=False)
     num_classes = num_classes or len(LabelSpace.load(checkpoint.label_space))

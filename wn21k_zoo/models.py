@@ -284,8 +284,10 @@ def outputs_of(
     stated = None if asked else stated_outputs(config, folder)
     if stated is not None and (space is None or _speak_alike(space, stated[0])):
         return stated[0], head or stated[1]
-    if space == "own" or (space is None and config.get("label_space") == "own"):
-        return _own_names(config, folder), head
+    says_own = config.get("label_space") == "own"
+    if space == "own" or (space is None and says_own):
+        is_sigmoid = says_own and config.get("head") == "sigmoid"  # else one softmax
+        return _own_names(config, folder), head or ("sigmoid" if is_sigmoid else None)
     known = _checkpoint_of_config(config)
     classes = _label_space_of_config(config, known, folder) if space is None else space
     return classes, head or (known.head if known is not None and _speaks(known, classes) else None)

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from wn21k_zoo import cards, convert, hub, registry
-from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.building import (
-    CONFIG_FILE,
     about_run,
     build_checkpoint,
     build_from_folder,
@@ -33,36 +26,14 @@ from wn21k_zoo.errors import (
     WeightsNotFoundError,
     first_line,
 )
-from wn21k_zoo.files import expanded, is_hidden, local_path, replace
+from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.registry import TIMM_PREFIX
-from wn21k_zoo.tree import SemanticTree
+from wn21k_zoo.saving import CARD_FILE, UPLOADED, check_target, folder_config, folder_labels, write_export
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = [
-    "DTYPES",
-    "LABELS_FILE",
-    "check_repo_id",
-    "check_target",
-    "export_folder",
-    "folder_config",
-    "folder_labels",
-    "plan_upload",
-    "publish_folder",
-    "synset_config",
-    "write_export",
-]
-
-CARD_FILE = "README.md"
-LABELS_FILE = "wn21k_labels.json"
-DTYPES = ("float32", "float16", "bfloat16")
-_TEMPORARY = ".wn21k-export-"
-# The files of a folder that are uploaded: what we wrote, and nothing else that may be there.
-UPLOADED = (CARD_FILE, CONFIG_FILE, LABELS_FILE, WEIGHT_FILES[0])
-RECORD_FILE = "record.py"
-_WRITTEN = (*UPLOADED, RECORD_FILE)
+__all__ = ["check_repo_id", "export_folder", "plan_upload", "publish_folder"]
 
 
 def export_folder(
@@ -97,60 +68,9 @@ def export_folder(
     target = check_target(folder, dtype, force)
     checkpoint, module = _load(os.fspath(model), record)
     space = LabelSpace.load(checkpoint.label_space)
-    config, labels = synset_config(checkpoint, module, space), folder_labels(checkpoint, space)
-    return write_export(target, module, config, labels, _card(checkpoint), dtype)
-
-
-def check_target(folder: str | os.PathLike[str], dtype: str | None, force: bool) -> Path:
-    """Return the absolute path of a folder for an export; leftovers of a killed export there are removed.
-
-    Raises:
-        InvalidArgumentError: It is a file, is not empty, or holds what no export writes; the dtype is another one.
-    """
-    target = Path(os.path.realpath(local_path(folder, InvalidArgumentError)))  # also for circular links
-    if dtype is not None and dtype not in DTYPES:
-        raise InvalidArgumentError(f"dtype is {dtype!r}; it can be {', '.join(DTYPES)}.")
-    if target.exists() and not target.is_dir():
-        raise InvalidArgumentError(f"{target} is a file; name a folder.")
-    there = target.iterdir() if target.is_dir() else ()
-    others = [path for path in there if not is_hidden(path.name)]  # not .git, .DS_Store
-    if others and not force:
-        raise InvalidArgumentError(
-            f"{target} is not empty; choose another folder, or replace it with force=True (--force)."
-        )
-    for left in target.glob(f"{_TEMPORARY}*"):  # of an export that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    foreign = [path.name for path in others if path.name not in _WRITTEN or not path.is_file()]
-    if foreign:
-        raise InvalidArgumentError(f"{target} holds {min(foreign)}, which no export writes; choose another folder.")
-    return target
-
-
-def write_export(
-    target: Path,
-    module: nn.Module,
-    config: Mapping[str, Any],
-    labels: Mapping[str, Any] | None,
-    card: str,
-    dtype: str | None = None,
-    record: str | None = None,
-) -> Path:
-    """Write weights, configuration, labels, card and draft of a record; they appear only once all are complete.
-
-    Raises:
-        PublishError: It cannot be written.
-        ModelError: What was written cannot be loaded.
-    """
-    with _whole_folder(target) as temporary:
-        _write_weights(module, temporary / WEIGHT_FILES[0], dtype)
-        _write_json(config, temporary / CONFIG_FILE)
-        if labels is not None:
-            _write_json(labels, temporary / LABELS_FILE)
-        (temporary / CARD_FILE).write_text(card, encoding="utf-8", newline="\n")
-        if record is not None:
-            (temporary / RECORD_FILE).write_text(record, encoding="utf-8", newline="\n")
-        build_from_folder(temporary, temporary / WEIGHT_FILES[0])  # checks that what was written can be loaded
-    return target
+    settings = pretrained_config(checkpoint)
+    config = folder_config(checkpoint.architecture, settings, module, space, checkpoint.head)
+    return write_export(target, module, config, folder_labels(space, checkpoint.head), _card(checkpoint), dtype)
 
 
 def plan_upload(folder: str | os.PathLike[str]) -> dict[Path, int]:
@@ -279,107 +199,6 @@ def _record_of(converted: convert.Converted, record: str | None) -> Checkpoint:
         names = ", ".join(checkpoint.name for checkpoint in fitting) or "none"
         raise InvalidArgumentError(f"Records of {what}: {names}; choose one with record (--record).")
     return fitting[0]
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """Make a temporary folder whose files become the target's at the end; it is removed if something fails.
-
-    It is next to a new target, whose place it takes, but inside an existing one, which may be a mount point or the
-    current folder.
-    """
-    exists = target.is_dir()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Not by tempfile, whose folders only their owner can use.
-        temporary = (target if exists else target.parent) / f"{_TEMPORARY}{secrets.token_hex(8)}"
-        temporary.mkdir()
-    except OSError as error:
-        raise PublishError(f"{target} cannot be written ({error.strerror}); choose another place.") from error
-    try:
-        yield temporary
-        if exists:
-            _replace_files(target, temporary)
-        else:
-            replace(temporary, target, patience=10)
-    except OSError as error:
-        raise PublishError(f"{target} cannot be written ({first_line(error)}); choose another place.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace_files(target: Path, temporary: Path) -> None:
-    """Remove the configuration first and add it last: without it a mixture of old and new files cannot be loaded."""
-    new = sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_FILE)
-    former = temporary / "former"
-    former.mkdir()
-    try:
-        for name in (CONFIG_FILE, *(name for name in _WRITTEN if name != CONFIG_FILE)):
-            if (target / name).is_file():
-                replace(target / name, former / name)
-        for path in new:
-            replace(path, target / path.name)
-    except OSError:
-        for path in former.iterdir():
-            replace(path, target / path.name)
-        raise
-
-
-def _write_weights(module: nn.Module, path: Path, dtype: str | None) -> None:
-    import torch
-
-    kind = getattr(torch, dtype) if dtype else None
-    state = {
-        key: value.to(kind) if kind is not None and value.is_floating_point() else value
-        for key, value in module.state_dict().items()
-    }
-    convert.write_safetensors(state, path)
-
-
-def _write_json(content: Any, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
-
-
-def folder_config(
-    checkpoint: Checkpoint, module: nn.Module, names: Sequence[str], definitions: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Make timm's configuration without ``model_args``: transformers fails if these repeat the number of classes."""
-    own = checkpoint.architecture in ARCHITECTURES
-    settings = {key: value for key, value in pretrained_config(checkpoint, len(names)).items() if key != "architecture"}
-    described = {"label_descriptions": dict(zip(names, definitions, strict=True))} if definitions else {}
-    return {
-        "architecture": f"{TIMM_PREFIX}{checkpoint.architecture}" if own else checkpoint.architecture,
-        "num_classes": len(names),
-        "num_features": cast(Any, module).num_features,
-        "label_names": list(names),
-        **described,
-        "pretrained_cfg": settings,
-    }
-
-
-def synset_config(checkpoint: Checkpoint, module: nn.Module, space: LabelSpace) -> dict[str, Any]:
-    """As :func:`folder_config` for synsets, plus how to read the outputs, as other programs copy this file alone."""
-    return folder_config(checkpoint, module, space.unique_names, space.definitions) | _outputs(checkpoint, space)
-
-
-def _outputs(checkpoint: Checkpoint, space: LabelSpace) -> dict[str, Any]:
-    return {"label_space": space.name, "head": checkpoint.head, "wnids": list(space.wnids)}
-
-
-def folder_labels(checkpoint: Checkpoint, space: LabelSpace) -> dict[str, Any]:
-    """Make what timm does not ask for: the kind of head, the wnids and a tree."""
-    own = checkpoint.head == "semantic_softmax"
-    tree = SemanticTree.from_label_space(space) if own else SemanticTree.load("fall11")
-    return {
-        "about": (
-            "wnids: WordNet 3.0 noun id of each output. head: how outputs become probabilities; semantic_softmax is a "
-            "softmax over the outputs of each depth. tree: nodes with the index of each one's parent, -1 for a root; a "
-            "node's depth is the number of its ancestors."
-        ),
-        "digest": space.digest,
-        **_outputs(checkpoint, space),
-        "tree": {"name": tree.name, "wnids": list(tree.wnids), "parents": tree.parents.tolist()},
-    }
 
 
 def _card(checkpoint: Checkpoint) -> str:

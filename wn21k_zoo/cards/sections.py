@@ -14,7 +14,7 @@ import numpy as np
 
 from wn21k_zoo import convert
 from wn21k_zoo.architectures import ARCHITECTURES
-from wn21k_zoo.checkpoints import PAPER, Checkpoint, HubSource, PackageSource, Source, URLSource
+from wn21k_zoo.checkpoints import PAPER, Checkpoint, Head, HubSource, PackageSource, Source, URLSource
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
 from wn21k_zoo.markdown import UNKNOWN, markdown_table
 from wn21k_zoo.registry import TIMM_PREFIX
@@ -207,10 +207,9 @@ def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def softmax_caution(checkpoint: Checkpoint) -> str:
+def softmax_caution(head: Head) -> str:
     """A comment for code samples that take one softmax over all outputs, whatever the head; '' if that suits it."""
-    suits = checkpoint.head == "softmax"
-    return "" if suits else "  # with one softmax over all outputs, which this head is not made for"
+    return "" if head == "softmax" else "  # with one softmax over all outputs, which this head is not made for"
 
 
 def _usage(checkpoint: Checkpoint) -> str:
@@ -226,7 +225,7 @@ def _usage(checkpoint: Checkpoint) -> str:
         "In transformers, which takes the folder or `ORG/NAME`:",
         "python",
         'from transformers import pipeline\n\nclassify = pipeline("image-classification", "DIR")\n'
-        f'found = classify("photo.jpg"){softmax_caution(checkpoint)}',
+        f'found = classify("photo.jpg"){softmax_caution(checkpoint.head)}',
     )
     doors = (
         (

@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
 from torch import nn
 
-from wn21k_zoo import convert, publish, registry
-from wn21k_zoo.architectures import ARCHITECTURES
-from wn21k_zoo.building import HUB_PREFIX
-from wn21k_zoo.cards.sections import softmax_caution
+from wn21k_zoo import convert, registry, saving
+from wn21k_zoo.building import HUB_PREFIX, pretrained_config
 from wn21k_zoo.checkpoints import Checkpoint, Metric
 from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
 from wn21k_zoo.files import expanded
-from wn21k_zoo.markdown import markdown_table
+from wn21k_zoo.labels import ClassNames
 from wn21k_zoo.training.heads import reorder_head
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.recipe import NAME, RANDOM, Recipe
@@ -197,22 +194,19 @@ def export_run(
         RunError: There is no run, or no checkpoint.
         InvalidArgumentError, PublishError: The folder cannot be written.
     """
-    target = publish.check_target(folder, dtype, force)
+    target = saving.check_target(folder, dtype, force)
     trained = load_run(run, which)
     checkpoint = trained.checkpoint(name)
-    labels: dict[str, Any] | None = None
-    if (space := trained.space) is not None:
-        config = publish.synset_config(checkpoint, trained.module, space)
-        labels = publish.folder_labels(checkpoint, space)
-    else:
-        config = publish.folder_config(checkpoint, trained.module, trained.class_names)
-        config["label_space"] = "own"  # even if one looks like a wnid
+    classes = trained.space or ClassNames(trained.class_names)
+    settings = pretrained_config(checkpoint, len(classes))
+    config = saving.folder_config(checkpoint.architecture, settings, trained.module, classes, checkpoint.head)
+    labels = saving.folder_labels(trained.space, checkpoint.head) if trained.space is not None else None
     if arguments := trained.recipe.model.arguments:
         config["model_args"] = dict(arguments)
     if trained.trained_on:
         config[TRAINED_ON] = trained.trained_on
     card = _card(checkpoint, trained)
-    return publish.write_export(target, trained.module, config, labels, card, dtype, _draft(checkpoint))
+    return saving.write_export(target, trained.module, config, labels, card, dtype, _draft(checkpoint))
 
 
 def _draft(checkpoint: Checkpoint) -> str:
@@ -246,42 +240,16 @@ def _shared(name: str | None) -> str | None:
 
 
 def _card(checkpoint: Checkpoint, trained: Trained) -> str:
-    figures = [(metric.name, metric.value, metric.dataset, metric.protocol) for metric in checkpoint.metrics]
-    ours = ["```python", "import wn21k_zoo", "", 'wn21k_zoo.predict("photo.jpg", model="FOLDER")', "```"]
-    own = ["import wn21k_zoo.timm_models"] if checkpoint.architecture in ARCHITECTURES else []
-    timms = ["```python", "import timm", *own, "", 'timm.create_model("local-dir:FOLDER", pretrained=True)', "```"]
-    pipeline = f'pipeline("image-classification", "FOLDER")("photo.jpg"){softmax_caution(checkpoint)}'
-    transformers = [] if own else ["", "```python", "from transformers import pipeline", "", pipeline, "```"]
-    table = markdown_table(("figure", "percent", "images", "protocol"), figures) if figures else "Not evaluated."
-    header = ModelCardData(
-        library_name="timm", pipeline_tag="image-classification", tags=["image-classification", "timm"]
-    )
     recipe = trained.recipe.model_copy(deep=True)
     if isinstance(recipe.data.label_space, tuple):  # maybe thousands of lines
-        recipe.data.label_space = f"{len(recipe.data.label_space):,} wnids, those of {publish.LABELS_FILE}"
+        recipe.data.label_space = f"{len(recipe.data.label_space):,} wnids, those of {saving.LABELS_FILE}"
     recipe.model.start, recipe.loss.teacher = _shared(recipe.model.start), _shared(recipe.loss.teacher)
-    parts = [
-        "---",
-        header.to_yaml().strip(),
-        "---",
-        "",
-        f"# {checkpoint.name}",
-        "",
-        f"{checkpoint.architecture} for {len(trained.class_names):,} classes, trained with wn21k_zoo "
-        f"({torch.__version__.partition('+')[0]} of torch) for {trained.step:,} steps. Licence: not stated yet.",
-        "",
-        table,
-        "",
-        *ours,
-        "",
-        *timms,
-        *transformers,
-        "",
-        "## Recipe",
-        "",
-        "```json",
-        recipe.to_json().strip(),
-        "```",
-        "",
-    ]
-    return "\n".join(parts)
+    return saving.own_card(
+        checkpoint.name,
+        checkpoint.architecture,
+        len(trained.class_names),
+        checkpoint.head,
+        f", trained with wn21k_zoo ({torch.__version__.partition('+')[0]} of torch) for {trained.step:,} steps",
+        [(metric.name, metric.value, metric.dataset, metric.protocol) for metric in checkpoint.metrics],
+        ("## Recipe", "", "```json", recipe.to_json().strip(), "```"),
+    )

@@ -1,0 +1,122 @@
+"""A network that was trained in a loop of the user's own becomes a folder that loads everywhere."""
+
+import json
+
+import pytest
+import timm
+import torch
+from conftest import EMBEDDED
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+import wn21k_zoo
+from wn21k_zoo import ClassNames, SemanticTree, save_model
+from wn21k_zoo.cli.app import app
+from wn21k_zoo.errors import InvalidArgumentError, LabelSpaceError, ModelError, UnknownModelError
+
+WNIDS = ("n02121808", "n02084071", "n02123045")  # cat, dog, and a tabby below the cat
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return timm.create_model("test_convnext", num_classes=3).eval()
+
+
+@pytest.fixture(scope="module")
+def image():
+    return Image.radial_gradient("L").convert("RGB").resize((50, 40))
+
+
+def test_classes_of_ones_own(tmp_path, network, image):
+    folder = save_model(
+        network, tmp_path / "plants", label_space=ClassNames(["healthy", "rust", "scab"]), image_size=64
+    )
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    predictor = wn21k_zoo.Predictor(folder, device="cpu")
+    assert (predictor.head, predictor.label_space.names) == ("softmax", ("healthy", "rust", "scab"))
+    pixels = predictor.transform(image)
+    assert pixels.shape == (3, 64, 64)
+    with torch.inference_mode():
+        expected = network(pixels[None]).softmax(1)[0]
+    found = {output.name: output.probability for output in predictor(image).top_k}
+    assert [found[name] for name in predictor.label_space.names] == pytest.approx(expected.tolist(), abs=1e-6)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(again(pixels[None]), network(pixels[None]))
+    assert wn21k_zoo.create_model(folder, num_classes=7).num_classes == 7
+    card = (folder / "README.md").read_text()
+    assert "# plants" in card
+    assert "test_convnext for 3 classes. Licence: not stated yet." in card
+    planned = CliRunner().invoke(app, ["publish", str(folder), "--repo", "ORG/plants", "--dry-run"])
+    assert planned.exit_code == 0, planned.output
+
+
+@pytest.mark.parametrize("head", ["semantic_softmax", "softmax", "sigmoid"])
+def test_synsets_keep_their_head(tmp_path, network, image, head):
+    folder = save_model(network, tmp_path / "pets", label_space=WNIDS, head=head)
+    predictor = wn21k_zoo.Predictor(folder, device="cpu", tree=SemanticTree.from_wnids(WNIDS))
+    assert (predictor.head, predictor.label_space.wnids) == (head, WNIDS)
+    direct = wn21k_zoo.Predictor(network, label_space=WNIDS, head=head, tree=predictor.tree, device="cpu")
+    assert predictor(image).levels == direct(image).levels
+    assert json.loads((folder / "wn21k_labels.json").read_text())["head"] == head
+
+
+def test_several_labels_of_ones_own(tmp_path, network, image):
+    folder = save_model(network, tmp_path / "tags", label_space=ClassNames(["cat", "dog", "indoor"]), head="sigmoid")
+    predictor = wn21k_zoo.Predictor(folder, device="cpu")
+    assert predictor.head == "sigmoid"
+    logits = network(predictor.transform(image)[None])
+    assert predictor(image).top_k[0].probability == pytest.approx(logits.sigmoid().max().item())
+
+
+def test_names_that_look_like_synsets_stay_names(tmp_path, network):
+    folder = save_model(network, tmp_path / "x", label_space=ClassNames(WNIDS))
+    assert isinstance(wn21k_zoo.Predictor(folder, device="cpu").label_space, ClassNames)
+
+
+def test_a_compiled_or_finetuned_network_and_half_precision(tmp_path, network):
+    compiled = torch.compile(wn21k_zoo.create_model(EMBEDDED, num_classes=3))  # nothing is compiled before it runs
+    folder = save_model(compiled, tmp_path / "x", label_space=ClassNames(["a", "b", "c"]), dtype="float16")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_classes"] == 3
+    assert "license" not in config["pretrained_cfg"]  # that of the weights that it began with
+    assert (folder / "model.safetensors").stat().st_size < 2 * 4e6
+    with pytest.raises(InvalidArgumentError, match="is not empty"):
+        save_model(network, folder, label_space=ClassNames(["a", "b", "c"]))
+    save_model(network, folder, label_space=ClassNames(["a", "b", "c"]), force=True)
+    assert json.loads((folder / "config.json").read_text())["architecture"] == "test_convnext"
+
+
+def test_arguments_that_change_the_weights(tmp_path):
+    network = timm.create_model("test_vit", num_classes=3, img_size=64)
+    classes = ClassNames(["a", "b", "c"])
+    with pytest.raises(ModelError, match="give them as model_args"):
+        save_model(network, tmp_path / "x", label_space=classes)
+    assert not (tmp_path / "x").exists()
+    folder = save_model(network, tmp_path / "x", label_space=classes, image_size=64, model_args={"img_size": 64})
+    assert wn21k_zoo.Predictor(folder, device="cpu")(Image.new("RGB", (70, 70))).top_k
+    for wrong in ({"num_classes": 3}, {"checkpoint_path": "/x"}, {"act_layer": nn.ReLU}):
+        with pytest.raises(InvalidArgumentError, match="model_args cannot"):
+            save_model(network, tmp_path / "y", label_space=classes, model_args=wrong)
+
+
+def test_what_cannot_be_saved(tmp_path, network):
+    classes = ClassNames(["a", "b", "c"])
+    for other in (nn.Linear(3, 3), nn.DataParallel(network)):
+        with pytest.raises(InvalidArgumentError, match="does not say which timm network it is"):
+            save_model(other, tmp_path / "x", label_space=classes)
+    with pytest.raises(InvalidArgumentError, match="model is a str; pass a torch module"):
+        save_model("resnet50", tmp_path / "x", label_space=classes)
+    with pytest.raises(LabelSpaceError, match="has 3 outputs"):
+        save_model(network, tmp_path / "x", label_space="imagenet1k")
+    with pytest.raises(InvalidArgumentError, match="give head"):
+        save_model(network, tmp_path / "x", label_space=WNIDS)
+    with pytest.raises(InvalidArgumentError, match="image_size is 0"):
+        save_model(network, tmp_path / "x", label_space=classes, image_size=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidArgumentError, match="is a file"):
+        save_model(network, tmp_path / "file", label_space=classes)
+    with pytest.raises(UnknownModelError):
+        wn21k_zoo.Predictor(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
