@@ -143,7 +143,6 @@ class Stage:
             with exclusive(Path(f"{path}.lock"), DataError, ELSEWHERE):
                 if not path.is_file():
                     self._make(path, make, sha256)
-                    self._trim(path)
         with contextlib.suppress(OSError):
             os.utime(path)  # the time of its last use
         return path
@@ -156,7 +155,10 @@ class Stage:
                 got = sha256_of(temporary)
                 if got != sha256:
                     raise DataError(f"{path.name} has sha256 {got}, expected {sha256}: it is damaged at its source.")
-            replace(temporary, path)
+            # First room, then the file: a process that ends in between leaves less than the limit, not more.
+            with exclusive(self.folder / ".lock", DataError, ELSEWHERE):
+                self._trim(temporary.stat().st_size)
+                replace(temporary, path)
         except Wn21kError:
             raise
         except Exception as error:  # each storage has its own exceptions
@@ -169,20 +171,20 @@ class Stage:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _trim(self, keep: Path) -> None:
+    def _trim(self, room: int) -> None:
+        """Remove the least recently used shards until one of that many bytes fits, or all are removed."""
         files = []
         for path in self.folder.rglob("*.tar"):
             with contextlib.suppress(OSError):
                 status = path.stat()
                 files.append((status.st_mtime, status.st_size, path))
-        total = sum(size for _, size, _ in files)
+        total = room + sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit:
                 break
-            if path != keep:
-                with contextlib.suppress(OSError):  # Windows does not remove open files
-                    path.unlink(missing_ok=True)
-                    total -= size
+            with contextlib.suppress(OSError):  # Windows does not remove open files
+                path.unlink(missing_ok=True)
+                total -= size
 
 
 def default_stage() -> Stage:
