@@ -217,8 +217,10 @@ def test_what_torch_says_of_memory_and_processes(text, what):
 
 def test_what_fails_in_a_process_that_loads_images_is_no_process_that_is_gone(tmp_path):
     folder = make_folder(tmp_path / "photos")
+    loader = Loader(open_folder(folder), batch_size=4, workers=1, augmentation=broken)
     with pytest.raises(RuntimeError, match=r"(?s)Caught RuntimeError in DataLoader worker.*of the caller"):
-        [*Loader(open_folder(folder), batch_size=4, workers=1, augmentation=broken)]
+        next(iter(loader))
+    assert loader._batches._iterator is None  # its process has ended
 
 
 def broken(image, random):

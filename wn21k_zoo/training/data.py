@@ -209,9 +209,13 @@ class Loader:
             self._begin_next_epoch()
         self._told = False
         self._bad_of_epoch = self._seen_of_epoch = 0
-        for seen, batch in self._on_device(self._loaded()):
-            self._plan.samples_seen = seen
-            yield batch
+        try:
+            for seen, batch in self._on_device(self._loaded()):
+                self._plan.samples_seen = seen
+                yield batch
+        except Exception:  # of loading; one of the caller's does not come here
+            self.close()
+            raise
         self._begin_next_epoch()
 
     def _begin_next_epoch(self) -> None:
@@ -235,8 +239,9 @@ class Loader:
     def close(self) -> None:
         """End the processes that load images; the next iteration starts new ones, and one under way raises an error.
 
-        Otherwise they end with the last reference to the loader, which after an error or Ctrl-C in a notebook is the
-        traceback's; the garbage collector may then wait for each of them.
+        After an error of loading it is called anyway. Otherwise they end with the last reference to the loader, which
+        after an error of yours or Ctrl-C in a notebook is the traceback's; the garbage collector may then wait for each
+        of them.
         """
         loaded, self._batches._iterator = self._batches._iterator, None
         if loaded is not None:

@@ -18,6 +18,7 @@ that do not go together are errors before anything starts.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -521,14 +522,19 @@ def sized(architecture: str, arguments: dict[str, Any], size: int) -> dict[str, 
 
     Transformers and mixers are built for one size, which can be chosen when building them.
     """
+    choices = (arguments, {**arguments, "img_size": size})
+    return next((chosen for chosen in choices if _takes(architecture, json.dumps(chosen), size)), None)
+
+
+@functools.lru_cache(maxsize=64)
+def _takes(architecture: str, arguments: str, size: int) -> bool:
     import torch
 
-    for chosen in (arguments, {**arguments, "img_size": size}):
-        with contextlib.suppress(Exception):  # timm has many ways to refuse
-            with torch.device("meta"), torch.no_grad():
-                convert.build(architecture, num_classes=2, **chosen).eval()(torch.empty(1, 3, size, size))
-            return chosen
-    return None
+    with contextlib.suppress(Exception):  # timm has many ways to refuse
+        with torch.device("meta"), torch.no_grad():
+            convert.build(architecture, num_classes=2, **json.loads(arguments)).eval()(torch.empty(1, 3, size, size))
+        return True
+    return False
 
 
 def near_field(name: str, section: type[Section]) -> str:
