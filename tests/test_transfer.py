@@ -143,7 +143,7 @@ def test_a_download_is_announced_unless_the_hubs_library_was_told_to_show_nothin
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize(("kind", "cdn"), [("hub", False), ("hub", True), ("plain", False)])
 def test_a_stream_that_is_cut_goes_on(kind, cdn, share, root, serve):
-    for _ in range(10):
+    for _ in range(4):
         faults = [{}, {"cut": share}] if cdn else [{"cut": share}]  # the first one is used up by the redirect
         endpoint, seen = serve(files_of(kind), faults=faults, cdn=cdn)
         fetched = download.fetch(checkpoint_of(kind, endpoint))
