@@ -216,6 +216,8 @@ def test_what_is_no_data_set(tmp_path):
         open_folder(tmp_path)
     with pytest.raises(DataError, match="has the splits train, validation, all, not 'vall'"):
         open_folder(tmp_path, "vall")
+    with pytest.raises(DataError, match="not None"):
+        open_folder(tmp_path, None)
     with pytest.raises(DataError, match="Did you mean validation"):
         open_folder(tmp_path, "val")
     with pytest.raises(DataError, match="use open_folder for class folders"):

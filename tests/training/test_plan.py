@@ -98,6 +98,14 @@ def test_a_plan_of_a_classifier_alone_needs_less():
     assert plan(recipe).hours is None
 
 
+def test_a_published_speed_is_of_the_published_network():
+    recipe = presets.without_distillation(presets.in21k("resnet50"))
+    assert plan(override(recipe, ["model.arguments.drop_path_rate=0.1"])).hours == plan(recipe).hours
+    other = plan(override(recipe, ['model.arguments={"layers": [1, 1, 1, 1]}']))
+    assert other.hours is None
+    assert "without model.arguments.layers; give images per second" in other.assumed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_memory_of_a_plan_is_near_what_torch_counts(checkpointing):

@@ -269,7 +269,7 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
     root = expanded(place, DataError).absolute()
     for split in splits:
         if split not in _SPLITS:
-            near = " Did you mean validation?" if split in _VALIDATION else did_you_mean(split, _SPLITS)
+            near = " Did you mean validation?" if split in _VALIDATION else did_you_mean(str(split), _SPLITS)
             raise DataError(f"{root} has the splits {', '.join(_SPLITS)}, not {split!r}.{near}")
     if not root.is_dir():
         raise DataError(f"{root} {'is a file' if root.exists() else 'does not exist'}; name a folder of class folders.")
