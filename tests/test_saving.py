@@ -91,19 +91,43 @@ def test_a_compiled_or_finetuned_network_and_half_precision(tmp_path, network):
 def test_arguments_that_change_the_weights(tmp_path):
     network = timm.create_model("test_vit", num_classes=3, img_size=64)
     classes = ClassNames(["a", "b", "c"])
-    with pytest.raises(ModelError, match="give them as model_args"):
+    with pytest.raises(ModelError, match=r"pos_embed is \[1, \d+, 64\], not \[1, 17, 64\]; give .* as model_args"):
         save_model(network, tmp_path / "x", label_space=classes)
+    for wrong in ({"image_size": 224, "model_args": {"img_size": 64}}, {"model_args": {"no_such": 1}}):
+        with pytest.raises(ModelError, match="takes no images of 224 x 224|cannot be built with these model_args"):
+            save_model(network, tmp_path / "x", label_space=classes, **wrong)
     assert not (tmp_path / "x").exists()
-    folder = save_model(network, tmp_path / "x", label_space=classes, image_size=64, model_args={"img_size": 64})
+    folder = save_model(network, tmp_path / "x", label_space=classes, model_args={"img_size": 64})
+    assert wn21k_zoo.Predictor(folder, device="cpu").transform(Image.new("RGB", (70, 70))).shape == (3, 64, 64)
     assert wn21k_zoo.Predictor(folder, device="cpu")(Image.new("RGB", (70, 70))).top_k
-    for wrong in ({"num_classes": 3}, {"checkpoint_path": "/x"}, {"act_layer": nn.ReLU}):
-        with pytest.raises(InvalidArgumentError, match="model_args cannot"):
+    for wrong in ({"num_classes": 3}, {"checkpoint_path": "/x"}, {"model_name": "x"}, {"act_layer": nn.ReLU}, 5):
+        with pytest.raises(InvalidArgumentError, match="model_args (cannot|is a int)"):
             save_model(network, tmp_path / "y", label_space=classes, model_args=wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("test_resnet", {"global_pool": "max"}), ("test_vit", {"act_layer": "relu"})]
+)
+def test_arguments_that_change_the_outputs_alone(tmp_path, name, arguments):
+    torch.manual_seed(0)
+    network, classes = timm.create_model(name, num_classes=3, **arguments), ClassNames(["a", "b", "c"])
+    with pytest.raises(ModelError, match="which gives other outputs"):
+        save_model(network, tmp_path / "x", label_space=classes)
+    save_model(network, tmp_path / "x", label_space=classes, model_args=arguments)
+    assert network.training
+
+
+def test_layers_that_were_replaced(tmp_path):
+    network, classes = timm.create_model("test_resnet", num_classes=3), ClassNames(["a", "b", "c"])
+    network.fc = nn.Sequential(nn.Dropout(), nn.Linear(network.num_features, 3))
+    with pytest.raises(ModelError, match=r"fc.1.weight is missing, not .*layers that were replaced cannot be saved"):
+        save_model(network, tmp_path / "x", label_space=classes)
 
 
 def test_what_cannot_be_saved(tmp_path, network):
     classes = ClassNames(["a", "b", "c"])
-    for other in (nn.Linear(3, 3), nn.DataParallel(network)):
+    features = timm.create_model("test_resnet", features_only=True)
+    for other in (nn.Linear(3, 3), nn.DataParallel(network), features):
         with pytest.raises(InvalidArgumentError, match="does not say which timm network it is"):
             save_model(other, tmp_path / "x", label_space=classes)
     with pytest.raises(InvalidArgumentError, match="model is a str; pass a torch module"):

@@ -208,6 +208,9 @@ def test_distances_of_chosen_nodes(fall11):
     assert fall11.distances([]).shape == (0, 0)
     with pytest.raises(UnknownSynsetError):
         fall11.distances(["n99999999"])
+    for wrong in ({"n02123045", "n02084071"}, "n02123045", 5):
+        with pytest.raises(InvalidArgumentError, match="nodes is a"):
+            fall11.distances(wrong)
 
 
 def test_a_tree_over_nodes_of_another(fall11):

@@ -233,9 +233,12 @@ def ordered(name: str, classes: Iterable[Any]) -> tuple[Any, ...]:
         InvalidArgumentError: They are one string, or nothing says which output each stands for.
     """
     if isinstance(classes, Mapping):
+        by_index = all(isinstance(key, int) for key in classes)  # as id2label of transformers
+        how = (
+            "[id2label[i] for i in range(len(id2label))]" if by_index else "sorted(class_to_idx, key=class_to_idx.get)"
+        )
         raise InvalidArgumentError(
-            f"{name} is a {type(classes).__name__}; give a list in the order of the outputs, such as "
-            "sorted(class_to_idx, key=class_to_idx.get)."
+            f"{name} is a {type(classes).__name__}; give a list in the order of the outputs, such as {how}."
         )
     has_no_order = isinstance(classes, Set) and not isinstance(classes, KeysView)
     if isinstance(classes, str) or has_no_order or not isinstance(classes, Iterable):

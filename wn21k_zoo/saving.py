@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import secrets
@@ -64,7 +65,8 @@ def save_model(
     """Save a timm network that you trained as a folder that timm, transformers and this package load.
 
     ``wn21k_zoo.predict(image, model=FOLDER)`` reads its outputs as they were trained, and ``wn21k publish`` uploads it.
-    The folder appears only once it is complete, and the network in it was built again and loaded.
+    The folder appears only once it is complete and the network, built anew, gave the same outputs. (For an OFA network
+    timm needs ``import wn21k_zoo.timm_models``; transformers cannot load it.)
 
     Args:
         model: The network, in timm's class, with the head that it was trained with.
@@ -73,9 +75,9 @@ def save_model(
             :class:`ClassNames` for classes that are not synsets.
         head: How its outputs are read: ``semantic_softmax``, ``softmax`` or ``sigmoid``; needed for classes on several
             levels.
-        image_size: Height and width of the images it was trained for, if not those of its pretrained configuration.
-        model_args: Arguments with which it was created, beside the number of classes, that change its weights, such as
-            ``img_size``.
+        image_size: Height and width of the images it was trained for, if not ``img_size`` of ``model_args`` or those of
+            its pretrained configuration.
+        model_args: Arguments with which it was created, beside the number of classes, such as ``img_size``.
         dtype: Data type of the weights, unchanged by default: 'float32', 'float16' or 'bfloat16'.
         force: Replace the folder of a former export.
 
@@ -85,23 +87,25 @@ def save_model(
     Raises:
         InvalidArgumentError: It is not a timm network, the folder is not empty, or another argument is not allowed.
         LabelSpaceError, UnresolvedLabelSpaceError, UnknownSynsetError: The classes are not those of the outputs.
-        ModelError: The network cannot be built again from what is saved.
+        ModelError: timm would build another network.
         PublishError: The folder cannot be written.
     """
     target = check_target(folder, dtype, force)
     loaded = load_model(_unwrapped(model), label_space=label_space, head=head)
     settings = getattr(loaded.module, "pretrained_cfg", None) or {}
-    if loaded.data_config is None or not settings.get("architecture"):
+    if loaded.data_config is None or not settings.get("architecture") or not hasattr(loaded.module, "num_features"):
         raise InvalidArgumentError(
             f"{loaded.name} does not say which timm network it is; pass one that timm or wn21k_zoo created, or the one "
             "that this wraps (module.module)."
         )
-    data_config = dict(loaded.data_config)
-    if image_size is not None:
-        side = whole_number("image_size", image_size, 1)
-        data_config["input_size"] = (data_config["input_size"][0], side, side)
+    arguments, data_config = _checked_arguments(model_args or {}), dict(loaded.data_config)
+    channels, height, width = data_config["input_size"]
+    if image_size is not None or isinstance(arguments.get("img_size"), int):
+        height = width = whole_number("image_size", arguments.get("img_size") if image_size is None else image_size, 1)
+    data_config["input_size"] = (arguments.get("in_chans", channels), height, width)
     kept = {key: settings[key] for key in OF_ARCHITECTURE if settings.get(key) is not None}
     architecture = str(settings["architecture"]).removeprefix(TIMM_PREFIX)
+    _check_built_anew(loaded.module, architecture, len(loaded.label_space), arguments, data_config["input_size"])
     config = folder_config(
         architecture,
         {**kept, **data_config, "num_classes": len(loaded.label_space)},
@@ -109,16 +113,44 @@ def save_model(
         loaded.label_space,
         loaded.head,
     )
-    if model_args:
-        config["model_args"] = _checked_arguments(model_args)
+    if arguments:
+        config["model_args"] = arguments
     labels = folder_labels(loaded.label_space, loaded.head) if isinstance(loaded.label_space, LabelSpace) else None
     card = own_card(target.name, architecture, len(loaded.label_space), loaded.head)
+    return write_export(target, loaded.module, config, labels, card, dtype)
+
+
+def _check_built_anew(
+    module: nn.Module,
+    architecture: str,
+    num_classes: int,
+    arguments: Mapping[str, Any],
+    input_size: tuple[int, int, int],
+) -> None:
+    """Check that timm builds the same network; loading would resample position embeddings to another image size."""
+    import torch
+
     try:
-        return write_export(target, loaded.module, config, labels, card, dtype)
-    except ModelError as error:
-        raise ModelError(
-            f"{error} If the network was created with arguments such as img_size, give them as model_args."
-        ) from error
+        built = convert.build(architecture, num_classes=num_classes, **arguments).eval()
+    except Exception as error:  # timm has many ways to refuse an argument
+        raise ModelError(f"{architecture} cannot be built with these model_args: {first_line(error)}") from error
+    ours = copy.deepcopy(module).to("cpu", torch.float32).eval()
+    advice = "give the arguments that it was created with as model_args; layers that were replaced cannot be saved."
+    found, expected = ours.state_dict(), built.state_dict()
+    for name in (*found, *expected):
+        shapes = [list(state[name].shape) if name in state else "missing" for state in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(f"timm builds another {architecture}: {name} is {shapes[1]}, not {shapes[0]}; {advice}")
+    built.load_state_dict(found)
+    try:
+        with torch.inference_mode():
+            image = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0))
+            one, other = ours(image), built(image)
+    except Exception as error:  # each network has its own
+        size = " x ".join(map(str, input_size[1:]))
+        raise ModelError(f"{architecture} takes no images of {size} ({first_line(error)}); set image_size.") from error
+    if not torch.allclose(one, other, rtol=1e-4, atol=1e-4, equal_nan=True):
+        raise ModelError(f"timm builds another {architecture}, which gives other outputs; {advice}")
 
 
 def _unwrapped(model: Any) -> Any:
@@ -132,8 +164,10 @@ def _unwrapped(model: Any) -> Any:
 
 
 def _checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(arguments, Mapping):
+        raise InvalidArgumentError(f"model_args is a {type(arguments).__name__}; give a dict.")
     for name in arguments:
-        if convert.names_weights(name) or name in ("features_only", "num_classes"):
+        if convert.names_weights(name) or name in ("features_only", "model_name", "num_classes"):
             raise InvalidArgumentError(f"model_args cannot have {name}; leave it out.")
     try:
         return cast("dict[str, Any]", json.loads(json.dumps(dict(arguments), allow_nan=False)))
@@ -189,19 +223,8 @@ def write_export(
         (temporary / CARD_FILE).write_text(card, encoding="utf-8", newline="\n")
         if record is not None:
             (temporary / RECORD_FILE).write_text(record, encoding="utf-8", newline="\n")
-        _check_same(build_from_folder(temporary, temporary / WEIGHT_FILES[0]), module)
+        build_from_folder(temporary, temporary / WEIGHT_FILES[0])  # checks that what was written can be loaded
     return target
-
-
-def _check_same(built: nn.Module, module: nn.Module) -> None:
-    """Check what loading does not: timm resamples position embeddings, among others, to the shape that it needs."""
-    expected = {name: value.shape for name, value in module.state_dict().items()}
-    for name, value in built.state_dict().items():
-        if value.shape != expected.get(name):
-            raise ModelError(
-                f"The network cannot be built again: its {name} has the shape {list(expected.get(name, ()))}, that of "
-                f"a new one {list(value.shape)}."
-            )
 
 
 def folder_config(

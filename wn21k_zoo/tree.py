@@ -409,13 +409,25 @@ class SemanticTree:
         return int(self.depths[self.index(first)] + self.depths[self.index(second)]) - 2 * common.depth
 
     def distances(self, nodes: Sequence[int | str | Node] | None = None) -> NDArray[np.int32]:
-        """The :meth:`distance` of each pair of nodes, by default of all classes, [n, n]; -1 where it is None."""
-        chosen = np.arange(len(self)) if nodes is None else np.array([self.index(node) for node in nodes], np.int64)
+        """The :meth:`distance` of each pair of nodes, by default of all classes, [n, n]; -1 where it is None.
+
+        It takes 4 n^2 bytes, 0.5 GB for the 11,221 classes of fall11.
+
+        Raises:
+            UnknownSynsetError: The tree has no such node.
+            InvalidArgumentError: ``nodes`` is not a list, or has no order.
+        """
+        given = range(len(self)) if nodes is None else ordered("nodes", nodes)
+        chosen = np.array([self.index(node) for node in given], np.int64)
         common = np.zeros((len(chosen), len(chosen)), np.int32)  # number of common ancestors, a node's own included
         for column in self.ancestor_table[chosen].T:
             common += (column[:, None] == column) & (column >= 0)
-        depths = self.depths[chosen]
-        return np.where(common > 0, depths[:, None] + depths - 2 * (common - 1), -1).astype(np.int32)
+        apart, depths = common == 0, self.depths[chosen]
+        common *= -2
+        common += depths[:, None] + 1
+        common += depths + 1
+        common[apart] = -1
+        return common
 
     def search(self, query: str | int, limit: int | None = 20) -> tuple[Node, ...]:
         """Find nodes by an index, a wnid or (part of) a name, the best first.

@@ -20,6 +20,7 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from wn21k_zoo.errors import BadImagesError, DataError, ImageTooLargeError, InvalidArgumentError
 from wn21k_zoo.labels import LabelSpace
@@ -233,9 +234,18 @@ def test_a_batch_of_damaged_images_has_the_shape_of_others(tmp_path):
     empty = Loader(open_folder(tmp_path, "all"), batch_size=1, augmentation=Squash(SIZE), max_bad=1)
     shapes = {tuple(batch.images.shape) for batch in empty}
     assert shapes == {(0, 3, SIZE, SIZE), (1, 3, SIZE, SIZE)}
+    cropped = Loader(open_folder(tmp_path, "all"), batch_size=1, augmentation=crop, max_bad=1)
+    assert {tuple(batch.images.shape) for batch in cropped} == {(0, 3, 35, 35), (1, 3, 35, 35)}
 
 
-@pytest.mark.parametrize("made", [lambda: timm.data.create_transform(32), lambda: str.upper])
+def crop(image, random):
+    row = random.randrange(image.shape[0] - 34)
+    return image[row : row + 35, :35].copy()
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: timm.data.create_transform(32), lambda: v2.Compose([v2.ToImage()]), lambda: str.upper]
+)
 def test_a_transform_of_images_alone_is_no_augmentation(shards, made):
     with pytest.raises(InvalidArgumentError, match="use TorchDataset with torch's DataLoader"):
         loader(shards, augmentation=made())

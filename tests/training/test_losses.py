@@ -420,7 +420,7 @@ def test_a_tree_without_a_level_has_nothing_to_train(made):
     ("logits", "targets", "advice"),
     [
         (torch.zeros(2, 6, 4, 4), torch.zeros(2, 4, 4), "put classes last and flatten the others"),
-        (torch.zeros(2, 6), torch.zeros(2, 6, dtype=torch.int64), r"targets.argmax\(1\)"),
+        (torch.zeros(2, 6), torch.zeros(2, 6, dtype=torch.int64), r"targets.int\(\).argmax\(1\)"),
         (torch.zeros(2, 6), torch.zeros(2, dtype=torch.int32), r"targets.long\(\)"),
         (torch.zeros(2, 6), torch.tensor([0, -100]), "leave out the rows"),
     ],

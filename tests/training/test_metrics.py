@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from wn21k_zoo.errors import InvalidArgumentError, NonFiniteError
 from wn21k_zoo.training.evaluation import Evaluation
 from wn21k_zoo.training.metrics import Calibration, ClassAccuracy, HierarchicalDistances, LeafAccuracy, SemanticAccuracy
+from wn21k_zoo.training.state import score
 from wn21k_zoo.tree import SemanticTree
 
 TREE = SemanticTree.load("winter21")
@@ -415,8 +417,20 @@ def test_what_are_no_class_indices_is_a_typed_error(made):
             made().update(wrong, targets)
     with pytest.raises(InvalidArgumentError, match=r"by argmax\(1\)"):
         made().update(torch.zeros(2, 3), targets)
+    with pytest.raises(InvalidArgumentError, match=r"use predictions.long\(\)"):
+        made().update(targets.int(), targets)
+    with pytest.raises(InvalidArgumentError, match="counted_b of shape"):
+        made().update(targets, targets, torch.ones(3, dtype=torch.bool))
     with pytest.raises(InvalidArgumentError, match="scores must be a tensor"):
         LeafAccuracy([0]).update(targets, targets)
+    with pytest.raises(InvalidArgumentError, match="targets must be a tensor"):
+        LeafAccuracy([0]).update(torch.zeros(2, 3), [0, 1])
+
+
+def test_an_evaluation_of_nothing_can_be_written_as_json():
+    figures = Evaluation(TREE, "softmax", [0, 1]).compute()
+    assert json.loads(json.dumps(figures, allow_nan=False))["top1"] is None
+    assert score(figures) == -math.inf
 
 
 def test_predictions_of_a_semantic_softmax_are_those_of_its_evaluation():

@@ -1,6 +1,7 @@
 """Plots of runs and of calibration."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -87,9 +88,19 @@ def test_a_spike_of_a_long_run_is_drawn(tmp_path, monkeypatch):
     assert steps[losses.argmax()] == pytest.approx(7777, abs=20)
 
 
+def test_a_run_without_a_finite_loss_is_drawn_among_many(tmp_path):
+    row = {"kind": "train", "step": 1, "loss": 5.0, "lr": 0.1, "images_per_second": 70.0}
+    runs = [tmp_path / str(number) for number in range(11)]
+    for run in runs:
+        run.mkdir()
+        loss = math.nan if run == runs[-1] else 5.0
+        (run / "metrics.jsonl").write_text(json.dumps({**row, "loss": loss}) + "\n")
+    assert plot_runs(runs, tmp_path / "x.png").is_file()
+
+
 def test_many_runs_leave_room_for_their_curves(tmp_path):
     row = {"kind": "train", "step": 1, "loss": 5.0, "lr": 0.1, "images_per_second": 70.0}
-    runs = [tmp_path / f"run-{number}" for number in range(60)]
+    runs = [tmp_path / f"a run with a name of some length, number {number}" for number in range(60)]
     for run in runs:
         run.mkdir()
         (run / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "step": 9}) + "\n")

@@ -9,6 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from wn21k_zoo.errors import DataError, InvalidArgumentError
+from wn21k_zoo.training import storage
 from wn21k_zoo.training.data import Loader, Stage, is_class_folder, open_dataset
 from wn21k_zoo.training.shards import read_info
 
@@ -25,6 +26,19 @@ def test_remote_shards_are_staged_once_verified_and_kept_below_the_limit(shards,
     if os.name != "nt":  # where files that a worker has open cannot be removed
         assert 0 < sum(path.stat().st_size for path in staged) <= 60_000
         assert len(staged) < 7
+
+
+def test_there_is_room_before_a_shard_gets_its_name(tmp_path, monkeypatch):
+    stage, seen = Stage(tmp_path, limit=100), []
+
+    def look(source, target):
+        seen.append(sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) + source.stat().st_size)
+        source.replace(target)
+
+    monkeypatch.setattr(storage, "replace", look)
+    for number in range(4):
+        stage.get(f"{number}.tar", lambda path: path.write_bytes(bytes(40)))
+    assert seen == [40, 80, 80, 80]
 
 
 def test_a_limit_below_the_size_of_the_data_is_said(shards, monkeypatch, caplog):

@@ -335,17 +335,18 @@ class Loader:
 def _check_augmentation(augmentation: Any) -> None:
     if not callable(augmentation):
         raise InvalidArgumentError(f"augmentation is {augmentation!r}; pass a function of pixels and a random.Random.")
-    try:
+    fits = not isinstance(augmentation, torch.nn.Module)  # as many of torchvision's; a module takes any arguments
+    with contextlib.suppress(ValueError, NameError):  # not written in Python; annotated with what is not there
         takes = inspect.signature(augmentation)
-    except ValueError:  # of a function that is not written in Python
-        return
-    try:
-        takes.bind(None, None)
-    except TypeError:
+        try:
+            takes.bind(None, None)
+        except TypeError:
+            fits = False
+    if not fits:
         raise InvalidArgumentError(
             f"augmentation is called with pixels and a random.Random, which {type(augmentation).__name__} does not "
             "take; for transforms of timm or torchvision use TorchDataset with torch's DataLoader."
-        ) from None
+        )
 
 
 class _Plan(Sampler[Task]):

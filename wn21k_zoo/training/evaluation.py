@@ -137,7 +137,7 @@ class Evaluation(nn.Module):
         ``raw_top1`` uses the highest logit among all classes with images; ``top1_among_all``, which a semantic softmax
         lacks, that among all classes, the usual top-1; ``raw_semantic_top1`` the highest logit of each level, the
         published protocol. A confidence is what the model gives among all its classes, even if few of them have images.
-        ``hierarchy`` is the attribute.
+        ``hierarchy`` is the attribute. A figure for which nothing was counted, as of damaged images alone, is None.
 
         Raises:
             NonFiniteError: Logits were not finite.
@@ -154,6 +154,7 @@ class Evaluation(nn.Module):
         if self.distances is not None:
             figures |= self.distances.compute()
         figures |= self.calibration.compute()
+        figures = {name: None if value != value else value for name, value in figures.items()}  # NaN is no JSON
         counts = {"images": raw["images"], "leaf_images": leaf["images"]}
         return figures | counts | {"classes_with_images": len(self.raw.classes), "leaves": len(self.leaf.classes)}
 

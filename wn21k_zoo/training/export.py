@@ -98,7 +98,7 @@ class Trained:
                 ("top1", "top-1", "leaf_images", "among the leaves with images, by confidence"),
             )
             # For a softmax per level both are the same.
-            if key in self.figures and (key, recipe.loss.head) != ("semantic_top1", "semantic_softmax")
+            if self.figures.get(key) is not None and (key, recipe.loss.head) != ("semantic_top1", "semantic_softmax")
         )
         size = recipe.data.size
         return Checkpoint(

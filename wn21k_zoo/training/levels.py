@@ -118,7 +118,7 @@ class Levels(nn.Module):
             if targets_b.shape == logits_bn.shape and targets_b.is_floating_point():
                 advice = "; for mixed images, add the losses of both targets, weighted by their shares"
             elif targets_b.shape == logits_bn.shape:
-                advice = "; use targets.argmax(1)"
+                advice = "; use targets.int().argmax(1)"
             elif targets_b.shape == logits_bn.shape[:1] and not targets_b.is_floating_point():
                 advice = "; use targets.long()"
             raise InvalidArgumentError(

@@ -129,20 +129,25 @@ def _out_of_range(images: int, num_classes: int) -> InvalidArgumentError:
     )
 
 
-def _check_classes(predictions_b: Tensor, targets_b: Tensor) -> None:
-    for name, classes in (("predictions", predictions_b), ("targets", targets_b)):
+def _check_classes(targets_b: Tensor, predictions_b: Tensor | None = None, counted_b: Tensor | None = None) -> None:
+    for name, classes in (("targets", targets_b), ("predictions", predictions_b)):
+        if classes is None:
+            continue
         if not isinstance(classes, Tensor):
             raise InvalidArgumentError(f"{name} must be a tensor, not {type(classes).__name__}; use torch.as_tensor.")
         if classes.dtype != torch.int64 or classes.ndim != 1:
-            logits = "; take predictions from logits by argmax(1)" if classes.ndim == 2 else ""
+            advice = "; take them from logits by argmax(1)" if name == "predictions" and classes.ndim == 2 else ""
+            if classes.ndim == 1 and not classes.is_floating_point():
+                advice = f"; use {name}.long()"
             raise InvalidArgumentError(
                 f"{name} must be class indices, int64 of the shape [batch]; they are {classes.dtype} of "
-                f"{list(classes.shape)}{logits}."
+                f"{list(classes.shape)}{advice}."
             )
-    if predictions_b.shape != targets_b.shape:
-        raise InvalidArgumentError(
-            f"Predictions of shape {list(predictions_b.shape)} do not match targets of {list(targets_b.shape)}."
-        )
+    for name, others in (("Predictions", predictions_b), ("counted_b", counted_b)):
+        if others is not None and others.shape != targets_b.shape:
+            raise InvalidArgumentError(
+                f"{name} of shape {list(others.shape)} do not match targets of {list(targets_b.shape)}."
+            )
 
 
 class SemanticFigures(TypedDict):
@@ -230,6 +235,7 @@ class LeafAccuracy(Counts):
     @torch.no_grad()
     def update(self, scores_bn: Tensor, targets_b: Tensor) -> Tensor:
         """Count scores [B, N] and targets [B] int64, both of the label space; returns predictions, [B] int64."""
+        _check_classes(targets_b)
         if not isinstance(scores_bn, Tensor) or scores_bn.ndim != 2:
             shape = list(scores_bn.shape) if isinstance(scores_bn, Tensor) else type(scores_bn).__name__
             raise InvalidArgumentError(f"scores must be a tensor of the shape [batch, classes], not {shape}.")
@@ -275,7 +281,7 @@ class ClassAccuracy(Counts):
         Raises:
             InvalidArgumentError: As :meth:`HierarchicalDistances.update`.
         """
-        _check_classes(predictions_b, targets_b)
+        _check_classes(targets_b, predictions_b, counted_b)
         rows = targets_b.clamp(0, len(self.counts) - 1)
         there = rows == targets_b  # other targets are not counted
         counted_b = there if counted_b is None else counted_b & there
@@ -304,7 +310,7 @@ class HierarchicalDistances(Counts):
     - ``mean_lca_error``: by how many levels the lowest common ancestor of prediction and truth lies above the truth; a
       right prediction counts 0, one in another tree of the forest counts as if there were a root above all (the
       hierarchical distance of arXiv 1912.09393, as depth).
-    - ``mean_lca_error_of_mistakes``: the same over wrong predictions only.
+    - ``mean_lca_error_of_mistakes``: the same over wrong predictions only; 0 if there are none.
     - ``hierarchical_precision``, ``hierarchical_recall``: common ancestors, each class included in its own, as a share
       of the prediction's and of the truth's, micro-averaged (Kiritchenko et al. 2006).
 
@@ -331,7 +337,7 @@ class HierarchicalDistances(Counts):
         Raises:
             InvalidArgumentError: They are not, or there are not as many predictions as targets.
         """
-        _check_classes(predictions_b, targets_b)
+        _check_classes(targets_b, predictions_b, counted_b)
         counted = torch.ones_like(targets_b) if counted_b is None else counted_b.long()
         there = (torch.minimum(predictions_b, targets_b) >= 0) & (
             torch.maximum(predictions_b, targets_b) < len(self.depths)

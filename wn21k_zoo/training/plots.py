@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,10 +98,14 @@ def plot_reliability(figures: Mapping[str, Any], output: Path) -> Path:
         )  # fmt: skip
         place.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence, %", ylabel="right, %")
         place.set_title(
-            f"{figures.get('model', '')}\nexpected calibration error {figures['calibration_error']:.1f} %", fontsize=9
+            f"{figures.get('model', '')}\nexpected calibration error {_shown(figures['calibration_error'])}", fontsize=9
         )
         place.legend(fontsize=8)
         return _save(figure, output)
+
+
+def _shown(error: float | None) -> str:
+    return "unknown" if error is None else f"{error:.1f} %"
 
 
 def _thinned(points: list[tuple[int, float]]) -> NDArray[np.float64]:
@@ -124,7 +129,8 @@ def _curves(run: Path) -> dict[tuple[str, str], NDArray[np.float64]]:
     curves = {}
     for kind, name, *_ in _PANELS:
         values = [(line["step"], line.get(name)) for line in lines if line["kind"] == kind]
-        if points := [(step, value) for step, value in values if isinstance(value, (int, float))]:
+        # Markers at regular distances need a finite value.
+        if points := [(step, y) for step, y in values if isinstance(y, (int, float)) and math.isfinite(y)]:
             curves[kind, name] = _thinned(points)
     return curves
 

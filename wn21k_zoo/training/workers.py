@@ -123,9 +123,6 @@ def _end_when_the_parent_says_so() -> None:
             os._exit(0)
 
 
-_BAD = (BadImageError, ImageError, OSError, cv2.error)  # of one image, which is left out
-
-
 class Reader(Dataset[dict[str, Any]]):
     """From a range of positions to a batch of bytes.
 
@@ -141,6 +138,7 @@ class Reader(Dataset[dict[str, Any]]):
         self._shards = OpenShards(dataset, 2 * (order.window or 2))
         self._ahead: threading.Thread | None = None
         self._staged: tuple[int, int] | None = None
+        self._shape: tuple[int, ...] | None = None  # of an augmented image
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ahead": None, "_staged": None}
@@ -172,13 +170,13 @@ class Reader(Dataset[dict[str, Any]]):
                     decode(file.read(int(entry["offset"]), int(entry["size"]))),
                     randomness(self.order.seed, epoch, sample),
                 )
-            except _BAD as error:
+            except (BadImageError, ImageError, OSError, cv2.error) as error:
                 bad.append((self.dataset.shard_name(shard), file.key(int(entry["offset"])), str(error)))
                 continue
             if images is None:
                 images = _empty((end - begin, *augmented.shape))
                 pixels = images.numpy()
-            pixels[len(targets)] = augmented
+            pixels[len(targets)], self._shape = augmented, augmented.shape
             targets.append(int(entry["target"]))
             samples.append(sample)
             if self.names:
@@ -196,9 +194,11 @@ class Reader(Dataset[dict[str, Any]]):
 
     def _usual_shape(self) -> tuple[int, ...]:
         """Return the shape of an augmented image, for batches whose images are all damaged."""
-        with contextlib.suppress(*_BAD):
-            return self.augmentation(np.zeros((32, 32, 3), np.uint8), randomness(self.order.seed, 0, 0)).shape
-        return (1, 1, 3)
+        if self._shape is None:
+            with contextlib.suppress(Exception):  # of an augmentation that does not take every image
+                blank = np.zeros((256, 256, 3), np.uint8)
+                self._shape = self.augmentation(blank, randomness(self.order.seed, 0, 0)).shape
+        return self._shape or (1, 1, 3)
 
     def _stage_ahead(self, epoch: int, window: int) -> None:
         """Copy the next window's shards to this machine while this one is read; each worker starts at another shard."""
