@@ -95,7 +95,7 @@ def test_names_of_classes_that_are_no_synsets():
             ClassNames(wrong)
     with pytest.raises(InvalidArgumentError, match=r"\[id2label\[i\] for i in"):
         ClassNames({0: "cat", 1: "dog"})
-    with pytest.raises(InvalidArgumentError, match="sorted.class_to_idx, key"):
+    with pytest.raises(InvalidArgumentError, match=r"sorted\(class_to_idx, key"):
         ClassNames({"cat": 0, "dog": 1})
     with pytest.raises(InvalidArgumentError, match="give a list of class names, and then"):
         ClassNames("pets", ["cat", "dog"])
