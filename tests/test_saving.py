@@ -115,8 +115,10 @@ def test_arguments_that_change_the_outputs_alone(tmp_path, name, arguments):
     network, classes = timm.create_model(name, num_classes=3, **arguments), ClassNames(["a", "b", "c"])
     with pytest.raises(ModelError, match="which gives other outputs"):
         save_model(network, tmp_path / "x", label_space=classes)
+    before = torch.random.get_rng_state()
     save_model(network, tmp_path / "x", label_space=classes, model_args=arguments)
     assert network.training
+    assert torch.equal(torch.random.get_rng_state(), before)  # a training loop goes on as if nothing had been
 
 
 def test_layers_that_were_replaced(tmp_path):

@@ -90,6 +90,8 @@ def save_model(
         ModelError: timm would build another network.
         PublishError: The folder cannot be written.
     """
+    import torch
+
     target = check_target(folder, dtype, force)
     loaded = load_model(_unwrapped(model), label_space=label_space, head=head)
     settings = getattr(loaded.module, "pretrained_cfg", None) or {}
@@ -105,7 +107,6 @@ def save_model(
     data_config["input_size"] = (arguments.get("in_chans", channels), height, width)
     kept = {key: settings[key] for key in OF_ARCHITECTURE if settings.get(key) is not None}
     architecture = str(settings["architecture"]).removeprefix(TIMM_PREFIX)
-    _check_built_anew(loaded.module, architecture, len(loaded.label_space), arguments, data_config["input_size"])
     config = folder_config(
         architecture,
         {**kept, **data_config, "num_classes": len(loaded.label_space)},
@@ -117,7 +118,9 @@ def save_model(
         config["model_args"] = arguments
     labels = folder_labels(loaded.label_space, loaded.head) if isinstance(loaded.label_space, LabelSpace) else None
     card = own_card(target.name, architecture, len(loaded.label_space), loaded.head)
-    return write_export(target, loaded.module, config, labels, card, dtype)
+    with torch.random.fork_rng(devices=[]):  # new networks draw their weights, and a training loop may go on
+        _check_built_anew(loaded.module, architecture, len(loaded.label_space), arguments, data_config["input_size"])
+        return write_export(target, loaded.module, config, labels, card, dtype)
 
 
 def _check_built_anew(
