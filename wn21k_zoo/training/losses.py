@@ -74,7 +74,7 @@ class SemanticSoftmaxLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what printing the loss shows of it."""
-        return f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
+        return _settings(self, "label_smoothing", "reduction")
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
         """Return the loss of a batch.
@@ -251,7 +251,7 @@ class SemanticDistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what printing the loss shows of it."""
-        return f"per_level={self.per_level}, reduction={self.reduction!r}"
+        return _settings(self, "per_level", "reduction")
 
     def forward(self, student_bn: Tensor, teacher_bn: Tensor) -> Tensor:
         """Return the loss of a batch.
@@ -306,7 +306,7 @@ class SingleLabelLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what printing the loss shows of it."""
-        return f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
+        return _settings(self, "label_smoothing", "reduction")
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
         """Return the loss, float32, [B] or reduced, of logits [B, N] and indices in the label space, [B] int64."""
@@ -361,8 +361,7 @@ class MultiLabelLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what printing the loss shows of it."""
-        names = ("gamma_negative", "gamma_positive", "clip", "reduction")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return _settings(self, "gamma_negative", "gamma_positive", "clip", "reduction")
 
     def forward(self, logits_bn: Tensor, targets_b: Tensor) -> Tensor:
         """Return the loss, float32, [B] or reduced, of logits [B, N] and indices in the label space, [B] int64."""
@@ -422,6 +421,10 @@ def _smoothing(value: float) -> float:
     if not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise InvalidArgumentError(f"label_smoothing must be in [0, 1), not {value!r}.")
     return float(value)
+
+
+def _settings(loss: nn.Module, *names: str) -> str:
+    return ", ".join(f"{name}={getattr(loss, name)!r}" for name in names)
 
 
 def _reduction(name: str) -> Reduction:

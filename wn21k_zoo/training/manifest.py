@@ -110,7 +110,7 @@ class ClassResult:
 def read_table(path: Path, columns: Sequence[str] | None = None, **options: Any) -> pa.Table:
     """Read a Parquet file of ours; by path, Arrow would take ``s3:x`` for a URL and refuse names that are not UTF-8.
 
-    Not by pyarrow's own, which takes two to three times as long for a small file; there are thousands.
+    Not by pyarrow's function of that name, which takes longer for a small file; there are thousands.
     """
     with path.open("rb") as file, pq.ParquetFile(file, **options) as parquet:
         return parquet.read(columns=columns)
