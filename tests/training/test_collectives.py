@@ -144,7 +144,11 @@ def test_told_to_stop_it_goes_on_to_the_same_bits(world, data, tmp_path, stop_at
     "model",
     [
         {"gradient_checkpointing": True},
-        pytest.param({"compile": True}, marks=[needs_compiler, pytest.mark.gpu]),  # on a CPU: test_processes.py
+        # On a CPU: test_processes.py. TF32 and batch statistics of two images would enlarge what a compiler rounds.
+        pytest.param(
+            {"compile": True, "architecture": "test_convnext"},
+            marks=[needs_compiler, pytest.mark.gpu, pytest.mark.timeout(600)],
+        ),
     ],
     ids=lambda model: next(iter(model)),
 )
@@ -152,8 +156,10 @@ def test_told_to_stop_it_goes_on_to_the_same_bits(world, data, tmp_path, stop_at
 def test_what_a_network_may_do_in_a_step(world, data, tmp_path, model):
     if "compile" in model and world.device.type != "cuda":
         pytest.skip("test_processes.py compiles on a CPU")
-    run(recipe_for_two(**model), data, tmp_path / "run", world)
-    run(recipe_for_two(), data, tmp_path / "plain", world)
+    recipe = recipe_for_two(**model)
+    run(recipe, data, tmp_path / "run", world)
+    recipe.model.compile = recipe.model.gradient_checkpointing = False
+    run(recipe, data, tmp_path / "plain", world)
     assert len(lines(tmp_path / "run")) == 12
     assert final(tmp_path / "run")["step"] == 12
     for line, plain in zip(lines(tmp_path / "run")[:2], lines(tmp_path / "plain")[:2], strict=True):

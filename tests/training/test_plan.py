@@ -174,10 +174,11 @@ def test_the_memory_of_a_plan_has_its_parts():
     plain = memory()
     parameters = plan(presets.in21k("vit_base_patch16_224_miil"), images_per_second=1).parameters / 1e9  # about 0.094
     assert memory(gpus=1) == plain  # the batch of a step is accumulated
+    assert memory(gpus=2) - plain == pytest.approx(4 * parameters, abs=0.11)  # and its gradients reduced over ranks
     assert memory(run={"precision": "bf16"}) == plain
     assert memory(run={"ema_decay": 0.9}) - plain == pytest.approx(4 * parameters, abs=0.11)
     assert plain - memory(optimizer={"name": "sgd"}) == pytest.approx(4 * parameters, abs=0.11)
-    kept = 2 * (plain - memory(data={"batch_per_device": 32}))  # for 64 images
+    kept = 2 * (plain - memory(gpus=1, data={"batch_per_device": 32}))  # for 64 images
     single = memory(run={"precision": "fp32"})
     assert single - plain == pytest.approx(kept - 2 * parameters, rel=0.1)
     taught = memory(loss={"teacher": "vit_base_patch16_224_miil.in21k", "distillation_weight": 1.0})

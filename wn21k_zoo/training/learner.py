@@ -118,7 +118,7 @@ class Learner:
         wrapped: nn.Module = self.module
         if self._world.size > 1:
             ids = [self._device.index] if self._device.type == "cuda" else None
-            # Gradients are views of the buckets that are reduced over ranks, not second copies.
+            # Gradients are views of the buckets that are reduced over ranks; second copies only with accumulation.
             wrapped = DistributedDataParallel(self.module, device_ids=ids, gradient_as_bucket_view=True)
             # Nothing reads batch statistics in training; those saved and evaluated are the first rank's.
             wrapped.broadcast_buffers = False

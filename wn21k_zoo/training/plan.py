@@ -120,7 +120,9 @@ def plan(
         model.freeze_backbone,
     )
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    memory, without = _memory(recipe, module, micro, kept, num_classes)
+    # Where ranks accumulate, DistributedDataParallel keeps the gradients that it reduces beside those of this rank.
+    gradients = 2 if gpus > 1 and group > 1 else 1
+    memory, without = _memory(recipe, module, micro, kept, num_classes, gradients)
     return Plan(
         steps_per_epoch=per_epoch,
         steps=steps,
@@ -139,13 +141,15 @@ def plan(
     )
 
 
-def _memory(recipe: Recipe, module: nn.Module, micro: int, kept: float, num_classes: int) -> tuple[float, str]:
+def _memory(
+    recipe: Recipe, module: nn.Module, micro: int, kept: float, num_classes: int, gradients: int
+) -> tuple[float, str]:
     """Return bytes of weights, gradients, optimizer, teacher and kept activations, and a note on what is left out."""
     halved = recipe.run.precision != "fp32"
     parameters = sum(parameter.numel() for parameter in module.parameters())
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     memory: float = parameters * (4 + 4 * bool(recipe.run.ema_decay) + 2 * halved)
-    memory += trained * _PER_TRAINED[recipe.optimizer.name]
+    memory += trained * (_PER_TRAINED[recipe.optimizer.name] + 4 * (gradients - 1))
     memory += micro * (kept / (1 + halved) + 6 * 4 * num_classes)
     if recipe.loss.teacher is None:
         return memory, ""
