@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from wn21k_zoo.errors import (
     ImageDecodeError,
@@ -42,6 +42,7 @@ __all__ = [
     "check_resized",
     "describe_source",
     "load_image",
+    "orientation_of",
 ]
 
 ImageLike = Union[
@@ -61,6 +62,17 @@ SAMPLES = MappingProxyType({"cat": "chelsea.png", "coffee": "coffee.png", "rocke
 _SHOWN = 500  # characters; a longer name is cut in messages
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
+_TURNED = MappingProxyType(
+    {  # by EXIF orientation; what makes the image upright
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+)
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -264,12 +276,25 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
         warnings.warn(f"{shown} is animated; its first frame is used.", AnimatedImageWarning, stacklevel=3)
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        return _opaque_rgb(upright, shown)
+        rgb = _opaque_rgb(image, shown)
+        turned = _TURNED.get(orientation_of(image))
+        return rgb.transpose(turned) if turned is not None else rgb.copy() if rgb is image else rgb
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise all kinds of errors for damaged data
         raise ImageDecodeError(f"{shown} is truncated or damaged ({first_line(error)}).") from error
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation of an image, 1 (upright) to 8; 1 if it has none, or metadata that cannot be read.
+
+    ``ImageOps.exif_transpose`` also writes the other metadata anew, and fails if they are out of range.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(orientation) if orientation in _TURNED else 1
+    except Exception:  # damaged metadata make Pillow raise all sorts of exceptions
+        return 1
 
 
 def _pixels_of_tile(image: Image.Image) -> int:

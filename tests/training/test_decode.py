@@ -33,6 +33,17 @@ def rotated(orientation):
     return exif
 
 
+def odd_exif(orientation):
+    """EXIF with a negative width and a resolution in text, which Pillow reads but cannot write."""
+    entries = [(0x0100, 9, (-1).to_bytes(4, "little", signed=True)), (ORIENTATION, 3, bytes([orientation, 0, 0, 0]))]
+    entries.append((0x011A, 2, b"72\0\0"))
+    fields = b"".join(
+        tag.to_bytes(2, "little") + kind.to_bytes(2, "little") + (3 if kind == 2 else 1).to_bytes(4, "little") + value
+        for tag, kind, value in entries
+    )
+    return b"Exif\0\0II*\0\x08\0\0\0" + len(entries).to_bytes(2, "little") + fields + bytes(4)
+
+
 def with_preview(data):
     """A JPEG with another complete JPEG in its metadata."""
     preview = encoded(Image.fromarray(NOISE[:8, :8, :3]), "JPEG")
@@ -60,6 +71,7 @@ FILES = {
     "JPEG with a film": with_preview(encoded(Image.fromarray(NOISE[..., :3]), "JPEG")) + FILM,
     "JPEG with fill bytes and a film": b"\xff\xd8\xff" + encoded(Image.fromarray(NOISE[..., :3]), "JPEG")[2:] + FILM,
     "JPEG rotated 6 with a film": encoded(Image.fromarray(NOISE[..., :3]), "JPEG", exif=rotated(6)) + FILM,
+    "JPEG rotated 6 with odd EXIF": encoded(Image.fromarray(NOISE[..., :3]), "JPEG", exif=odd_exif(6)),
     "JPEG with damaged EXIF": encoded(Image.fromarray(NOISE[..., :3]), "JPEG", exif=b"Exif\0\0II*\0" + b"\xff" * 8),
 }
 

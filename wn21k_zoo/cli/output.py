@@ -115,6 +115,7 @@ def warnings_as_messages(quiet: bool) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
+        warnings.filterwarnings("ignore", module="PIL")  # names no file
         warnings.showwarning = show
         yield
 

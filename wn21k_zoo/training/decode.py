@@ -8,10 +8,10 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 
 from wn21k_zoo.errors import ImageDecodeError, ImageError, MissingExtraError
-from wn21k_zoo.images import FORMATS, load_image
+from wn21k_zoo.images import FORMATS, load_image, orientation_of
 from wn21k_zoo.training.encode import BEGIN_OF_JPEG, BOMB_PIXELS, METADATA_WITHIN, BadImageError, is_cut_off
 from wn21k_zoo.training.extra import cv2, simplejpeg
 
@@ -51,11 +51,11 @@ def decode(data: bytes) -> NDArray[np.uint8]:
 
 
 def _is_upright(data: bytes) -> bool:
-    """Whether a JPEG is stored upright; also False if that cannot be determined."""
+    """Whether a JPEG is stored upright; also False if it cannot be opened."""
     if _APP1 not in data[:METADATA_WITHIN]:
         return True
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
-    except Exception:  # damaged metadata makes Pillow raise all sorts of exceptions
+            return orientation_of(image) == 1
+    except Exception:  # Pillow's readers raise all sorts of exceptions for a damaged header
         return False

@@ -21,10 +21,10 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 
 from wn21k_zoo.errors import ImageError, ImageTooLargeError, MissingExtraError
-from wn21k_zoo.images import FORMATS, MAX_PIXELS, load_image
+from wn21k_zoo.images import FORMATS, MAX_PIXELS, load_image, orientation_of
 from wn21k_zoo.training.extra import cv2, simplejpeg
 from wn21k_zoo.training.options import Resize
 
@@ -141,13 +141,13 @@ def _inspect_any(data: bytes) -> tuple[str, str, int, int, int]:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             format_, mode, (width, height) = image.format or "unknown", image.mode, image.size
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
+            orientation = orientation_of(image) if "exif" in image.info else 1
     except Image.DecompressionBombError:
         raise BadImageError("too many pixels") from None
     except Exception:  # Pillow's readers raise all sorts of exceptions for a damaged header
         raise BadImageError("not an image") from None
     is_jpeg = format_ in ("JPEG", "MPO")  # MPO: a JPEG with more pictures after the first
-    return "JPEG" if is_jpeg else format_, mode, orientation if isinstance(orientation, int) else 1, width, height
+    return "JPEG" if is_jpeg else format_, mode, orientation, width, height
 
 
 def _decode(data: bytes) -> NDArray[np.uint8]:
