@@ -106,15 +106,22 @@ class LabelSpace:
         return LabelSpace(name, tuple(line[0] for line in words if line))
 
     @staticmethod
-    def find(name: str | os.PathLike[str] | LabelSpace) -> LabelSpace:
-        """Find a shipped label space by its name or alias, or else read a text file; a label space is returned as is.
+    def find(name: str | os.PathLike[str] | LabelSpace | Sequence[str]) -> LabelSpace:
+        """Find a shipped label space by its name or alias, or else read a text file.
+
+        A label space is returned as is, and so is that of a :class:`~wn21k_zoo.tree.SemanticTree`; other sequences are
+        wnids in the order of the outputs.
 
         Raises:
             UnknownLabelSpaceError: Neither has that name.
             LabelSpaceError, UnknownSynsetError: As :meth:`from_file`.
+            InvalidArgumentError: It is neither a name nor a sequence.
         """
-        if isinstance(name, LabelSpace):
-            return name
+        of_a_tree = getattr(name, "label_space", name)
+        if isinstance(of_a_tree, LabelSpace):
+            return of_a_tree
+        if not isinstance(name, (str, os.PathLike)):
+            return LabelSpace("custom", ordered("label_space", name))
         name = os.fspath(name)
         if name not in LABEL_SPACES and name not in LABEL_SPACE_ALIASES:
             path = expanded(name, UnknownLabelSpaceError)

@@ -39,7 +39,7 @@ from wn21k_zoo.errors import (
     first_line,
     whole_number,
 )
-from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace, ordered
+from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace
 from wn21k_zoo.on_disk import find_local
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.tree import SemanticTree
@@ -432,13 +432,13 @@ def _check_outputs(module: nn.Module, space: Classes, name: str) -> None:
 
 
 def _as_label_space(label_space: LabelSpaceLike | None) -> Given:
-    if label_space is None or isinstance(label_space, (LabelSpace, ClassNames)):
+    if label_space is None or isinstance(label_space, ClassNames):
         return label_space
     if label_space == "own":
         return "own"
-    if isinstance(label_space, (str, os.PathLike)):
-        return LabelSpace.find(label_space)
     try:
-        return LabelSpace("custom", ordered("label_space", label_space))
+        return LabelSpace.find(label_space)
     except UnknownSynsetError as error:
+        if isinstance(label_space, (str, os.PathLike)):
+            raise
         raise UnknownSynsetError(f"{error} ClassNames takes the names of classes that are not synsets.") from None

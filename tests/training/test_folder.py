@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from wn21k_zoo.cli.predict import _expand
-from wn21k_zoo.errors import BadImagesError, DataError, MissingExtraError
+from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError, MissingExtraError
 from wn21k_zoo.images import IMAGE_SUFFIXES
-from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.labels import ClassNames, LabelSpace
 from wn21k_zoo.training.crops import CenterCrop
 from wn21k_zoo.training.data import Loader, is_class_folder, open_dataset, open_folder, open_folders
 from wn21k_zoo.training.folder import is_among, is_divided
+from wn21k_zoo.tree import SemanticTree
 
 from .archives import OUTSIDE, jpeg
 from .runs import WNIDS, make_folder
@@ -81,8 +82,12 @@ def test_a_class_may_have_no_image_for_validation(tmp_path):
     validation = open_folder(tmp_path / "x", "validation")
     assert (len(validation), validation.class_names) == (2, ("a", "b", "c"))
     make_folder(tmp_path / "y", images=1, names=("a", "b"))
-    with pytest.raises(DataError, match="validation: the class a has no images"):
+    with pytest.raises(DataError, match="one image of each class, so none can be held out"):
         open_folder(tmp_path / "y", "validation")
+    make_folder(tmp_path / "z" / "train", images=1, names=("a", "b"))
+    (tmp_path / "z" / "val" / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match="validation: the class a has no images"):
+        open_folder(tmp_path / "z", "validation")
 
 
 def test_a_class_may_have_no_folder_for_validation(tmp_path):
@@ -92,6 +97,26 @@ def test_a_class_may_have_no_folder_for_validation(tmp_path):
     assert training.class_names == validation.class_names == ("a", "b", "c")
     assert (len(training), len(validation), len(whole)) == (30, 20, 50)
     assert set(validation.targets.tolist()) == {0, 2}
+
+
+def test_a_test_set_beside_the_two_is_a_split_of_its_own(tmp_path):
+    for split, images in (("train", 3), ("val", 2), ("test", 5)):
+        make_folder(tmp_path / "x" / split, images=images, names=("a", "b"))
+    (tmp_path / "x" / "test" / "c").mkdir()
+    with pytest.raises(DataError, match=r"test has the class c, which .*train lacks"):
+        open_folder(tmp_path / "x", "test")
+    (tmp_path / "x" / "test" / "c").rmdir()
+    opened = open_folders(tmp_path / "x", ("train", "validation", "test", "all"))
+    assert [len(each) for each in opened] == [6, 4, 10, 10]
+    assert names(opened[2])[0].startswith("test/")
+    assert not {*names(opened[2])} & {*names(opened[3])}
+    make_folder(tmp_path / "y" / "train", names=("a", "b"))
+    make_folder(tmp_path / "y" / "test", images=1, names=("a", "b"))  # then it is what a run is validated on
+    assert names(open_folder(tmp_path / "y", "test")) == names(open_folder(tmp_path / "y", "validation"))
+    make_folder(tmp_path / "z", names=("a", "test"))  # a class
+    for place in (tmp_path / "z", tmp_path / "x" / "val"):
+        with pytest.raises(DataError, match="no folder test beside train"):
+            open_folder(place, "test")
 
 
 def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):
@@ -214,7 +239,7 @@ def test_what_is_no_data_set(tmp_path):
     (tmp_path / "two").mkdir()
     with pytest.raises(DataError, match="the class one has no images"):
         open_folder(tmp_path)
-    with pytest.raises(DataError, match="has the splits train, validation, all, not 'vall'"):
+    with pytest.raises(DataError, match="has the splits train, validation, test, all, not 'vall'"):
         open_folder(tmp_path, "vall")
     with pytest.raises(DataError, match="not None"):
         open_folder(tmp_path, None)
@@ -254,6 +279,13 @@ def test_targets_of_a_label_space_by_the_names_of_the_folders(tmp_path):
     folder = open_folder(make_folder(tmp_path / "x", names=WNIDS[3:])).mapped_to(space)
     assert {space.wnids[target] for target in folder.targets} == set(WNIDS[3:])
     assert open_folder(tmp_path / "x", label_space="fall11").targets.tolist() == folder.targets.tolist()
+    space = folder.label_space
+    for same in (space, list(space.wnids), SemanticTree.from_label_space(space), SemanticTree.load("fall11")):
+        assert open_folder(tmp_path / "x", label_space=same).targets.tolist() == folder.targets.tolist()
+    turned = open_folder(tmp_path / "x", label_space=ClassNames(tuple(reversed(space.wnids))))
+    assert (turned.targets + folder.targets == len(space) - 1).all()
+    with pytest.raises(InvalidArgumentError, match="label_space is a int; give a list"):
+        open_folder(tmp_path / "x", label_space=7)
     more = make_folder(tmp_path / "x", images=4, names=(OUTSIDE,))
     assert len(open_folder(more, "all").mapped_to(space)) == len(open_folder(more, "all")) - 4
     assert open_folder(more, "all").mapped_to(space).left_out == 4

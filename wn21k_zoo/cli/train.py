@@ -274,8 +274,8 @@ def evaluate(
         str | None,
         typer.Option(
             "--split",
-            help="validation, train, or, for class folders, all. Default: validation; but all images of a folder that "
-            "has no splits, unless MODEL was trained on it.",
+            help="validation, train, test, or, for class folders, all (validation and train). Default: validation; "
+            "but all images of a folder that has no splits, unless MODEL was trained on it.",
         ),
     ] = None,
     which: Annotated[Literal["best", "last"], typer.Option("--checkpoint", help="Of a run, best or last.")] = "best",

@@ -262,7 +262,7 @@ def open_dataset(
     place: str | os.PathLike[str],
     split: str = "train",
     *,
-    label_space: str | LabelSpace | None = None,
+    label_space: str | os.PathLike[str] | LabelSpace | Sequence[str] | None = None,
     stage: Stage | None = None,
 ) -> ShardedDataset:
     """Open a split of a prepared data set, ours or a third-party one.
@@ -272,8 +272,9 @@ def open_dataset(
             such as a download of ``timm/imagenet-22k-wds`` or ``timm/imagenet-w21-p``; or a URL of such a folder that
             fsspec understands (``s3://bucket/folder``, ``hf://datasets/timm/imagenet-w21-p``).
         split: ``train``, ``validation`` or another existing split.
-        label_space: A name, a text file of wnids or a label space. Classes are mapped to it by synset, and samples of
-            other classes are left out. Default: that of the data set if it is one of ours, else ``fall11``.
+        label_space: A name, a text file of wnids, a label space or a list of wnids. Classes are mapped to it by synset,
+            and samples of other classes are left out. Default: that of the data set if it is one of ours, else
+            ``fall11``.
         stage: Where to copy remote shards. Default: :func:`~wn21k_zoo.training.storage.default_stage`.
 
     Raises:
@@ -290,7 +291,7 @@ def open_dataset(
     except Exception as error:  # each storage raises its own
         raise DataError(f"{storage.url} cannot be read: {first_line(error)}") from error
     if info is not None:
-        return _open_ours(storage, info, split, label_space, stage)
+        return _open_ours(storage, info, split, None if label_space is None else LabelSpace.find(label_space), stage)
     if f"{WORK_FOLDER}/{OPTIONS_FILE}" in names:
         raise DataError(
             f"{storage.url} is an unfinished output of `wn21k data prepare`; run that command again to finish it."
@@ -333,7 +334,7 @@ def _ours(text: str | None, url: str) -> DatasetInfo | None:
 
 
 def _open_ours(
-    storage: Storage, info: DatasetInfo, split: str, label_space: str | LabelSpace | None, stage: Stage
+    storage: Storage, info: DatasetInfo, split: str, wanted: LabelSpace | None, stage: Stage
 ) -> ShardedDataset:
     if split not in info.splits:
         raise DataError(
@@ -355,7 +356,7 @@ def _open_ours(
         raise DataError(f"{storage.url}: {error}") from None
     if own.digest != info.label_digest:
         raise DataError(f"{storage.url} was prepared with other classes named {info.label_space}; prepare it again.")
-    space = own if label_space is None else LabelSpace.find(label_space)
+    space = wanted or own
     refs = tuple(_ShardRef(name=each.name, num_samples=each.num_samples, sha256=each.sha256) for each in shards)
     if space.digest == own.digest:
         return ShardedDataset(storage=storage, split=split, label_space=space, stage=stage, shards=refs)

@@ -64,9 +64,9 @@ def evaluate(
             timm network with ``label_space``; its layers' modes are restored afterwards.
         data: Shards or a URL of them, mapped to the model's classes by synset; or a folder of class folders named by
             wnid (for classes that are not synsets, by class name).
-        split: ``train``, ``validation``, or for class folders ``all``. Default: ``validation``; but ``all`` for an
-            undivided folder, unless the model is (or was exported from) a run that was trained on it, and so has seen
-            nine in ten of its images.
+        split: ``train``, ``validation``, ``test``, or for class folders ``all``: the first two. Default:
+            ``validation``; but ``all`` for an undivided folder, unless the model is (or was exported from) a run that
+            was trained on it, and so has seen nine in ten of its images.
         which: Checkpoint of a run, ``best`` or ``last``.
         label_space: Classes of a network, or of a folder's model that does not name them.
         head: How to read the outputs if the model does not say; as in :func:`wn21k_zoo.models.load_model`.

@@ -1,8 +1,9 @@
 """A folder of class folders with loose image files: the most common kind of custom data set.
 
 ``DIR/train/CLASS/...`` and ``DIR/val/CLASS/...`` (or ``validation``, ``valid``, ``test``), which may lack some of the
-classes; or ``DIR/CLASS/...``, where one image in ten, chosen by a hash of its name, is for validation. Names are
-compared in one form of Unicode (NFC): some macOS file systems and archives use another.
+classes, and perhaps ``DIR/test/CLASS/...`` beside them; or ``DIR/CLASS/...``, where one image in ten, chosen by a hash
+of its name, is for validation. Names are compared in one form of Unicode (NFC): some macOS file systems and archives
+use another.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from wn21k_zoo.errors import DataError, LabelSpaceError, MissingExtraError, UnknownSynsetError, did_you_mean
 from wn21k_zoo.files import expanded, is_hidden
 from wn21k_zoo.images import IMAGE_SUFFIXES
-from wn21k_zoo.labels import LabelSpace
+from wn21k_zoo.labels import ClassNames, LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.shards import INFO_FILE, is_unfinished
 from wn21k_zoo.training.sources import files_below
@@ -35,7 +36,7 @@ from wn21k_zoo.training.sources import files_below
 __all__ = ["FolderDataset", "composed", "is_among", "is_class_folder", "is_divided", "open_folder", "open_folders"]
 
 _VALIDATION = ("validation", "val", "valid", "test")
-_SPLITS = ("train", "validation", "all")
+_SPLITS = ("train", "validation", "test", "all")
 _SHARDS = (".tar", ".parquet")
 _SKETCH = 64  # hashes
 _LOOK = 20  # files looked at in a folder, to tell whether they are shards
@@ -70,7 +71,7 @@ class FolderDataset:
 
     Attributes:
         root: The folder.
-        split: ``train``, ``validation`` or ``all``.
+        split: ``train``, ``validation``, ``test`` or ``all``.
         class_names: Names of the class folders (NFC) in byte order; targets are indices into it.
         targets: Class index of each image, [n] int32.
         left_out: Number of images whose classes a label space lacks.
@@ -244,23 +245,29 @@ def _is_image(name: str) -> bool:
 
 
 def open_folder(
-    place: str | os.PathLike[str], split: str = "train", *, label_space: str | LabelSpace | None = None
+    place: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    label_space: str | os.PathLike[str] | LabelSpace | ClassNames | Sequence[str] | None = None,
 ) -> FolderDataset:
     """Open the images of a split.
 
     Args:
         place: The folder.
-        split: ``train``, ``validation``, or ``all``.
-        label_space: A name, a text file of wnids or a label space. Targets are indices into it, by the wnids that name
-            the folders; images of other synsets are left out. Default: indices into the sorted names of the folders.
+        split: ``train``, ``validation``, ``test`` (the folder of that name), or ``all``: training and validation.
+        label_space: A name, a text file of wnids, a label space or a list of wnids. Targets are indices into it, by the
+            wnids that name the folders; images of other synsets are left out. With :class:`ClassNames` they are indices
+            into these. Default: indices into the sorted names of the folders.
 
     Raises:
-        DataError: The folder has no classes or images, or validation classes that its training part lacks; with a label
-            space also as :meth:`FolderDataset.mapped_to`.
+        DataError: The folder has no classes or images, no such split, or classes that its training part lacks; with a
+            label space also as :meth:`FolderDataset.mapped_to`.
         MissingExtraError: It has HEIF photographs, and the extra ``heif`` is not installed.
         UnknownLabelSpaceError, LabelSpaceError, UnknownSynsetError: As :meth:`LabelSpace.find`.
     """
     (dataset,) = open_folders(place, (split,))
+    if isinstance(label_space, ClassNames):
+        return dataset.mapped(tuple(label_space), "class of the given names")
     return dataset if label_space is None else dataset.mapped_to(LabelSpace.find(label_space))
 
 
@@ -274,6 +281,8 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
     if not root.is_dir():
         raise DataError(f"{root} {'is a file' if root.exists() else 'does not exist'}; name a folder of class folders.")
     below = _folders(root)
+    if "test" in splits and not ("test" in below and _divides(root, below)):
+        raise DataError(f"{root} has no folder test beside train; name a folder with the class folders to test on.")
     if not _divides(root, below):
         if {name.casefold() for name in below} & {*_VALIDATION} and "train" in map(str.casefold, below):
             raise DataError(f"{root} has folders for training and validation; call them train and val, in lower case.")
@@ -284,8 +293,10 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
     if validation is None and "validation" in splits:
         raise DataError(f"{root} has a folder train, but none for validation: {', '.join(_VALIDATION)}.")
     parts = ["train", *filter(None, [validation])]
-    tops = {"train": parts[:1], "validation": parts[1:], "all": parts}
-    looked_at = [top for top in parts if top == "train" or any(top in tops[split] for split in splits)]
+    tops = {"train": parts[:1], "validation": parts[1:], "test": ["test"], "all": parts}
+    looked_at = [
+        top for top in dict.fromkeys([*parts, "test"]) if top == "train" or any(top in tops[split] for split in splits)
+    ]
     real = {top: {composed(name): name for name in _classes(root / top, 1 + (top == "train"))} for top in looked_at}
     classes = list(real["train"])
     datasets = []
@@ -333,7 +344,9 @@ def _dataset(
     targets = listing.targets[numbers]
     empty = np.flatnonzero(np.bincount(targets, minlength=len(classes)) == 0)
     # A class with few images may have none for validation.
-    if len(empty) and (split != "validation" or not len(numbers)):
+    if not len(numbers) and len(listing.targets):
+        raise DataError(f"{root} has one image of each class, so none can be held out; add images.")
+    if len(empty) and (split not in ("validation", "test") or not len(numbers)):
         raise DataError(f"{root}, {split}: the class {classes[empty[0]]} has no images ({' '.join(IMAGE_SUFFIXES)}).")
     numbers = numbers[np.argsort(listing.hashes[numbers], kind="stable")].astype(np.int64)  # groups are mixed
     return FolderDataset(
