@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.cli.app import app
-from wn21k_zoo.errors import InvalidArgumentError, ModelError, RecipeError, UnknownModelError
+from wn21k_zoo.errors import InvalidArgumentError, ModelError, RecipeError, UnknownModelError, Wn21kError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.publish import export_folder
 from wn21k_zoo.training import presets
@@ -543,6 +543,24 @@ def test_a_trial_finds_names_that_nothing_has(images, tmp_path, field):
     recipe = override(presets.in21k("mobilenetv3_large_100"), [f"{field}=resnet50.mill_in21k"]).debug()
     with pytest.raises(UnknownModelError, match=r"Did you mean resnet50\.miil_in21k"):
         train(recipe, images / "shards", tmp_path, World(0, 1, torch.device("cpu")), workers=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "message"),
+    [
+        ("model.start", "nowhere/", "There is no folder"),
+        ("model.start", "file.pth", "is a file; name the folder"),
+        ("model.start", "empty", r"has no config\.json"),
+        ("loss.teacher", "nowhere/", "There is no folder"),
+        ("loss.teacher", "nowhere.pt", "There is no checkpoint"),
+    ],
+)
+def test_a_trial_finds_places_where_nothing_is(images, tmp_path, field, name, message):
+    (tmp_path / "file.pth").touch()
+    (tmp_path / "empty").mkdir()
+    recipe = override(presets.in21k("mobilenetv3_large_100"), [f"{field}={tmp_path}/{name}"]).debug()
+    with pytest.raises(Wn21kError, match=message):
+        train(recipe, images / "shards", tmp_path / "run", World(0, 1, torch.device("cpu")), workers=0)
 
 
 @pytest.mark.parametrize(

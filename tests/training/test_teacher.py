@@ -11,9 +11,12 @@ from torch import nn
 from wn21k_zoo import LabelSpace
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.errors import RecipeError
+from wn21k_zoo.labels import ClassNames
 from wn21k_zoo.training.export import export_run, load_run
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.losses import SemanticDistillationLoss
+from wn21k_zoo.training.network import Normalized
+from wn21k_zoo.training.optimization import Criterion
 from wn21k_zoo.training.teacher import Translated, build_teacher, digest_of
 from wn21k_zoo.tree import SemanticTree
 
@@ -243,7 +246,54 @@ def test_a_teachers_digest_is_of_all_its_weights_and_buffers():
     assert len(digests) == 4
 
 
+def test_classes_that_are_no_synsets_are_taught_by_a_softmax_over_the_same_names(tmp_path, capsys):
+    names = ("cat", "dog", "house", "Käfer")
+    data = make_folder(tmp_path / "images", names=names)
+    own = {"data": {"label_space": None}, "schedule": {"max_steps": 2}}
+    recipe = small_recipe(loss={"kind": "single_label"}, **own)
+    run(recipe, data, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "model")
+    module = timm.create_model("test_convnext", num_classes=4).eval()
+    save_for_hf(module, tmp_path / "turned", model_config={"label_names": names[::-1]})
+    student = small_recipe(loss={"kind": "single_label", "distillation_weight": 1.0}, **own)
+    classes, images = ClassNames(sorted(names)), torch.rand(2, 3, 32, 32)
+    trained = load_run(tmp_path / "run")
+    for name in (tmp_path / "model", tmp_path / "run" / "checkpoints" / "best.pt"):
+        student.loss.teacher = str(name)
+        teacher, about, _ = build_teacher(student, classes, None)
+        torch.testing.assert_close(
+            teacher(images), Normalized(trained.module.eval(), recipe.model.mean, recipe.model.std)(images)
+        )
+        assert not about
+    capsys.readouterr()
+    run(student, data, tmp_path / "distilled")
+    with_teacher, without = (lines(tmp_path / each)[0]["loss"] for each in ("distilled", "run"))
+    assert with_teacher > without
+    student.loss.teacher, student.loss.teacher_head = str(tmp_path / "turned"), "softmax"
+    mean, std = module.pretrained_cfg["mean"], module.pretrained_cfg["std"]
+    expected = Normalized(module, mean, std)(images)[:, [names[::-1].index(each) for each in classes]]
+    torch.testing.assert_close(build_teacher(student, classes, None)[0](images), expected)
+    for teacher, head, of in (
+        (tmp_path / "turned", "sigmoid", classes),
+        (tmp_path / "turned", "softmax", ClassNames(("cat", "dog"))),
+        ("efficientnet_lite0.embedded_in1k", None, classes),
+        ("random:efficientnet_lite0.embedded_in1k", None, classes),
+    ):
+        student.loss.teacher, student.loss.teacher_head = str(teacher), head
+        with pytest.raises(RecipeError, match="is not a softmax over the classes of the data"):
+            build_teacher(student, of, None)
+
+
+def test_distillation_without_a_tree_is_that_of_one_softmax():
+    recipe = small_recipe(loss={"kind": "single_label", "teacher": "x.pt", "distillation_weight": 2.0})
+    logits, teacher, targets = torch.randn(3, len(WNIDS)), torch.randn(3, len(WNIDS)), torch.tensor([0, 1, 2])
+    whole = Criterion(recipe, None)(logits, targets, teacher) - Criterion(recipe, None)(logits, targets)
+    expected = SemanticDistillationLoss(TREE, "level", per_level=False)(logits, teacher)
+    torch.testing.assert_close(whole, 2 * expected / 3)
+
+
 def test_a_random_teacher_takes_images_of_the_size_of_the_recipe(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "resnet50"}')
     recipe = small_recipe("vit_tiny_patch16_224", loss={"teacher": f"random:{tmp_path}", "distillation_weight": 1.0})
     teacher, _, _ = build_teacher(recipe, TREE.label_space, Levels(TREE, "level"))
     assert teacher(torch.rand(2, 3, 32, 32)).shape == (2, len(WNIDS))

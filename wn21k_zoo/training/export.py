@@ -27,7 +27,7 @@ from wn21k_zoo.training.state import RunFolder, read_checkpoint
 from wn21k_zoo.training.weights import is_place
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["TRAINED_ON", "Trained", "export_run", "load_checkpoint", "load_run"]
+__all__ = ["TRAINED_ON", "Trained", "checkpoint_file", "export_run", "load_checkpoint", "load_run"]
 
 _MICRO = "micro-average over all valid (image, level) pairs"
 TRAINED_ON = "trained_on"
@@ -150,12 +150,22 @@ def load_checkpoint(file: str | os.PathLike[str]) -> Trained:
     Raises:
         RunError: There is no such file, it is damaged, or it is not in a run's folder.
     """
-    path = expanded(file, RunError).absolute()
-    if not path.is_file():
-        raise RunError(f"There is no checkpoint {path}.")
+    path = checkpoint_file(file)
     folder = RunFolder(path.parent.parent)
     folder.recipe()
     return _trained(folder, read_checkpoint(path))
+
+
+def checkpoint_file(file: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a checkpoint.
+
+    Raises:
+        RunError: There is no such file.
+    """
+    path = expanded(file, RunError).absolute()
+    if not path.is_file():
+        raise RunError(f"There is no checkpoint {path}.")
+    return path
 
 
 def _trained(folder: RunFolder, state: dict[str, Any]) -> Trained:

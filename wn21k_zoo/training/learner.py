@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from wn21k_zoo.errors import BadImagesError, NonFiniteError, RecipeError, RunError, is_out_of_memory
+from wn21k_zoo.labels import ClassNames
 from wn21k_zoo.running import memory_format
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.dataset import images_per_class
@@ -85,7 +86,7 @@ class Learner:
             raise
 
     def _build(self, splits: Splits, steps: int, begun: bool) -> None:
-        recipe, space = self._recipe, splits.space
+        recipe = self._recipe
         network = build_network(recipe, splits.class_names, self.levels, pretrained=not begun)
         if recipe.model.freeze_backbone:
             freeze_backbone(network)
@@ -99,8 +100,10 @@ class Learner:
 
             self.module = cast(Normalized, convert_sync_batchnorm(self.module))
         self._teacher: nn.Module | None = None
-        if recipe.loss.teacher is not None and space is not None and self.levels is not None:
-            self._teacher, self.about_teacher, self.teacher_digest = build_teacher(recipe, space, self.levels)
+        if recipe.loss.teacher is not None:
+            classes = splits.space or ClassNames(splits.class_names)
+            made = build_teacher(recipe, classes, self.levels, self._device)
+            self._teacher, self.about_teacher, self.teacher_digest = made
             self._teacher.to(memory_format=self._format)
         for field, each in (("The network", self.module), ("loss.teacher", self._teacher)):
             if each is not None:

@@ -33,6 +33,7 @@ __all__ = [
     "SemanticSoftmaxLoss",
     "SingleLabelLoss",
     "explain",
+    "softmax_distance",
 ]
 
 Reduction = Literal["mean", "sum", "none"]
@@ -272,11 +273,16 @@ class SemanticDistillationLoss(nn.Module):
         loss_b = student_bn.new_zeros(len(student_bn), dtype=torch.float32)
         parts = self.levels.split if self.per_level else lambda logits_bn: [logits_bn.float()]
         for ours, theirs in zip(parts(student_bn), parts(teacher_bn.detach()), strict=True):
-            teacher = theirs.softmax(1)
-            certainty = teacher.topk(-(-teacher.shape[1] // 20), sorted=False).values.sum(1)
-            loss_b = loss_b + (ours.softmax(1) - teacher).square().sum(1) * certainty
+            loss_b = loss_b + softmax_distance(ours, theirs)
         _check_finite(loss_b, student_bn, teacher_bn)
         return _reduced(loss_b, self.reduction)
+
+
+def softmax_distance(student_bn: Tensor, teacher_bn: Tensor) -> Tensor:
+    """One level of :class:`SemanticDistillationLoss`: float32 logits, [B, N], to a loss per sample, [B]."""
+    teacher_bn = teacher_bn.softmax(1)
+    certainty_b = teacher_bn.topk(-(-teacher_bn.shape[1] // 20), sorted=False).values.sum(1)
+    return (student_bn.softmax(1) - teacher_bn).square().sum(1) * certainty_b
 
 
 class SingleLabelLoss(nn.Module):

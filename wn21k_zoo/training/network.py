@@ -22,7 +22,7 @@ from wn21k_zoo.training.failures import is_of_the_device
 from wn21k_zoo.training.heads import calm_head, check_head, reorder_head
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.recipe import RANDOM, Recipe
-from wn21k_zoo.training.weights import classes_of, is_place, refuse_run
+from wn21k_zoo.training.weights import check_place, classes_of, is_place, refuse_run
 
 __all__ = ["Normalized", "build_network", "checkpoint_gradients", "few_for_statistics", "try_size", "wrong_size"]
 
@@ -76,7 +76,7 @@ def build_network(
     torch.manual_seed(recipe.run.seed)
     start, arguments = recipe.model.start, dict(recipe.model.arguments)
     try:
-        if start is not None and start.startswith(RANDOM) and not is_place(start.removeprefix(RANDOM)):
+        if start is not None and start.startswith(RANDOM) and pretrained:
             _try_start(recipe, start.removeprefix(RANDOM), len(class_names))
         if start is None or start.startswith(RANDOM) or not pretrained:
             module = convert.build(recipe.model.architecture, num_classes=len(class_names), **arguments)
@@ -94,8 +94,11 @@ def build_network(
 
 
 def _try_start(recipe: Recipe, start: str, num_classes: int) -> None:
-    """Check without weights that a trial may start from a record or timm model, as :func:`_started` does with them."""
+    """Check without weights that a trial may start from them, as :func:`_started` does with them."""
     architecture, arguments = recipe.model.architecture, dict(recipe.model.arguments)
+    if is_place(start):
+        check_place("model.start", start)
+        return
     try:
         begun = registry.resolve_checkpoint(start).architecture
     except UnresolvedLabelSpaceError:  # of timm, which may have other classes

@@ -17,7 +17,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from wn21k_zoo.errors import NonFiniteError, RecipeError
 from wn21k_zoo.training.heads import heads_of
 from wn21k_zoo.training.levels import Levels
-from wn21k_zoo.training.losses import MultiLabelLoss, SemanticDistillationLoss, SemanticSoftmaxLoss, SingleLabelLoss
+from wn21k_zoo.training.losses import (
+    MultiLabelLoss,
+    SemanticDistillationLoss,
+    SemanticSoftmaxLoss,
+    SingleLabelLoss,
+    softmax_distance,
+)
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.tree import SemanticTree
 
@@ -72,11 +78,17 @@ class Criterion(nn.Module):
             loss = self._of(logits, targets)
             if share < 1:
                 loss = share * loss + (1 - share) * self._of(logits, targets.flip(0))
-            if self.distillation is not None and teacher is not None:
-                loss = loss + self.weight / len(targets) * self.distillation(logits, teacher)
+            if teacher is not None:
+                loss = loss + self.weight / len(targets) * self._distance(logits, teacher)
         except NonFiniteError:
             return logits.float().sum() * math.nan
         return loss
+
+    def _distance(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        if self.distillation is None:
+            return softmax_distance(logits.float(), teacher.detach().float()).sum()
+        distance: Tensor = self.distillation(logits, teacher)
+        return distance
 
     def _of(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.adjustment is not None:

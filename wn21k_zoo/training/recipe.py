@@ -206,7 +206,7 @@ class Loss(Section):
             accuracy of all classes, 0 at that of all images.
         teacher: Network to distil: a record, a folder (such as an exported run), a Hub repository, or a checkpoint of a
             run (``RUN/checkpoints/best.pt``, which must stay unchanged); if it has other classes or another kind of
-            head, it is read through the tree.
+            head, it is read through the tree. For classes that are not synsets, it must be a softmax over the same.
         teacher_head: How to read the outputs of a teacher's folder or repository that does not say so.
         distillation_weight: Weight of the distillation loss, summed over classes and levels and averaged over images.
     """

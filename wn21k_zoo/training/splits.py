@@ -85,11 +85,10 @@ def open_splits(recipe: Recipe, data: str | os.PathLike[str]) -> Splits:
         train = open_dataset(data, label_space=wanted)
         validation = open_dataset(data, "validation", label_space=wanted)
         space = train.label_space
-    if space is None and (recipe.loss.kind != "single_label" or recipe.loss.teacher is not None):
-        what = f"loss.kind {recipe.loss.kind}" if recipe.loss.kind != "single_label" else "A teacher"
+    if space is None and recipe.loss.kind != "single_label":
         raise RecipeError(
-            f"{what} needs classes that are synsets, and {data} has {train.class_names[0]!r}; name its folders by "
-            "wnids, or set loss.kind to single_label without a teacher."
+            f"loss.kind {recipe.loss.kind} needs classes that are synsets, and {data} has {train.class_names[0]!r}; "
+            "name its folders by wnids, or set loss.kind to single_label."
         )
     return Splits(train, validation, space, SemanticTree.from_label_space(space) if space else None)
 

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from wn21k_zoo import convert
-from wn21k_zoo.checkpoints import Head
+from wn21k_zoo.checkpoints import Checkpoint, Head
 from wn21k_zoo.errors import InvalidArgumentError, RecipeError, UnresolvedLabelSpaceError
 from wn21k_zoo.hierarchy import Decoder, Hierarchy
-from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.models import load_model
-from wn21k_zoo.training.export import load_checkpoint
+from wn21k_zoo.labels import ClassNames, LabelSpace
+from wn21k_zoo.models import Classes, load_model
+from wn21k_zoo.training.export import checkpoint_file, load_checkpoint
+from wn21k_zoo.training.folder import composed
 from wn21k_zoo.training.heads import reorder_head
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.network import Normalized
-from wn21k_zoo.training.recipe import RANDOM, Recipe, sized
-from wn21k_zoo.training.weights import is_place, not_of_synsets, refuse_run, teacher_record
+from wn21k_zoo.training.recipe import RANDOM, Model, Recipe, sized
+from wn21k_zoo.training.weights import check_place, is_place, not_of_synsets, refuse_run, teacher_record
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["Translated", "build_teacher", "digest_of"]
@@ -108,55 +109,73 @@ class Translated(nn.Module):
         return probability.index_select(1, self._shared.clamp_min(0)).where(self._shared >= 0, 0)
 
 
-def build_teacher(recipe: Recipe, space: LabelSpace, levels: Levels) -> tuple[nn.Module, str, str]:
+def build_teacher(
+    recipe: Recipe, classes: Classes, levels: Levels | None, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, str, str]:
     """Build the frozen teacher, with its own normalisation; also return a line about it, and a digest.
 
-    The teacher takes pixels in [0, 1] and gives logits of the student's classes in level order. The line is empty if it
-    has the same classes with the same kind of head. The digest covers everything that determines its outputs.
+    The teacher takes pixels in [0, 1] and gives logits of the student's classes: in level order, or in that of their
+    names if they are not synsets; the teacher must then be a softmax over the same names. The line is empty if it has
+    the same classes with the same kind of head. The digest covers everything that determines its outputs.
 
     Raises:
         RecipeError: It says nothing about the student's classes, or is the folder of a run, or ``loss.teacher_head`` is
             missing or must be left out.
         ModelError, UnknownModelError, RunError: It cannot be obtained.
     """
-    name, head, device = cast(str, recipe.loss.teacher), recipe.loss.head, levels.columns.device
-    theirs, their_head = space, head
+    name, head = cast(str, recipe.loss.teacher), recipe.loss.head
+    theirs, their_head = classes, head
     if name.startswith(RANDOM):
-        module, (mean, std) = _random_teacher(recipe, name.removeprefix(RANDOM), len(space))
-    elif name.endswith(".pt"):
+        module, mean, std = _random_teacher(recipe, name.removeprefix(RANDOM), classes)
+    else:
+        module, theirs, their_head, mean, std = _trained_teacher(recipe, name)
+    about = ""
+    facts = theirs.digest if isinstance(theirs, LabelSpace) else theirs.names
+    digest = digest_of(module, [*map(float, mean)], [*map(float, std)], their_head, facts)
+    teacher: nn.Module = Normalized(module, mean, std)
+    if levels is None or not isinstance(classes, LabelSpace):
+        names = [*map(composed, theirs)]
+        if their_head != "softmax" or sorted(names) != sorted(classes):
+            raise _of_other_names(name)
+        if names != [*classes]:
+            reorder_head(module, torch.tensor([names.index(each) for each in classes]))
+    elif not isinstance(theirs, LabelSpace):
+        raise not_of_synsets(name)
+    elif theirs.wnids == classes.wnids and their_head == head:
+        reorder_head(module, levels.columns)
+    else:
+        teacher = translated = Translated(teacher, theirs, their_head, levels.tree, head, device)
+        about = (
+            f"the teacher {name} is a {their_head} over {theirs.name}; it knows {translated.known:,} of the "
+            f"{len(classes):,} classes"
+        )
+    return teacher.to(device).eval().requires_grad_(False), about, digest
+
+
+def _of_other_names(teacher: str) -> RecipeError:
+    return RecipeError(
+        f"loss.teacher {teacher} is not a softmax over the classes of the data, as a teacher of classes that are not "
+        "synsets must be; name another one, or name the folders by wnids."
+    )
+
+
+def _trained_teacher(recipe: Recipe, name: str) -> tuple[nn.Module, Classes, Head, Any, Any]:
+    """A teacher with its classes, kind of head, mean and standard deviation."""
+    if name.endswith(".pt"):
         if recipe.loss.teacher_head is not None:
             raise RecipeError(f"The run of {name} states its head; leave out loss.teacher_head.")
         trained = load_checkpoint(name)
-        if trained.space is None:
-            raise not_of_synsets(name)
-        module, theirs, their_head = trained.module, trained.space, trained.recipe.loss.head
-        mean, std = trained.recipe.model.mean, trained.recipe.model.std
-    else:
-        refuse_run("loss.teacher", name)
-        try:
-            loaded = load_model(name, head=recipe.loss.teacher_head)
-        except UnresolvedLabelSpaceError:
-            raise not_of_synsets(name) from None
-        except InvalidArgumentError as error:
-            raise RecipeError(f"loss.teacher_head: {error}") from None
-        if not isinstance(loaded.label_space, LabelSpace):
-            raise not_of_synsets(name)
-        module, theirs, their_head = loaded.module, loaded.label_space, loaded.head
-        config = cast(Mapping[str, Any], loaded.data_config)  # always known for a model given by name
-        mean, std = config["mean"], config["std"]
-    about = ""
-    digest = digest_of(module, [*map(float, mean)], [*map(float, std)], their_head, theirs.digest)
-    teacher: nn.Module
-    if theirs.wnids == space.wnids and their_head == head:
-        reorder_head(module, levels.columns)
-        teacher = Normalized(module, mean, std)
-    else:
-        teacher = Translated(Normalized(module, mean, std), theirs, their_head, levels.tree, head, device)
-        about = (
-            f"the teacher {name} is a {their_head} over {theirs.name}; it knows {teacher.known:,} of the "
-            f"{len(space):,} classes"
-        )
-    return teacher.to(device).eval().requires_grad_(False), about, digest
+        classes, own = trained.space or ClassNames(trained.class_names), trained.recipe
+        return trained.module, classes, own.loss.head, own.model.mean, own.model.std
+    refuse_run("loss.teacher", name)
+    try:
+        loaded = load_model(name, head=recipe.loss.teacher_head)
+    except UnresolvedLabelSpaceError:
+        raise not_of_synsets(name) from None
+    except InvalidArgumentError as error:
+        raise RecipeError(f"loss.teacher_head: {error}") from None
+    config = cast(Mapping[str, Any], loaded.data_config)  # always known for a model given by name
+    return loaded.module, loaded.label_space, loaded.head, config["mean"], config["std"]
 
 
 def digest_of(module: nn.Module, *facts: Any) -> str:
@@ -168,15 +187,17 @@ def digest_of(module: nn.Module, *facts: Any) -> str:
     return digest.hexdigest()
 
 
-def _random_teacher(recipe: Recipe, name: str, num_classes: int) -> tuple[nn.Module, tuple[Any, Any]]:
-    """A record's network with random weights; the student's if the name is that of a file, folder or repository."""
-    architecture: str
-    normalisation: tuple[Any, Any]
+def _random_teacher(recipe: Recipe, name: str, classes: Classes) -> tuple[nn.Module, Any, Any]:
+    """A record's network with random weights, mean and deviation; for a file, folder or repository the student's."""
     torch.manual_seed(recipe.run.seed + 1)  # the same on resume, and different from the student
-    if is_place(name):
-        architecture, normalisation = recipe.model.architecture, (recipe.model.mean, recipe.model.std)
+    like: Model | Checkpoint = recipe.model
+    if name.endswith(".pt"):
+        checkpoint_file(name)
+    elif is_place(name):
+        check_place("loss.teacher", name)
     else:
-        record = teacher_record(name)
-        architecture, normalisation = record.architecture, (record.mean, record.std)
-    arguments = sized(architecture, {}, recipe.data.size) or {}
-    return convert.build(architecture, num_classes=num_classes, **arguments), normalisation
+        like = teacher_record(name)
+        if not isinstance(classes, LabelSpace):
+            raise _of_other_names(name)
+    arguments = sized(like.architecture, {}, recipe.data.size) or {}
+    return convert.build(like.architecture, num_classes=len(classes), **arguments), like.mean, like.std

@@ -14,7 +14,7 @@ from wn21k_zoo.models import outputs_of
 from wn21k_zoo.training.folder import composed
 from wn21k_zoo.training.recipe import RANDOM, Recipe, is_reserved
 
-__all__ = ["classes_of", "is_place", "not_of_synsets", "refuse_run", "resolved", "teacher_record"]
+__all__ = ["check_place", "classes_of", "is_place", "not_of_synsets", "refuse_run", "resolved", "teacher_record"]
 
 
 def is_place(name: str) -> bool:
@@ -54,6 +54,20 @@ def refuse_run(field: str, name: str) -> None:
     """
     if (hint := building.about_run(expanded(name, RecipeError))) is not None:
         raise RecipeError(f"{field} {name} {hint}")
+
+
+def check_place(field: str, name: str) -> None:
+    """Check that there is a folder with a configuration by the name of weights; the Hub is not asked.
+
+    Raises:
+        RecipeError: It is the folder of a run.
+        ModelError, UnknownModelError: There is no such folder, or its configuration is damaged.
+    """
+    if name.startswith(building.HUB_PREFIX):
+        return
+    refuse_run(field, name)
+    if (folder := building.configured_folder(name)) is not None:
+        building.read_config(folder)
 
 
 def classes_of(start: str) -> tuple[str, ...] | None:
