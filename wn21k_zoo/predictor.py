@@ -220,6 +220,7 @@ class Predictor:
         waiting: deque[tuple[str | None, Future[torch.Tensor]]] = deque()
         remaining = iter(images)
         workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "wn21k-decode")
+        waits = True
         try:
             while True:
                 for image in itertools.islice(remaining, self.batch_size + ahead - len(waiting)):
@@ -228,8 +229,11 @@ class Predictor:
                     return
                 batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
                 yield from self._predict_batch(batch)
+        except KeyboardInterrupt:
+            waits = False  # the image that is being read may be a pipe
+            raise
         finally:
-            workers.shutdown(cancel_futures=True)  # after an early stop, do not wait for what is still queued
+            workers.shutdown(waits, cancel_futures=True)  # after an early stop, do not wait for what is still queued
 
     def __repr__(self) -> str:
         return (

@@ -24,6 +24,7 @@ from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.cli import main
 from wn21k_zoo.cli.app import _is_closed_pipe, app
 from wn21k_zoo.cli.output import CSV_COLUMNS
+from wn21k_zoo.cli.predict import _expand
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.prediction import json_schema
 
@@ -408,6 +409,41 @@ def test_interrupt_is_130_without_a_traceback():
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in shown
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
+def test_interrupt_does_not_wait_for_an_image_in_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    process = start_interruptible([sys.executable, "-m", "wn21k_zoo", "predict", str(tmp_path / "pipe.png"), *MODEL])
+    try:
+        with (tmp_path / "pipe.png").open("wb") as pipe:  # waits until the image is being read
+            process.send_signal(signal.SIGINT)
+            _, shown = process.communicate(timeout=30)
+            pipe.close()
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert shown == "wn21k: interrupted\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes as on POSIX")
+def test_pipes_in_a_folder_are_passed_over(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "image.png").touch()
+    (tmp_path / "dead.png").symlink_to(tmp_path / "gone.png")
+    assert sorted(_expand([str(tmp_path)])) == [str(tmp_path / "dead.png"), str(tmp_path / "image.png")]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_an_image_on_stdin_is_no_list_of_paths(suffix):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(file, "JPEG" if suffix == "jpg" else suffix)
+    done = CliRunner().invoke(app, ["predict", "-", *MODEL], input=file.getvalue())
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "wn21k: stdin holds binary data, not one path per line; to predict an image in it, name it /dev/stdin.\n"
+    )
 
 
 @pytest.mark.slow

@@ -25,12 +25,15 @@ from wn21k_zoo.cli.output import (
     warnings_as_messages,
 )
 from wn21k_zoo.errors import ImageNotFoundError, InvalidArgumentError, Wn21kError
-from wn21k_zoo.messages import bar_column, bars, on_terminal, say
+from wn21k_zoo.messages import bar_column, bars, forget_unheard, on_terminal, say
 
 if TYPE_CHECKING:
     from wn21k_zoo.predictor import Predictor
 
 __all__ = ["predict"]
+
+_PNG = "\udc89PNG"  # how one begins, as text
+_LOOK = 8  # lines of stdin in which binary data is told from paths
 
 
 def _complete_model(incomplete: str) -> list[str]:
@@ -116,9 +119,14 @@ def predict(
             name = f"The tree {predictor.tree.name}" if predictor.tree is not None else predictor.name
             raise InvalidArgumentError(f"{name} has no level {level}; its levels are {known}.")
         total = None if from_stdin else len(list(sources))
-        raise typer.Exit(
-            _write(_results(predictor, sources, read_ahead=not from_stdin), chosen, level, total, quiet=quiet)
-        )
+        predictions = _results(predictor, sources, read_ahead=not from_stdin)
+        try:
+            code = _write(predictions, chosen, level, total, quiet=quiet)
+        except KeyboardInterrupt:
+            say("interrupted")
+            forget_unheard()
+            os._exit(130)  # Python itself would wait for the image that is being read, which may be a pipe
+        raise typer.Exit(code)
 
 
 def _results(predictor: Predictor, sources: Iterable[str], *, read_ahead: bool) -> Iterator[tuple[str, Any]]:
@@ -176,6 +184,10 @@ def _progress(total: int | None, hidden: bool) -> Iterator[Callable[[], None]]:
 
 def _lines_of_stdin() -> Iterator[str]:
     for number, line in enumerate(sys.stdin):
+        if number < _LOOK and ("\0" in line or line.startswith(_PNG)):
+            raise InvalidArgumentError(
+                "stdin holds binary data, not one path per line; to predict an image in it, name it /dev/stdin."
+            )
         path = line.removeprefix("\ufeff" if not number else "").rstrip("\r\n")  # PowerShell writes that mark first
         if path.strip():
             yield path
@@ -214,8 +226,11 @@ def _images_below(root: str) -> Iterator[str]:
     for folder, below, names in os.walk(root, followlinks=True):
         below[:] = [name for name in below if not is_hidden(name) and is_new(os.path.join(folder, name))]  # noqa: PTH118
         for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name):
-                yield os.path.join(folder, name)  # noqa: PTH118 - keeps the path as the user wrote it
+            if not name.lower().endswith(IMAGE_SUFFIXES) or is_hidden(name):
+                continue
+            path = os.path.join(folder, name)  # noqa: PTH118 - keeps the path as the user wrote it
+            if os.path.isfile(path) or not os.path.exists(path):  # noqa: PTH110, PTH113 - dead links, but no pipes
+                yield path
 
 
 def _is_url(path: str) -> bool:
