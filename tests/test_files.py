@@ -16,11 +16,11 @@ import pytest
 from conftest import EMBEDDED
 
 from wn21k_zoo import files, registry
-from wn21k_zoo.building import read_config
+from wn21k_zoo.building import configured_folder, create_model, read_config
 from wn21k_zoo.cache import cache_dir
 from wn21k_zoo.download import fetch
-from wn21k_zoo.errors import CacheError, DataError, DataOutputError
-from wn21k_zoo.files import atomic_file, check_writable, is_hidden, local_path, parse_json, text_of
+from wn21k_zoo.errors import CacheError, DataError, DataOutputError, InvalidArgumentError
+from wn21k_zoo.files import atomic_file, check_writable, expanded, is_hidden, local_path, parse_json, text_of
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.messages import bars, on_terminal, say
 from wn21k_zoo.training.storage import data_cache_dir
@@ -91,6 +91,13 @@ def test_a_file_in_shared_memory_is_whole_or_not_there():
             raise ZeroDivisionError
         assert path.read_bytes() == b"former"
         assert [entry.name for entry in Path(folder).iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("take", [lambda place: expanded(place, DataError), configured_folder, create_model])
+@pytest.mark.parametrize("place", [None, 7, ["a"]])
+def test_what_is_no_path_is_one_line(take, place):
+    with pytest.raises((DataError, InvalidArgumentError), match=r"give a str or a pathlib\.Path"):
+        take(place)
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])

@@ -338,7 +338,7 @@ def test_bad_folders(folder, tmp_path):
             models.load_model(tmp_path, label_space="own")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ModelError, match="cannot be built"):
+    with pytest.raises(ModelError, match="are damaged or incomplete"):
         models.load_model(tmp_path)
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="cannot be built"):

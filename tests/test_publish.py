@@ -207,6 +207,7 @@ def test_refusals_leave_nothing(tmp_path):
         (EMBEDDED, "new", {"record": MOBILENET}, InvalidArgumentError, "weight files"),
         ("nonsense_model", "new", {}, UnknownModelError, "nonsense_model"),
         ("none.pth", "new", {}, UnknownModelError, "no file"),
+        ("none.pth", "new", {"record": MOBILENET}, UnknownModelError, "no file"),
         (tmp_path / "bad.pth", "new", {}, ConversionError, "state dict"),
         (tmp_path / "three.pth", "new", {}, InvalidArgumentError, "none; choose one"),
         (tmp_path / "three.pth", "new", {"record": "resnet50.miil_in21k"}, InvalidArgumentError, "is not"),

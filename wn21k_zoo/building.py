@@ -96,9 +96,9 @@ def create_model(
         pretrained = False
         if not Path(own).is_file():
             raise WeightsNotFoundError(f"checkpoint_path: there is no file {own}.")
+    folder = configured_folder(name, cache_dir)
     text = os.fspath(name)
     source = hub_source(text) if text.startswith(HUB_PREFIX) else None
-    folder = configured_folder(name, cache_dir)
     if folder is None:
         checkpoint = registry.resolve_checkpoint(text)
         return build_checkpoint(checkpoint, pretrained, cache_dir=cache_dir, overlay=overlay, **kwargs)
@@ -192,9 +192,12 @@ def configured_folder(name: str | os.PathLike[str], cache_dir: str | os.PathLike
     """Return the folder with the configuration of a folder or (fetched) Hub repository; None for any other name.
 
     Raises:
+        InvalidArgumentError: It is neither a str nor a path.
         UnknownModelError: It is empty, or looks like a folder, but there is none, or a file.
         ModelError: The repository or its configuration cannot be fetched.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise InvalidArgumentError(f"{name!r:.60} is not a model's name; give a str or a pathlib.Path.")
     text = os.fspath(name)
     if text.startswith(HUB_PREFIX):
         return download.fetch_file(hub_source(text), (CONFIG_FILE,), cache_dir=cache_dir).path.parent
@@ -308,13 +311,19 @@ def _weights(path: Path, record: Checkpoint | None = None) -> dict[str, Any]:
 
 
 def _build(name: str, architecture: str, pretrained: bool, config: Mapping[str, Any], /, **kwargs: Any) -> nn.Module:
+    from safetensors import SafetensorError
+
     try:
         module = convert.build(architecture, pretrained=pretrained, pretrained_cfg=dict(config), **kwargs)
     except Wn21kError:
         raise
     except TypeError as error:
         raise InvalidArgumentError(f"{name} cannot be built with these arguments: {first_line(error)}") from error
-    except Exception as error:  # torch, safetensors and timm raise many kinds of errors for a file that does not fit
+    except SafetensorError as error:
+        raise ModelError(
+            f"The weights of {name} are damaged or incomplete ({first_line(error)}); copy them again."
+        ) from error
+    except Exception as error:  # torch and timm raise many kinds of errors for a file that does not fit
         what = "The weights do not fit, or it" if pretrained or kwargs.get("checkpoint_path") else "It"
         raise ModelError(
             f"{name} cannot be built. {what} does not support what was asked for: {first_line(error)}"

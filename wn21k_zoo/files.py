@@ -57,6 +57,8 @@ def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
     Raises:
         Wn21kError: Of class ``kind``: there is no such user, or no file can have this name.
     """
+    if not isinstance(place, (str, os.PathLike)):
+        raise kind(f"{place!r:.60} is not a path; give a str or a pathlib.Path.")
     try:
         path = Path(place).expanduser()
         os.lstat(path)

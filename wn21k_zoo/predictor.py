@@ -366,7 +366,8 @@ def predict(
 ) -> Any:
     """Predict labels at every level of the hierarchy for one image or several.
 
-    The last named model stays loaded for the next call; use a :class:`Predictor` to control this yourself.
+    The last model of a record's or timm's name stays loaded for the next call; use a :class:`Predictor` for a folder,
+    or to control this yourself.
 
     Args:
         images: One image or an iterable of them, as :func:`wn21k_zoo.images.load_image` takes them.

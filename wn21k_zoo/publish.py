@@ -168,10 +168,10 @@ def _load(model: str, record: str | None) -> tuple[Checkpoint, nn.Module]:
         except RuntimeError as error:
             raise ConversionError(f"{path} does not fit {checkpoint.name}: {first_line(error)}") from error
         return checkpoint, module
-    if record is not None:
-        raise InvalidArgumentError(f"record (--record) is for weight files, and {model} is not one.")
     if path.suffix in (".pth", ".pt", ".bin", ".safetensors") and not path.exists():
         raise UnknownModelError(f"There is no file {path}.")
+    if record is not None:
+        raise InvalidArgumentError(f"record (--record) is for weight files, and {model} is not one.")
     try:
         checkpoint = registry.resolve_checkpoint(model)
     except UnknownModelError as error:

@@ -66,7 +66,8 @@ def save_model(
 
     ``wn21k_zoo.predict(image, model=FOLDER)`` reads its outputs as they were trained, and ``wn21k publish`` uploads it.
     The folder appears only once it is complete and the network, built anew, gave the same outputs. (For an OFA network
-    timm needs ``import wn21k_zoo.timm_models``; transformers cannot load it.)
+    timm needs ``import wn21k_zoo.timm_models``; transformers cannot load it.) Mean, deviation, interpolation and crop
+    of its images are those of ``model.pretrained_cfg``: change these first if it was trained with others.
 
     Args:
         model: The network, in timm's class, with the head that it was trained with.

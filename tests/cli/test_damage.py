@@ -61,6 +61,12 @@ def place(whole, tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_half_a_copied_weight_file_is_called_that(place):
+    path = place / "exported" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "are damaged or incomplete" in check("predict sample:cat -m ./exported").stderr
+
+
 def check(command):
     done = CliRunner().invoke(app, command.split())
     assert done.exit_code in (0, 1, 2, 3), command
