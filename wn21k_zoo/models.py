@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "Classes",
     "FallbackModelWarning",
     "LabelSpaceLike",
     "LoadedModel",
