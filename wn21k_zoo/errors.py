@@ -109,7 +109,8 @@ class Wn21kError(Exception):
     """Base class: ``except Wn21kError`` catches everything that this package raises on purpose.
 
     Attributes:
-        exit_code: Exit code of a command that ends with it: 2 if the user's input is wrong, else 1.
+        exit_code: Exit code of a command that ends with it: 2 for arguments and recipes with values that are not
+            allowed, else 1, also for names and files that do not exist.
     """
 
     exit_code = 1

@@ -20,6 +20,7 @@ from wn21k_zoo.transfer import (
     Expected,
     Patience,
     auth_of_address,
+    check_certificate,
     require_success,
 )
 
@@ -118,6 +119,7 @@ def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
         except DownloadError:
             raise
         except Exception as error:  # the transport's errors are not part of huggingface_hub's interface
+            check_certificate(error, source)
             patience.spent += time.monotonic() - begin
             if attempt >= 2:
                 raise DownloadError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
 import os
 import warnings
 from pathlib import Path
@@ -269,8 +270,8 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
         raise ImageDecodeError(f"{shown} is truncated or damaged ({first_line(error)}).") from error
     if pixels > MAX_PIXELS:
         raise ImageTooLargeError(
-            f"{shown} has {pixels / 1e6:.0f} megapixels; at most {MAX_PIXELS // 10**6} are decoded, make it smaller "
-            "first."
+            f"{shown} has {math.ceil(pixels / 1e6)} megapixels; at most {MAX_PIXELS // 10**6} are decoded, make it "
+            "smaller first."
         )
     if animated and image.format != "MPO":  # MPO: a camera's JPEG with previews
         warnings.warn(f"{shown} is animated; its first frame is used.", AnimatedImageWarning, stacklevel=3)

@@ -120,6 +120,7 @@ def load_model(
         UnknownModelError: No model has that name.
         UnresolvedLabelSpaceError: The classes of its outputs are not known.
         LabelSpaceError: The number of classes is not the model's number of outputs.
+        UnknownLabelSpaceError, UnknownSynsetError: There are no such classes.
         ModelError: It cannot be built or its weights do not fit; more specific are :class:`WeightsNotFoundError`,
             :class:`ChecksumError` and :class:`DownloadError`.
         MissingExtraError: Its weights are in an extra that is not installed.

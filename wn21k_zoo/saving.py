@@ -87,7 +87,7 @@ def save_model(
 
     Raises:
         InvalidArgumentError: It is not a timm network, the folder is not empty, or another argument is not allowed.
-        LabelSpaceError, UnresolvedLabelSpaceError, UnknownSynsetError: The classes are not those of the outputs.
+        LabelSpaceError, UnknownLabelSpaceError, UnknownSynsetError: The classes are not those of the outputs.
         ModelError: timm would build another network.
         PublishError: The folder cannot be written.
     """

@@ -42,6 +42,7 @@ __all__ = [
     "Patience",
     "RefusedError",
     "auth_of_address",
+    "check_certificate",
     "difference",
     "head",
     "new_session",
@@ -367,15 +368,26 @@ def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
     except requests.TooManyRedirects as error:
         raise DownloadError(f"{url} redirects more than {MAX_REDIRECTS} times.") from error
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        if fault := _certificate_fault(error):
-            why = f"its certificate cannot be verified ({fault})"
-            raise DownloadError(f"{url}: {why}; check the clock and REQUESTS_CA_BUNDLE.") from error
+        check_certificate(error, url)
         if "timed out" in str(error).lower():
             patience.spent += min(time.monotonic() - begin, STALL_SECONDS)
             raise BrokenOffError(f"{url} stalls: no answer or no data for {STALL_SECONDS:.0f} s.") from error
         if isinstance(error, requests.ConnectionError):
             raise BrokenOffError(f"{url} cannot be reached; check the network.", no_connection=True) from error
         raise BrokenOffError(f"{url} breaks off ({type(error).__name__}).") from error
+
+
+def check_certificate(error: BaseException, url: object) -> None:
+    """Say so if an error comes from a certificate; the Hub's own library reads the second variable.
+
+    Raises:
+        DownloadError: It does.
+    """
+    if fault := _certificate_fault(error):
+        raise DownloadError(
+            f"{url}: its certificate cannot be verified ({fault}); check the clock, and set REQUESTS_CA_BUNDLE and "
+            "SSL_CERT_FILE to the file of your certificate authority."
+        ) from error
 
 
 def _certificate_fault(error: BaseException) -> ssl.SSLCertVerificationError | None:

@@ -197,6 +197,7 @@ class SemanticTree:
 
         Raises:
             TreeError: The file cannot be read, is not in that format, or contradicts itself.
+            LabelSpaceError, UnknownSynsetError: Its classes are not different noun synsets.
         """
         import torch
 

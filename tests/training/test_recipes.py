@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.cli.app import app
-from wn21k_zoo.errors import InvalidArgumentError, ModelError, RecipeError, UnknownModelError, Wn21kError
+from wn21k_zoo.errors import InvalidArgumentError, ModelError, RecipeError, UnknownModelError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.publish import export_folder
 from wn21k_zoo.training import presets
@@ -555,12 +555,13 @@ def test_a_trial_finds_names_that_nothing_has(images, tmp_path, field):
         ("loss.teacher", "nowhere.pt", "There is no checkpoint"),
     ],
 )
-def test_a_trial_finds_places_where_nothing_is(images, tmp_path, field, name, message):
+def test_a_trial_warns_of_places_where_nothing_is(images, tmp_path, caplog, field, name, message):
     (tmp_path / "file.pth").touch()
     (tmp_path / "empty").mkdir()
-    recipe = override(presets.in21k("mobilenetv3_large_100"), [f"{field}={tmp_path}/{name}"]).debug()
-    with pytest.raises(Wn21kError, match=message):
-        train(recipe, images / "shards", tmp_path / "run", World(0, 1, torch.device("cpu")), workers=0)
+    changes = ["model.architecture=test_efficientnet", "model.start=null", f"{field}={tmp_path}/{name}"]
+    recipe = override(presets.in21k("mobilenetv3_large_100"), changes).debug()
+    train(recipe, images / "shards", tmp_path / "run", World(0, 1, torch.device("cpu")), workers=0)
+    assert re.search(rf"the run itself will not start yet, because of {field}: .*{message}", caplog.text)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def _show_version(value: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Open no connection, like HF_HUB_OFFLINE=1.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Open no connection for weights or images.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,

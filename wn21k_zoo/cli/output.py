@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CSV_COLUMNS",
+    "TREES",
     "DeviceOption",
     "Format",
     "FormatOption",
@@ -75,6 +76,7 @@ LabelSpaceOption = Annotated[
         help="Classes of a folder's model that does not state them: a name, a file of wnids, or own (names alone).",
     ),
 ]
+TREES = "fall11, winter21, another label space, a text file of wnids, or the authors' tree.pth."
 HeadOption = Annotated[
     Head | None, typer.Option("--head", help="How to read the outputs of a folder's model that does not state it.")
 ]

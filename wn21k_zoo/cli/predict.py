@@ -15,6 +15,7 @@ import typer
 
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.cli.output import (
+    TREES,
     DeviceOption,
     Format,
     FormatOption,
@@ -66,7 +67,7 @@ def predict(
     ] = 0.5,
     tree: Annotated[
         str | None,
-        typer.Option("--tree", help="fall11, winter21, or a file of wnids; not for a semantic softmax."),
+        typer.Option("--tree", help=f"{TREES} Not for a semantic softmax."),
     ] = None,
     label_space: LabelSpaceOption = None,
     head: HeadOption = None,

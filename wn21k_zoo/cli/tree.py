@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from wn21k_zoo.cli.output import FormatOption, at_home, console, print_json, print_table, to_write
+from wn21k_zoo.cli.output import TREES, FormatOption, at_home, console, print_json, print_table, to_write
 from wn21k_zoo.errors import InvalidArgumentError, TreeError, UnknownSynsetError, Wn21kError
 from wn21k_zoo.messages import say
 from wn21k_zoo.tree import Node, SemanticTree
@@ -19,12 +19,7 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Show the semantic tree, compare one with ours, rebuild its data.")
 
-TreeOption = Annotated[
-    str,
-    typer.Option(
-        "--tree", help="fall11, winter21, another label space, a text file of wnids, or the authors' tree.pth."
-    ),
-]
+TreeOption = Annotated[str, typer.Option("--tree", help=TREES)]
 COLUMNS = ("index", "wnid", "name", "depth", "definition")
 
 

@@ -160,6 +160,7 @@ def _diagnosis() -> list[tuple[str, str]]:
     from huggingface_hub import constants
 
     from wn21k_zoo import cache, hub, running
+    from wn21k_zoo.training.storage import data_cache_dir
 
     found = [("python", f"{platform.python_version()} on {platform.platform()}"), ("executable", sys.executable)]
     found += [(package, _version(package)) for package in PACKAGES]
@@ -170,6 +171,7 @@ def _diagnosis() -> list[tuple[str, str]]:
     found.append(("cache", str(cache.cache_dir())))
     found.append(("WN21K_MIRROR", without_login(os.environ.get("WN21K_MIRROR") or "not set")))
     found.append(("hub cache", constants.HF_HUB_CACHE))
+    found.append(("data cache", str(data_cache_dir())))
     found.append(("hub", f"{without_login(constants.ENDPOINT)}{', offline mode is set' if hub.is_offline() else ''}"))
     found.append(("WN21K_MODEL", os.environ.get("WN21K_MODEL") or "not set"))
     found += [(checkpoint.name, _availability(checkpoint)) for checkpoint in CHECKPOINTS]

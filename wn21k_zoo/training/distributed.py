@@ -142,7 +142,7 @@ def join(device: str | torch.device = "auto", deterministic: bool = False) -> It
     the program has already created a process group, that group and the current GPU are used.
 
     Args:
-        device: auto, cpu, cuda or mps.
+        device: auto, cpu, cuda, cuda:N or mps.
         deterministic: Whether sums over ranks must be the same each time.
 
     Raises:

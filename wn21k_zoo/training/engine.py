@@ -80,6 +80,8 @@ def train(
 
     Raises:
         RecipeError, DataError, RunError, ModelError, InvalidArgumentError: Something is invalid; nothing has started.
+        UnknownNameError, UnresolvedLabelSpaceError: There is no such start, teacher or label space, or its classes are
+            not known.
         RunError, DataError, BadImagesError: During the run: memory is not enough, a process that loads images is gone,
             or too many images are damaged; progress so far is kept.
         TrainingError: Processes were not started the same way, or the connection between them failed.

@@ -76,7 +76,7 @@ def evaluate(
             except in a network of the caller's.
         batch_size: Images per batch.
         workers: Number of processes that load images; default: the cores of this machine, at most 16.
-        device: auto (a network stays where it is), cpu, cuda or mps (where it stays afterwards).
+        device: auto (a network stays where it is), cpu, cuda, cuda:N or mps (where it stays afterwards).
         precision: fp32, bf16 or fp16; a network in bf16 or fp16 runs in its own precision instead of fp32. Convolutions
             in fp32 use TF32 on GPUs that have it unless ``torch.backends.cudnn.allow_tf32`` is False.
         max_bad: Share of damaged images that is tolerated; 1,000 times this number always are (ten for 0.01).
@@ -94,8 +94,8 @@ def evaluate(
         ones use ``hierarchy``, the tree with all synsets above the classes. Classes that are not synsets have neither.
 
     Raises:
-        ModelError, UnknownModelError, UnresolvedLabelSpaceError, RunError: The model cannot be loaded, or its outputs
-            do not match its classes.
+        ModelError, UnknownModelError, LabelSpaceError, UnknownNameError, RunError: The model cannot be loaded, its
+            outputs do not match its classes, or these are not known.
         DataError: The data cannot be read, or has none of the model's classes.
         DataOutputError: ``predictions`` cannot be written.
         InvalidArgumentError: A number is out of range; the network does not take images of ``image_size``; it is

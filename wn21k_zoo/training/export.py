@@ -18,16 +18,15 @@ from wn21k_zoo import convert, registry, saving
 from wn21k_zoo.building import HUB_PREFIX, pretrained_config
 from wn21k_zoo.checkpoints import Checkpoint, Metric
 from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
-from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import ClassNames
 from wn21k_zoo.training.heads import reorder_head
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.recipe import NAME, RANDOM, Recipe
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
-from wn21k_zoo.training.weights import is_place
+from wn21k_zoo.training.weights import checkpoint_file, is_place
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["TRAINED_ON", "Trained", "checkpoint_file", "export_run", "load_checkpoint", "load_run"]
+__all__ = ["TRAINED_ON", "Trained", "export_run", "load_checkpoint", "load_run"]
 
 _MICRO = "micro-average over all valid (image, level) pairs"
 TRAINED_ON = "trained_on"
@@ -154,18 +153,6 @@ def load_checkpoint(file: str | os.PathLike[str]) -> Trained:
     folder = RunFolder(path.parent.parent)
     folder.recipe()
     return _trained(folder, read_checkpoint(path))
-
-
-def checkpoint_file(file: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a checkpoint.
-
-    Raises:
-        RunError: There is no such file.
-    """
-    path = expanded(file, RunError).absolute()
-    if not path.is_file():
-        raise RunError(f"There is no checkpoint {path}.")
-    return path
 
 
 def _trained(folder: RunFolder, state: dict[str, Any]) -> Trained:

@@ -263,7 +263,7 @@ def open_folder(
         DataError: The folder has no classes or images, no such split, or classes that its training part lacks; with a
             label space also as :meth:`FolderDataset.mapped_to`.
         MissingExtraError: It has HEIF photographs, and the extra ``heif`` is not installed.
-        UnknownLabelSpaceError, LabelSpaceError, UnknownSynsetError: As :meth:`LabelSpace.find`.
+        UnknownLabelSpaceError, LabelSpaceError, UnknownSynsetError, InvalidArgumentError: As :meth:`LabelSpace.find`.
     """
     (dataset,) = open_folders(place, (split,))
     if isinstance(label_space, ClassNames):

@@ -295,7 +295,7 @@ class SingleLabelLoss(nn.Module):
         reduction: ``mean``, ``sum`` or ``none``.
 
     Raises:
-        InvalidArgumentError: As :class:`SemanticSoftmaxLoss`.
+        InvalidArgumentError: As :class:`SemanticSoftmaxLoss`, but the tree needs no levels.
         NonFiniteError: As :class:`SemanticSoftmaxLoss`.
     """
 
@@ -341,7 +341,7 @@ class MultiLabelLoss(nn.Module):
         reduction: ``mean``, ``sum`` or ``none``.
 
     Raises:
-        InvalidArgumentError: As :class:`SemanticSoftmaxLoss`.
+        InvalidArgumentError: As :class:`SemanticSoftmaxLoss`, but the tree needs no levels.
         NonFiniteError: As :class:`SemanticSoftmaxLoss`, where the loss is not finite; for a negative class the clip
             bounds it, so an infinite logit counts like a large one.
     """

@@ -392,7 +392,7 @@ class Calibration(Counts):
         right_b = right_b.bool()
         counted_b = torch.ones_like(right_b) if counted_b is None else counted_b
         there = (confidence_b > -_ROUNDING) & (confidence_b < 1 + _ROUNDING)  # not NaN either
-        confidence_b = confidence_b.where(there, 0)
+        confidence_b = confidence_b.where(there, 0).clamp(0, 1)
         at = (confidence_b * self.bins).long().clamp_(0, self.bins - 1).where(there, self.bins)
         millionths = (confidence_b * 1e6).round().long()  # whole, so that sums are exact in any order
         self._add(at, counted_b, counted_b & right_b, millionths * counted_b)

@@ -22,7 +22,7 @@ from wn21k_zoo.training.failures import is_of_the_device
 from wn21k_zoo.training.heads import calm_head, check_head, reorder_head
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.recipe import RANDOM, Recipe
-from wn21k_zoo.training.weights import check_place, classes_of, is_place, refuse_run
+from wn21k_zoo.training.weights import classes_of, is_place, refuse_run, warn_if_missing
 
 __all__ = ["Normalized", "build_network", "checkpoint_gradients", "few_for_statistics", "try_size", "wrong_size"]
 
@@ -97,7 +97,7 @@ def _try_start(recipe: Recipe, start: str, num_classes: int) -> None:
     """Check without weights that a trial may start from them, as :func:`_started` does with them."""
     architecture, arguments = recipe.model.architecture, dict(recipe.model.arguments)
     if is_place(start):
-        check_place("model.start", start)
+        warn_if_missing("model.start", start)
         return
     try:
         begun = registry.resolve_checkpoint(start).architecture

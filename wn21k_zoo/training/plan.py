@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from wn21k_zoo import building, convert
-from wn21k_zoo.errors import ModelError, RecipeError, RunError, UnknownModelError, first_line
+from wn21k_zoo.errors import ModelError, RecipeError, RunError, UnknownModelError, first_line, whole_number
 from wn21k_zoo.training.heads import freeze_backbone
 from wn21k_zoo.training.manifest import PUBLISHED_TOTALS
 from wn21k_zoo.training.network import checkpoint_gradients, few_for_statistics, wrong_size
@@ -90,7 +90,10 @@ def plan(
 
     Raises:
         RecipeError: The number of images is not known, or the batch cannot be divided among the GPUs.
+        InvalidArgumentError: The number of GPUs is not a positive number.
+        UnknownNameError: There is no such start, teacher or label space.
     """
+    gpus = whole_number("gpus", gpus, 1)
     recipe.check()
     recipe = resolved(recipe, otherwise={})  # the recipe of a run has them
     if images_per_second is not None and not 0 < images_per_second < math.inf:

@@ -230,10 +230,10 @@ def finetune(start: str | os.PathLike[str] = "mobilenetv3_large_100.miil_in21k")
     """Fine-tuning of weights on one's own folder of class folders.
 
     Args:
-        start: A record, timm's name, a folder such as an exported run, or ``hf-hub:ORG/NAME``.
+        start: A record, a timm name with a known label space, a folder such as an exported run, or ``hf-hub:ORG/NAME``.
 
     Raises:
-        UnknownModelError: There are no such weights.
+        UnknownModelError, UnresolvedLabelSpaceError: There are no such weights, or timm's have unknown classes.
         ModelError: The folder or repository does not say what they are.
     """
     if isinstance(start, os.PathLike):

@@ -1,8 +1,8 @@
 """Where shards are stored: on a local or network disk, read in place, or anywhere fsspec reaches, with a local stage.
 
 What is not on a disk (``s3://``, ``gs://``, ``hf://``, ``https://``) is copied, a shard at a time, into a folder on
-this machine, once for all processes, and verified if its sha256 is known. The folder is kept below a limit; the least
-recently used files are removed first.
+this machine, once for all processes, and verified if its sha256 is known; Parquet files become tars there. The folder
+is kept below a limit; the least recently used files are removed first.
 """
 
 from __future__ import annotations

@@ -19,13 +19,13 @@ from wn21k_zoo.errors import InvalidArgumentError, RecipeError, UnresolvedLabelS
 from wn21k_zoo.hierarchy import Decoder, Hierarchy
 from wn21k_zoo.labels import ClassNames, LabelSpace
 from wn21k_zoo.models import Classes, load_model
-from wn21k_zoo.training.export import checkpoint_file, load_checkpoint
+from wn21k_zoo.training.export import load_checkpoint
 from wn21k_zoo.training.folder import composed
 from wn21k_zoo.training.heads import reorder_head
 from wn21k_zoo.training.levels import Levels
 from wn21k_zoo.training.network import Normalized
 from wn21k_zoo.training.recipe import RANDOM, Model, Recipe, sized
-from wn21k_zoo.training.weights import check_place, is_place, not_of_synsets, refuse_run, teacher_record
+from wn21k_zoo.training.weights import is_place, not_of_synsets, refuse_run, teacher_record, warn_if_missing
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["Translated", "build_teacher", "digest_of"]
@@ -191,10 +191,8 @@ def _random_teacher(recipe: Recipe, name: str, classes: Classes) -> tuple[nn.Mod
     """A record's network with random weights, mean and deviation; for a file, folder or repository the student's."""
     torch.manual_seed(recipe.run.seed + 1)  # the same on resume, and different from the student
     like: Model | Checkpoint = recipe.model
-    if name.endswith(".pt"):
-        checkpoint_file(name)
-    elif is_place(name):
-        check_place("loss.teacher", name)
+    if is_place(name):
+        warn_if_missing("loss.teacher", name)
     else:
         like = teacher_record(name)
         if not isinstance(classes, LabelSpace):

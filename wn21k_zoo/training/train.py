@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run, seen by all processes")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="such as optimizer.lr=1e-3")
     parser.add_argument("--debug", action="store_true", help="two small steps with random weights, on the CPU")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("-j", "--workers", type=int, help="processes per rank that load images; default: by cores")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(format="wn21k: %(message)s", level=logging.WARNING)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from wn21k_zoo import building, registry
 from wn21k_zoo.checkpoints import Checkpoint
-from wn21k_zoo.errors import ModelError, RecipeError, UnknownModelError, UnresolvedLabelSpaceError
+from wn21k_zoo.errors import ModelError, RecipeError, RunError, UnknownModelError, UnresolvedLabelSpaceError, Wn21kError
 from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import outputs_of
 from wn21k_zoo.training.folder import composed
 from wn21k_zoo.training.recipe import RANDOM, Recipe, is_reserved
 
-__all__ = ["check_place", "classes_of", "is_place", "not_of_synsets", "refuse_run", "resolved", "teacher_record"]
+__all__ = [
+    "checkpoint_file",
+    "classes_of",
+    "is_place",
+    "not_of_synsets",
+    "refuse_run",
+    "resolved",
+    "teacher_record",
+    "warn_if_missing",
+]
+
+_LOG = logging.getLogger(__name__)
 
 
 def is_place(name: str) -> bool:
@@ -56,18 +70,31 @@ def refuse_run(field: str, name: str) -> None:
         raise RecipeError(f"{field} {name} {hint}")
 
 
-def check_place(field: str, name: str) -> None:
-    """Check that there is a folder with a configuration by the name of weights; the Hub is not asked.
+def checkpoint_file(file: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a checkpoint.
 
     Raises:
-        RecipeError: It is the folder of a run.
-        ModelError, UnknownModelError: There is no such folder, or its configuration is damaged.
+        RunError: There is no such file.
     """
+    path = expanded(file, RunError).absolute()
+    if not path.is_file():
+        raise RunError(f"There is no checkpoint {path}.")
+    return path
+
+
+def warn_if_missing(field: str, name: str) -> None:
+    """Warn in a trial, which needs no weights, that the run itself will not find them; the Hub is not asked."""
     if name.startswith(building.HUB_PREFIX):
         return
-    refuse_run(field, name)
-    if (folder := building.configured_folder(name)) is not None:
-        building.read_config(folder)
+    try:
+        if name.endswith(".pt") and field == "loss.teacher":
+            checkpoint_file(name)
+            return
+        refuse_run(field, name)
+        if (folder := building.configured_folder(name)) is not None:
+            building.read_config(folder)
+    except Wn21kError as error:
+        _LOG.warning("the run itself will not start yet, because of %s: %s", field, error)
 
 
 def classes_of(start: str) -> tuple[str, ...] | None:
