@@ -163,19 +163,25 @@ def test_too_little_memory_for_the_network_itself(data, tmp_path, monkeypatch, e
     assert not (tmp_path / "run" / "recipe.json").exists()
 
 
-def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch):
-    step = torch.optim.Adam.step
-    calls = []
+@pytest.mark.parametrize("what", ["weights", "statistics", "averages"])
+def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch, what):
+    recipe, calls = small_recipe("test_efficientnet", run={"ema_decay": 0.9}), []
+    update = Learner.update
 
-    def breaking(self, *arguments, **options):
-        step(self, *arguments, **options)
+    def breaking(self):
+        update(self)
         calls.append(1)
         if len(calls) == 12:
-            self.param_groups[0]["params"][0].data.fill_(math.inf)
+            broken = {
+                "weights": next(self.module.parameters()),
+                "statistics": self._buffers[next(name for name in self._buffers if name.endswith("running_var"))],
+                "averages": next(self._average.module.parameters()),
+            }
+            broken[what].data.fill_(math.inf)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", breaking)
-    with pytest.raises(NonFiniteError, match="The weights after step 12 are not finite, although its loss was"):
-        run(small_recipe(), data, tmp_path)
+    monkeypatch.setattr(Learner, "update", breaking)
+    with pytest.raises(NonFiniteError, match="The weights after step 12, or statistics or averages, are not finite"):
+        run(recipe, data, tmp_path)
     assert final(tmp_path)["step"] == 6
 
 

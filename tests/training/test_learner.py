@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 
 from wn21k_zoo.errors import BadImagesError, RecipeError
@@ -71,10 +72,12 @@ def test_a_batch_without_images_cannot_be_where_ranks_share_statistics(data):
     [({"batch_per_device": 1}, "batch_per_device"), ({"batch_size": 1, "batch_per_device": 4}, "batch_size")],
 )
 def test_one_image_alone_cannot_train_batch_normalisation(data, sizes, field):
-    learner = learner_of(data, data=sizes)
-    learner.begin()
     with pytest.raises(RecipeError, match=rf"One image alone .* raise data\.{field}\."):
-        learner.loss(ONE)
+        learner_of(data, data=sizes)
+    learner = learner_of(data, data={**sizes, "size": 64})  # where every layer has several positions
+    expected = dict(timm.create_model("test_efficientnet").named_buffers())
+    assert learner._buffers
+    assert all(torch.equal(each, expected[name]) for name, each in learner._buffers.items())  # they are as they were
 
 
 def test_one_image_that_is_left_of_more_is_left_out_where_it_must(data):

@@ -7,7 +7,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 
 from wn21k_zoo import LabelSpace, create_model
-from wn21k_zoo.errors import RecipeError
+from wn21k_zoo.errors import RecipeError, UnknownModelError
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.export import export_run, load_run
 from wn21k_zoo.training.heads import freeze_backbone, reorder_head
@@ -54,6 +54,21 @@ def test_weights_of_another_architecture_are_taken_if_none_are_missing(caplog):
         _moved(moved, "plain", "plain", vit, 3, small)
     with pytest.raises(RecipeError, match=r"model\.start deep is a deep, not a vit_tiny_patch16_224"):
         _moved(timm.create_model(vit, num_classes=3, **small | {"depth": 2}), "deep", "deep", vit, 3, small)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "teacher", "message"),
+    [
+        ("resnet18", None, r"model\.start mobilenetv3_large_100\.ra_in1k is a mobilenetv3_large_100, not a resnet18"),
+        ("mobilenetv3_large_100", "resnet50.mill_in21k", r"Did you mean resnet50\.miil_in21k"),
+    ],
+)
+def test_wrong_names_are_found_before_weights_are_fetched(data, tmp_path, monkeypatch, architecture, teacher, message):
+    monkeypatch.setattr("wn21k_zoo.building.create_model", None)
+    recipe = small_recipe(architecture, model={"start": "mobilenetv3_large_100.ra_in1k"})
+    recipe.loss.teacher, recipe.loss.distillation_weight = teacher, float(teacher is not None)
+    with pytest.raises((RecipeError, UnknownModelError), match=message):
+        run(recipe, data, tmp_path)
 
 
 def test_a_trial_finds_weights_of_another_architecture(caplog):

@@ -128,8 +128,15 @@ def test_what_begins_with_random_weights_says_so_unless_it_is_given_some(archite
     where = f"{FOLDER / architecture}.py"
     assert load_recipe(where) == presets.from_scratch(presets.in21k(architecture, "x"))
     assert load_recipe(where).name == f"{presets.ARCHITECTURES[architecture].record}_from_scratch"
-    given = load_recipe(f"{where}:in21k:folder/of weights")
-    assert (given.model.start, given.optimizer.name, given.schedule.epochs) == ("folder/of weights", "adam", 80)
+    for name, optimizer, epochs in (
+        ("in21k", "adam", 80),
+        ("in21k_without_distillation", "adam", 80),
+        ("in21k_winter21", "adam", 80),
+        ("in21k_modern", "lamb", 90),
+    ):
+        given = load_recipe(f"{where}:{name}:folder/of weights")
+        settings = (given.model.start, given.optimizer.name, given.schedule.epochs)
+        assert settings == ("folder/of weights", optimizer, epochs)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
@@ -301,7 +308,8 @@ def test_two_recipes_share_nothing():
         (lambda recipe: override(recipe, ["data.cutmix=1e-300"]), "data.cutmix cannot be 1e-300: Input should be 0 or"),
         (lambda recipe: setattr(recipe.model, "mean", (0.0, 0.0)), "model.mean"),
         (lambda _: Recipe(name="x"), "recipe.model is missing"),
-        (lambda _: Recipe(name="x", model={"architectur": "x"}), "model has no field|model.architecture is missing"),
+        (lambda _: Recipe(name="x", model={"architectur": "x"}), "model has no field 'architectur'. Did you mean arch"),
+        (lambda _: Recipe(name="x", modle={}), "recipe has no field 'modle'. Did you mean model"),
         (lambda recipe: override(recipe, ["optimizer.lr"]), "write section.field=value"),
         (lambda recipe: override(recipe, ["optimizer=adam"]), "write section.field=value"),
         (lambda recipe: override(recipe, ["="]), "write section.field=value"),
@@ -340,6 +348,10 @@ def test_a_wrong_field_or_value_is_one_line(change, message):
         (["model.std=[0,1,1]"], "model.std must be at least 1e-6"),
         (["optimizer.betas=[0.9,1.0]"], "betas"),
         (["loss.kind=multi_label"], "no smoothing"),
+        (
+            ["schedule.name=cosine", "schedule.warmup=0", "schedule.start_divisor=10"],
+            "start_divisor has no effect where schedule.name is cosine and there is no warm-up",
+        ),
         (
             ["loss.kind=multi_label", "loss.label_smoothing=0", "loss.teacher=x", "loss.distillation_weight=1"],
             "multi_label cannot be distilled",

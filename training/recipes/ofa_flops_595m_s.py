@@ -28,8 +28,9 @@ of `wn21k data prepare`. The published speeds are the highest reported, in half 
 a V100 lacks, and it crops: shards made with --resize short-edge --size 256 leave it more to crop from.
 
 We know of no ImageNet-1K weights of this architecture that have not seen ImageNet-21K. If you have some, for example in
-a folder, ofa_flops_595m_s.py:in21k:DIR trains them with the published settings. Without them, the in21k recipes start
-from random weights and, except for in21k_modern, use the settings published for training from scratch.
+a folder, ofa_flops_595m_s.py:in21k:DIR trains them with the published settings, and so do the other in21k recipes.
+Without them these start from random weights and, except for in21k_modern, use the settings published for training from
+scratch.
 
 Published: ImageNet-1K weights to start from; Adam, learning rate 3e-4, weight decay 1e-4; one cycle of 80 epochs, 10 %
 of it warm-up; label smoothing 0.2; squash to 224, cutout, RandAugment, no normalisation; distillation, with
@@ -51,19 +52,19 @@ def in21k(start: str | None = None) -> Recipe:
     return presets.in21k("ofa_flops_595m_s", start)
 
 
-def in21k_without_distillation() -> Recipe:
+def in21k_without_distillation(start: str | None = None) -> Recipe:
     """Semantic softmax alone."""
-    return presets.without_distillation(in21k())
+    return presets.without_distillation(in21k(start))
 
 
-def in21k_winter21() -> Recipe:
+def in21k_winter21(start: str | None = None) -> Recipe:
     """On the winter 2021 release."""
-    return presets.winter21(in21k())
+    return presets.winter21(in21k(start))
 
 
-def in21k_modern() -> Recipe:
+def in21k_modern(start: str | None = None) -> Recipe:
     """With techniques that have become common since; not tried."""
-    return presets.modern("ofa_flops_595m_s")
+    return presets.modern("ofa_flops_595m_s", start)
 
 
 def in1k() -> Recipe:

@@ -30,7 +30,7 @@ from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.failures import explained, is_of_a_worker
 from wn21k_zoo.training.folder import is_among
-from wn21k_zoo.training.learner import Learner, check_finite
+from wn21k_zoo.training.learner import Learner, is_finite
 from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.rescue import Rescue
@@ -266,6 +266,8 @@ class _Run:
         every = self.recipe.run.evaluate_every
         evaluates = is_last or (every is not None and epoch % every == 0)
         is_saved = self.saved is not None and self.saved[0] == self.step
+        if evaluates:
+            self._check()
         if evaluates and not is_saved and self.total > 2:  # a trial has nothing to lose
             self._save()  # an evaluation that fails, e.g. over damaged images, loses no training
         figures = self._evaluate() if evaluates else {}
@@ -325,10 +327,12 @@ class _Run:
         if answer.stop:
             self._stop()
         if answer.save:
+            self._check()
             self.window.share(self.world)
             self._save()
 
     def _stop(self) -> NoReturn:
+        self._check()
         self.window.share(self.world)
         self._save(wait=True)
         if self.world.leads:  # before any process exits: launch files look for the mark as soon as one does
@@ -336,9 +340,17 @@ class _Run:
         self.world.barrier()  # torchrun ends the others as soon as one exits
         raise Preempted(self.signals.code)
 
+    def _check(self) -> None:
+        """Check that a checkpoint, which the leading rank writes, would hold nothing but finite numbers.
+
+        Raises:
+            NonFiniteError: It would not; on every rank.
+        """
+        if self.world.any(self.world.leads and not is_finite(self.learner.state_dict())):
+            raise _not_finite(self.step)
+
     def _save(self, best: bool = False, wait: bool = False) -> None:
         self._saved_at = time.monotonic()
-        check_finite(self.learner.module.parameters(), self.step)  # the same on all ranks
         if self.writer is not None:
             if self.folder.status().get("state") == "running":  # and no other rank has failed
                 self.folder.set_status("running", self.step, total=self.total)
@@ -354,7 +366,8 @@ class _Run:
             self.writer.wait()
             with self.learner.beside():
                 state = copied(self._state())
-            check_finite(state["model"].values(), self.step)
+            if not is_finite(state):
+                raise _not_finite(self.step)
             self.writer.write(state)
         self.writer.wait()
 
@@ -465,6 +478,13 @@ class _Run:
                 "bad_samples": round(bad * self.world.size),  # of all ranks, since the last start
             }
         )
+
+
+def _not_finite(step: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"The weights after step {step:,}, or statistics or averages, are not finite, although its loss was; the last "
+        "checkpoint is unchanged. A lower learning rate or optimizer.clip_norm may help."
+    )
 
 
 def _seed(*numbers: int) -> int:

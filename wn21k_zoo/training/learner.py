@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -28,12 +28,13 @@ from wn21k_zoo.training.network import Normalized, build_network, try_size
 from wn21k_zoo.training.optimization import Criterion, average_of, build_optimizer, build_schedule
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits
-from wn21k_zoo.training.teacher import build_teacher
+from wn21k_zoo.training.teacher import build_teacher, check_teacher
 
-__all__ = ["Learner", "check_finite"]
+__all__ = ["Learner", "is_finite"]
 
 _SMALLEST_SCALE = 2.0**-20  # 36 steps after the first, which has 2 ** 16, if all of them overflowed
 _OF_DEVICE = ("foreach", "fused")  # how an optimizer computes, not what it computes
+_ONE_VALUE = "more than 1 value per channel"  # torch's message
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -87,6 +88,7 @@ class Learner:
 
     def _build(self, splits: Splits, steps: int, begun: bool) -> None:
         recipe = self._recipe
+        check_teacher(recipe)
         network = build_network(recipe, splits.class_names, self.levels, pretrained=not begun)
         if recipe.model.freeze_backbone:
             freeze_backbone(network)
@@ -127,11 +129,33 @@ class Learner:
             wrapped.broadcast_buffers = False
             _settle(wrapped, recipe.data.size, self._device)
         self.network = wrapped
+        self._try_alone()
         if recipe.model.compile:
             self.network = cast(nn.Module, torch.compile(wrapped))
             for loss in (self.criterion.loss, self.criterion.distillation):
                 if loss is not None:
                     loss.compile()
+
+    def _try_alone(self) -> None:
+        """Check that batch statistics need no more than one image, where images go through the network one at a time.
+
+        Raises:
+            RecipeError: They do.
+        """
+        if self._recipe.micro_batches(self._world.size)[0] > 1:
+            return
+        size, before = self._recipe.data.size, {name: each.clone() for name, each in self._buffers.items()}
+        self._train()
+        try:
+            with torch.no_grad():
+                self.module(self.laid_out(torch.zeros(1, 3, size, size, device=self._device)))
+        except ValueError as error:
+            if _ONE_VALUE not in str(error):
+                raise
+            message = f"One image alone cannot train batch normalisation: raise {self._recipe.bound}."
+            raise RecipeError(message) from error
+        finally:
+            _copy(self._buffers, before)
 
     @property
     def rate(self) -> float:
@@ -193,7 +217,6 @@ class Learner:
 
         Raises:
             BadImagesError: The loss would be 0, but other ranks wait for batch statistics of these images.
-            RecipeError: Batches have one image each, but batch statistics need two.
         """
         if not len(batch):
             return self._nothing()
@@ -209,19 +232,13 @@ class Learner:
             try:
                 logits = self.network(images)
             except Exception as error:  # torch.compile raises a type of its own
-                if "more than 1 value per channel" not in str(error):
+                if _ONE_VALUE not in str(error):
                     raise
-                self._check_alone(error)
-                _copy(self._buffers, before)  # earlier layers may have counted the image
+                _copy(self._buffers, before)  # earlier layers may have counted the image; the others are damaged
                 return self._nothing()
         loss: Tensor = self.criterion(logits, batch.targets, teacher, share)
         self._last = loss.detach(), logits.detach(), batch.targets
         return loss
-
-    def _check_alone(self, error: Exception) -> None:
-        if self._recipe.micro_batches(self._world.size)[0] > 1:
-            return  # the other images of the batch are damaged
-        raise RecipeError(f"One image alone cannot train batch normalisation: raise {self._recipe.bound}.") from error
 
     def _nothing(self) -> Tensor:
         """Return a zero loss that changes nothing but has a backward pass, where ranks wait for each other.
@@ -344,17 +361,10 @@ def check_levels(levels: Levels) -> None:
         )
 
 
-def check_finite(weights: Iterable[Tensor], step: int) -> None:
-    """Check that weights are finite.
-
-    Raises:
-        NonFiniteError: They are not.
-    """
-    if not get_total_norm([each.detach() for each in weights if each.is_floating_point()]).isfinite():
-        raise NonFiniteError(
-            f"The weights after step {step:,} are not finite, although its loss was; the last checkpoint is "
-            "unchanged. A lower learning rate or optimizer.clip_norm may help."
-        )
+def is_finite(state: Mapping[str, Any]) -> bool:
+    """Whether all weights, batch statistics and averages are finite that a checkpoint's state holds."""
+    tensors = [*state["model"].values(), *(state["average"] or {}).values()]
+    return bool(get_total_norm([each.detach() for each in tensors if each.is_floating_point()]).isfinite())
 
 
 def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:

@@ -76,8 +76,8 @@ def build_network(
     torch.manual_seed(recipe.run.seed)
     start, arguments = recipe.model.start, dict(recipe.model.arguments)
     try:
-        if start is not None and start.startswith(RANDOM) and pretrained:
-            _try_start(recipe, start.removeprefix(RANDOM), len(class_names))
+        if start is not None and pretrained:
+            _try_start(recipe, start, len(class_names))
         if start is None or start.startswith(RANDOM) or not pretrained:
             module = convert.build(recipe.model.architecture, num_classes=len(class_names), **arguments)
         else:
@@ -94,10 +94,12 @@ def build_network(
 
 
 def _try_start(recipe: Recipe, start: str, num_classes: int) -> None:
-    """Check without weights that a trial may start from them, as :func:`_started` does with them."""
+    """Check without weights, before they are fetched or in a trial, what :func:`_started` checks with them."""
     architecture, arguments = recipe.model.architecture, dict(recipe.model.arguments)
+    is_trial, start = start.startswith(RANDOM), start.removeprefix(RANDOM)
     if is_place(start):
-        warn_if_missing("model.start", start)
+        if is_trial:
+            warn_if_missing("model.start", start)
         return
     try:
         begun = registry.resolve_checkpoint(start).architecture
@@ -106,7 +108,7 @@ def _try_start(recipe: Recipe, start: str, num_classes: int) -> None:
     if begun != architecture:
         with torch.device("meta"):
             module = convert.build(begun, num_classes=num_classes, **arguments)
-            _moved(module, start, begun, architecture, num_classes, arguments)
+            _moved(module, start, begun, architecture, num_classes, arguments, quiet=not is_trial)
 
 
 def _started(
@@ -126,7 +128,13 @@ def _started(
 
 
 def _moved(
-    module: nn.Module, start: str, begun: str, architecture: str, num_classes: int, arguments: dict[str, Any]
+    module: nn.Module,
+    start: str,
+    begun: str,
+    architecture: str,
+    num_classes: int,
+    arguments: dict[str, Any],
+    quiet: bool = False,
 ) -> nn.Module:
     """Move the weights of one architecture to another that lacks some of its biases.
 
@@ -143,7 +151,7 @@ def _moved(
             "model.start to null."
         )
     target.load_state_dict({name: weights[name] for name in wanted})
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and not quiet:
         left = f" but for {len(unused)} biases, such as {unused[0]}, which it does not have" if unused else ""
         _LOG.warning("model.start %s is a %s; a %s takes its weights%s", start, begun, architecture, left)
     return target

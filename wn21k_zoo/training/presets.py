@@ -182,24 +182,24 @@ def multi_label(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def modern(architecture: str) -> Recipe:
+def modern(architecture: str, start: str | None = None) -> Recipe:
     """What we would do today: AdamW or LAMB, cosine, moving average, bf16, stronger augmentation; not tried.
 
     LAMB for the networks with batch normalisation, as in arXiv 2110.00476; AdamW and stochastic depth for the others,
     as in arXiv 2106.10270, at the upper end of the learning rates that the authors recommend with Adam for this very
     transfer (2e-4 to 5e-4: issue 17 of their repository); with the mixup of both. Starts from ImageNet-1K weights where
-    :data:`ARCHITECTURES` has some, else from random ones and for more epochs.
+    ``start`` or :data:`ARCHITECTURES` has some, else from random ones and for more epochs.
 
     It crops, down to 8 % of an image: shards made by ``wn21k data prepare --resize short-edge --size 256`` or larger
     give it more to see than squashed ones of 224 pixels. Gradients are clipped to the norm usual for a single label;
     those of semantic softmax start at ten times that or more, so at first they are clipped in each step, which matters
     little to AdamW and LAMB.
     """
-    known = _known(architecture)
-    recipe = Recipe(name=f"{architecture}.modern_in21k", model=Model(architecture=architecture, start=known.start))
+    start = start or _known(architecture).start
+    recipe = Recipe(name=f"{architecture}.modern_in21k", model=Model(architecture=architecture, start=start))
     recipe.data.augmentation, recipe.data.batch_size, recipe.data.batch_per_device = "modern", 1024, 128
     recipe.schedule.name, recipe.schedule.warmup = "cosine", 0.05
-    recipe.schedule.epochs = 90 if known.start else _EPOCHS_FROM_SCRATCH
+    recipe.schedule.epochs = 90 if start else _EPOCHS_FROM_SCRATCH
     recipe.schedule.start_divisor, recipe.schedule.end_divisor = 1000.0, 1000.0
     if architecture.startswith(("vit_", "mixer_")):
         recipe.data.mixup = 0.2

@@ -26,7 +26,7 @@ import re
 import typing
 from collections.abc import Mapping
 from types import MappingProxyType, UnionType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from wn21k_zoo import convert
 from wn21k_zoo.checkpoints import Head
@@ -399,6 +399,12 @@ class Recipe(Section):
                 "optimizer.layer_decay is for the layers that model.freeze_backbone keeps from changing.",
             ),
             (
+                schedule != "one_cycle"
+                and self.schedule.warmup == 0
+                and self.schedule.start_divisor != usual_schedule.start_divisor,
+                f"schedule.start_divisor has no effect where schedule.name is {schedule} and there is no warm-up.",
+            ),
+            (
                 schedule == "constant" and self.schedule.end_divisor != usual_schedule.end_divisor,
                 "schedule.end_divisor has no effect where schedule.name is constant.",
             ),
@@ -543,15 +549,21 @@ def near_field(name: str, section: type[Section]) -> str:
     return near or f" Fields of {section.__name__.lower()}: {', '.join(section.model_fields)}."
 
 
+_UNKNOWN = ("extra_forbidden", "no_such_attribute")
+
+
 def _as_recipe_error(section: type[Section], error: pydantic.ValidationError) -> RecipeError:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    first = next((each for each in errors if each["type"] in _UNKNOWN), errors[0])  # a misspelt field is missing, too
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, RecipeError):  # from a section within this one
         return inner
     place = ".".join(str(part) for part in first["loc"][:2])  # the rest are the types that it could have
     where = section.__name__.lower()
-    if first["type"] in ("extra_forbidden", "no_such_attribute"):
-        name = str(first["loc"][-1])
+    if first["type"] in _UNKNOWN:
+        *sections, name = map(str, first["loc"])
+        for each in sections:
+            where, section = each, cast(type[Section], section.model_fields[each].annotation)
         near = near_field(name, section)
         return RecipeError(f"{where} has no field {name!r}.{near}")
     if first["type"] == "missing":

@@ -28,7 +28,7 @@ from wn21k_zoo.training.recipe import RANDOM, Model, Recipe, sized
 from wn21k_zoo.training.weights import is_place, not_of_synsets, refuse_run, teacher_record, warn_if_missing
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["Translated", "build_teacher", "digest_of"]
+__all__ = ["Translated", "build_teacher", "check_teacher", "digest_of"]
 
 _SMALLEST = 1e-30  # a probability with a finite logarithm
 
@@ -150,6 +150,17 @@ def build_teacher(
             f"{len(classes):,} classes"
         )
     return teacher.to(device).eval().requires_grad_(False), about, digest
+
+
+def check_teacher(recipe: Recipe) -> None:
+    """Check that a teacher that is not a place is known, before weights are fetched.
+
+    Raises:
+        UnknownModelError, RecipeError: It is not, or its classes are not.
+    """
+    name = (recipe.loss.teacher or "").removeprefix(RANDOM)
+    if name and not is_place(name):
+        teacher_record(name)
 
 
 def _of_other_names(teacher: str) -> RecipeError:
