@@ -84,6 +84,9 @@ def test_a_class_may_have_no_image_for_validation(tmp_path):
     make_folder(tmp_path / "y", images=1, names=("a", "b"))
     with pytest.raises(DataError, match="one image of each class, so none can be held out"):
         open_folder(tmp_path / "y", "validation")
+    (tmp_path / "y" / "empty").mkdir()
+    with pytest.raises(DataError, match="the class a has no images"):
+        open_folder(tmp_path / "y", "validation")
     make_folder(tmp_path / "z" / "train", images=1, names=("a", "b"))
     (tmp_path / "z" / "val" / "a").mkdir(parents=True)
     with pytest.raises(DataError, match="validation: the class a has no images"):
@@ -284,6 +287,8 @@ def test_targets_of_a_label_space_by_the_names_of_the_folders(tmp_path):
         assert open_folder(tmp_path / "x", label_space=same).targets.tolist() == folder.targets.tolist()
     turned = open_folder(tmp_path / "x", label_space=ClassNames(tuple(reversed(space.wnids))))
     assert (turned.targets + folder.targets == len(space) - 1).all()
+    with pytest.raises(InvalidArgumentError, match="label_space has a name twice"):
+        open_folder(tmp_path / "x", label_space=ClassNames(("a", "b", "a")))
     with pytest.raises(InvalidArgumentError, match="label_space is a int; give a list"):
         open_folder(tmp_path / "x", label_space=7)
     more = make_folder(tmp_path / "x", images=4, names=(OUTSIDE,))

@@ -349,10 +349,6 @@ def test_a_wrong_field_or_value_is_one_line(change, message):
         (["optimizer.betas=[0.9,1.0]"], "betas"),
         (["loss.kind=multi_label"], "no smoothing"),
         (
-            ["schedule.name=cosine", "schedule.warmup=0", "schedule.start_divisor=10"],
-            "start_divisor has no effect where schedule.name is cosine and there is no warm-up",
-        ),
-        (
             ["loss.kind=multi_label", "loss.label_smoothing=0", "loss.teacher=x", "loss.distillation_weight=1"],
             "multi_label cannot be distilled",
         ),

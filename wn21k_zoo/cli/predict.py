@@ -187,7 +187,8 @@ def _lines_of_stdin() -> Iterator[str]:
     for number, line in enumerate(sys.stdin):
         if number < _LOOK and ("\0" in line or line.startswith(_PNG)):
             raise InvalidArgumentError(
-                "stdin holds binary data, not one path per line; to predict an image in it, name it /dev/stdin."
+                "stdin holds an image, or paths that are not one per line in UTF-8; to predict an image, name its file"
+                + ("." if os.name == "nt" else ", or /dev/stdin.")
             )
         path = line.removeprefix("\ufeff" if not number else "").rstrip("\r\n")  # PowerShell writes that mark first
         if path.strip():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +19,7 @@ import typer
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, WEIGHT_FILES, Checkpoint
 from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, print_json, print_table, printed_as_json
-from wn21k_zoo.errors import UnresolvedLabelSpaceError, without_login
+from wn21k_zoo.errors import UnresolvedLabelSpaceError, Wn21kError, without_login
 from wn21k_zoo.labels import ClassNames, LabelSpace
 
 __all__ = ["doctor", "info", "list_checkpoints", "schema"]
@@ -168,14 +170,22 @@ def _diagnosis() -> list[tuple[str, str]]:
         installed = importlib.util.find_spec(module) is not None
         found.append((f"extra {extra}", "installed" if installed else f'missing: pip install "wn21k-zoo[{extra}]"'))
     found.append(("device", str(running.select_device())))
-    found.append(("cache", str(cache.cache_dir())))
+    found.append(("cache", _told(cache.cache_dir)))
     found.append(("WN21K_MIRROR", without_login(os.environ.get("WN21K_MIRROR") or "not set")))
     found.append(("hub cache", constants.HF_HUB_CACHE))
-    found.append(("data cache", str(data_cache_dir())))
+    found.append(("data cache", _told(data_cache_dir)))
     found.append(("hub", f"{without_login(constants.ENDPOINT)}{', offline mode is set' if hub.is_offline() else ''}"))
     found.append(("WN21K_MODEL", os.environ.get("WN21K_MODEL") or "not set"))
-    found += [(checkpoint.name, _availability(checkpoint)) for checkpoint in CHECKPOINTS]
+    found += [(each.name, _told(functools.partial(_availability, each))) for each in CHECKPOINTS]
     return found
+
+
+def _told(find: Callable[[], object]) -> str:
+    """What was found, or why not: a diagnosis goes on."""
+    try:
+        return str(find())
+    except Wn21kError as error:
+        return str(error)
 
 
 def _availability(checkpoint: Checkpoint) -> str:

@@ -25,7 +25,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.errors import DataError, LabelSpaceError, MissingExtraError, UnknownSynsetError, did_you_mean
+from wn21k_zoo.errors import (
+    DataError,
+    InvalidArgumentError,
+    LabelSpaceError,
+    MissingExtraError,
+    UnknownSynsetError,
+    did_you_mean,
+)
 from wn21k_zoo.files import expanded, is_hidden
 from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import ClassNames, LabelSpace
@@ -267,6 +274,8 @@ def open_folder(
     """
     (dataset,) = open_folders(place, (split,))
     if isinstance(label_space, ClassNames):
+        if len({*label_space}) < len(label_space):
+            raise InvalidArgumentError("label_space has a name twice; targets are found by name, so rename one.")
         return dataset.mapped(tuple(label_space), "class of the given names")
     return dataset if label_space is None else dataset.mapped_to(LabelSpace.find(label_space))
 
@@ -344,7 +353,7 @@ def _dataset(
     targets = listing.targets[numbers]
     empty = np.flatnonzero(np.bincount(targets, minlength=len(classes)) == 0)
     # A class with few images may have none for validation.
-    if not len(numbers) and len(listing.targets):
+    if not len(numbers) and np.bincount(listing.targets, minlength=len(classes)).all():
         raise DataError(f"{root} has one image of each class, so none can be held out; add images.")
     if len(empty) and (split not in ("validation", "test") or not len(numbers)):
         raise DataError(f"{root}, {split}: the class {classes[empty[0]]} has no images ({' '.join(IMAGE_SUFFIXES)}).")

@@ -364,7 +364,8 @@ def check_levels(levels: Levels) -> None:
 def is_finite(state: Mapping[str, Any]) -> bool:
     """Whether all weights, batch statistics and averages are finite that a checkpoint's state holds."""
     tensors = [*state["model"].values(), *(state["average"] or {}).values()]
-    return bool(get_total_norm([each.detach() for each in tensors if each.is_floating_point()]).isfinite())
+    largest = get_total_norm([each.detach() for each in tensors if each.is_floating_point()], math.inf)
+    return bool(largest.isfinite())
 
 
 def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
-from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
 from wn21k_zoo import building, convert, registry
-from wn21k_zoo.errors import RecipeError, UnresolvedLabelSpaceError, Wn21kError, first_line
+from wn21k_zoo.errors import RecipeError, Wn21kError, first_line
 from wn21k_zoo.running import evaluating
 from wn21k_zoo.training.failures import is_of_the_device
 from wn21k_zoo.training.heads import calm_head, check_head, reorder_head
@@ -101,10 +100,7 @@ def _try_start(recipe: Recipe, start: str, num_classes: int) -> None:
         if is_trial:
             warn_if_missing("model.start", start)
         return
-    try:
-        begun = registry.resolve_checkpoint(start).architecture
-    except UnresolvedLabelSpaceError:  # of timm, which may have other classes
-        begun = split_model_name_tag(start.removeprefix(registry.TIMM_PREFIX))[0]
+    begun = registry.resolve_checkpoint(start).architecture
     if begun != architecture:
         with torch.device("meta"):
             module = convert.build(begun, num_classes=num_classes, **arguments)

@@ -399,12 +399,6 @@ class Recipe(Section):
                 "optimizer.layer_decay is for the layers that model.freeze_backbone keeps from changing.",
             ),
             (
-                schedule != "one_cycle"
-                and self.schedule.warmup == 0
-                and self.schedule.start_divisor != usual_schedule.start_divisor,
-                f"schedule.start_divisor has no effect where schedule.name is {schedule} and there is no warm-up.",
-            ),
-            (
                 schedule == "constant" and self.schedule.end_divisor != usual_schedule.end_divisor,
                 "schedule.end_divisor has no effect where schedule.name is constant.",
             ),

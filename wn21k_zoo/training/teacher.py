@@ -138,7 +138,8 @@ def build_teacher(
         if their_head != "softmax" or sorted(names) != sorted(classes):
             raise _of_other_names(name)
         if names != [*classes]:
-            reorder_head(module, torch.tensor([names.index(each) for each in classes]))
+            at = {each: index for index, each in enumerate(names)}
+            reorder_head(module, torch.tensor([at[each] for each in classes]))
     elif not isinstance(theirs, LabelSpace):
         raise not_of_synsets(name)
     elif theirs.wnids == classes.wnids and their_head == head:

@@ -55,8 +55,8 @@ def teacher_record(name: str) -> Checkpoint:
 def not_of_synsets(teacher: str) -> RecipeError:
     """The error for a teacher whose classes cannot be mapped to others."""
     return RecipeError(
-        f"The classes of loss.teacher {teacher} are not known to be synsets, as those of a teacher must be; name "
-        "another one."
+        f"The classes of loss.teacher {teacher} are not known to be synsets, so they say nothing about those of the "
+        "data; name another one."
     )
 
 
@@ -84,7 +84,7 @@ def checkpoint_file(file: str | os.PathLike[str]) -> Path:
 
 def warn_if_missing(field: str, name: str) -> None:
     """Warn in a trial, which needs no weights, that the run itself will not find them; the Hub is not asked."""
-    if name.startswith(building.HUB_PREFIX):
+    if name.startswith(building.HUB_PREFIX) or os.environ.get("RANK", "0") != "0":
         return
     try:
         if name.endswith(".pt") and field == "loss.teacher":
