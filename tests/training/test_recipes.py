@@ -239,6 +239,8 @@ def test_what_is_published_is_in_the_published_recipe():
 def test_nothing_is_known_of_other_architectures():
     with pytest.raises(RecipeError, match="Did you mean resnet50"):
         presets.in21k("resnet51")
+    with pytest.raises(RecipeError, match="resnet51"):
+        presets.modern("resnet51", "weights")
     with pytest.raises(UnknownModelError):
         presets.finetune("resnet50.a1_in1kk")
 

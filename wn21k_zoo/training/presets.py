@@ -122,8 +122,8 @@ def in21k(architecture: str, start: str | None = None) -> Recipe:
 
     Args:
         architecture: One of :data:`ARCHITECTURES`.
-        start: ImageNet-1K weights to start from: a record, timm's name, a folder, ``hf-hub:ORG/NAME``. If none are
-            given or known, the recipe is :func:`from_scratch`, which is not how the published checkpoint was trained.
+        start: ImageNet-1K weights to start from, as in :class:`wn21k_zoo.training.recipe.Model`. If none are given or
+            known, the recipe is :func:`from_scratch`, which is not how the published checkpoint was trained.
     """
     known = _known(architecture)
     recipe = Recipe(name=known.record, model=Model(architecture=architecture, start=start or known.start))
@@ -195,7 +195,8 @@ def modern(architecture: str, start: str | None = None) -> Recipe:
     those of semantic softmax start at ten times that or more, so at first they are clipped in each step, which matters
     little to AdamW and LAMB.
     """
-    start = start or _known(architecture).start
+    known = _known(architecture)
+    start = start or known.start
     recipe = Recipe(name=f"{architecture}.modern_in21k", model=Model(architecture=architecture, start=start))
     recipe.data.augmentation, recipe.data.batch_size, recipe.data.batch_per_device = "modern", 1024, 128
     recipe.schedule.name, recipe.schedule.warmup = "cosine", 0.05
