@@ -374,7 +374,7 @@ def write_server():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:
         yield endpoint, committed, seen
     finally:

@@ -152,7 +152,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 def test_shards_on_a_web_server(shards, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(shards)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
         dataset = open_dataset(f"http://127.0.0.1:{server.server_port}", stage=Stage(tmp_path / "stage"))
