@@ -19,7 +19,7 @@ from wn21k_zoo.training.checkpoint_writer import copied
 from wn21k_zoo.training.data import Batch
 from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.engine import Preempted, train
-from wn21k_zoo.training.learner import Learner, is_finite
+from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.splits import open_splits
 from wn21k_zoo.training.state import RunFolder
 from wn21k_zoo.training.train import main
@@ -193,7 +193,7 @@ def test_what_a_checkpoint_holds_can_be_read_beside_a_step(data, device):
     with learner.beside():
         state = copied(learner.state_dict())
     assert after is None or not after.query()  # it did not wait
-    assert is_finite(state)
+    assert learner.is_finite(state)
     for part in ("model", "average"):
         for key, value in expected[part].items():
             assert torch.equal(value, state[part][key]), key

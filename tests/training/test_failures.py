@@ -185,6 +185,23 @@ def test_what_is_not_finite_is_not_saved(data, tmp_path, monkeypatch, what):
     assert final(tmp_path)["step"] == 6
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_bounds_that_are_infinite_by_design_may_stay(data, tmp_path, ema_decay):
+    recipe = small_recipe(
+        "gemma4_vit_167m",
+        model={"arguments": {"img_size": 96, "depth": 1, "embed_dim": 32, "num_heads": 2}},
+        data={"size": 96},
+        schedule={"max_steps": 3},
+        run={"ema_decay": ema_decay},
+    )
+    run(recipe, data, tmp_path)
+    state = final(tmp_path)
+    bounds = [each for each in state["model"].values() if each.is_floating_point() and each.isinf().any()]
+    assert bounds
+    for each in (state["average"] or {}).values():
+        assert not each.is_floating_point() or not each.isnan().any()
+
+
 def test_a_process_that_loads_images_and_is_gone_is_one_line(data, tmp_path, monkeypatch):
     def gone(*_, **__):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \n more")

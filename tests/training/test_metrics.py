@@ -186,6 +186,13 @@ def test_of_classes_below_one_that_is_less_certain_the_likeliest_is_chosen(targe
     assert evaluation.compute()["top1"] == 100
 
 
+def test_what_a_mac_computes_is_counted_on_the_cpu():
+    evaluation = Evaluation(NESTED, "softmax", range(5), "level", device="mps")
+    assert {each.device.type for each in evaluation.buffers()} == {"cpu"}
+    evaluation.update(torch.eye(5)[:, evaluation._levels.columns], torch.arange(5))
+    assert evaluation.compute()["raw_top1"] == 100
+
+
 def test_mistakes_among_classes_without_levels_are_as_far_as_wordnet_says():
     flat = SemanticTree.from_wnids(["n02123045", "n02084071", "n00017222"])  # tabby, dog, plant
     evaluation = Evaluation(flat, "softmax", range(3), "level")

@@ -1,5 +1,6 @@
 """Single images, for other libraries' loaders."""
 
+import errno
 import io
 import os
 import pickle
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError
 from wn21k_zoo.training.data import Loader, Squash, TorchDataset, open_dataset, open_folder
+from wn21k_zoo.training.dataset import _TarImages
 from wn21k_zoo.training.open_shards import OpenShards
 
 from .loading import SIZE, loader
@@ -99,6 +101,33 @@ def test_what_was_read_from_last_stays_open(shards, monkeypatch):
     for number in (0, 1, 0, 2, 0, 1):
         assert one[number][1] == number
     assert opened == [0, 1, 2, 1]
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_read_that_fails_is_tried_once_more(shards, monkeypatch, failures):
+    dataset, opened, failed = open_dataset(shards), [], []
+    opening, read = type(dataset).open, _TarImages.read
+
+    def stale(self, offset, size):
+        if len(failed) < failures:
+            failed.append(1)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(self, offset, size)
+
+    monkeypatch.setattr(type(dataset), "open", lambda self, number: opened.append(number) or opening(self, number))
+    monkeypatch.setattr(_TarImages, "read", stale)
+    one = Loader(dataset, batch_size=8, training=False, augmentation=Squash(SIZE), max_bad=1.0)
+    assert sum(len(batch) for batch in one) + one.bad_samples == len(dataset)
+    assert (one.bad_samples, opened[:2]) == (failures - 1, [0, 0])
+
+
+def test_a_shard_that_cannot_be_opened_is_one_line(shards, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "train-00000.tar")
+
+    monkeypatch.setattr(_TarImages, "__init__", refused)
+    with pytest.raises(DataError, match=r"The shard .*train-00000\.tar cannot be opened: .*Permission denied"):
+        next(iter(loader(shards)))
 
 
 def test_a_fork_opens_shards_of_its_own(shards, monkeypatch):

@@ -745,3 +745,30 @@ def test_options_that_are_damaged_are_one_error(tmp_path, text):
         (tmp_path / "source" / name / f"{name}_1.JPEG").write_bytes(jpeg(1))
     with pytest.raises(DataOutputError, match=r"options\.json is damaged; .* start anew \(--no-resume\)"):
         prepare(tmp_path / "source", tmp_path / "out", PrepareOptions(min_images=0, val_per_class=0), workers=1)
+
+
+class _ShortReads(io.FileIO):
+    """A file of a system that returns less than is asked for, and at last nothing more where ``ends`` is true."""
+
+    ends = False
+
+    def read(self, size=-1):
+        return b"" if self.ends else super().read(min(size, 100) if size > 0 else size)
+
+
+def test_a_read_that_returns_less_than_asked_for_loses_nothing(tmp_path, monkeypatch):
+    prepared(tmp_path, make_classes())
+    expected, opening = contents(tmp_path / "out"), Path.open
+
+    def short(self, mode="r", buffering=-1, *others, **options):
+        return _ShortReads(self, mode) if buffering == 0 else opening(self, mode, buffering, *others, **options)
+
+    monkeypatch.setattr(Path, "open", short)
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(_ShortReads, "ends", True)
+    with pytest.raises(OSError, match="Input/output error"):
+        prepared(tmp_path, make_classes())
+    monkeypatch.setattr(_ShortReads, "ends", False)
+    prepared(tmp_path, make_classes())
+    assert contents(tmp_path / "out") == expected
+    assert not verify_shards(tmp_path / "out")

@@ -1,6 +1,7 @@
 """Augmentations besides the published one: random resized crop, flip, and what the modern preset adds; centre crop.
 
-Images are uint8 arrays [height, width, 3] in RGB; all randomness comes from ``random.Random.random``.
+Images are uint8 arrays [height, width, 3] in RGB; all randomness comes from ``random.Random.random`` and the
+raw output of NumPy's Philox generator, which do not change with their versions.
 """
 
 from __future__ import annotations
@@ -65,11 +66,12 @@ class RandomCrop:
             part = OPERATIONS[name](part, index, random)
         if self.erase and random.random() < self.erase:
             drawn = _rectangle(part.shape[:2], _ERASED, _ERASED_ASPECTS, random)
-            noise = np.random.Generator(np.random.Philox(key=int(random.random() * 2**53)))
+            noise = np.random.Philox(key=int(random.random() * 2**53))
             if drawn is not None:
                 part = part.copy()
                 top, left, height, width = drawn
-                part[top : top + height, left : left + width] = noise.integers(0, 256, (height, width, 3), np.uint8)
+                values = noise.random_raw(-(-height * width * 3 // 8)).astype("<u8").view(np.uint8)
+                part[top : top + height, left : left + width] = values[: height * width * 3].reshape(height, width, 3)
         return part
 
 

@@ -34,6 +34,7 @@ from wn21k_zoo.training.shards import (
     count_targets,
     index_path,
     is_of_others,
+    read_fully,
     read_index,
     write_index,
 )
@@ -244,7 +245,7 @@ class _TarImages:
             self._file.seek(offset)
         except (ValueError, OverflowError):  # larger than any file
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
-        return self._file.read(size)
+        return read_fully(self._file, size)
 
     def key(self, offset: int) -> str:
         """Return the name in the tar header before an image."""

@@ -30,7 +30,7 @@ from wn21k_zoo.training.distributed import World, join
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.failures import explained, is_of_a_worker
 from wn21k_zoo.training.folder import is_among
-from wn21k_zoo.training.learner import Learner, is_finite
+from wn21k_zoo.training.learner import Learner
 from wn21k_zoo.training.progress import Reporter, Window
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.rescue import Rescue
@@ -346,7 +346,7 @@ class _Run:
         Raises:
             NonFiniteError: It would not; on every rank.
         """
-        if self.world.any(self.world.leads and not is_finite(self.learner.state_dict())):
+        if self.world.any(self.world.leads and not self.learner.is_finite(self.learner.state_dict())):
             raise _not_finite(self.step)
 
     def _save(self, best: bool = False, wait: bool = False) -> None:
@@ -366,7 +366,7 @@ class _Run:
             self.writer.wait()
             with self.learner.beside():
                 state = copied(self._state())
-            if not is_finite(state):
+            if not self.learner.is_finite(state):
                 raise _not_finite(self.step)
             self.writer.write(state)
         self.writer.wait()

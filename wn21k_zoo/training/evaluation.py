@@ -52,7 +52,7 @@ class Evaluation(nn.Module):
         head: The kind of head.
         classes: The classes with images.
         order: Order of the logits.
-        device: Where the logits are.
+        device: Where the logits are. On MPS, which lacks float64, they are counted on the CPU.
         over_ranks: Whether figures cover the batches of all ranks, each of which computes them, or only its own.
         num_classes: Number of outputs of a head without a tree; default: that of the classes with images.
     """
@@ -68,6 +68,8 @@ class Evaluation(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        if torch.device(device).type == "mps":
+            device = "cpu"
         num_classes = len(tree) if tree is not None else num_classes
         self._levels = Levels(tree, order) if tree is not None and order == "level" else None
         self.distances: HierarchicalDistances | None = None
@@ -102,6 +104,8 @@ class Evaluation(nn.Module):
         """
         if not len(targets_b):
             return targets_b, logits_bn.new_zeros(0)
+        if logits_bn.device.type == "mps":
+            logits_bn, targets_b = logits_bn.cpu(), targets_b.cpu()
         logits_bn = logits_bn.float()
         self.broken.update(logits_bn)
         if self._levels is not None:
@@ -120,7 +124,7 @@ class Evaluation(nn.Module):
             order = confidence
             if self._head == "semantic_softmax":  # capped by less confident ancestors, so ties occur
                 probability = scores.probability.index_select(1, self.semantic.levels.positions)
-                order = _precise(confidence) * (1 + 1e-9 * _precise(probability))  # less than float32 can tell apart
+                order = confidence.double() * (1 + 1e-9 * probability.double())  # less than float32 can tell apart
         predictions = self.leaf.update(order, targets_b)
         sure, counted = confidence.gather(1, predictions[:, None])[:, 0], self.leaf.has(targets_b)
         if self.distances is not None:
@@ -157,10 +161,6 @@ class Evaluation(nn.Module):
         figures = {name: None if value != value else value for name, value in figures.items()}  # NaN is no JSON
         counts = {"images": raw["images"], "leaf_images": leaf["images"]}
         return figures | counts | {"classes_with_images": len(self.raw.classes), "leaves": len(self.leaf.classes)}
-
-
-def _precise(scores: Tensor) -> Tensor:
-    return scores.double() if scores.device.type != "mps" else scores  # which lacks float64
 
 
 def _leaves(tree: SemanticTree | None, classes: Sequence[int]) -> list[int]:

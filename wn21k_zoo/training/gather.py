@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +26,7 @@ from wn21k_zoo.training.shards import (
     WORK_FOLDER,
     Shard,
     index_path,
+    read_fully,
     shard_name,
     write_index,
 )
@@ -149,7 +152,9 @@ def write_shard(output: Path, names: list[str], split: str, number: int, first: 
             for position, entry in enumerate(order):
                 with (work / "classes" / f"{names[entry['part']]}.tar").open("rb", buffering=0) as records:
                     records.seek(int(entry["start"]))
-                    record = records.read(int(entry["length"]))
+                    record = read_fully(records, int(entry["length"]))
+                if len(record) != entry["length"]:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO), records.name)
                 index[position] = (size + BLOCK, entry["stored_bytes"], entry["target"])
                 digest.update(record)
                 size += file.write(record)

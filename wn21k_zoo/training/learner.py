@@ -30,7 +30,7 @@ from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.splits import Splits
 from wn21k_zoo.training.teacher import build_teacher, check_teacher
 
-__all__ = ["Learner", "is_finite"]
+__all__ = ["Learner"]
 
 _SMALLEST_SCALE = 2.0**-20  # 36 steps after the first, which has 2 ** 16, if all of them overflowed
 _OF_DEVICE = ("foreach", "fused")  # how an optimizer computes, not what it computes
@@ -92,6 +92,7 @@ class Learner:
         network = build_network(recipe, splits.class_names, self.levels, pretrained=not begun)
         if recipe.model.freeze_backbone:
             freeze_backbone(network)
+        self._infinite = {name for name, buffer in network.named_buffers() if not buffer.isfinite().all()}
         self.module = Normalized(network, recipe.model.mean, recipe.model.std).to(self._device)
         self._format = memory_format(self._device, recipe.model.channels_last)
         self.module.to(memory_format=self._format)
@@ -283,6 +284,9 @@ class Learner:
             self._schedule.step()
         if self._average is not None:
             self._average.update(self.module, self._schedule.last_epoch)  # the first update copies
+            if self._infinite:  # of which an average would be NaN
+                averaged = self._average.module.module.get_buffer
+                _copy({name: averaged(name) for name in self._infinite}, self._buffers)
         self._within = False
         self._mark()
 
@@ -328,6 +332,13 @@ class Learner:
             "scaler": self.scaler.state_dict(),
         }
 
+    def is_finite(self, state: Mapping[str, Any]) -> bool:
+        """Whether all weights, batch statistics and averages in a state are, but for bounds that begin infinite."""
+        by_design = self._infinite | {f"module.module.{name}" for name in self._infinite}
+        named = [*state["model"].items(), *(state["average"] or {}).items()]
+        checked = [each.detach() for name, each in named if each.is_floating_point() and name not in by_design]
+        return bool(get_total_norm(checked, math.inf).isfinite())
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.module.module.load_state_dict(state["model"])
@@ -359,13 +370,6 @@ def check_levels(levels: Levels) -> None:
             "No class is an ancestor of another, so semantic_softmax is one softmax over all of them: set loss.kind to "
             "single_label, or data.label_space to classes that have ancestors among them."
         )
-
-
-def is_finite(state: Mapping[str, Any]) -> bool:
-    """Whether all weights, batch statistics and averages are finite that a checkpoint's state holds."""
-    tensors = [*state["model"].values(), *(state["average"] or {}).values()]
-    largest = get_total_norm([each.detach() for each in tensors if each.is_floating_point()], math.inf)
-    return bool(largest.isfinite())
 
 
 def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:

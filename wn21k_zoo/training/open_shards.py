@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import os
 from collections import OrderedDict
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError
+from wn21k_zoo.errors import BadImagesError, DataError, InvalidArgumentError, first_line
 from wn21k_zoo.training.dataset import ImageDataset, Images, ShardedDataset
 from wn21k_zoo.training.decode import decode
 from wn21k_zoo.training.encode import BadImageError
@@ -63,7 +62,7 @@ class OpenShards:
         """Return the reader of a shard's images, and its index.
 
         Raises:
-            DataError: The shard is missing or damaged.
+            DataError: The shard is missing or damaged, or cannot be opened.
         """
         if self._process != os.getpid():  # a fork, whose reads would move the others' file position
             self._open, self._process = OrderedDict(), os.getpid()
@@ -71,8 +70,13 @@ class OpenShards:
         for _ in range(5):
             if found is not None:
                 break
-            with contextlib.suppress(FileNotFoundError):  # another process needed its space on the stage
+            try:
                 found = self._dataset.open(number)
+            except FileNotFoundError:  # another process needed its space on the stage
+                continue
+            except OSError as error:
+                name = self._dataset.shard_name(number)
+                raise DataError(f"The shard {name} cannot be opened: {first_line(error)}.") from error
         if found is None:
             raise DataError(
                 f"The shard {self._dataset.shard_name(number)} is missing, or the stage is too small for one window."
@@ -82,6 +86,26 @@ class OpenShards:
         while len(self._open) > self._limit:
             self._open.popitem(last=False)[1][0].close()
         return found
+
+    def read(self, number: int, entry: np.void) -> bytes:
+        """Return the file of an image by its entry in a shard's index.
+
+        A read that fails is tried once more on the shard opened anew, which a network file system may need.
+
+        Raises:
+            OSError: It failed again.
+            DataError: As :meth:`__getitem__`.
+        """
+        place = int(entry["offset"]), int(entry["size"])
+        try:
+            return self[number][0].read(*place)
+        except OSError:
+            self._open.pop(number)[0].close()
+            return self[number][0].read(*place)
+
+    def key(self, number: int, entry: np.void) -> str:
+        """Return the name of an image's file, for messages."""
+        return self[number][0].key(int(entry["offset"]))
 
 
 class TorchDataset(Dataset[tuple[Any, int]]):
@@ -140,12 +164,11 @@ class TorchDataset(Dataset[tuple[Any, int]]):
         if not 0 <= sample < len(self):
             raise IndexError(f"There are {len(self):,} images, but none has the index {index}.")
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        file, entries = self._shards[shard]
-        entry = entries[sample - int(self._starts[shard])]
+        entry = self._shards[shard][1][sample - int(self._starts[shard])]
         try:
-            pixels = decode(file.read(int(entry["offset"]), int(entry["size"])))
+            pixels = decode(self._shards.read(shard, entry))
         except (BadImageError, OSError) as error:
-            name = self.dataset.place(shard, file.key(int(entry["offset"])))
+            name = self.dataset.place(shard, self._shards.key(shard, entry))
             raise BadImagesError(f"{name} is damaged ({error}); remove it or replace it.") from None
         image = Image.fromarray(pixels)
         return self.transform(image) if self.transform is not None else image, int(entry["target"])

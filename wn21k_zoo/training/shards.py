@@ -24,7 +24,7 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,7 @@ __all__ = [
     "index_path",
     "is_of_others",
     "is_unfinished",
+    "read_fully",
     "read_index",
     "read_info",
     "sample_hash",
@@ -243,6 +244,14 @@ def count_targets(shards: Iterable[tuple[str, NDArray[Any]]], classes: int) -> N
             raise DataError(f"{name} has class indices outside the label space; run `wn21k data verify`.")
         counts += np.bincount(targets, minlength=classes)
     return counts
+
+
+def read_fully(file: IO[bytes], size: int) -> bytes:
+    """Read from a file, which may return less at a time if it is unbuffered; less than ``size`` only at its end."""
+    data = file.read(size)
+    while len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data
 
 
 def read_index(path: Path, num_samples: int | None = None) -> NDArray[np.void]:

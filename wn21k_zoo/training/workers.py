@@ -162,16 +162,15 @@ class Reader(Dataset[dict[str, Any]]):
         names: list[str] = []
         bad: list[tuple[str, str, str]] = []
         for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True):
-            file, index = self._shards[shard]
-            entry = index[number]
+            entry = self._shards[shard][1][number]
             sample = int(self.order.starts[shard]) + number
             try:
                 augmented = self.augmentation(
-                    decode(file.read(int(entry["offset"]), int(entry["size"]))),
+                    decode(self._shards.read(shard, entry)),
                     randomness(self.order.seed, epoch, sample),
                 )
             except (BadImageError, ImageError, OSError, cv2.error) as error:
-                bad.append((self.dataset.shard_name(shard), file.key(int(entry["offset"])), str(error)))
+                bad.append((self.dataset.shard_name(shard), self._shards.key(shard, entry), str(error)))
                 continue
             if images is None:
                 images = _empty((end - begin, *augmented.shape))
@@ -180,7 +179,7 @@ class Reader(Dataset[dict[str, Any]]):
             targets.append(int(entry["target"]))
             samples.append(sample)
             if self.names:
-                names.append(self.dataset.place(shard, file.key(int(entry["offset"]))))
+                names.append(self.dataset.place(shard, self._shards.key(shard, entry)))
         if images is None:
             images = torch.empty((0, *self._usual_shape()), dtype=torch.uint8)
         return {
