@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -6,14 +7,17 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 
 from wn21k_zoo.errors import DataError, InvalidArgumentError
+from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import storage
-from wn21k_zoo.training.data import Loader, Stage, is_class_folder, open_dataset
+from wn21k_zoo.training.data import Loader, Stage, TorchDataset, is_class_folder, open_dataset
+from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import read_info
 
-from .archives import WNIDS, jpeg, tar_bytes
+from .archives import WNIDS, flat_files, jpeg, make_classes, tar_bytes, write_folder
 from .loading import Noisy, batches, loader, same
 from .staging import index_all, no_locks, stage_all
 
@@ -196,6 +200,32 @@ def test_an_index_of_a_file_that_has_changed_is_made_anew(tmp_path):
             files |= {f"{WNIDS[0]}_{number}.jpg": jpeg(number), f"{WNIDS[0]}_{number}.cls": b"0"}
         (folder / "train-0000.tar").write_bytes(tar_bytes(files))
         assert len(open_dataset(folder)) == images
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_what_replaces_a_data_set_at_its_url_is_staged_anew(tmp_path, prepared):
+    stage, folder, classes = Stage(tmp_path / "stage"), tmp_path / "remote", make_classes(4)
+    options = PrepareOptions(min_images=0, val_per_class=0, size=32)
+    for wnids in (WNIDS, WNIDS[::-1]):
+        shutil.rmtree(folder, ignore_errors=True)
+        if prepared:
+            source = write_folder(tmp_path / "source", flat_files({wnid: classes[wnid] for wnid in WNIDS}))
+            space = LabelSpace("mine", wnids)
+            prepare(source, folder, dataclasses.replace(options, label_space=space), workers=1)
+        else:
+            files = {name: data for wnid in wnids for name, data in classes[wnid].items()}
+            write_folder(folder, {"train-0000.tar": tar_bytes(files)})
+        found, expected = (TorchDataset(open_dataset(place, stage=stage)) for place in (f"file://{folder}", folder))
+        assert [np.array(image).tobytes() for image, _ in found] == [np.array(image).tobytes() for image, _ in expected]
+        assert found.targets.tolist() == expected.targets.tolist()
+
+
+def test_a_staged_shard_that_was_cut_is_fetched_again(shards, tmp_path):
+    dataset = open_dataset(f"file://{shards}", stage=Stage(tmp_path / "stage"))
+    path, _ = dataset.local(0)
+    whole = path.read_bytes()
+    os.truncate(path, 1000)
+    assert dataset.local(0)[0].read_bytes() == whole
 
 
 def test_mapped_shards_are_verified_where_they_are_staged(damaged, tmp_path):

@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -47,11 +47,16 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class _ShardRef:
-    """A shard: its file in the storage, its length, and its index unless that lies beside it."""
+    """A shard: its file in the storage, its length, and its index unless that lies beside it.
+
+    ``signature`` tells it from an earlier file of that name, if its sha256 is not known.
+    """
 
     name: str
     num_samples: int = 0
+    num_bytes: int | None = None
     sha256: str | None = None
+    signature: str = ""
     index: Path | None = None
 
     @property
@@ -192,7 +197,7 @@ class ShardedDataset:
         return read_index(index, shard.num_samples)
 
     def _staged(self, shard: _ShardRef) -> Path:
-        return Path(hashlib.sha256(self.storage.url.encode()).hexdigest()[:16]) / shard.name
+        return Path(_short(self.storage.url)[:16]) / _short(shard.sha256 or shard.signature)[:8] / shard.name
 
     def local(self, number: int) -> tuple[Path, NDArray[np.void]]:
         """Return the tar file of a shard on this machine, staged if need be, and its index.
@@ -206,7 +211,7 @@ class ShardedDataset:
             return self._converted(shard, staged)
         if self.storage.local is not None:
             return self.storage.local / shard.name, self.index(number)
-        path = self.stage.get(str(staged), lambda to: self.storage.fetch(shard.name, to), shard.sha256)
+        path = self.stage.get(str(staged), lambda to: self.storage.fetch(shard.name, to), shard.sha256, shard.num_bytes)
         return path, self.index(number)
 
     def _converted(self, shard: _ShardRef, staged: Path) -> tuple[Path, NDArray[np.void]]:
@@ -319,8 +324,10 @@ def open_dataset(
         with storage.open(name) as file:
             return index_parquet(file, name, classes) if name.endswith(".parquet") else index_tar(file, name, classes)
 
-    indexes = _indexes(storage, mine, space.digest, build)
-    return _dataset(storage, split, space, stage, [_ShardRef(name=name) for name in mine], indexes)
+    signatures = _signatures(storage, mine)
+    indexes = _indexes(storage, signatures, space.digest, build)
+    refs = [_ShardRef(name=name, signature=signature) for name, signature in signatures.items()]
+    return _dataset(storage, split, space, stage, refs, indexes)
 
 
 def _ours(text: str | None, url: str) -> DatasetInfo | None:
@@ -358,7 +365,10 @@ def _open_ours(
     if own.digest != info.label_digest:
         raise DataError(f"{storage.url} was prepared with other classes named {info.label_space}; prepare it again.")
     space = wanted or own
-    refs = tuple(_ShardRef(name=each.name, num_samples=each.num_samples, sha256=each.sha256) for each in shards)
+    refs = tuple(
+        _ShardRef(name=each.name, num_samples=each.num_samples, num_bytes=each.num_bytes, sha256=each.sha256)
+        for each in shards
+    )
     if space.digest == own.digest:
         return ShardedDataset(storage=storage, split=split, label_space=space, stage=stage, shards=refs)
     mapped = np.array([space.index.get(wnid, -1) for wnid in own.wnids], np.int32)
@@ -369,7 +379,7 @@ def _open_ours(
         index["target"] = mapped[index["target"]]
         return index[index["target"] >= 0]
 
-    indexes = _indexes(storage, [ref.name for ref in refs], space.digest, build)
+    indexes = _indexes(storage, _signatures(storage, [ref.name for ref in refs]), space.digest, build)
     dataset = _dataset(storage, split, space, stage, refs, indexes)
     return replace(dataset, left_out=sum(ref.num_samples for ref in refs) - len(dataset))
 
@@ -404,15 +414,25 @@ def _dataset(
     return ShardedDataset(storage=storage, split=split, label_space=space, stage=stage, shards=shards)
 
 
-def _indexes(storage: Storage, names: list[str], digest: str, build: Callable[[str], NDArray[np.void]]) -> list[Path]:
+def _signatures(storage: Storage, names: list[str]) -> dict[str, str]:
+    """Return each file's signature, by its name."""
+
+    def signature(name: str) -> str:
+        with _errors_of(storage, name):
+            return storage.signature(name)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # waiting for the storage, not computing
+        return dict(zip(names, pool.map(signature, names), strict=True))  # an error cancels what has not started
+
+
+def _indexes(
+    storage: Storage, signatures: Mapping[str, str], digest: str, build: Callable[[str], NDArray[np.void]]
+) -> list[Path]:
     """Return each file's index in the cache, built by one process if it is missing or the file has changed."""
     folder = data_cache_dir() / "index"
     make_folder(folder, DataError, ELSEWHERE)
-
-    def place(name: str) -> Path:
-        with _errors_of(storage, name):
-            identity = "\n".join((storage.url, name, storage.signature(name), digest))
-        return folder / f"{_short(identity)}.npy"
+    names = list(signatures)
+    paths = [folder / f"{_short(chr(10).join((storage.url, *each, digest)))}.npy" for each in signatures.items()]
 
     def make(name: str, path: Path) -> None:
         with _errors_of(storage, name):
@@ -424,8 +444,6 @@ def _indexes(storage: Storage, names: list[str], digest: str, build: Callable[[s
                 f"{path} cannot be written: {first_line(error)}; make room, or set WN21K_DATA_CACHE."
             ) from None
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # waiting for the storage, not computing
-        paths = list(pool.map(place, names))  # an error cancels what has not started
     if all(map(_is_index, paths)):
         return paths
     lock = folder / f"{_short(storage.url)}.lock"

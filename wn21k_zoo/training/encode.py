@@ -98,7 +98,7 @@ def store_image(data: bytes, size: int, resize: Resize, quality: int) -> StoredI
 
 def is_cut_off(data: bytes) -> bool:
     """Whether a JPEG lacks its end marker; cameras and servers may append anything after it, such as a video."""
-    return _END_OF_IMAGE not in data[-4096:] and data.find(_END_OF_IMAGE, _begin_of_scan(data)) < 0
+    return data.rfind(_END_OF_IMAGE, _begin_of_scan(data)) < 0
 
 
 def _until_its_end(data: bytes) -> bytes:

@@ -125,8 +125,10 @@ class Stage:
         if self.limit <= 0:
             raise InvalidArgumentError(f"The limit of the stage is {self.limit} bytes; it must be above 0.")
 
-    def get(self, name: str, make: Callable[[Path], None], sha256: str | None = None) -> Path:
-        """The staged file of that name; if it is missing, ``make`` writes it, in one process.
+    def get(
+        self, name: str, make: Callable[[Path], None], sha256: str | None = None, num_bytes: int | None = None
+    ) -> Path:
+        """The staged file of that name; if it is missing, or has another size, ``make`` writes it, in one process.
 
         Raises:
             DataError: It cannot be made, or has another sha256; or its name, which comes from the data set's list of
@@ -138,10 +140,14 @@ class Stage:
             raise DataError(
                 f"{name} is not the name of a shard: it leads outside the data set, which cannot be trusted."
             )
-        if not path.is_file():
+
+        def is_there() -> bool:
+            return path.is_file() and num_bytes in (None, path.stat().st_size)
+
+        if not is_there():
             make_folder(path.parent, DataError, ELSEWHERE)
             with exclusive(Path(f"{path}.lock"), DataError, ELSEWHERE):
-                if not path.is_file():
+                if not is_there():
                     self._make(path, make, sha256)
         with contextlib.suppress(OSError):
             os.utime(path)  # the time of its last use
