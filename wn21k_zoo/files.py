@@ -72,14 +72,19 @@ def expanded(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
     return path
 
 
-def local_path(place: str | os.PathLike[str], kind: type[Wn21kError]) -> Path:
-    """Like :func:`expanded`, for an output path; a URL would create a folder such as ``s3:`` here.
+def local_path(
+    place: str | os.PathLike[str],
+    kind: type[Wn21kError],
+    instead: str = "name a path of this machine, and copy the output from there.",
+) -> Path:
+    """Like :func:`expanded`, for what cannot be a URL; an output would create a folder such as ``s3:`` here.
 
     Raises:
         Wn21kError: Of class ``kind``: it is a URL; or as :func:`expanded`.
     """
-    if (url := _URL.fullmatch(os.fspath(place))) and not Path(f"{url[1]}:").is_dir():
-        raise kind(f"{url[1]}://{url[2]} is a URL; name a path of this machine, and copy the output from there.")
+    is_name = isinstance(place, (str, os.PathLike))
+    if is_name and (url := _URL.fullmatch(os.fspath(place))) and not Path(f"{url[1]}:").is_dir():
+        raise kind(f"{url[1]}://{url[2]} is a URL; {instead}")
     return expanded(place, kind)
 
 

@@ -88,10 +88,10 @@ def test_on_ray_too_what_is_copied_out_is_counted_here(tmp_path):
 
 
 def test_a_dry_run_counts_names_once_and_nothing_that_is_refused(tmp_path):
-    file = io.BytesIO(tar_bytes({"a.jpg": jpeg(0), "x/a.jpg": jpeg(1), "../b.jpg": jpeg(2)}))
+    file = io.BytesIO(tar_bytes({"a.jpg": jpeg(0), "x/a.jpg": jpeg(1), "./a.jpg": jpeg(1), "../b.jpg": jpeg(2)}))
     write_folder(tmp_path / "in", {f"{WNIDS[0]}.tar": file.getvalue()})
     (one,) = count(tmp_path / "in", PrepareOptions(min_images=0, val_per_class=0), workers=1)
-    assert (one.train, one.validation, one.decision) == (1, 0, "kept")
+    assert (one.train, one.validation, one.decision) == (2, 0, "kept")
 
 
 @pytest.mark.parametrize("layout", ["nested.tar", "nested.tar.gz"])
@@ -116,7 +116,7 @@ def test_a_dry_run_of_what_is_scattered(tmp_path):
 
 def test_a_dry_run_of_what_is_split_keeps_its_split_and_its_bytes(tmp_path):
     images = [jpeg(number, 80, 80) for number in range(3)]
-    files = {f"train/{WNIDS[0]}/a.jpg": images[0], f"val/{WNIDS[1]}/b.jpg": images[1]}
+    files = {f"imagenet21k_train/{WNIDS[0]}/a.jpg": images[0], f"imagenet21k_val/{WNIDS[1]}/b.jpg": images[1]}
     write_folder(tmp_path / "in", files)
     counts = count(tmp_path / "in", PrepareOptions(size=32), workers=1)
     assert {(one.wnid, one.train, one.validation, one.stored_bytes) for one in counts} == {

@@ -170,6 +170,13 @@ def test_verify_names_the_damaged_image(copy):
 def test_verify_tells_what_is_missing(copy, damage, problem):
     damage(copy)
     assert any(problem in one.problem for one in verify_shards(copy))
+    assert "wn21k data verify" not in str(verify_shards(copy))
+
+
+def test_verify_hashes_shards_whose_index_is_missing(copy):
+    index_path(copy / "train-00000.tar").unlink()
+    (copy / "train-00000.tar").write_bytes(b"")
+    assert [one.file for one in verify_shards(copy)] == ["train-00000.tar", "__index__/train-00000.npy"]
 
 
 @pytest.mark.parametrize("column", ["synset", "split", "shard", "key", "sha256"])
@@ -183,10 +190,11 @@ def test_verify_names_a_manifest_that_is_damaged_anywhere(copy, column):
     with (copy / MANIFEST_FILE).open("r+b") as file:
         file.seek(start)
         file.write(b"\xff" * size)
-    with next(copy.glob("train-*.tar")).open("r+b") as file:
+    with (copy / "train-00000.tar").open("r+b") as file:
         file.write(b"damage")
-    (damage,) = verify_shards(copy)
-    assert (damage.file, damage.problem.partition(":")[0]) == (MANIFEST_FILE, "cannot be read")
+    manifest, shard = verify_shards(copy)
+    assert (manifest.file, manifest.problem.partition(":")[0]) == (MANIFEST_FILE, "cannot be read")
+    assert (shard.file, shard.problem.partition(" ")[0]) == ("train-00000.tar", "has")
 
 
 def test_verify_sees_labels_that_are_out_of_range_or_wrong(copy):

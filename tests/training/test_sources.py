@@ -131,7 +131,9 @@ def test_a_class_that_is_there_twice_is_refused(tmp_path):
         classes_of(tmp_path / "split", tmp_path)
 
 
-@pytest.mark.parametrize("names", [("train", "val"), ("train", "validation"), ("imagenet21k_train", "imagenet21k_val")])
+@pytest.mark.parametrize(
+    "names", [("train", "val"), ("train", "validation"), ("train", "valid"), ("imagenet21k_train", "imagenet21k_val")]
+)
 def test_folders_of_splits_have_their_names(tmp_path, names):
     write_folder(tmp_path / "in", {f"{names[0]}/{WNIDS[0]}/a.jpg": b"a", f"{names[1]}/{WNIDS[0]}/b.jpg": b"bb"})
     found = classes_of(tmp_path / "in", tmp_path)
@@ -144,8 +146,10 @@ def test_what_is_named_like_a_class_and_more_is_none(tmp_path):
 
 
 def test_images_of_every_kind_in_the_order_of_their_names(tmp_path):
-    names = sorted(f"{number}{kind}" for number in range(9) for kind in (".png", ".webp", ".bmp", ".JPG", ".jpeg"))
-    write_folder(tmp_path / "in" / WNIDS[0], dict.fromkeys(reversed([*names, "a.txt", "b.gif"]), b"x"))
+    names = sorted(
+        f"{number}{kind}" for number in range(9) for kind in (".png", ".webp", ".bmp", ".JPG", ".jpeg", ".gif", ".tif")
+    )
+    write_folder(tmp_path / "in" / WNIDS[0], dict.fromkeys(reversed([*names, "a.txt", "b.xml"]), b"x"))
     (one,) = classes_of(tmp_path / "in", tmp_path)
     assert [member.name for member in read_members(one)] == names
 

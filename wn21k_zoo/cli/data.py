@@ -40,8 +40,9 @@ def prepare(
         Path,
         typer.Argument(
             callback=at_home,
-            help="fall11_whole.tar, winter21_whole.tar.gz, a folder of class archives or class folders, the processed "
-            "ImageNet-21K-P of image-net.org (split and resized as it comes; imagenet21k_small_classes is left out).",
+            help="fall11_whole.tar, winter21_whole.tar.gz, a folder of class archives or class folders (also in train/ "
+            "and val/), the processed ImageNet-21K-P of image-net.org (split and resized as it comes; "
+            "imagenet21k_small_classes is left out).",
         ),
     ],
     output: Annotated[
@@ -57,7 +58,8 @@ def prepare(
     ] = 50,
     size: Annotated[int, typer.Option("--size", help="In pixels.")] = 224,
     resize: Annotated[
-        Literal["squash", "short-edge"], typer.Option("--resize", help="To a square, or the shorter edge to the size.")
+        Literal["squash", "short-edge", "none"],
+        typer.Option("--resize", help="To a square, the shorter edge to the size, or not at all."),
     ] = "squash",
     quality: Annotated[int, typer.Option("--quality", help="Of JPEG, 1 to 100.")] = 95,
     shard_size: Annotated[int, typer.Option("--shard-size", help="Images per shard.")] = 10_000,
@@ -71,7 +73,11 @@ def prepare(
     ] = None,
     max_bad: Annotated[float, typer.Option("--max-bad", min=0, max=1, help="Allowed share of unusable images.")] = 0.01,
     allow_truncated: Annotated[
-        bool, typer.Option("--allow-truncated", help="Use the part that is there of an archive that ends too early.")
+        bool,
+        typer.Option(
+            "--allow-truncated",
+            help="Use the part that is there of an archive that ends too early, and leave out damaged class archives.",
+        ),
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Continue an unfinished run with the same options.")

@@ -15,7 +15,7 @@ from wn21k_zoo.errors import DataSourceError
 from wn21k_zoo.files import atomic_file, visible
 from wn21k_zoo.training.encode import BadImageError, store_image
 from wn21k_zoo.training.extra import cv2, pa, pq
-from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult, Decision
+from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult, Decision, shown
 from wn21k_zoo.training.options import PrepareOptions, disk_full_as_error
 from wn21k_zoo.training.shards import encode_record, sample_hash
 from wn21k_zoo.training.sources import ClassSource, Member, member_reader, read_members
@@ -65,13 +65,11 @@ def _odd(row: dict[str, Any]) -> Iterator[str]:
         yield "rotated by EXIF"
 
 
-def _shown(name: str) -> str:
-    """Return a name as text, even if it is not valid UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def _listed(source: ClassSource) -> tuple[dict[str, Member], list[dict[str, Any]], bool]:
-    """Return each name's last occurrence, rows for unused files, and whether the whole archive could be read."""
+    """Return each file's last occurrence by its name, rows for unused files, and whether all could be read.
+
+    Files of one name in several folders of the class are named by their paths.
+    """
     last: dict[str, Member] = {}
     rows: list[dict[str, Any]] = []
     try:
@@ -79,12 +77,17 @@ def _listed(source: ClassSource) -> tuple[dict[str, Member], list[dict[str, Any]
             if member.refused is not None:
                 rows.append({"name": member.name, "reason": member.refused})
             else:
-                if member.name in last:
+                if member.inner in last:
                     rows.append({"name": member.name, "reason": _REPLACED})
-                last[member.name] = member
+                last[member.inner] = member
     except DataSourceError:
-        return last, rows, False
-    return last, rows, True
+        return _by_name(last), rows, False
+    return _by_name(last), rows, True
+
+
+def _by_name(members: dict[str, Member]) -> dict[str, Member]:
+    counts = Counter(member.name for member in members.values())
+    return {member.name if counts[member.name] == 1 else inner: member for inner, member in members.items()}
 
 
 def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is_split: bool) -> ClassResult:
@@ -100,17 +103,16 @@ def _prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, i
     if not is_split:
         splits.update(dict.fromkeys(names[: options.val_per_class], "validation"))
     keys = _keys_of(source.wnid, names)
-    resize = "none" if is_split else options.resize
     target = options.space.index[source.wnid]
     with atomic_file(folder / f"{source.name}.tar") as file, member_reader() as read:
         for name, member in last.items():
             try:
-                stored = store_image(read_or_bad(read, member), options.size, resize, options.quality)
+                stored = store_image(read_or_bad(read, member), options.size, options.resize, options.quality)
             except BadImageError as error:
                 rows.append({"name": name, "key": keys[name], "reason": str(error)})
                 continue
             details = {
-                "filename": _shown(name),
+                "filename": shown(name),
                 "synset": source.wnid,
                 "label": target,
                 "width": stored.stored_width,
@@ -172,7 +174,7 @@ def _write_part(source: ClassSource, folder: Path, decision: Decision, rows: lis
         odd=dict(sorted(Counter(what for row in rows if row.get("split") for what in _odd(row)).items())),
     )
     for row in rows:
-        row["synset"], row["name"] = source.wnid, _shown(row["name"])
+        row["synset"], row["name"] = source.wnid, shown(row["name"])
     columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in PART_SCHEMA}
     table = pa.table(columns, schema=PART_SCHEMA.with_metadata({_RESULT_KEY: json.dumps(asdict(result))}))
     with atomic_file(folder / f"{source.name}.parquet") as file:

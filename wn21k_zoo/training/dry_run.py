@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wn21k_zoo.errors import DataSourceError, DiskSpaceError
-from wn21k_zoo.files import expanded
+from wn21k_zoo.files import local_path
 from wn21k_zoo.training.classes import decide, read_or_bad
 from wn21k_zoo.training.encode import BadImageError, store_image
 from wn21k_zoo.training.manifest import ClassResult, Decision
-from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks
+from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, warn_of_unused
 from wn21k_zoo.training.shards import WORK_FOLDER
-from wn21k_zoo.training.sources import ClassSource, CutOffError, Source, member_reader, open_source, read_members
+from wn21k_zoo.training.sources import TO_READ, ClassSource, Source, member_reader, open_source, read_members
+from wn21k_zoo.training.tars import CutOffError
 from wn21k_zoo.training.tasks import Engine
 
 __all__ = ["ClassCount", "check_space_before", "check_space_during", "count", "count_class"]
@@ -62,8 +63,9 @@ def count(
     Raises:
         DataSourceError: As :func:`prepare`.
     """
-    source, options = expanded(source, DataSourceError), options or PrepareOptions()
+    source, options = local_path(source, DataSourceError, TO_READ), options or PrepareOptions()
     opened = open_source(source.absolute() if engine == "ray" else source)  # Ray's workers run in another folder
+    options = options.of(opened)
     if opened.sequential:  # classes are copied to this machine's disk, which no other machine sees
         engine, ray_address = "local", None
     tasks = Tasks(workers, engine, ray_address, progress)
@@ -75,6 +77,7 @@ def count(
         try:
             for one in opened.classes(spool, lambda _: True):
                 positions.append(one.position)
+                opened.check_split(one)
                 yield one, options, opened.is_split
         except CutOffError as error:
             if not allow_truncated:
@@ -88,16 +91,17 @@ def count(
             images += one.train + one.validation
             done = positions[len(counts) - 1]
             progress(Progress(stage="classes", done=done, total=opened.num_bytes, images=images))
+    warn_of_unused(opened)
     return sorted(counts, key=lambda one: one.wnid)
 
 
 def count_class(source: ClassSource, options: PrepareOptions, is_split: bool) -> ClassCount:
     """Count one class; runs as a task."""
     try:
-        names = {member.name for member in read_members(source) if member.refused is None}
+        names = {member.inner for member in read_members(source) if member.refused is None}
         decision = decide(source, len(names), options, is_split)
         kept = len(names) if decision == "kept" else 0
-        first = _first_stored_bytes(source, options, is_split) if kept else 0
+        first = _first_stored_bytes(source, options) if kept else 0
     except DataSourceError:
         return ClassCount(wnid=source.wnid, decision="damaged archive", source_bytes=source.num_bytes)
     finally:
@@ -114,13 +118,14 @@ def count_class(source: ClassSource, options: PrepareOptions, is_split: bool) ->
     )
 
 
-def _first_stored_bytes(source: ClassSource, options: PrepareOptions, is_split: bool) -> int:
-    resize = "none" if is_split else options.resize
+def _first_stored_bytes(source: ClassSource, options: PrepareOptions) -> int:
     with member_reader() as read:
         for member in read_members(source):
             if member.refused is None:
                 with contextlib.suppress(BadImageError):
-                    return len(store_image(read_or_bad(read, member), options.size, resize, options.quality).data)
+                    return len(
+                        store_image(read_or_bad(read, member), options.size, options.resize, options.quality).data
+                    )
     return 0
 
 

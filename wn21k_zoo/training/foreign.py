@@ -22,7 +22,7 @@ from wn21k_zoo.files import parse_json
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.extra import pa, pq
 from wn21k_zoo.training.shards import BLOCK, END_OF_TAR, INDEX_DTYPE, encode_record
-from wn21k_zoo.training.sources import Header, members_of
+from wn21k_zoo.training.tars import Header, members_of
 
 __all__ = ["convert_parquet", "index_parquet", "index_tar", "split_of"]
 

@@ -171,7 +171,8 @@ def verify_shards(
 ) -> list[Damage]:
     """Check shards against their sha256, indexes against shards, both against the manifest and the label space.
 
-    Where a shard's hash is wrong, its images are compared one by one with the manifest to name the damaged ones.
+    Where a shard's hash is wrong, its images are compared one by one with the manifest to name the damaged ones, if its
+    index can be read.
 
     Args:
         folder: A prepared folder.
@@ -187,9 +188,10 @@ def verify_shards(
     if space.digest != info.label_digest:
         found.append(Damage("_info.json", None, f"its digest is not that of the classes of {space.name}"))
     try:
-        manifest = _Manifest.read(folder / MANIFEST_FILE, space)
+        manifest: _Manifest | None = _Manifest.read(folder / MANIFEST_FILE, space)
     except Exception as error:  # pyarrow may raise anything on a damaged file
-        return [*found, Damage(MANIFEST_FILE, None, f"cannot be read: {error}")]
+        manifest = None
+        found.append(Damage(MANIFEST_FILE, None, f"cannot be read: {error}"))
     shards = [(split, shard) for split, shards in info.splits.items() for shard in shards]
     total, done = sum(shard.num_bytes for _, shard in shards), 0
     for split, shard in shards:
@@ -202,7 +204,8 @@ def verify_shards(
         for path in visible(folder, "*.tar")
         if path.name not in known
     ]
-    _compare_counts(info, manifest, found)
+    if manifest is not None:
+        _compare_counts(info, manifest, found)
     return found
 
 
@@ -252,28 +255,34 @@ def _compare_counts(info: DatasetInfo, manifest: _Manifest, found: list[Damage])
             found.append(Damage(MANIFEST_FILE, None, f"lists {listed:,} images of {split}, _info.json says {stated:,}"))
 
 
-def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, space: LabelSpace) -> Iterator[Damage]:
+def _verify_shard(
+    folder: Path, shard: Shard, split: str, manifest: _Manifest | None, space: LabelSpace
+) -> Iterator[Damage]:
     path = folder / shard.name
-    rows = manifest.of_shard.get(shard.name, np.empty(0, np.int64))
-    try:
-        index = read_index(index_path(path), shard.num_samples)
-    except DataError as error:
-        yield Damage(index_path(path).relative_to(folder).as_posix(), None, str(error))
-        return
-    if len(rows) != shard.num_samples:
-        yield Damage(shard.name, None, f"holds {shard.num_samples:,} images, the manifest lists {len(rows):,} in it")
-    outside = int(((index["target"] < 0) | (index["target"] >= len(space))).sum())
-    if outside:
-        yield Damage(shard.name, None, f"{outside:,} class indices are outside the label space")
-    name = index_path(path).relative_to(folder).as_posix()
-    beyond = int((index["offset"] > shard.num_bytes - index["size"].astype(np.int64)).sum())
-    if beyond:
-        yield Damage(name, None, f"places {beyond:,} images beyond the end of {shard.name}")
     try:
         digest = sha256_of(path)
     except OSError as error:
         yield Damage(shard.name, None, f"cannot be read: {error.strerror}")
+        digest = ""
+    if digest and digest != shard.sha256:
+        yield Damage(shard.name, None, f"has sha256 {digest}, expected {shard.sha256}")
+    name = index_path(path).relative_to(folder).as_posix()
+    try:
+        index = read_index(index_path(path), shard.num_samples)
+    except DataError as error:
+        yield Damage(name, None, str(error).replace("; `wn21k data verify` shows what is damaged", ""))
         return
+    outside = int(((index["target"] < 0) | (index["target"] >= len(space))).sum())
+    if outside:
+        yield Damage(shard.name, None, f"{outside:,} class indices are outside the label space")
+    beyond = int((index["offset"] > shard.num_bytes - index["size"].astype(np.int64)).sum())
+    if beyond:
+        yield Damage(name, None, f"places {beyond:,} images beyond the end of {shard.name}")
+    if manifest is None or not digest:
+        return
+    rows = manifest.of_shard.get(shard.name, np.empty(0, np.int64))
+    if len(rows) != shard.num_samples:
+        yield Damage(shard.name, None, f"holds {shard.num_samples:,} images, the manifest lists {len(rows):,} in it")
     if digest == shard.sha256 and not outside:
         if (manifest.splits[rows] != split).any():
             yield Damage(shard.name, None, f"has images that the manifest does not count as {split}")
@@ -286,8 +295,6 @@ def _verify_shard(folder: Path, shard: Shard, split: str, manifest: _Manifest, s
         elif not np.array_equal(there, listed):
             yield Damage(shard.name, None, "its classes are not those that the manifest lists")
         return
-    if digest != shard.sha256:
-        yield Damage(shard.name, None, f"has sha256 {digest}, expected {shard.sha256}")
     names = manifest.names.take(rows)
     whole: Counter[str] = Counter()
     with path.open("rb") as file:

@@ -23,6 +23,7 @@ __all__ = [
     "Decision",
     "classes_csv",
     "read_table",
+    "shown",
     "summary",
 ]
 
@@ -116,6 +117,11 @@ def read_table(path: Path, columns: Sequence[str] | None = None, **options: Any)
         return parquet.read(columns=columns)
 
 
+def shown(name: str) -> str:
+    """Return a name as text, even if it is not valid UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def classes_csv(results: Iterable[ClassResult]) -> str:
     """Return a CSV with one line per class; the two splits of a source that is already split are added up."""
     lines: dict[str, list[Any]] = {}
@@ -130,8 +136,13 @@ def classes_csv(results: Iterable[ClassResult]) -> str:
     return text.getvalue()
 
 
-def summary(results: Sequence[ClassResult], space: LabelSpace, options: Mapping[str, Any]) -> str:
-    """Return a summary in Markdown: options, totals beside the published ones, what was left out and why."""
+def summary(
+    results: Sequence[ClassResult], space: LabelSpace, options: Mapping[str, Any], unused: Sequence[str] = ()
+) -> str:
+    """Return a summary in Markdown: options, totals beside the published ones, what was left out and why.
+
+    ``unused`` names what lies in the source beside its classes.
+    """
     kept = [one for one in results if one.decision == "kept"]
     train, validation = sum(one.train for one in kept), sum(one.validation for one in kept)
     classes = len({one.wnid for one in kept})
@@ -166,6 +177,12 @@ def summary(results: Sequence[ClassResult], space: LabelSpace, options: Mapping[
     lines += [f"- {what}: {count:,} images" for what, count in sorted(reasons.items())]
     missing = len(space) - classes
     lines += [f"- of the label space's classes, {missing:,} have no images here"] if missing else []
+    trained = {one.wnid for one in kept if one.train}
+    if untrained := classes - len(trained):
+        lines += [f"- {untrained:,} classes have validation images alone"]
+    if unused:
+        more = f" and {len(unused) - 20:,} more" if len(unused) > 20 else ""
+        lines += [f"- neither a class nor in one: {', '.join(map(shown, unused[:20]))}{more}"]
     lines += ["nothing"] if lines[-1] == "" else []
     odd = Counter[str]()
     for one in results:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError, MissingExtraError, whole_number
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.training.sources import Source
 from wn21k_zoo.training.tasks import Engine, run_tasks
 
-__all__ = ["PrepareOptions", "Progress", "Resize", "Tasks", "disk_full_as_error"]
+__all__ = ["PrepareOptions", "Progress", "Resize", "Tasks", "disk_full_as_error", "warn_of_unused"]
 
+_LOG = logging.getLogger(__name__)
 Resize = Literal["squash", "short-edge", "none"]
 
 
@@ -30,7 +33,7 @@ class PrepareOptions:
         min_images: A class must have more image names than this (published: 500). Ignored for a source that is split.
         val_per_class: Names per class, first in byte order, that form the validation split (published: 50).
         size: Size in pixels (published: 224).
-        resize: ``squash`` to a square, or ``short-edge``.
+        resize: ``squash`` to a square, ``short-edge``, or ``none``; a source that comes resized is not resized again.
         quality: JPEG quality, 1 to 100 (OpenCV's default, and so the published one: 95).
         shard_size: Samples per shard.
 
@@ -56,8 +59,16 @@ class PrepareOptions:
             ("shard_size", 1, 10**6),
         ):  # fmt: skip
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least, most))
-        if self.resize not in ("squash", "short-edge"):
-            raise InvalidArgumentError(f"resize is {self.resize!r}; it must be 'squash' or 'short-edge'.")
+        if self.resize not in get_args(Resize):
+            raise InvalidArgumentError(f"resize is {self.resize!r}; it can be {', '.join(get_args(Resize))}.")
+
+    def of(self, source: Source) -> PrepareOptions:
+        """Return the options for a source, and warn of those that do not apply because it comes split or resized."""
+        fixed = ("min_images", "val_per_class") * source.is_split + ("size", "resize") * source.is_resized
+        if given := [name for name in fixed if getattr(self, name) != getattr(PrepareOptions, name)]:
+            done = "split and resized" if source.is_resized else "split"
+            _LOG.warning("the source comes %s, so %s do not apply", done, ", ".join(given))
+        return replace(self, resize="none") if source.is_resized else self
 
     @property
     def space(self) -> LabelSpace:
@@ -104,6 +115,13 @@ class Tasks:
     def run(self, function: Callable[..., Any], tasks: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
         """Yield results in the order in which they become ready."""
         return run_tasks(function, tasks, workers=self.workers, engine=self.engine, address=self.address)
+
+
+def warn_of_unused(source: Source) -> None:
+    """Name what lies in a source beside its classes, where a class may be that has another name than a wnid."""
+    if names := list(source.unused):
+        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        _LOG.warning("neither a class nor in one, so left out: %s%s", ", ".join(names[:5]), more)
 
 
 @contextlib.contextmanager

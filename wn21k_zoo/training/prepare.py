@@ -9,10 +9,10 @@ So it can be killed at any moment and resumes where it was, and the bytes depend
 on the number of workers, the engine, or the order in which tasks end. The price is space for the output twice over
 while it runs; nothing of the source is copied, except a few classes at a time of a compressed archive.
 
-What the paper leaves open is decided here and in :mod:`wn21k_zoo.training.encode`: names are those of files that end in
-.jpeg, .jpg, .png, .webp or .bmp (published: .JPEG); if a name is in an archive twice, its last occurrence counts, as
-when unpacking; validation images are the first names in byte order, whatever the locale; a class whose own archive is
-damaged is left out, and all its images count as bad.
+What the paper leaves open is decided here and in :mod:`wn21k_zoo.training.encode`: names are those of files that end as
+images do (published: .JPEG); if a path is in an archive twice, its last occurrence counts, as when unpacking;
+validation images are the first names in byte order, whatever the locale; a class whose own archive is damaged is an
+error at the end or, with ``allow_truncated``, is left out, and all its images count as bad.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import THE_SYSTEMS, expanded, local_path, parse_json, replace, write_whole
+from wn21k_zoo.files import THE_SYSTEMS, local_path, parse_json, replace, write_whole
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.dry_run import check_space_before, check_space_during
-from wn21k_zoo.training.extra import cv2
+from wn21k_zoo.training.extra import cv2, pc
 from wn21k_zoo.training.gather import write_manifest, write_shards
-from wn21k_zoo.training.manifest import ClassResult, classes_csv, summary
-from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
+from wn21k_zoo.training.manifest import ClassResult, classes_csv, read_table, summary
+from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error, warn_of_unused
 from wn21k_zoo.training.shards import INDEX_FOLDER, INFO_FILE, OPTIONS_FILE, WORK_FOLDER, DatasetInfo, Shard, read_info
-from wn21k_zoo.training.sources import ClassSource, CutOffError, Source, open_source
+from wn21k_zoo.training.sources import TO_READ, ClassSource, Source, open_source
+from wn21k_zoo.training.tars import CorruptError, CutOffError
 from wn21k_zoo.training.tasks import Engine
 
 __all__ = ["PrepareOptions", "Progress", "prepare"]
 
 _LOG = logging.getLogger(__name__)
 _WORK_DONE = ".work.done"
+_TRUNCATED = "truncated"
 _HIDDEN = (".DS_Store", "._*", ".fseventsd", ".Spotlight-V100", ".TemporaryItems", ".Trash*", ".nfs*")  # not a user's
 
 
@@ -71,7 +73,8 @@ def prepare(
         engine: ``local`` or ``ray``; the result is the same to the byte. On a cluster all nodes must see both paths.
         ray_address: Address of a running Ray cluster; default: ``RAY_ADDRESS``, else one on this machine.
         max_bad: Allowed share of images that cannot be used.
-        allow_truncated: If an archive ends too early, go on with what it has; the class it ends in is left out.
+        allow_truncated: If an archive ends too early, go on with what it has; the class it ends in is left out, as is
+            each class whose own archive is damaged or cannot be read.
         resume: If false, delete what an unfinished run left first.
         progress: Called after each task.
 
@@ -80,12 +83,12 @@ def prepare(
 
     Raises:
         DataSourceError: The source is missing, of no known layout, damaged or cut off.
-        DataOutputError: The output folder holds something else, or was begun with other options.
+        DataOutputError: The output folder holds something else, was begun with other options, or is complete although
+            ``resume`` is false.
         DiskSpaceError: Too little space; what is finished is kept.
-        BadImagesError: More than ``max_bad`` of the images are bad; what is finished is kept.
+        BadImagesError: More than ``max_bad`` of the images are bad; classes without bad ones are kept.
     """
-    source, output = expanded(source, DataSourceError), local_path(output, DataOutputError)
-    options = options or PrepareOptions()
+    source, output = local_path(source, DataSourceError, TO_READ), local_path(output, DataOutputError)
     if output.exists() and not output.is_dir():
         raise DataOutputError(f"{output} is a file; name a folder for the output.")
     tasks = Tasks(workers, engine, ray_address, progress)
@@ -93,18 +96,20 @@ def prepare(
         source, output = source.absolute(), output.absolute()
     shutil.rmtree(output / _WORK_DONE, ignore_errors=True)
     opened = open_source(source)
+    options = (options or PrepareOptions()).of(opened)
     recorded = _recorded(options, opened)
     if (output / INFO_FILE).is_file() and not (output / WORK_FOLDER).exists():
-        info = read_info(output)
-        _check_same(info.preparation, recorded, output)
-        return info
+        return _complete(output, recorded, resume, allow_truncated)
     with disk_full_as_error(output), _begun(output, {**recorded, "source": source.resolve().name}, resume):
         check_space_before(opened, options, output)
-        results = _prepare_classes(opened, options, output, tasks, max_bad, allow_truncated)
-        _refuse_bad(results, max_bad)
+        results, is_cut_off = _prepare_classes(opened, options, output, tasks, max_bad, allow_truncated)
+        _refuse_bad(results, max_bad, output)
         shards = write_shards(output, results, options, tasks)
         write_manifest(output, results, progress)
-        info = _finish(output, results, shards, options, recorded)
+        warn_of_unused(opened)
+        if is_cut_off:
+            recorded[_TRUNCATED] = "the source ended too early"
+        info = _finish(output, results, shards, options, recorded, list(opened.unused))
         progress(Progress(stage="manifest", done=len(results), total=len(results), images=0))
     try:
         # A half-deleted work folder cannot be resumed, so rename it first.
@@ -118,10 +123,28 @@ def prepare(
 def _recorded(options: PrepareOptions, source: Source) -> dict[str, Any]:
     """Return the options as ``_info.json`` has them, without those that do not apply to an already split source."""
     recorded = options.recorded()
-    if source.is_split:
-        recorded = {name: value for name, value in recorded.items() if name in ("label_space", "quality", "shard_size")}
+    without = ("min_images", "val_per_class") * source.is_split + ("size",) * source.is_resized
+    recorded = {name: value for name, value in recorded.items() if name not in without}
+    if source.is_resized:
         recorded["resize"] = "none: split and resized by the source"
     return {**recorded, "opencv": cv2.__version__}
+
+
+def _complete(output: Path, recorded: dict[str, Any], resume: bool, allow_truncated: bool) -> DatasetInfo:
+    """Return what a complete output says of itself, without a look at the source.
+
+    Raises:
+        DataOutputError: It was made with other options, or the caller wants to make it anew or of a whole source.
+    """
+    info = read_info(output)
+    before = dict(info.preparation)
+    is_cut_off = before.pop(_TRUNCATED, None) is not None
+    _check_same(before, recorded, output)
+    if not resume or (is_cut_off and not allow_truncated):
+        what = "is complete" if not resume else "was made of a source that ended too early"
+        raise DataOutputError(f"{output} {what}; delete it, or name another folder, to prepare the source anew.")
+    _LOG.warning("%s was complete already, so the source was not read", output)
+    return info
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
@@ -186,26 +209,28 @@ def _is_the_systems(name: str) -> bool:
 
 def _prepare_classes(
     source: Source, options: PrepareOptions, output: Path, tasks: Tasks, max_bad: float, allow_truncated: bool
-) -> list[ClassResult]:
-    """First pass: prepare every class of the source that is not finished yet."""
+) -> tuple[list[ClassResult], bool]:
+    """First pass: prepare every class of the source that is not finished yet; also returns whether it is cut off."""
     work = output / WORK_FOLDER
+    there: set[str] = set()
     results = {result.name: result for result in finished_classes(work / "classes")}
     done = images = 0
     positions: dict[str, int] = {}
     cut_off: list[CutOffError] = []
 
     def wanted(name: str) -> bool:
+        there.add(name)
         return not (source.sequential and name in results)
 
     def waiting() -> Iterator[tuple[ClassSource, PrepareOptions, Path, bool]]:
         last = 0
         try:
             for one in source.classes(work / "spool", wanted):
+                source.check_split(one)
                 positions[one.name], last = one.position - last, one.position
                 before = results.get(one.name)
                 if before is None or before.source_bytes != one.num_bytes:
-                    for receipt in (work / "shards").iterdir():  # the classes of the shards will differ
-                        receipt.unlink()
+                    _forget_shards(work)
                     yield one, options, work / "classes", source.is_split
         except CutOffError as error:
             cut_off.append(error)
@@ -220,25 +245,70 @@ def _prepare_classes(
         if source.sequential and len(results) % 50 == 0:
             check_space_during(results.values(), done, source.num_bytes, output)
         if result.bad and images > 10_000:  # only such a class raises the share of bad images
-            _refuse_bad(list(results.values()), 5 * max_bad)  # no need to wait for the end if it is that bad
-    if cut_off and not allow_truncated:
-        raise DataSourceError(
-            f"{str(cut_off[0]).rstrip('.')}. {len(results):,} classes are finished and kept: get the whole file and "
-            "run the same command again, or go on without the rest with --allow-truncated."
-        )
+            _refuse_bad(list(results.values()), 5 * max_bad, output)  # no need to wait for the end if it is that bad
+    if cut_off:
+        _refuse_cut_off(cut_off[0], results, work, allow_truncated)
+    else:
+        for name in results.keys() - there:  # of another source, or no longer in this one
+            _forget([results.pop(name)], work)
+    if not allow_truncated:
+        _refuse_damaged(results.values(), options, work)
     if not any(result.train + result.validation for result in results.values()):
         for folder in ("classes", "shards"):  # nothing is lost, and other options may follow
             shutil.rmtree(work / folder, ignore_errors=True)
         (work / OPTIONS_FILE).unlink(missing_ok=True)
         fewer = Counter(result.decision for result in results.values())
         what = "; ".join(f"{count:,} classes {decision}" for decision, count in sorted(fewer.items()))
+        beside = f"; beside them {', '.join(list(source.unused)[:3])}" if source.unused else ""
         raise DataSourceError(
-            f"No image of the source is to be used: {what or 'no classes in it'}. Check --label-space and --min-images."
+            f"No image of the source is to be used: {what or 'no classes in it'}{beside}. Check --label-space and "
+            "--min-images."
         )
-    return [results[name] for name in sorted(results)]
+    return [results[name] for name in sorted(results)], bool(cut_off)
 
 
-def _refuse_bad(results: list[ClassResult], max_bad: float) -> None:
+def _forget(results: Iterable[ClassResult], work: Path) -> None:
+    """Delete finished classes, so that the next run reads them again."""
+    for result in results:
+        for path in (work / "classes" / f"{result.name}.parquet", work / "classes" / f"{result.name}.tar"):
+            path.unlink(missing_ok=True)
+        _forget_shards(work)
+
+
+def _forget_shards(work: Path) -> None:
+    """Delete what says which shards are finished, since their classes will differ."""
+    for receipt in (work / "shards").iterdir():
+        receipt.unlink()
+
+
+def _refuse_cut_off(error: CutOffError, results: Mapping[str, ClassResult], work: Path, allow_truncated: bool) -> None:
+    about = str(error).rstrip(".")
+    if isinstance(error, CorruptError):
+        _forget(results.values(), work)
+        raise DataSourceError(
+            f"{about}. What was read before may be wrong as well, so nothing is kept: get the file anew and run the "
+            "same command again."
+        )
+    if not allow_truncated:
+        raise DataSourceError(
+            f"{about}. {len(results):,} classes are finished and kept: get the whole file and run the same command "
+            "again, or go on without the rest with --allow-truncated."
+        )
+
+
+def _refuse_damaged(results: Iterable[ClassResult], options: PrepareOptions, work: Path) -> None:
+    damaged = [one for one in results if one.decision == "damaged archive" and one.wnid in options.space]
+    if damaged:
+        _forget(damaged, work)
+        names = ", ".join(sorted(one.name for one in damaged)[:5]) + (", ..." if len(damaged) > 5 else "")
+        raise DataSourceError(
+            f"Of {len(damaged):,} classes the archive or folder is damaged, was not fetched whole or may not be read: "
+            f"{names}. The others are finished and kept: mend these and run the same command again, or go on without "
+            "them with --allow-truncated."
+        )
+
+
+def _refuse_bad(results: list[ClassResult], max_bad: float, output: Path) -> None:
     used = [one for one in results if one.is_wanted]
     bad, images = sum(one.bad for one in used), sum(one.images for one in used)
     if bad > max_bad * images:
@@ -246,9 +316,14 @@ def _refuse_bad(results: list[ClassResult], max_bad: float) -> None:
         for one in used:
             reasons.update(one.reasons)
         most = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
+        broken = [one for one in used if one.bad]
+        part = read_table(output / WORK_FOLDER / "classes" / f"{broken[0].name}.parquet", ["name", "reason"])
+        first = part.filter(pc.field("reason").is_valid())["name"][0]
+        _forget(broken, output / WORK_FOLDER)
         raise BadImagesError(
-            f"{bad:,} of {images:,} images cannot be used ({most}), more than {max_bad:.1%}. Finished work is kept: "
-            "check the source, or run again with a higher --max-bad."
+            f"{bad:,} of {images:,} images cannot be used ({most}), such as {first} of {broken[0].name}; that is more "
+            f"than {max_bad:.1%}. The classes without such images are finished and kept: mend the source, or run again "
+            "with a higher --max-bad."
         )
 
 
@@ -258,11 +333,12 @@ def _finish(
     shards: dict[str, tuple[Shard, ...]],
     options: PrepareOptions,
     recorded: dict[str, Any],
+    unused: list[str],
 ) -> DatasetInfo:
     """Write the summary and, last, ``_info.json``, which marks the output as complete."""
     space = options.space
     write_whole(output / "classes.csv", classes_csv(results))
-    write_whole(output / "SUMMARY.md", summary(results, space, recorded))
+    write_whole(output / "SUMMARY.md", summary(results, space, recorded, unused))
     info = DatasetInfo(
         label_space=space.name,
         label_digest=space.digest,

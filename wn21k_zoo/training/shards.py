@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, Wn21kError, first_line
-from wn21k_zoo.files import atomic_file, expanded, parse_json
+from wn21k_zoo.files import atomic_file, local_path, parse_json
 from wn21k_zoo.labels import LabelSpace
 
 __all__ = [
@@ -194,7 +194,7 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     Raises:
         DataError: There is none, or ``wn21k data prepare`` did not write it.
     """
-    folder = expanded(folder, DataError)
+    folder = local_path(folder, DataError, "only a folder of this machine, or one that is mounted, can be looked at.")
     path = folder / INFO_FILE
     try:
         info = DatasetInfo.from_json(path.read_text(encoding="utf-8"))

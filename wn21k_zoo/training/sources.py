@@ -6,55 +6,50 @@ be read from the beginning, so each class is copied out of the stream, processed
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import gzip
-import lzma
 import os
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from wn21k_zoo.errors import DataSourceError
+from wn21k_zoo.files import is_hidden
+from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.synsets import WNID_PATTERN
+from wn21k_zoo.training.tars import CutOffError, Header, Window, members_of, tar_stream
 
 __all__ = [
+    "TO_READ",
     "ClassSource",
-    "CutOffError",
-    "Header",
     "Member",
     "Source",
     "files_below",
     "member_reader",
-    "members_of",
     "open_source",
     "read_members",
 ]
 
-_ABOUT_THE_NEXT = (
-    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
-)  # fmt: skip
-_IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 _SPLIT_FOLDERS = {
     "imagenet21k_train": "train",
     "imagenet21k_val": "validation",
     "train": "train",
     "val": "validation",
+    "valid": "validation",
     "validation": "validation",
 }
+_RESIZED = ("imagenet21k_train", "imagenet21k_val")
+_TEST_FOLDER = "test"  # neither for training nor for validation
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+TO_READ = "fetch it to this machine, or mount it, and name its path."
+_NOTED = 1000
 _SMALL_CLASSES = "imagenet21k_small_classes"  # in the same archive, but not part of ImageNet-21K-P
 _LAYOUTS = (
     "an archive of class archives (fall11_whole.tar, winter21_whole.tar.gz), a folder of class archives "
     "(n01440764.tar), an archive or a folder of class folders (n01440764/), or the processed ImageNet-21K-P of "
     "image-net.org (imagenet21k_train/, imagenet21k_val/)"
 )
-
-
-class CutOffError(DataSourceError):
-    """The source ends too early or is damaged somewhere; everything before that point was yielded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,41 +74,19 @@ class ClassSource:
         return self.wnid if self.split is None else f"{self.split}-{self.wnid}"
 
 
-class Header(tarfile.TarInfo):
-    """A header of an untrusted archive, for ``tarfile.open(tarinfo=)``."""
-
-    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # the hook that tarfile has for subclasses
-        """Refuse sizes below 0, and what describes the next header, such as its long name, beyond a megabyte.
-
-        Tarfile reads the latter whole. With the former it loops forever, or since Python's CVE-2025-8194 was mended
-        takes them for the end of the archive.
-
-        Raises:
-            tarfile.ReadError: The size is such a one, or more headers describe one member than Python's recursion
-                limit.
-        """
-        if self.size < 0 or (self.type in _ABOUT_THE_NEXT and self.size > 1 << 20):
-            raise tarfile.ReadError(f"a header has {self.size:,} bytes")
-        try:
-            found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
-        except RecursionError:
-            raise tarfile.ReadError("too many headers describe one member") from None
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from None
-        if found.size < 0:  # as another header says
-            raise tarfile.ReadError(f"a header has {found.size:,} bytes")
-        return found
-
-
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file of a class: ``size`` bytes of ``path`` from ``offset`` on; ``refused`` says why not to read it."""
+    """One file of a class: ``size`` bytes of ``path`` from ``offset`` on; ``refused`` says why not to read it.
+
+    ``inner`` is its path within the class, of which ``name`` is the last part.
+    """
 
     name: str
     path: Path
     offset: int
     size: int
     refused: str | None = None
+    inner: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +95,28 @@ class Source:
 
     ``classes(spool, wanted)`` yields them in stored order, without those for which ``wanted(name)`` is false; classes
     in a compressed archive are copied into the folder ``spool``. ``num_bytes`` is the total size. ``sequential``: it
-    can only be read from the beginning.
+    can only be read from the beginning. ``is_split``: its images are already divided. ``is_resized``: it is the
+    processed ImageNet-21K-P. ``unused`` names what is neither a class nor in one; of an archive, once it was read.
     """
 
     classes: Callable[[Path, Callable[[str], bool]], Iterator[ClassSource]]
     num_bytes: int
     sequential: bool
     is_split: bool
+    is_resized: bool
+    unused: dict[str, None] = field(default_factory=dict)
+
+    def check_split(self, one: ClassSource) -> None:
+        """Check that a class is divided if others are.
+
+        Raises:
+            DataSourceError: Only one of both is.
+        """
+        if (one.split is not None) != self.is_split:
+            raise DataSourceError(
+                f"{one.wnid} is {'in' if one.split else 'beside'} the folders for training and validation ("
+                f"{', '.join(_SPLIT_FOLDERS)}), other classes are not; put all of them into such folders, or none."
+            )
 
 
 def open_source(path: Path) -> Source:
@@ -145,7 +133,7 @@ def open_source(path: Path) -> Source:
     if not path.exists():
         raise DataSourceError(f"{path} does not exist; name {_LAYOUTS}.")
     try:
-        with _stream(path) as (archive, raw):
+        with tar_stream(path) as (archive, raw):
             compressed = archive.fileobj is not raw
             # A tar made on a Mac may have a ._NAME before each NAME.
             seen = (member for member in members_of(archive) if not PurePosixPath(member.name).name.startswith("."))
@@ -155,7 +143,7 @@ def open_source(path: Path) -> Source:
     if first is None:
         raise DataSourceError(f"{path} is empty; name {_LAYOUTS}.")
     nested, above = first.name.endswith(".tar"), PurePosixPath(first.name).parts[:-1]
-    if not nested and _place(first.name) is None and _SMALL_CLASSES not in above:
+    if not nested and _place(first.name) is None and not {_SMALL_CLASSES, _TEST_FOLDER} & {*above}:
         raise DataSourceError(
             f"{path} begins with {first.name!r}, neither a class archive nor in a class folder; name {_LAYOUTS}."
         )
@@ -163,11 +151,15 @@ def open_source(path: Path) -> Source:
         classes = _compressed_nested if nested else _compressed_flat
     else:
         classes = _plain_nested if nested else _plain_flat
+    unused: dict[str, None] = {}
+    is_small = not nested and _SMALL_CLASSES in above
     return Source(
-        classes=lambda spool, wanted: classes(path, spool, wanted),
+        classes=lambda spool, wanted: classes(path, spool, wanted, unused),
         num_bytes=path.stat().st_size,
         sequential=compressed,
-        is_split=not nested and (_SMALL_CLASSES in above or (_place(first.name) or ("", None))[1] is not None),
+        is_split=is_small or (not nested and (_TEST_FOLDER in above or _split(above) is not None)),
+        is_resized=is_small or (not nested and any(part in _RESIZED for part in above)),
+        unused=unused,
     )
 
 
@@ -182,7 +174,7 @@ def read_members(source: ClassSource) -> Iterator[Member]:
         return
     try:
         with source.path.open("rb") as file:
-            window = _Window(file, source.offset, source.num_bytes)
+            window = Window(file, source.offset, source.num_bytes)
             with tarfile.open(fileobj=window, mode="r:", tarinfo=Header) as archive:  # type: ignore[call-overload]
                 for member in members_of(archive):
                     yield from _tar_member(source, member)
@@ -190,47 +182,48 @@ def read_members(source: ClassSource) -> Iterator[Member]:
         raise DataSourceError(f"the archive of {source.wnid} is damaged: {error}") from None
 
 
-def members_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """All headers of an archive without keeping them.
-
-    Raises:
-        tarfile.ReadError: It ends too early, or at something that is not a header, which tarfile takes for the end.
-    """
-    while (member := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined]
-        yield member
-    file: Any = archive.fileobj
-    if hasattr(file, "seekable"):
-        file.seek(archive.offset)
-        rest = file.read(tarfile.BLOCKSIZE)
-    else:
-        rest = b""  # a stream cannot go back
-        while chunk := file.read(1 << 20):  # to the end, where a compressed file has its checksum
-            rest = rest or chunk.strip(b"\0")
-    if rest.strip(b"\0"):
-        raise tarfile.ReadError("there is no header where one should be")
-
-
 def _tar_member(source: ClassSource, member: tarfile.TarInfo) -> Iterator[Member]:
     if member.isdir():
         return
-    name = member.name.rpartition("/")[2]
+    inner = _inner(member.name)
+    name = inner.rpartition("/")[2]
     offset = source.offset + member.offset_data
     if member.name.startswith("/") or ".." in member.name.split("/"):
         yield Member(member.name, source.path, offset, member.size, "refused: its path leaves its folder")
     elif not member.isreg():
         yield Member(member.name, source.path, offset, member.size, "refused: a link or device, not a file")
+    elif member.issparse():
+        yield Member(member.name, source.path, offset, member.size, "refused: a file that was packed with holes")
     elif _is_image(name):
-        yield Member(name, source.path, offset, member.size)
+        yield Member(name, source.path, offset, member.size, inner=inner)
+
+
+def _inner(name: str) -> str:
+    """The path of a member within its class."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    above = [place for place, part in enumerate(parts[:-1]) if WNID_PATTERN.fullmatch(part)]
+    return "/".join(parts[above[-1] + 1 :] if above else parts)
 
 
 def _folder_members(folder: Path) -> Iterator[Member]:
-    for parent, folders, names in os.walk(folder):
+    def unreadable(error: OSError) -> None:
+        raise DataSourceError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
         folders.sort()
+        above = Path(parent)
+        for name in folders:
+            if (above / name).is_symlink():
+                yield Member(name, above / name, 0, 0, "refused: a link to a folder")
         for name in sorted(names):
-            if _is_image(name):
-                path = Path(parent) / name
-                yield Member(name, path, 0, path.stat().st_size if path.is_file() else 0)
+            if not _is_image(name):
+                continue
+            path = above / name
+            if path.exists() and not path.is_file():
+                yield Member(name, path, 0, 0, "refused: a pipe or device, not a file")
+            else:
+                size = path.stat().st_size if path.is_file() else 0  # of a link to nothing
+                yield Member(name, path, 0, size, inner=path.relative_to(folder).as_posix())
 
 
 @contextlib.contextmanager
@@ -258,15 +251,16 @@ def member_reader() -> Iterator[Callable[[Member], bytes]]:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(_IMAGE_SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def _open_folder(path: Path) -> Source:
-    classes = list(_folder_classes(path, None))
+    unused: dict[str, None] = {}
+    classes = list(_folder_classes(path, None, unused))
     if not classes:
-        for name in sorted(entry.name for entry in path.iterdir() if entry.is_dir()):
-            if name in _SPLIT_FOLDERS:
-                classes += _folder_classes(path / name, _SPLIT_FOLDERS[name])
+        for name in [name for name in unused if name in _SPLIT_FOLDERS and (path / name).is_dir()]:
+            del unused[name]
+            classes += _folder_classes(path / name, _SPLIT_FOLDERS[name], unused)
     if not classes:
         inner = [entry for entry in path.iterdir() if entry.is_dir()]
         hint = f" Did you mean {inner[0]}?" if len(inner) == 1 else ""
@@ -282,20 +276,24 @@ def _open_folder(path: Path) -> Source:
         num_bytes=total,
         sequential=False,
         is_split=classes[0].split is not None,
+        is_resized=any((path / name).is_dir() for name in _RESIZED),
+        unused=unused,
     )
 
 
-def _folder_classes(folder: Path, split: str | None) -> Iterator[ClassSource]:
+def _folder_classes(folder: Path, split: str | None, unused: dict[str, None]) -> Iterator[ClassSource]:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         stem = entry.name.removesuffix(".tar")
-        if not WNID_PATTERN.fullmatch(stem):
-            continue
+        is_class = WNID_PATTERN.fullmatch(stem) is not None
         path = Path(entry.path)
-        if entry.is_dir() and stem == entry.name:
+        if is_class and entry.is_dir() and stem == entry.name:
             size = sum(file.stat().st_size for _, file in files_below(entry.path))
-        elif entry.is_file() and stem != entry.name:
+        elif is_class and entry.is_file() and stem != entry.name:
             size = entry.stat().st_size
         else:
+            is_other = not entry.is_file() or entry.name.lower().endswith(_ARCHIVES)  # a note is no class
+            if is_other and not is_hidden(entry.name) and entry.name != _SMALL_CLASSES:
+                unused[entry.name if split is None else f"{folder.name}/{entry.name}"] = None
             continue
         yield ClassSource(wnid=stem, path=path, num_bytes=size, position=0, split=split)
 
@@ -330,12 +328,29 @@ def _place(name: str) -> tuple[str, str | None] | None:
         return None
     for position in range(len(parts) - 2, -1, -1):
         if WNID_PATTERN.fullmatch(parts[position]):
-            split = next((_SPLIT_FOLDERS[part] for part in parts[:position] if part in _SPLIT_FOLDERS), None)
-            return parts[position], split
+            return (parts[position], _split(parts[:position])) if _TEST_FOLDER not in parts[:position] else None
     return None
 
 
-def _plain_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
+def _split(folders: tuple[str, ...]) -> str | None:
+    return next((_SPLIT_FOLDERS[part] for part in folders if part in _SPLIT_FOLDERS), None)
+
+
+def _note_unused(member: tarfile.TarInfo, unused: dict[str, None]) -> None:
+    """Note the folder of an image or archive that is not of a class."""
+    parts = PurePosixPath(member.name).parts
+    if not parts or _SMALL_CLASSES in parts or any(map(is_hidden, parts)) or len(unused) >= _NOTED:
+        return
+    if parts[-1].lower().endswith(_ARCHIVES) or (_is_image(parts[-1]) and len(parts) == 1):
+        unused[member.name] = None
+    elif _is_image(parts[-1]):
+        end = parts.index(_TEST_FOLDER) + 1 if _TEST_FOLDER in parts[:-1] else len(parts) - 1
+        unused["/".join(parts[:end])] = None
+
+
+def _plain_nested(
+    path: Path, spool: Path, wanted: Callable[[str], bool], unused: dict[str, None]
+) -> Iterator[ClassSource]:
     """The class archives of an uncompressed archive, by their offsets."""
     del spool
     size = path.stat().st_size
@@ -349,9 +364,13 @@ def _plain_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Ite
             _refuse_scattered(stem, seen, path)
             if wanted(stem):
                 yield ClassSource(wnid=stem, path=path, num_bytes=member.size, position=end, offset=member.offset_data)
+        else:
+            _note_unused(member, unused)
 
 
-def _plain_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
+def _plain_flat(
+    path: Path, spool: Path, wanted: Callable[[str], bool], unused: dict[str, None]
+) -> Iterator[ClassSource]:
     """The consecutive files of each class in an uncompressed archive of class folders."""
     del spool
     size = path.stat().st_size
@@ -371,6 +390,8 @@ def _plain_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Itera
     for member in _headers(path):
         if not member.isdir():
             here = _place(member.name)
+            if here is None:
+                _note_unused(member, unused)
             if here != place:
                 yield from run()
                 place, begin = here, member.offset
@@ -396,13 +417,16 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
         raise CutOffError(f"{path} is damaged or was not fetched whole: {error}.") from None
 
 
-def _compressed_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
+def _compressed_nested(
+    path: Path, spool: Path, wanted: Callable[[str], bool], unused: dict[str, None]
+) -> Iterator[ClassSource]:
     """The class archives of a compressed archive, each copied out in turn."""
     seen: set[str] = set()
-    with _stream(path) as (archive, raw):
+    with tar_stream(path) as (archive, raw):
         for member in members_of(archive):
             stem = PurePosixPath(member.name).name.removesuffix(".tar")
             if not (member.isreg() and member.name.endswith(".tar") and WNID_PATTERN.fullmatch(stem)):
+                _note_unused(member, unused)
                 continue
             _refuse_scattered(stem, seen, path)
             if not wanted(stem):
@@ -416,10 +440,12 @@ def _compressed_nested(path: Path, spool: Path, wanted: Callable[[str], bool]) -
             yield ClassSource(wnid=stem, path=copy, num_bytes=size, position=raw.tell(), spooled=True)
 
 
-def _compressed_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> Iterator[ClassSource]:
+def _compressed_flat(
+    path: Path, spool: Path, wanted: Callable[[str], bool], unused: dict[str, None]
+) -> Iterator[ClassSource]:
     """The consecutive files of each class in a compressed archive of class folders, each class copied out in turn."""
     seen: set[str] = set()
-    with _stream(path) as (archive, raw), contextlib.ExitStack() as copies:
+    with tar_stream(path) as (archive, raw), contextlib.ExitStack() as copies:
         place: tuple[str, str | None] | None = None
         copy: tarfile.TarFile | None = None
 
@@ -441,6 +467,8 @@ def _compressed_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> 
             if member.isdir():
                 continue
             here = _place(member.name)
+            if here is None:
+                _note_unused(member, unused)
             if here != place:
                 yield from finish()
                 place, copy = here, None
@@ -452,45 +480,3 @@ def _compressed_flat(path: Path, spool: Path, wanted: Callable[[str], bool]) -> 
             if copy is not None:
                 copy.addfile(member, archive.extractfile(member) if member.isreg() else None)
         yield from finish()
-
-
-@contextlib.contextmanager
-def _stream(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
-    """An archive read from its beginning, and the underlying file, whose position tells the progress."""
-    try:
-        with path.open("rb") as raw:
-            magic = raw.read(6)
-            raw.seek(0)
-            file: Any = raw
-            if magic.startswith(b"\x1f\x8b"):
-                file = gzip.open(raw)  # noqa: SIM115
-            elif magic.startswith(b"BZh"):
-                file = bz2.open(raw)  # noqa: SIM115
-            elif magic.startswith(b"\xfd7zXZ"):
-                file = lzma.open(raw)  # noqa: SIM115
-            with tarfile.open(fileobj=file, mode="r|" if file is not raw else "r:", tarinfo=Header) as archive:
-                yield archive, raw
-    except (EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise CutOffError(f"{path} is damaged or was not fetched whole: {error}") from None
-
-
-class _Window:
-    """A part of a file that tarfile takes for a whole file; it has only the methods that tarfile calls."""
-
-    def __init__(self, file: IO[bytes], offset: int, size: int) -> None:
-        self._file, self._offset, self._size, self._position = file, offset, size, 0
-
-    def read(self, count: int) -> bytes:
-        self._file.seek(self._offset + self._position)
-        data = self._file.read(max(0, min(count, self._size - self._position)))
-        self._position += len(data)
-        return data
-
-    def seek(self, position: int) -> None:
-        self._position = position
-
-    def tell(self) -> int:
-        return self._position
-
-    def seekable(self) -> bool:
-        return True

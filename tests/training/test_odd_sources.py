@@ -1,0 +1,255 @@
+"""Sources that are damaged, mended, exchanged, or hold more than classes: nothing is lost without a word."""
+
+import gzip
+import io
+import logging
+import os
+import tarfile
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
+from wn21k_zoo.training import sources, tars
+from wn21k_zoo.training.dry_run import count
+from wn21k_zoo.training.prepare import PrepareOptions, prepare
+from wn21k_zoo.training.shards import MANIFEST_FILE
+
+from .archives import WNIDS, flat_files, jpeg, make_classes, nested_tar, tar_bytes, write_folder, write_layout
+
+OPTIONS = PrepareOptions(min_images=0, val_per_class=2, size=32, shard_size=7)
+
+
+def make(source, output, options=OPTIONS, **others):
+    return prepare(source, output, options, workers=1, **others)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def rows(output):
+    return pq.read_table(output / MANIFEST_FILE).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def classes():
+    return {wnid: files for wnid, files in make_classes(6).items() if wnid in WNIDS}
+
+
+@pytest.fixture(scope="module")
+def reference(classes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    make(write_layout("tars", folder / "tars", classes), folder / "out")
+    return contents(folder / "out")
+
+
+@pytest.mark.parametrize("layout", ["nested.tar", "flat.tar"])
+@pytest.mark.parametrize("what", ["hole", "end"])
+def test_zeros_where_a_download_is_missing_are_not_the_end(tmp_path, classes, layout, what, monkeypatch):
+    monkeypatch.setattr(tars, "_PADDING", 1 << 14)
+    source = write_layout(layout, tmp_path / layout, classes)
+    whole = source.read_bytes()
+    half = len(whole) // 2
+    rest = bytes(len(whole)) if what == "end" else bytes(4096) + whole[half + 4096 :]
+    source.write_bytes(whole[:half] + rest)
+    with pytest.raises(DataSourceError, match=r"damaged|not fetched whole"):
+        make(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda tar: tar[:-6000], lambda tar: b"", lambda tar: tar[:2048] + bytes(4096) + tar[6144:]]
+)
+def test_a_class_archive_that_is_mended_is_read_again(tmp_path, classes, reference, damage):
+    source = write_layout("tars", tmp_path / "tars", classes)
+    one = source / f"{WNIDS[1]}.tar"
+    whole = one.read_bytes()
+    one.write_bytes(damage(whole))
+    with pytest.raises(DataSourceError, match=rf"Of 1 classes the archive or folder is damaged.*{WNIDS[1]}\. The oth"):
+        make(source, tmp_path / "out")
+    one.write_bytes(whole)
+    make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+
+
+def test_an_image_that_is_mended_is_read_again(tmp_path, classes, reference):
+    source = write_layout("folders", tmp_path / "folders", classes)
+    path = source / WNIDS[0] / f"{WNIDS[0]}_3.JPEG"
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    with pytest.raises(BadImagesError, match=rf"such as {path.name} of {WNIDS[0]}; that is more than 1\.0%"):
+        make(source, tmp_path / "out")
+    path.write_bytes(whole)
+    make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+
+
+def test_of_a_compressed_archive_whose_checksum_is_wrong_nothing_is_kept(tmp_path, classes, reference):
+    source = tmp_path / "whole.tar.gz"
+    whole = gzip.compress(nested_tar(classes), mtime=0)
+    source.write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])
+    for allowed in (False, True):
+        with pytest.raises(DataSourceError, match=r"CRC.*nothing is kept: get the file anew"):
+            make(source, tmp_path / "out", allow_truncated=allowed)
+        assert not list((tmp_path / "out/.work/classes").iterdir())
+    source.write_bytes(whole)
+    make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+
+
+def test_classes_that_are_no_longer_in_the_source_are_not_in_the_output(tmp_path, classes, reference):
+    more = {**classes, "n01440764": {f"n01440764_{number}.JPEG": jpeg(number) for number in range(6)}}
+    source = write_layout("folders", tmp_path / "folders", more)
+    path = source / WNIDS[0] / f"{WNIDS[0]}_3.JPEG"
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(BadImagesError):
+        make(source, tmp_path / "out")
+    path.write_bytes(whole)
+    for image in (source / "n01440764").iterdir():
+        image.unlink()
+    (source / "n01440764").rmdir()
+    make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+
+
+def test_what_is_complete_says_so_and_is_not_made_anew(tmp_path, classes, caplog):
+    source = write_layout("nested.tar", tmp_path / "whole.tar", classes)
+    whole = source.read_bytes()
+    source.write_bytes(whole[: len(whole) // 2])
+    info = make(source, tmp_path / "out", allow_truncated=True)
+    assert "| truncated | the source ended too early |" in (tmp_path / "out/SUMMARY.md").read_text()
+    assert make(source, tmp_path / "out", allow_truncated=True) == info
+    assert "was complete already, so the source was not read" in caplog.text
+    source.write_bytes(whole)
+    with pytest.raises(DataOutputError, match="was made of a source that ended too early; delete it"):
+        make(source, tmp_path / "out")
+    make(source, tmp_path / "again")
+    with pytest.raises(DataOutputError, match="is complete; delete it, or name another folder"):
+        make(source, tmp_path / "again", resume=False)
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar", "tar.gz"])
+@pytest.mark.parametrize("first", ["test", "train"])
+def test_images_for_tests_are_for_neither_split(tmp_path, classes, layout, first, caplog):
+    images = list(classes[WNIDS[0]].values())
+    files = {f"data/{split}/{WNIDS[0]}/{split}.JPEG": images[number] for number, split in enumerate(("train", "valid"))}
+    tested = {f"data/test/{WNIDS[number]}/{number}.JPEG": images[number] for number in (0, 1)}
+    files = tested | files if first == "test" else files | tested
+    source = write_folder(tmp_path / "in", files) / "data"
+    if layout != "folder":
+        source = tmp_path / layout
+        source.write_bytes(gzip.compress(tar_bytes(files)) if layout == "tar.gz" else tar_bytes(files))
+    make(source, tmp_path / "out", PrepareOptions(size=16))
+    assert {(row["name"], row["split"]) for row in rows(tmp_path / "out")} == {
+        ("train.JPEG", "train"), ("valid.JPEG", "validation"),
+    }  # fmt: skip
+    assert {row["action"] for row in rows(tmp_path / "out")} == {"resized"}
+    what = "neither a class nor in one"
+    assert f"{what}, so left out: {'' if layout == 'folder' else 'data/'}test" in caplog.text
+    assert what in (tmp_path / "out/SUMMARY.md").read_text()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_classes_beside_a_split_are_refused(tmp_path, classes, packed):
+    files = {f"train/{WNIDS[0]}/a.JPEG": jpeg(0), f"{WNIDS[1]}/b.JPEG": jpeg(1)}
+    (tmp_path / "in.tar").write_bytes(gzip.compress(tar_bytes(files)) if packed else tar_bytes(files))
+    with pytest.raises(DataSourceError, match=rf"{WNIDS[1]} is beside the folders for training and validation"):
+        make(tmp_path / "in.tar", tmp_path / "out")
+
+
+def test_options_that_do_not_apply_are_told(tmp_path, caplog):
+    split = write_folder(tmp_path / "split", {f"train/{WNIDS[0]}/a.JPEG": jpeg(0)})
+    make(split, tmp_path / "1", PrepareOptions(min_images=0, size=32))
+    assert "the source comes split, so min_images do not apply" in caplog.text
+    resized = write_folder(tmp_path / "resized", {f"imagenet21k_train/{WNIDS[0]}/a.JPEG": jpeg(0)})
+    make(resized, tmp_path / "2", PrepareOptions(size=32))
+    assert "the source comes split and resized, so size do not apply" in caplog.text
+    assert [row["action"] for row in rows(tmp_path / "2")] == ["copied"]
+
+
+def test_images_can_be_kept_as_they_are(tmp_path, classes):
+    source = write_layout("folders", tmp_path / "in", classes)
+    make(source, tmp_path / "out", PrepareOptions(min_images=0, val_per_class=2, resize="none"))
+    assert {row["action"] for row in rows(tmp_path / "out")} == {"copied"}
+
+
+@pytest.mark.parametrize("layout", ["folders", "tars", "nested.tar", "flat.tar", "flat.tar.gz"])
+def test_files_of_one_name_in_several_folders_of_a_class_are_several(tmp_path, layout):
+    files = {f"{folder}/{number}.JPEG": jpeg(10 * number + len(folder)) for folder in ("a", "bb") for number in (1, 2)}
+    make(write_layout(layout, tmp_path / layout, {WNIDS[0]: files | {"3.JPEG": jpeg(3)}}), tmp_path / "out")
+    assert {row["name"] for row in rows(tmp_path / "out")} == {*files, "3.JPEG"}
+    assert {(row["name"], row["split"]) for row in rows(tmp_path / "out") if row["split"] == "validation"} == {
+        ("3.JPEG", "validation"), ("a/1.JPEG", "validation"),
+    }  # fmt: skip
+    assert len({row["key"] for row in rows(tmp_path / "out")}) == len({row["sha256"] for row in rows(tmp_path / "out")})
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, classes, monkeypatch):
+    source, scandir = write_layout("folders", tmp_path / "in", classes), os.scandir
+
+    def refused(path="."):
+        if os.fspath(path).endswith(WNIDS[1]):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataSourceError, match=rf"may not be read: {WNIDS[1]}\."):
+        make(source, tmp_path / "out")
+
+
+def test_what_looks_like_a_class_under_another_name_is_told(tmp_path, classes, caplog):
+    source = write_layout("folders", tmp_path / "in", classes)
+    names = {"N01698640/a.jpg", "n01742172 (copy)/a.jpg", "n01644900.tar.gz", "train/n01440764/a.jpg", "lost+found/a"}
+    write_folder(source, dict.fromkeys(names, b"x") | {"LICENSE": b"x", "README.txt": b"x"})
+    (source / "n01440764").symlink_to(tmp_path / "not mounted")
+    make(source, tmp_path / "out")
+    told = "N01698640, n01440764, n01644900.tar.gz, n01742172 (copy), train"
+    assert f"neither a class nor in one, so left out: {told}\n" in caplog.text
+    assert f"- neither a class nor in one: {told}\n" in (tmp_path / "out/SUMMARY.md").read_text()
+    caplog.clear()
+    count(source, OPTIONS, workers=1)
+    assert told in caplog.text
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_links_and_pipes_in_folders_and_holes_in_tars_are_refused(tmp_path):
+    source = write_folder(tmp_path / "in", {f"{WNIDS[0]}/{number}.png": jpeg(number) for number in range(3)})
+    (source / WNIDS[0] / "linked").symlink_to(tmp_path)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(source / WNIDS[0] / "pipe.jpg")
+    image, file = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(image, "BMP")
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        member = tarfile.TarInfo("a.bmp")
+        member.size, member.type = len(image.getvalue()), tarfile.GNUTYPE_SPARSE
+        archive.addfile(member, io.BytesIO(image.getvalue()))
+    (source / f"{WNIDS[1]}.tar").write_bytes(file.getvalue())
+    make(source, tmp_path / "out", max_bad=1)
+    reasons = {row["name"]: row["reason"] for row in rows(tmp_path / "out") if row["reason"]}
+    assert reasons.pop("pipe.jpg", "refused: a pipe or device, not a file") == "refused: a pipe or device, not a file"
+    assert reasons == {"linked": "refused: a link to a folder", "a.bmp": "refused: a file that was packed with holes"}
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/whole.tar", "https:/host/whole.tar"])
+def test_a_url_is_no_source(tmp_path, source):
+    for read in (lambda: make(source, tmp_path / "out"), lambda: count(source)):
+        with pytest.raises(DataSourceError, match=r"://.* is a URL; fetch it to this machine, or mount it"):
+            read()
+
+
+def test_classes_without_training_images_are_in_the_summary(tmp_path, classes):
+    make(
+        write_layout("folders", tmp_path / "in", classes),
+        tmp_path / "out",
+        PrepareOptions(min_images=0, size=32, val_per_class=5),
+    )
+    assert "- 1 classes have validation images alone\n" in (tmp_path / "out/SUMMARY.md").read_text()
+
+
+def test_names_in_a_folder_are_those_in_an_archive():
+    for name in (f"{WNIDS[0]}/a/b.jpg", f"./x/{WNIDS[0]}/./a/b.jpg", "a//b.jpg", f"{WNIDS[1]}/{WNIDS[0]}/a/b.jpg"):
+        assert sources._inner(name) == "a/b.jpg"
+    assert flat_files({WNIDS[0]: {"a": b""}}) == {f"{WNIDS[0]}/a": b""}
