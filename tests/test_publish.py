@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +18,7 @@ import timm
 import torch
 from conftest import EMBEDDED
 from hub_server import hub_server
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -300,6 +302,20 @@ def test_dry_run_lists_what_would_go_and_opens_no_socket(folder, tmp_path, monke
     assert done.exit_code == 0, done.stderr
     assert {json.loads(line)["file"] for line in done.stdout.splitlines()} == FILES
     assert "would go to org/name, branch main, private" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"), [(401, "The token is not valid: log in again"), (403, "may not write to org")]
+)
+def test_a_hub_that_refuses_a_token_says_what_to_do(folder, monkeypatch, status, hint):
+    def refuse(*_, **__):
+        response = types.SimpleNamespace(status_code=status, headers={}, request=None)
+        raise HfHubHTTPError("no", response=response)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    with pytest.raises(PublishError, match=rf"org/name could not be published\. .*{hint}"):
+        publish.publish_folder(folder, "org/name")
 
 
 def test_what_cannot_be_published(folder, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ import requests
 import urllib3
 from filelock import FileLock
 from hub_server import hub_server
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
 
 from wn21k_zoo import cache, download, hub, registry, transfer
 from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource, URLSource
@@ -477,6 +477,19 @@ def test_leftovers_older_than_a_day_are_removed(root, serve):
     assert all(path.exists() for path in (young, busy, *foreign))
 
 
+def test_a_part_that_is_older_than_a_day_is_resumed(root, serve):
+    endpoint, seen = serve(files_of("plain"))
+    checkpoint = checkpoint_of("plain", endpoint)
+    place = root / cache.relative_path(checkpoint.sources[0], checkpoint.sources[0].filename)
+    version = transfer.Expected(sha256_prefix=SHA256[:8]).version
+    place.parent.mkdir(parents=True)
+    part = place.with_name(f"{place.name}.{version}.part")
+    part.write_bytes(BODY[: len(BODY) // 2])
+    os.utime(part, (time.time() - 25 * 3600,) * 2)
+    assert download.fetch(checkpoint).sha256 == SHA256
+    assert seen.body_bytes == len(BODY) - len(BODY) // 2
+
+
 def test_a_leftover_that_cannot_be_removed_stops_nothing(root, serve, monkeypatch):
     endpoint, _ = serve(files_of("plain"))
     theirs = root / "hub" / "a" / f"theirs.{'0' * 16}.part"
@@ -822,6 +835,45 @@ def test_a_proxy_is_used(root, monkeypatch):
     assert seen[0].startswith("GET http://somewhere.invalid/")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("status", "advice"), [(407, "USER:PASSWORD@ before its host"), (403, "check HTTPS_PROXY")])
+def test_a_proxy_that_refuses_is_named(kind, status, advice, root, serve, monkeypatch):
+    class Proxy(BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            self.send_error(status, "Proxy Says No")
+
+        def log_message(self, *_):
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
+    serve({})
+    close_session()  # which has read the variables
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        "https://hub.invalid/{repo_id}/resolve/{revision}/{filename}",
+    )
+    try:
+        with pytest.raises(DownloadError, match=rf"the proxy refuses \({status} Proxy Says No\); .*{advice}"):
+            download.fetch(checkpoint_of(kind, "https://plain.invalid"))
+    finally:
+        close_session()
+        proxy.shutdown()
+        proxy.server_close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_socks_proxy_without_its_library_is_told(kind, root, serve, monkeypatch):
+    endpoint, _ = serve(files_of(kind))
+    close_session()  # which has read the variables
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
+    monkeypatch.setenv("all_proxy", "socks5h://127.0.0.1:9")
+    with pytest.raises(DownloadError, match="needs two more libraries: pip install"):
+        download.fetch(checkpoint_of(kind, endpoint))
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links need a right there")
 def test_a_file_in_the_hubs_own_cache_is_used_in_place(root, serve, monkeypatch, tmp_path):
     from huggingface_hub import constants
@@ -882,6 +934,27 @@ def test_without_any_hash_it_warns_and_holds_on_to_the_first(root, serve):
         fetched = download.fetch(checkpoint)
     assert fetched.checked_against is None
     assert not download.fetch(checkpoint).downloaded  # and no second warning
+
+
+@pytest.mark.parametrize(
+    ("body", "what"), [(b"\xef\xbb\xbf\n <!DOCTYPE html><title>Log in</title>", "a web page"), (b"", "nothing")]
+)
+def test_a_login_page_is_not_taken_for_a_file_whose_hash_nobody_states(body, what, root, serve):
+    files = {"files/plain.pth": body}
+    endpoint, _ = serve(files)
+    with pytest.raises(DownloadError, match=rf"plain\.pth sends {what} in place of the file: a login page"):
+        download.fetch(plain_checkpoint(f"{endpoint}/files/plain.pth"))
+    assert not leftovers(root)
+    files["files/plain.pth"] = BODY
+    with pytest.warns(download.UnverifiedWeightsWarning):
+        assert download.fetch(plain_checkpoint(f"{endpoint}/files/plain.pth")).sha256 == SHA256
+
+
+def test_an_answer_that_is_no_file_is_refused(root, serve):
+    endpoint, _ = serve(files_of("plain"), faults=[{"status": 302}, {"status": 204}])
+    for status in (302, 204):
+        with pytest.raises(DownloadError, match=f"answers HTTP {status}; which is no file"):
+            download.fetch(checkpoint_of("plain", endpoint))
 
 
 def test_what_nobody_states_a_hash_of_must_not_change(root, serve):

@@ -108,10 +108,11 @@ def fetch_file(
     """
     root = cache.cache_dir(cache_dir)
     missing: list[RemoteNotFoundError] = []
+    damages: list[str] = []
     patience = Patience()
     name = f"hf-hub:{source.repo_id}" + (f"@{source.revision}" if source.revision else "")
     for filename in filenames:
-        found = find_file(source, filename, root, [])
+        found = find_file(source, filename, root, damages)
         if hub.is_offline():
             if found is not None:
                 return found
@@ -126,7 +127,7 @@ def fetch_file(
             raise
     if missing:
         raise missing[0]
-    raise _offline(source, filenames[0], root, f"wn21k download {name}", [])
+    raise _offline(source, filenames[0], root, f"wn21k download {name}", damages)
 
 
 def is_reachable(checkpoint: Checkpoint) -> bool:
@@ -152,6 +153,8 @@ def _fetch_one(
     if current is not None and difference(current.path, current.sha256, expected) is None:
         return current
     for leftover in cache.leftovers(root):
+        if leftover.parent == place.parent and leftover.name.startswith(f"{place.name}."):
+            continue  # it may be resumed now
         with contextlib.suppress(CacheError):  # another user's, in a shared cache
             cache.remove(leftover, leftover.parent)  # keeps the folder: another process may be about to write there
     make_folder(place.parent, CacheError, "set WN21K_CACHE to another one.")

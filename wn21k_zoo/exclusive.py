@@ -13,6 +13,15 @@ __all__ = ["exclusive"]
 POLL_SECONDS = 0.1
 
 
+def _holder(file: Path) -> str:
+    """Say who holds a lock, where filelock had to write that down since the file system has no locks of its own."""
+    try:
+        process, host = file.read_text(errors="replace").splitlines()[:2]
+    except (OSError, ValueError):
+        return ""
+    return f" (That is process {process:.20} on {host:.100}; if it is gone, remove {file}.)"
+
+
 @contextlib.contextmanager
 def exclusive(
     file: Path,
@@ -44,11 +53,14 @@ def exclusive(
             lock.acquire(timeout=seconds, poll_interval=POLL_SECONDS)
         except Timeout:
             if busy is not None:
-                raise error(busy) from None
+                raise error(f"{busy}{_holder(file)}") from None
             waiting()
             lock.acquire(poll_interval=POLL_SECONDS)
     except (OSError, NotImplementedError) as problem:  # the latter on file systems without locks
-        raise error(f"{file.parent} cannot be locked ({first_line(problem)}); {advice}") from problem
+        raise error(
+            f"{file.parent} cannot be locked ({first_line(problem)}): its disk needs locks (Lustre: the mount option "
+            f"flock), or {advice}"
+        ) from problem
     try:
         yield
     finally:

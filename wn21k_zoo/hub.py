@@ -16,9 +16,11 @@ from wn21k_zoo.transfer import (
     BACKOFF_SECONDS,
     RETRIED,
     RETRY_AFTER_MAX_SECONDS,
+    SOCKS,
     STALL_SECONDS,
     Expected,
     Patience,
+    about_proxy,
     auth_of_address,
     check_certificate,
     require_success,
@@ -122,6 +124,10 @@ def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
             check_certificate(error, source)
             patience.spent += time.monotonic() - begin
             if attempt >= 2:
+                if type(error).__name__ == "ProxyError":  # httpx's
+                    raise DownloadError(f"{source}: {about_proxy(error)}") from error
+                if isinstance(error, ImportError) and "socks" in str(error).lower():
+                    raise DownloadError(f"{source}: {SOCKS}") from error
                 raise DownloadError(
                     f"{source} does not answer ({type(error).__name__}). Check the network, or choose a model that "
                     "wn21k doctor shows as usable offline."

@@ -87,7 +87,8 @@ class LabelSpace:
         full_name = LABEL_SPACE_ALIASES.get(name, name)
         if full_name not in LABEL_SPACES:
             hint = did_you_mean(str(name), (*LABEL_SPACES, *LABEL_SPACE_ALIASES))
-            raise UnknownLabelSpaceError(f"No label space is called {name!r}.{hint} Known: {', '.join(LABEL_SPACES)}.")
+            known = ", ".join((*LABEL_SPACES, *LABEL_SPACE_ALIASES))
+            raise UnknownLabelSpaceError(f"No label space is called {name!r}.{hint} Known: {known}.")
         return _load(full_name)
 
     @staticmethod

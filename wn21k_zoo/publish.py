@@ -143,7 +143,12 @@ def publish_folder(
             commit_message=commit_message or "Upload with wn21k_zoo",
         )
     except Exception as error:  # the Hub's client and its transport raise many kinds of errors
-        raise PublishError(f"{repo_id} could not be published: {first_line(error)}") from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        hint = {
+            401: "The token is not valid: log in again (hf auth login), or give another one in HF_TOKEN or token=. ",
+            403: f"The token may not write to {repo_id.partition('/')[0]}: use one with write access to it. ",
+        }.get(status or 0, "")
+        raise PublishError(f"{repo_id} could not be published. {hint}({first_line(error)})") from error
     return str(commit.commit_url)
 
 

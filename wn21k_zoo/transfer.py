@@ -26,6 +26,7 @@ from wn21k_zoo.errors import (
     ChecksumError,
     DownloadError,
     RemoteNotFoundError,
+    first_line,
 )
 from wn21k_zoo.files import replace, sha256_of
 
@@ -36,11 +37,13 @@ __all__ = [
     "BACKOFF_SECONDS",
     "RETRIED",
     "RETRY_AFTER_MAX_SECONDS",
+    "SOCKS",
     "STALL_SECONDS",
     "BrokenOffError",
     "Expected",
     "Patience",
     "RefusedError",
+    "about_proxy",
     "auth_of_address",
     "check_certificate",
     "difference",
@@ -65,6 +68,8 @@ TEXT_BYTES = 64 * 1024
 SPARE_BYTES = 1024 * 1024
 
 Report = Callable[[int, int | None], None]
+SOCKS = "a SOCKS proxy needs two more libraries: pip install PySocks socksio."
+_PROXY_LOGIN = "write USER:PASSWORD@ before its host in HTTPS_PROXY."
 
 
 class RefusedError(DownloadError):
@@ -149,7 +154,8 @@ def transfer(
 
     Raises:
         ChecksumError: The body is not the expected one; it was deleted.
-        DownloadError: The server fails, stalls or refuses (subclasses say how).
+        DownloadError: The server fails, stalls or refuses (subclasses say how), or sends a web page or nothing as a
+            file whose hash is not known.
         CacheError: The file cannot be written, or the disk has too little space.
     """
     part = target.with_name(f"{target.name}.{expected.version or 'unknown'}{PART_SUFFIX}")
@@ -164,8 +170,20 @@ def transfer(
         if wrong is not None:
             part.unlink()
             raise ChecksumError(f"{url} is not the published file, so it was deleted: {wrong}.")
+        if expected.hash is None and (wrong := _no_file(part)):
+            part.unlink()
+            raise RefusedError(f"{url} sends {wrong} in place of the file: a login page or a proxy may be in the way.")
         replace(part, target)
     return sha256
+
+
+def _no_file(path: Path) -> str | None:
+    """What a body is that cannot be a file whose hash nobody states; None if it may be one."""
+    with path.open("rb") as file:
+        begin = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if begin.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "a web page"
+    return None if begin else "nothing"
 
 
 def difference(path: Path, sha256: str, expected: Expected) -> str | None:
@@ -229,8 +247,10 @@ def require_success(status: int, url: str, hint: str = "") -> None:
     Raises:
         AuthenticationError, AccessDeniedError, RemoteNotFoundError, DownloadError: Depending on the status.
     """
-    if status < 400:
+    if status in (200, 206):
         return
+    if status == 407:
+        raise RefusedError(f"{url}: the proxy wants a login (HTTP 407); {_PROXY_LOGIN}")
     if status == 401:
         raise AuthenticationError(f"{url} requires a login (HTTP 401){hint or '; log in: hf auth login.'}")
     if status == 403:
@@ -238,7 +258,8 @@ def require_success(status: int, url: str, hint: str = "") -> None:
     if status in (404, 410):
         raise RemoteNotFoundError(f"{url} does not exist (HTTP {status}){hint or '; check the name and revision.'}")
     kind = RefusedError if status < 500 else DownloadError
-    raise kind(f"{url} answers HTTP {status}; try again later.")
+    later = "try again later." if status >= 400 else "which is no file; check the address."
+    raise kind(f"{url} answers HTTP {status}; {later}")
 
 
 def _fetch_body(
@@ -296,7 +317,7 @@ def _attempt(
                 part.unlink()  # not a part of that file
             raise BrokenOffError(f"{url} refuses to resume at byte {start:,}.")
         require_success(response.status_code, url)
-        going_on = bool(start) and _goes_on(response, start)
+        going_on = bool(start) and _goes_on(response, start, url)
         done = start if going_on else 0
         length = response.headers.get("Content-Length")
         total = done + int(length) if length and length.isdigit() else None
@@ -339,12 +360,12 @@ def _is_whole(response: requests.Response, part: Path, start: int, expected: Exp
     return expected.hash is not None and difference(part, sha256_of(part), expected) is None
 
 
-def _goes_on(response: requests.Response, start: int) -> bool:
+def _goes_on(response: requests.Response, start: int, url: str) -> bool:
     if response.status_code != 206:
         return False
     found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     if not found or int(found[1]) != start:
-        raise DownloadError(f"{response.url} sends another range than requested; try again later.")
+        raise DownloadError(f"{url} sends another range than requested; try again later.")
     return True
 
 
@@ -357,7 +378,11 @@ def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
     try:
         yield
     except (requests.exceptions.ProxyError, urllib3.exceptions.ProxyError) as error:
-        raise DownloadError(f"{url}: the proxy does not answer; check HTTPS_PROXY and NO_PROXY.") from error
+        raise DownloadError(f"{url}: {about_proxy(error)}") from error
+    except requests.exceptions.InvalidSchema as error:
+        if "SOCKS" not in str(error):
+            raise DownloadError(f"{url}: {first_line(error)}") from error
+        raise DownloadError(f"{url}: {SOCKS}") from error
     except (
         requests.exceptions.InvalidURL,
         requests.exceptions.MissingSchema,
@@ -375,6 +400,15 @@ def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
         if isinstance(error, requests.ConnectionError):
             raise BrokenOffError(f"{url} cannot be reached; check the network.", no_connection=True) from error
         raise BrokenOffError(f"{url} breaks off ({type(error).__name__}).") from error
+
+
+def about_proxy(error: BaseException) -> str:
+    """Say what is wrong between this machine and its proxy."""
+    refused = re.search(r"\b(4\d\d|5\d\d)\b [A-Z][A-Za-z ]*", str(error))
+    if refused is None:
+        return "the proxy does not answer; check HTTPS_PROXY and NO_PROXY."
+    advice = _PROXY_LOGIN if refused[1] == "407" else "check HTTPS_PROXY and NO_PROXY."
+    return f"the proxy refuses ({refused[0]}); {advice}"
 
 
 def check_certificate(error: BaseException, url: object) -> None:

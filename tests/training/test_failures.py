@@ -2,6 +2,7 @@ import concurrent.futures.process
 import errno
 import math
 import multiprocessing.queues
+import multiprocessing.util
 import os
 import sys
 import types
@@ -200,6 +201,25 @@ def test_bounds_that_are_infinite_by_design_may_stay(data, tmp_path, ema_decay):
     assert bounds
     for each in (state["average"] or {}).values():
         assert not each.is_floating_point() or not each.isnan().any()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")  # noqa: PTH110
+def test_metrics_that_a_full_disk_does_not_take_end_no_run(data, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    run(small_recipe(schedule={"max_steps": 3}), data, tmp_path / "run")
+    assert final(tmp_path / "run")["step"] == 3
+    assert capsys.readouterr().err.count("metrics.jsonl cannot be written (No space left on device); make room") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems share memory by names")
+def test_a_folder_for_temporary_files_that_sockets_cannot_be_in_is_told(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "photos")
+    long = tmp_path / ("y" * 90)
+    long.mkdir()
+    monkeypatch.setattr(multiprocessing.util, "get_temp_dir", lambda: str(long / "pymp-12345678"))
+    with pytest.raises(DataError, match=r"too long for sockets \(.*yyy\): set TMPDIR to a shorter one"):
+        next(iter(Loader(open_folder(folder, "all"), batch_size=2, workers=1)))
 
 
 def test_a_process_that_loads_images_and_is_gone_is_one_line(data, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from filelock import FileLock
 
 from wn21k_zoo.training import train
 from wn21k_zoo.training.status import mark_preempted
@@ -94,11 +95,24 @@ def test_slurm_goes_back_into_the_queue_when_the_run_was_told_to_stop(tmp_path, 
         tmp_path, srun=f"exit {code}", scontrol=f'[ "$1" = show ] && echo node1 || echo "$@" >> {tmp_path}/asked'
     ) | {"RECIPE": "r", "DATA": "d", "OUTPUT": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
     environment["SLURM_NNODES"] = "2"
-    done = subprocess.run(["bash", LAUNCH / "slurm.sbatch"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", LAUNCH / "slurm.sbatch"], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == (0 if asked else code), done.stderr
     assert (tmp_path / "asked").exists() == asked
     if asked:
         assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+@needs_bash
+def test_a_job_that_slurm_does_not_take_back_has_not_succeeded(tmp_path):
+    environment = with_programs(tmp_path, srun="exit 143", scontrol='[ "$1" = show ] && echo node1') | {
+        "RECIPE": "r", "DATA": "d", "OUTPUT": "o", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_NNODES": "1",
+    }  # fmt: skip
+    done = subprocess.run(["bash", LAUNCH / "slurm.sbatch"], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, "submit it again" in done.stderr) == (143, True)
+    elsewhere = subprocess.run(
+        ["bash", LAUNCH / "slurm.sbatch"], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (elsewhere.returncode, "submit from the repository" in elsewhere.stderr) == (1, True)
 
 
 def mark(folder, state):
@@ -137,6 +151,38 @@ def test_the_exit_code_says_whether_this_run_was_told_to_stop(
     assert (tmp_path / "arguments").read_text() == "-m a b\n"
     assert state is None or json.loads((output / "status.json").read_text())["state"] == state
     assert (output / ".failed").exists() == (code != 0 and not elsewhere)
+
+
+@needs_bash
+@pytest.mark.skipif(shutil.which("flock") is None, reason="no flock")
+def test_a_second_job_on_slurm_leaves_the_folder_of_the_first_alone(tmp_path):
+    output = tmp_path / "run"
+    mark(output, "running")
+    (output / ".asked-to-stop7").touch()
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    environment = with_programs(tmp_path, torchrun=f"touch {tmp_path}/begun", flock='exec /usr/bin/env -S flock "$@"')
+    real = shutil.which("flock")
+    (tmp_path / "bin" / "flock").write_text(f'#!/bin/bash\nshift 2\nexec {real} -n "$@"\n')  # without the wait
+    command = ["bash", LAUNCH / "run.sh", output, "x"]
+    with FileLock(output / ".lock"):
+        done = subprocess.run(command, env=environment | {"SLURM_JOB_ID": "8"}, capture_output=True, text=True)
+    assert (done.returncode, (tmp_path / "begun").exists()) == (1, False)
+    assert "another job is writing to" in done.stderr
+    assert {path.name: path.read_bytes() for path in output.iterdir() if path.name != ".lock"} == before
+    assert subprocess.run(command, env=environment | {"SLURM_JOB_ID": "8"}, check=False).returncode == 0
+
+
+@needs_bash
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGHUP"])
+def test_other_signals_of_schedulers_ask_to_stop_as_well(tmp_path, name):
+    script = f"trap 'exit 1' TERM; touch {tmp_path}/begun; while true; do sleep 0.1; done"
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "run.sh", tmp_path / "run", "x"], env=with_programs(tmp_path, torchrun=script)
+    )
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, name))
+    assert process.wait(30) == 143
 
 
 @needs_bash

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 from functools import partial
@@ -9,8 +10,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from wn21k_zoo.errors import DataError, InvalidArgumentError
+from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training import storage
 from wn21k_zoo.training.data import Loader, Stage, TorchDataset, is_class_folder, open_dataset
@@ -165,6 +168,17 @@ def test_shards_on_a_web_server(shards, tmp_path):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("", ""), ("7\nnode1\n", " (That is process 7 on node1; if it is gone, remove ")]
+)
+def test_who_holds_a_lock_is_told_where_it_is_written_down(tmp_path, text, told):
+    busy = exclusive(tmp_path / "lock", DataError, "", busy="Another run is writing.")
+    with FileLock(tmp_path / "lock"):
+        (tmp_path / "lock").write_text(text)
+        with pytest.raises(DataError, match=re.escape(f"Another run is writing.{told}")):
+            busy.__enter__()
 
 
 def test_what_was_not_used_for_longest_goes_first(tmp_path):

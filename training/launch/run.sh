@@ -3,14 +3,23 @@
 #
 #     run.sh OUTPUT ARGUMENTS_OF_TORCHRUN...
 #
-# Forwards SIGTERM, and exits with 143 if it was told to stop, here or on another machine, and the run did not fail by
+# Forwards SIGTERM (as do SIGUSR1, SIGUSR2 and SIGHUP, which schedulers and closed terminals send), and exits with 143 if it was told to stop, here or on another machine, and the run did not fail by
 # itself; torchrun exits with 1 in that case, as after any failure. A worker that dies without such a request (out of
 # memory, say) makes torchrun stop the others, which then look preempted; that counts as a failure.
 set -u
 status="$1/status.json"
-asked="$1/.asked-to-stop" # visible to all machines, like the folder
-failed="$1/.failed"
+job="${SLURM_JOB_ID:-}"
+asked="$1/.asked-to-stop$job" # visible to all machines, like the folder
+failed="$1/.failed$job"
 mkdir -p "$1"
+# On Slurm, where all machines of a job begin together, none of them can have the lock of a run that is under way.
+if [ -n "$job" ] && [ -e "$1/.lock" ] && command -v flock >/dev/null; then
+    flock -w 30 -E 75 "$1/.lock" true
+    if [ $? -eq 75 ]; then
+        echo "run.sh: another job is writing to $1; wait for it, or name another folder" >&2
+        exit 1
+    fi
+fi
 shift
 
 mark() { # $1: states, separated by |; $2: the state to replace them
@@ -28,7 +37,7 @@ set -m # torchrun gets its own process group: a signal to this shell's group rea
 torchrun "$@" &
 child=$!
 told=no
-trap 'trap "" TERM; told=yes; : >"$asked"; kill -TERM "$child"' TERM
+trap 'trap "" TERM USR1 USR2 HUP; told=yes; : >"$asked"; kill -TERM "$child"' TERM USR1 USR2 HUP
 trap 'told=yes; : >"$asked"; kill -INT "$child"' INT
 wait "$child"
 code=$?

@@ -35,6 +35,7 @@ from wn21k_zoo.training.workers import (
     Task,
     allow_open_files,
     begin_worker,
+    check_temporary_folder,
     forks_from_a_server,
     shielded,
     warn_of_main,
@@ -256,6 +257,7 @@ class Loader:
         if self._batches.num_workers:
             warn_of_main()
             allow_open_files()
+            check_temporary_folder()
         loaded = None
         try:
             with shielded(), there():

@@ -293,7 +293,8 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
     if "test" in splits and not ("test" in below and _divides(root, below)):
         raise DataError(f"{root} has no folder test beside train; name a folder with the class folders to test on.")
     if not _divides(root, below):
-        if {name.casefold() for name in below} & {*_VALIDATION} and "train" in map(str.casefold, below):
+        lower = {name.casefold() for name in below}
+        if lower & {*_VALIDATION} and lower & {"train", "training"}:
             raise DataError(f"{root} has folders for training and validation; call them train and val, in lower case.")
         classes = _classes(root)
         listing = _listing(root, [[each] for each in classes])
@@ -356,7 +357,10 @@ def _dataset(
     if not len(numbers) and np.bincount(listing.targets, minlength=len(classes)).all():
         raise DataError(f"{root} has one image of each class, so none can be held out; add images.")
     if len(empty) and (split not in ("validation", "test") or not len(numbers)):
-        raise DataError(f"{root}, {split}: the class {classes[empty[0]]} has no images ({' '.join(IMAGE_SUFFIXES)}).")
+        suffixes = " ".join(IMAGE_SUFFIXES)
+        raise DataError(
+            f"{root}, {split}: the class {classes[empty[0]]} has no images ({suffixes}); add some, or remove it."
+        )
     numbers = numbers[np.argsort(listing.hashes[numbers], kind="stable")].astype(np.int64)  # groups are mixed
     return FolderDataset(
         root=root,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -37,6 +38,7 @@ class Reporter:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._board: Any = None
+        self._told = False
         self._total, self._begin, self._first = total, time.perf_counter(), first
         if folder is None:
             return
@@ -91,15 +93,21 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take
+                self._file.close()
         if self._board is not None:
             self._board.close()
 
     def _record(self, values: dict[str, Any]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:  # what is not written stays in the buffer
+            if not self._told:
+                self.say(f"{self._file.name} cannot be written ({error.strerror}); make room, or metrics are lost")
+            self._told = True
         if self._board is not None:
             levels = {f"level_{depth:02}": value for depth, value in values.get("levels", {}).items()}
             for name, value in (values | levels).items():

@@ -264,6 +264,8 @@ def _open_folder(path: Path) -> Source:
     if not classes:
         inner = [entry for entry in path.iterdir() if entry.is_dir()]
         hint = f" Did you mean {inner[0]}?" if len(inner) == 1 else ""
+        if len(inner) > 1:
+            hint = " Folders of classes that are not named by wnids need no preparation: train on them directly."
         raise DataSourceError(f"{path} contains neither class archives nor class folders.{hint} Name {_LAYOUTS}.")
     _refuse_twice(classes)
     total = 0

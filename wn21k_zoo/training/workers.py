@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import random
 import signal
@@ -35,6 +36,7 @@ __all__ = [
     "Task",
     "allow_open_files",
     "begin_worker",
+    "check_temporary_folder",
     "forks_from_a_server",
     "randomness",
     "shielded",
@@ -63,6 +65,7 @@ def begin_worker(worker: int) -> None:
 # Ctrl-C, the end of a terminal and many a scheduler's SIGTERM reach all processes at once. A rank that still needs
 # batches for its last step must find its workers alive; only a SIGTERM from it ends them.
 _LINUX = hasattr(signal, "sigwaitinfo")
+_SOCKET_NAME = 107  # bytes, of a socket in the file system of Linux
 _SHIELD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} if _LINUX else set()
 
 
@@ -98,6 +101,23 @@ def allow_open_files() -> None:
         wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def check_temporary_folder() -> None:
+    """Check that batches can be passed through sockets in the folder for temporary files.
+
+    Raises:
+        DataError: Its path is too long for that; the workers would say so, and nothing would ever arrive.
+    """
+    if torch.multiprocessing.get_sharing_strategy() != "file_descriptor":  # type: ignore[no-untyped-call]
+        return
+    with contextlib.suppress(OSError):  # said where the processes are started
+        folder = multiprocessing.util.get_temp_dir()
+        if len(os.fsencode(folder)) + len("/listener-12345678") > _SOCKET_NAME:
+            raise DataError(
+                f"The path of the folder for temporary files is too long for sockets ({Path(folder).parent}): set "
+                "TMPDIR to a shorter one, such as /tmp, or use no workers (--workers 0)."
+            )
 
 
 @contextlib.contextmanager
