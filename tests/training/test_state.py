@@ -14,7 +14,7 @@ import torch
 
 from wn21k_zoo.errors import RunError
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.training import checkpoint_writer
+from wn21k_zoo.training import checkpoint_writer, state
 from wn21k_zoo.training.checkpoint_writer import CheckpointWriter
 from wn21k_zoo.training.state import FORMAT, RunFolder, read_checkpoint, read_lines
 
@@ -93,7 +93,7 @@ def test_another_recipe_or_other_data_are_not_mixed_into_a_run(data, tmp_path):
         run(small_recipe(), moved, tmp_path / "run")
 
 
-def test_what_is_no_place_for_a_run(data, tmp_path):
+def test_what_is_no_place_for_a_run(data, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="is a file; name a folder for the output"):
         run(small_recipe(), data, tmp_path / "file")
@@ -102,6 +102,7 @@ def test_what_is_no_place_for_a_run(data, tmp_path):
     with pytest.raises(RunError, match=r"holds holiday\.jpg, which no run wrote"):
         run(small_recipe(), data, tmp_path / "photos")
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
+    monkeypatch.setattr(state, "_BUSY_SECONDS", 0.1)
     with RunFolder(tmp_path / "busy").locked(), pytest.raises(RunError, match="Another run is writing"):
         run(small_recipe(), data, tmp_path / "busy")
     with pytest.raises(RunError, match="holds no run"):

@@ -38,6 +38,7 @@ FORMAT = 3
 
 DATA_FILE = "data.json"
 _LOG = logging.getLogger(__name__)
+_BUSY_SECONDS = 2.0  # that a run which is just ending may still take
 _OURS = {"checkpoints", DATA_FILE, "metrics.jsonl", RECIPE_FILE, STATUS_FILE, "tensorboard", "plot.png"}
 # What may differ when a run is resumed: it changes where and how fast something is computed, not what.
 _FREE = {
@@ -114,7 +115,7 @@ class RunFolder:
         """
         make_folder(self.path, RunError, ELSEWHERE)
         busy = f"Another run is writing to {self.path}; wait for it, or name another output folder."
-        with exclusive(self.path / ".lock", RunError, ELSEWHERE, busy=busy, seconds=2):
+        with exclusive(self.path / ".lock", RunError, ELSEWHERE, busy=busy, seconds=_BUSY_SECONDS):
             yield
 
     def recipe(self) -> Recipe:
