@@ -569,7 +569,7 @@ def test_a_trial_warns_of_places_where_nothing_is(images, tmp_path, caplog, fiel
     (tmp_path / "file.pth").touch()
     (tmp_path / "empty").mkdir()
     changes = ["model.architecture=test_efficientnet", "model.start=null", f"{field}={tmp_path}/{name}"]
-    changes += ["loss.teacher=null"] * (field == "model.start")
+    changes += ["loss.teacher=null", "loss.distillation_weight=0"] * (field == "model.start")
     recipe = override(presets.in21k("mobilenetv3_large_100"), changes).debug()
     train(recipe, images / "shards", tmp_path / "run", World(0, 1, torch.device("cpu")), workers=0)
     assert re.search(rf"the run itself will not start yet, because of {field}: .*{message}", caplog.text)
