@@ -1,5 +1,6 @@
 """The launch files: their syntax, and that what they start exists. No cluster is used."""
 
+import contextlib
 import json
 import os
 import re
@@ -175,14 +176,18 @@ def test_a_second_job_on_slurm_leaves_the_folder_of_the_first_alone(tmp_path):
 @needs_bash
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGHUP"])
 def test_other_signals_of_schedulers_ask_to_stop_as_well(tmp_path, name):
-    script = f"trap 'exit 1' TERM; touch {tmp_path}/begun; while true; do sleep 0.1; done"
+    script = f"trap 'touch {tmp_path}/saved; exit 1' TERM; touch {tmp_path}/begun; while true; do sleep 0.1; done"
     process = subprocess.Popen(
         ["bash", LAUNCH / "run.sh", tmp_path / "run", "x"], env=with_programs(tmp_path, torchrun=script)
     )
     while not (tmp_path / "begun").exists():
         time.sleep(0.02)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in psutil.Process(process.pid).children() if name != "SIGHUP" else ():  # as Slurm does
+            each.send_signal(getattr(signal, name))
     process.send_signal(getattr(signal, name))
     assert process.wait(30) == 143
+    assert (tmp_path / "saved").exists()
 
 
 @needs_bash

@@ -34,7 +34,11 @@ mark() { # $1: states, separated by |; $2: the state to replace them
 rm -f "$asked" "$failed"
 
 set -m # torchrun gets its own process group: a signal to this shell's group reaches it only once, from here
-torchrun "$@" &
+# Slurm sends signals to all processes of a job, and those that torchrun does not know would kill it and its workers.
+(
+    trap '' USR1 USR2
+    exec torchrun "$@"
+) &
 child=$!
 told=no
 trap 'trap "" TERM USR1 USR2 HUP; told=yes; : >"$asked"; kill -TERM "$child"' TERM USR1 USR2 HUP
