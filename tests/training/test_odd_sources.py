@@ -67,7 +67,7 @@ def test_a_class_archive_that_is_mended_is_read_again(tmp_path, classes, referen
     one = source / f"{WNIDS[1]}.tar"
     whole = one.read_bytes()
     one.write_bytes(damage(whole))
-    with pytest.raises(DataSourceError, match=rf"Of 1 classes the archive or folder is damaged.*{WNIDS[1]}\. The oth"):
+    with pytest.raises(DataSourceError, match=rf"These class archives or folders are damaged.*{WNIDS[1]}\. The oth"):
         make(source, tmp_path / "out")
     one.write_bytes(whole)
     make(source, tmp_path / "out")

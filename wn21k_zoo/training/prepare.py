@@ -300,10 +300,11 @@ def _refuse_damaged(results: Iterable[ClassResult], options: PrepareOptions, wor
     damaged = [one for one in results if one.decision == "damaged archive" and one.wnid in options.space]
     if damaged:
         _forget(damaged, work)
-        names = ", ".join(sorted(one.name for one in damaged)[:5]) + (", ..." if len(damaged) > 5 else "")
+        names = ", ".join(sorted(one.name for one in damaged)[:5])
+        more = f" and {len(damaged) - 5:,} more" if len(damaged) > 5 else ""
         raise DataSourceError(
-            f"Of {len(damaged):,} classes the archive or folder is damaged, was not fetched whole or may not be read: "
-            f"{names}. The others are finished and kept: mend these and run the same command again, or go on without "
+            "These class archives or folders are damaged, were not fetched whole or may not be read: "
+            f"{names}{more}. The others are finished and kept: mend these and run the same command again, or go on without "
             "them with --allow-truncated."
         )
 
