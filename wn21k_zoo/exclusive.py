@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,10 +58,9 @@ def exclusive(
             waiting()
             lock.acquire(poll_interval=POLL_SECONDS)
     except (OSError, NotImplementedError) as problem:  # the latter on file systems without locks
-        raise error(
-            f"{file.parent} cannot be locked ({first_line(problem)}): its disk needs locks (Lustre: the mount option "
-            f"flock), or {advice}"
-        ) from problem
+        number = getattr(problem, "errno", errno.ENOTSUP)
+        mount = "mount its disk with locks (Lustre: flock), or " if number in (errno.ENOLCK, errno.ENOTSUP) else ""
+        raise error(f"{file.parent} cannot be locked ({first_line(problem)}); {mount}{advice}") from problem
     try:
         yield
     finally:

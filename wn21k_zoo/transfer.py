@@ -216,7 +216,7 @@ def head(url: str, patience: Patience) -> Mapping[str, str]:
             timeout=(patience.timeout(CONNECT_SECONDS), patience.timeout(STALL_SECONDS)),
             allow_redirects=True,
         )
-        if response.status_code in (405, 501):
+        if response.status_code in (204, 405, 501):
             return {}
         require_success(response.status_code, url)
         found: requests.structures.CaseInsensitiveDict[str] = response.headers
@@ -247,7 +247,7 @@ def require_success(status: int, url: str, hint: str = "") -> None:
     Raises:
         AuthenticationError, AccessDeniedError, RemoteNotFoundError, DownloadError: Depending on the status.
     """
-    if status in (200, 206):
+    if status in (200, 203, 206):
         return
     if status == 407:
         raise RefusedError(f"{url}: the proxy wants a login (HTTP 407); {_PROXY_LOGIN}")

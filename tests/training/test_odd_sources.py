@@ -1,9 +1,11 @@
 """Sources that are damaged, mended, exchanged, or hold more than classes: nothing is lost without a word."""
 
+import bz2
 import gzip
 import io
 import logging
 import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -90,16 +92,27 @@ def test_of_a_compressed_archive_whose_checksum_is_wrong_nothing_is_kept(tmp_pat
     source = tmp_path / "whole.tar.gz"
     whole = gzip.compress(nested_tar(classes), mtime=0)
     source.write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])
-    for allowed in (False, True):
-        with pytest.raises(DataSourceError, match=r"CRC.*nothing is kept: get the file anew"):
-            make(source, tmp_path / "out", allow_truncated=allowed)
-        assert not list((tmp_path / "out/.work/classes").iterdir())
+    with pytest.raises(DataSourceError, match=r"CRC.*nothing is kept: get the file anew.*--allow-truncated"):
+        make(source, tmp_path / "out")
+    assert not list((tmp_path / "out/.work/classes").iterdir())
+    make(source, tmp_path / "salvaged", allow_truncated=True)
     source.write_bytes(whole)
     make(source, tmp_path / "out")
     assert contents(tmp_path / "out") == reference
 
 
-def test_classes_that_are_no_longer_in_the_source_are_not_in_the_output(tmp_path, classes, reference):
+@pytest.mark.parametrize(
+    "pack", [lambda tar: gzip.compress(tar) + b"rubbish", lambda tar: bz2.compress(tar)[:-9] + b"1"]
+)
+def test_what_was_read_before_damage_is_kept_where_it_was_checked(tmp_path, classes, pack):
+    source = tmp_path / "whole.tar.xx"
+    source.write_bytes(pack(nested_tar(classes)))
+    with pytest.raises(DataSourceError, match=r"is damaged.*classes are finished and kept.*--allow-truncated"):
+        make(source, tmp_path / "out")
+    make(source, tmp_path / "out", allow_truncated=True)
+
+
+def test_classes_that_are_no_longer_in_the_source_are_not_dropped_silently(tmp_path, classes, reference):
     more = {**classes, "n01440764": {f"n01440764_{number}.JPEG": jpeg(number) for number in range(6)}}
     source = write_layout("folders", tmp_path / "folders", more)
     path = source / WNIDS[0] / f"{WNIDS[0]}_3.JPEG"
@@ -108,9 +121,31 @@ def test_classes_that_are_no_longer_in_the_source_are_not_in_the_output(tmp_path
     with pytest.raises(BadImagesError):
         make(source, tmp_path / "out")
     path.write_bytes(whole)
-    for image in (source / "n01440764").iterdir():
-        image.unlink()
-    (source / "n01440764").rmdir()
+    shutil.rmtree(source / "n01440764")
+    with pytest.raises(DataSourceError, match=r"1 finished classes are no longer in the source \(n01440764\)"):
+        make(source, tmp_path / "out")
+    make(source, tmp_path / "out", resume=False)
+    assert contents(tmp_path / "out") == reference
+
+
+def test_a_higher_limit_for_bad_images_needs_nothing_anew(tmp_path, classes, monkeypatch):
+    source = write_layout("folders", tmp_path / "folders", classes)
+    (source / WNIDS[0] / f"{WNIDS[0]}_3.JPEG").write_bytes(b"")
+    with pytest.raises(BadImagesError):
+        make(source, tmp_path / "out")
+    monkeypatch.setattr("wn21k_zoo.training.prepare.prepare_class", lambda *_: pytest.fail("done again"))
+    make(source, tmp_path / "out", max_bad=0.5)
+
+
+def test_a_finished_class_that_was_damaged_is_done_again(tmp_path, classes, reference, monkeypatch):
+    source = write_layout("folders", tmp_path / "folders", classes)
+    with monkeypatch.context() as patch:
+        patch.setattr("wn21k_zoo.training.prepare.write_shards", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(source, tmp_path / "out")
+    os.truncate(tmp_path / "out" / ".work" / "classes" / f"{WNIDS[0]}.tar", 1000)
+    with pytest.raises(DataOutputError, match=rf"{WNIDS[0]}\.tar has been damaged .*run the same command again"):
+        make(source, tmp_path / "out")
     make(source, tmp_path / "out")
     assert contents(tmp_path / "out") == reference
 
@@ -163,10 +198,10 @@ def test_classes_beside_a_split_are_refused(tmp_path, classes, packed):
 def test_options_that_do_not_apply_are_told(tmp_path, caplog):
     split = write_folder(tmp_path / "split", {f"train/{WNIDS[0]}/a.JPEG": jpeg(0)})
     make(split, tmp_path / "1", PrepareOptions(min_images=0, size=32))
-    assert "the source comes split, so min_images do not apply" in caplog.text
+    assert "the source comes split; without effect: min_images" in caplog.text
     resized = write_folder(tmp_path / "resized", {f"imagenet21k_train/{WNIDS[0]}/a.JPEG": jpeg(0)})
     make(resized, tmp_path / "2", PrepareOptions(size=32))
-    assert "the source comes split and resized, so size do not apply" in caplog.text
+    assert "the source comes split and resized; without effect: size" in caplog.text
     assert [row["action"] for row in rows(tmp_path / "2")] == ["copied"]
 
 
@@ -215,8 +250,9 @@ def test_what_looks_like_a_class_under_another_name_is_told(tmp_path, classes, c
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
-def test_links_and_pipes_in_folders_and_holes_in_tars_are_refused(tmp_path):
+def test_links_and_pipes_in_folders_and_holes_in_tars_are_refused(tmp_path, caplog):
     source = write_folder(tmp_path / "in", {f"{WNIDS[0]}/{number}.png": jpeg(number) for number in range(3)})
+    write_folder(source / WNIDS[0], {".thumbnails/0.png": jpeg(7)})
     (source / WNIDS[0] / "linked").symlink_to(tmp_path)
     if hasattr(os, "mkfifo"):
         os.mkfifo(source / WNIDS[0] / "pipe.jpg")
@@ -226,11 +262,44 @@ def test_links_and_pipes_in_folders_and_holes_in_tars_are_refused(tmp_path):
         member = tarfile.TarInfo("a.bmp")
         member.size, member.type = len(image.getvalue()), tarfile.GNUTYPE_SPARSE
         archive.addfile(member, io.BytesIO(image.getvalue()))
+        hidden = tarfile.TarInfo(".thumbnails/b.bmp")
+        hidden.size = len(image.getvalue())
+        archive.addfile(hidden, io.BytesIO(image.getvalue()))
     (source / f"{WNIDS[1]}.tar").write_bytes(file.getvalue())
     make(source, tmp_path / "out", max_bad=1)
-    reasons = {row["name"]: row["reason"] for row in rows(tmp_path / "out") if row["reason"]}
-    assert reasons.pop("pipe.jpg", "refused: a pipe or device, not a file") == "refused: a pipe or device, not a file"
-    assert reasons == {"linked": "refused: a link to a folder", "a.bmp": "refused: a file that was packed with holes"}
+    names = {row["name"]: row["reason"] for row in rows(tmp_path / "out")}
+    pipe = "refused: a pipe or device, not a file"
+    assert names.pop("pipe.jpg", pipe) == pipe
+    assert names == {
+        "0.png": None, "1.png": None, "2.png": None, "a.bmp": "refused: a file that was packed with holes",
+    }  # fmt: skip
+    assert "linked is a link to a folder and is not followed" in caplog.text
+
+
+def test_a_folder_test_above_all_classes_is_just_a_folder(tmp_path, classes):
+    for name in ("home/test/data/", "test/"):
+        path = tmp_path / f"{name.replace('/', '')}.tar"
+        path.write_bytes(tar_bytes(flat_files(classes, name)))
+        make(path, tmp_path / path.stem)
+        assert rows(tmp_path / path.stem)
+
+
+def test_what_is_resized_beside_classes_says_nothing_of_these(tmp_path, classes):
+    source = write_layout("folders", tmp_path / "in", classes)
+    write_folder(source, {f"imagenet21k_train/{WNIDS[0]}/x.JPEG": jpeg(0)})
+    make(source, tmp_path / "out", PrepareOptions(min_images=0, size=16))
+    assert {row["action"] for row in rows(tmp_path / "out")} == {"resized"}
+
+
+@pytest.mark.parametrize("rest", [b"rubbish", bytes(1 << 20)])
+def test_what_pads_the_last_record_of_a_tar_is_nothing(tmp_path, classes, rest):
+    whole = nested_tar(classes)
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        last = archive.getmembers()[-1]
+    begin = last.offset_data + last.size + 1024
+    assert begin < len(whole)
+    (tmp_path / "whole.tar").write_bytes(whole[:begin] + (rest * 10240)[: max(len(whole) - begin, rest.count(0))])
+    make(tmp_path / "whole.tar", tmp_path / "out")
 
 
 @pytest.mark.parametrize("source", ["s3://bucket/whole.tar", "https:/host/whole.tar"])
@@ -246,7 +315,7 @@ def test_classes_without_training_images_are_in_the_summary(tmp_path, classes):
         tmp_path / "out",
         PrepareOptions(min_images=0, size=32, val_per_class=5),
     )
-    assert "- 1 classes have validation images alone\n" in (tmp_path / "out/SUMMARY.md").read_text()
+    assert "- classes with validation images alone: 1\n" in (tmp_path / "out/SUMMARY.md").read_text()
 
 
 def test_names_in_a_folder_are_those_in_an_archive():

@@ -766,7 +766,7 @@ def test_a_read_that_returns_less_than_asked_for_loses_nothing(tmp_path, monkeyp
     monkeypatch.setattr(Path, "open", short)
     shutil.rmtree(tmp_path / "out")
     monkeypatch.setattr(_ShortReads, "ends", True)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(DataOutputError, match=r"\.tar has been damaged since it was written"):
         prepared(tmp_path, make_classes())
     monkeypatch.setattr(_ShortReads, "ends", False)
     prepared(tmp_path, make_classes())

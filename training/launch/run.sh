@@ -3,9 +3,10 @@
 #
 #     run.sh OUTPUT ARGUMENTS_OF_TORCHRUN...
 #
-# Forwards SIGTERM (as do SIGUSR1, SIGUSR2 and SIGHUP, which schedulers and closed terminals send), and exits with 143 if it was told to stop, here or on another machine, and the run did not fail by
-# itself; torchrun exits with 1 in that case, as after any failure. A worker that dies without such a request (out of
-# memory, say) makes torchrun stop the others, which then look preempted; that counts as a failure.
+# Forwards SIGTERM, and sends it on SIGUSR1, SIGUSR2 and SIGHUP, with which schedulers and closed terminals ask. Exits
+# with 143 if it was told to stop, here or on another machine, and the run did not fail by itself; torchrun exits with 1
+# in that case, as after any failure. A worker that dies without such a request (out of memory, say) makes torchrun stop
+# the others, which then look preempted; that counts as a failure.
 set -u
 status="$1/status.json"
 job="${SLURM_JOB_ID:-}"
@@ -31,7 +32,7 @@ mark() { # $1: states, separated by |; $2: the state to replace them
 
 # Marks of an earlier run say nothing about this one.
 [ -f "$status" ] && mark 'preempted|failed' waiting
-rm -f "$asked" "$failed"
+rm -f "${status%/*}"/.asked-to-stop* "${status%/*}"/.failed*
 
 set -m # torchrun gets its own process group: a signal to this shell's group reaches it only once, from here
 # Slurm sends signals to all processes of a job, and those that torchrun does not know would kill it and its workers.

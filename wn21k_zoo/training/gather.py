@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from wn21k_zoo.errors import DataOutputError
 from wn21k_zoo.files import atomic_file, visible, write_whole
 from wn21k_zoo.training.extra import pa, pc, pq
 from wn21k_zoo.training.manifest import MANIFEST_SCHEMA, ClassResult, read_table
@@ -154,7 +153,10 @@ def write_shard(output: Path, names: list[str], split: str, number: int, first: 
                     records.seek(int(entry["start"]))
                     record = read_fully(records, int(entry["length"]))
                 if len(record) != entry["length"]:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO), records.name)
+                    (work / "classes" / f"{names[entry['part']]}.parquet").unlink(missing_ok=True)
+                    raise DataOutputError(
+                        f"{records.name} has been damaged since it was written; run the same command again."
+                    )
                 index[position] = (size + BLOCK, entry["stored_bytes"], entry["target"])
                 digest.update(record)
                 size += file.write(record)

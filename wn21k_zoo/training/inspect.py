@@ -32,6 +32,7 @@ from wn21k_zoo.training.shards import (
     Shard,
     count_targets,
     index_path,
+    load_index,
     read_index,
     read_info,
 )
@@ -268,9 +269,9 @@ def _verify_shard(
         yield Damage(shard.name, None, f"has sha256 {digest}, expected {shard.sha256}")
     name = index_path(path).relative_to(folder).as_posix()
     try:
-        index = read_index(index_path(path), shard.num_samples)
-    except DataError as error:
-        yield Damage(name, None, str(error).replace("; `wn21k data verify` shows what is damaged", ""))
+        index = load_index(index_path(path), shard.num_samples)
+    except ValueError as error:
+        yield Damage(name, None, str(error))
         return
     outside = int(((index["target"] < 0) | (index["target"] >= len(space))).sum())
     if outside:

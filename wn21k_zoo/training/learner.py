@@ -92,7 +92,7 @@ class Learner:
         network = build_network(recipe, splits.class_names, self.levels, pretrained=not begun)
         if recipe.model.freeze_backbone:
             freeze_backbone(network)
-        self._infinite = {name for name, buffer in network.named_buffers() if not buffer.isfinite().all()}
+        self._infinite = {name for name, buffer in network.named_buffers() if _has_bounds(buffer)}
         self.module = Normalized(network, recipe.model.mean, recipe.model.std).to(self._device)
         self._format = memory_format(self._device, recipe.model.channels_last)
         self.module.to(memory_format=self._format)
@@ -370,6 +370,11 @@ def check_levels(levels: Levels) -> None:
             "No class is an ancestor of another, so semantic_softmax is one softmax over all of them: set loss.kind to "
             "single_label, or data.label_space to classes that have ancestors among them."
         )
+
+
+def _has_bounds(buffer: Tensor) -> bool:
+    """Whether a buffer is infinite by design."""
+    return bool(buffer.isinf().any()) and not bool(buffer.isnan().any())
 
 
 def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.markdown import markdown_table
+from wn21k_zoo.messages import printable
 from wn21k_zoo.training.extra import pa, pq
 
 __all__ = [
@@ -179,10 +180,10 @@ def summary(
     lines += [f"- of the label space's classes, {missing:,} have no images here"] if missing else []
     trained = {one.wnid for one in kept if one.train}
     if untrained := classes - len(trained):
-        lines += [f"- {untrained:,} classes have validation images alone"]
+        lines += [f"- classes with validation images alone: {untrained:,}"]
     if unused:
-        more = f" and {len(unused) - 20:,} more" if len(unused) > 20 else ""
-        lines += [f"- neither a class nor in one: {', '.join(map(shown, unused[:20]))}{more}"]
+        more = ", ..." if len(unused) > 20 else ""
+        lines += [f"- neither a class nor in one: {', '.join(printable(shown(name)) for name in unused[:20])}{more}"]
     lines += ["nothing"] if lines[-1] == "" else []
     odd = Counter[str]()
     for one in results:

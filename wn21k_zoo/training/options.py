@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from wn21k_zoo.errors import DiskSpaceError, InvalidArgumentError, MissingExtraError, whole_number
 from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.messages import printable
 from wn21k_zoo.training.sources import Source
 from wn21k_zoo.training.tasks import Engine, run_tasks
 
@@ -67,7 +68,7 @@ class PrepareOptions:
         fixed = ("min_images", "val_per_class") * source.is_split + ("size", "resize") * source.is_resized
         if given := [name for name in fixed if getattr(self, name) != getattr(PrepareOptions, name)]:
             done = "split and resized" if source.is_resized else "split"
-            _LOG.warning("the source comes %s, so %s do not apply", done, ", ".join(given))
+            _LOG.warning("the source comes %s; without effect: %s", done, ", ".join(given))
         return replace(self, resize="none") if source.is_resized else self
 
     @property
@@ -120,8 +121,8 @@ class Tasks:
 def warn_of_unused(source: Source) -> None:
     """Name what lies in a source beside its classes, where a class may be that has another name than a wnid."""
     if names := list(source.unused):
-        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-        _LOG.warning("neither a class nor in one, so left out: %s%s", ", ".join(names[:5]), more)
+        more = ", ..." if len(names) > 5 else ""
+        _LOG.warning("neither a class nor in one, so left out: %s%s", ", ".join(map(printable, names[:5])), more)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.files import THE_SYSTEMS, local_path, parse_json, replace, write_whole
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.dry_run import check_space_before, check_space_during
-from wn21k_zoo.training.extra import cv2, pc
+from wn21k_zoo.training.extra import cv2, pa, pc
 from wn21k_zoo.training.gather import write_manifest, write_shards
 from wn21k_zoo.training.manifest import ClassResult, classes_csv, read_table, summary
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error, warn_of_unused
@@ -86,7 +86,7 @@ def prepare(
         DataOutputError: The output folder holds something else, was begun with other options, or is complete although
             ``resume`` is false.
         DiskSpaceError: Too little space; what is finished is kept.
-        BadImagesError: More than ``max_bad`` of the images are bad; classes without bad ones are kept.
+        BadImagesError: More than ``max_bad`` of the images are bad; what is finished is kept.
     """
     source, output = local_path(source, DataSourceError, TO_READ), local_path(output, DataOutputError)
     if output.exists() and not output.is_dir():
@@ -103,7 +103,7 @@ def prepare(
     with disk_full_as_error(output), _begun(output, {**recorded, "source": source.resolve().name}, resume):
         check_space_before(opened, options, output)
         results, is_cut_off = _prepare_classes(opened, options, output, tasks, max_bad, allow_truncated)
-        _refuse_bad(results, max_bad, output)
+        _refuse_bad(results, max_bad, output / WORK_FOLDER)
         shards = write_shards(output, results, options, tasks)
         write_manifest(output, results, progress)
         warn_of_unused(opened)
@@ -213,7 +213,7 @@ def _prepare_classes(
     """First pass: prepare every class of the source that is not finished yet; also returns whether it is cut off."""
     work = output / WORK_FOLDER
     there: set[str] = set()
-    results = {result.name: result for result in finished_classes(work / "classes")}
+    results = _kept(options, work, max_bad, allow_truncated)
     done = images = 0
     positions: dict[str, int] = {}
     cut_off: list[CutOffError] = []
@@ -245,14 +245,16 @@ def _prepare_classes(
         if source.sequential and len(results) % 50 == 0:
             check_space_during(results.values(), done, source.num_bytes, output)
         if result.bad and images > 10_000:  # only such a class raises the share of bad images
-            _refuse_bad(list(results.values()), 5 * max_bad, output)  # no need to wait for the end if it is that bad
+            _refuse_bad(list(results.values()), 5 * max_bad, work)  # no need to wait for the end if it is that bad
     if cut_off:
         _refuse_cut_off(cut_off[0], results, work, allow_truncated)
-    else:
-        for name in results.keys() - there:  # of another source, or no longer in this one
-            _forget([results.pop(name)], work)
+    elif gone := sorted(results.keys() - there):
+        raise DataSourceError(
+            f"{len(gone):,} finished classes are no longer in the source ({', '.join(gone[:3])}): put them back, or "
+            "start anew (--no-resume)."
+        )
     if not allow_truncated:
-        _refuse_damaged(results.values(), options, work)
+        _refuse_damaged(results.values(), options)
     if not any(result.train + result.validation for result in results.values()):
         for folder in ("classes", "shards"):  # nothing is lost, and other options may follow
             shutil.rmtree(work / folder, ignore_errors=True)
@@ -265,6 +267,15 @@ def _prepare_classes(
             "--min-images."
         )
     return [results[name] for name in sorted(results)], bool(cut_off)
+
+
+def _kept(options: PrepareOptions, work: Path, max_bad: float, allow_truncated: bool) -> dict[str, ClassResult]:
+    """Return the finished classes without those that the last run complained of, which may have been mended since."""
+    results = {result.name: result for result in finished_classes(work / "classes")}
+    again = [one for one in results.values() if one.is_wanted and one.bad] if _bad(results.values(), max_bad) else []
+    again += _damaged(results.values(), options) if not allow_truncated else []
+    _forget(again, work)
+    return {name: result for name, result in results.items() if result not in again}
 
 
 def _forget(results: Iterable[ClassResult], work: Path) -> None:
@@ -282,50 +293,58 @@ def _forget_shards(work: Path) -> None:
 
 
 def _refuse_cut_off(error: CutOffError, results: Mapping[str, ClassResult], work: Path, allow_truncated: bool) -> None:
+    if allow_truncated:
+        return
     about = str(error).rstrip(".")
     if isinstance(error, CorruptError):
         _forget(results.values(), work)
         raise DataSourceError(
             f"{about}. What was read before may be wrong as well, so nothing is kept: get the file anew and run the "
-            "same command again."
+            "same command again, or use what can be read with --allow-truncated."
         )
-    if not allow_truncated:
-        raise DataSourceError(
-            f"{about}. {len(results):,} classes are finished and kept: get the whole file and run the same command "
-            "again, or go on without the rest with --allow-truncated."
-        )
+    raise DataSourceError(
+        f"{about}. {len(results):,} classes are finished and kept: get the whole file and run the same command again, "
+        "or go on without the rest with --allow-truncated."
+    )
 
 
-def _refuse_damaged(results: Iterable[ClassResult], options: PrepareOptions, work: Path) -> None:
-    damaged = [one for one in results if one.decision == "damaged archive" and one.wnid in options.space]
-    if damaged:
-        _forget(damaged, work)
+def _damaged(results: Iterable[ClassResult], options: PrepareOptions) -> list[ClassResult]:
+    return [one for one in results if one.decision == "damaged archive" and one.wnid in options.space]
+
+
+def _refuse_damaged(results: Iterable[ClassResult], options: PrepareOptions) -> None:
+    if damaged := _damaged(results, options):
         names = ", ".join(sorted(one.name for one in damaged)[:5])
         more = f" and {len(damaged) - 5:,} more" if len(damaged) > 5 else ""
         raise DataSourceError(
-            "These class archives or folders are damaged, were not fetched whole or may not be read: "
-            f"{names}{more}. The others are finished and kept: mend these and run the same command again, or go on without "
-            "them with --allow-truncated."
+            f"These class archives or folders are damaged, were not fetched whole or may not be read: {names}{more}. "
+            "The others are finished and kept: mend these and run the same command again, or go on without them with "
+            "--allow-truncated."
         )
 
 
-def _refuse_bad(results: list[ClassResult], max_bad: float, output: Path) -> None:
+def _bad(results: Iterable[ClassResult], max_bad: float) -> bool:
+    """Whether more than ``max_bad`` of the images cannot be used."""
     used = [one for one in results if one.is_wanted]
-    bad, images = sum(one.bad for one in used), sum(one.images for one in used)
-    if bad > max_bad * images:
-        reasons = Counter[str]()
-        for one in used:
-            reasons.update(one.reasons)
-        most = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
-        broken = [one for one in used if one.bad]
-        part = read_table(output / WORK_FOLDER / "classes" / f"{broken[0].name}.parquet", ["name", "reason"])
-        first = part.filter(pc.field("reason").is_valid())["name"][0]
-        _forget(broken, output / WORK_FOLDER)
-        raise BadImagesError(
-            f"{bad:,} of {images:,} images cannot be used ({most}), such as {first} of {broken[0].name}; that is more "
-            f"than {max_bad:.1%}. The classes without such images are finished and kept: mend the source, or run again "
-            "with a higher --max-bad."
-        )
+    return sum(one.bad for one in used) > max_bad * sum(one.images for one in used)
+
+
+def _refuse_bad(results: list[ClassResult], max_bad: float, work: Path) -> None:
+    if not _bad(results, max_bad):
+        return
+    used = [one for one in results if one.is_wanted]
+    reasons = Counter[str]()
+    for one in used:
+        reasons.update(one.reasons)
+    most = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
+    broken = next(one for one in used if one.bad)
+    part = read_table(work / "classes" / f"{broken.name}.parquet", ["name", "reason"])
+    first = part.filter(pc.is_in(part["reason"], pa.array(list(broken.reasons))))["name"][0]
+    raise BadImagesError(
+        f"{sum(one.bad for one in used):,} of {sum(one.images for one in used):,} images cannot be used ({most}), such "
+        f"as {first} of {broken.name}; that is more than {max_bad:.1%}. Finished work is kept: mend the source, or run "
+        "again with a higher --max-bad."
+    )
 
 
 def _finish(

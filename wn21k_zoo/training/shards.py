@@ -49,6 +49,7 @@ __all__ = [
     "index_path",
     "is_of_others",
     "is_unfinished",
+    "load_index",
     "read_fully",
     "read_index",
     "read_info",
@@ -261,14 +262,24 @@ def read_index(path: Path, num_samples: int | None = None) -> NDArray[np.void]:
         DataError: It is missing, damaged or has another length.
     """
     try:
+        return load_index(path, num_samples)
+    except ValueError as error:
+        raise DataError(f"{error}; `wn21k data verify` shows what is damaged.") from None
+
+
+def load_index(path: Path, num_samples: int | None = None) -> NDArray[np.void]:
+    """As :func:`read_index`, for what verifies data.
+
+    Raises:
+        ValueError: It is missing, damaged or has another length.
+    """
+    try:
         index: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
         fits = index.dtype == INDEX_DTYPE and index.ndim == 1 and num_samples in (None, len(index))
     except Exception as error:  # NumPy reads the header of a file as Python, which can fail in many ways
-        raise DataError(
-            f"The index {path} cannot be read ({error}); `wn21k data verify` shows what is damaged."
-        ) from None
+        raise ValueError(f"The index {path} cannot be read ({error})") from None
     if not fits:
-        raise DataError(f"The index {path} does not fit its shard; `wn21k data verify` shows what is damaged.")
+        raise ValueError(f"The index {path} does not fit its shard")
     return index
 
 

@@ -7,7 +7,9 @@ be read from the beginning, so each class is copied out of the stream, processed
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import stat
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -31,6 +33,7 @@ __all__ = [
     "read_members",
 ]
 
+_LOG = logging.getLogger(__name__)
 _SPLIT_FOLDERS = {
     "imagenet21k_train": "train",
     "imagenet21k_val": "validation",
@@ -143,7 +146,7 @@ def open_source(path: Path) -> Source:
     if first is None:
         raise DataSourceError(f"{path} is empty; name {_LAYOUTS}.")
     nested, above = first.name.endswith(".tar"), PurePosixPath(first.name).parts[:-1]
-    if not nested and _place(first.name) is None and not {_SMALL_CLASSES, _TEST_FOLDER} & {*above}:
+    if not nested and _place(first.name) is None and _SMALL_CLASSES not in above and not _is_test(above):
         raise DataSourceError(
             f"{path} begins with {first.name!r}, neither a class archive nor in a class folder; name {_LAYOUTS}."
         )
@@ -157,7 +160,7 @@ def open_source(path: Path) -> Source:
         classes=lambda spool, wanted: classes(path, spool, wanted, unused),
         num_bytes=path.stat().st_size,
         sequential=compressed,
-        is_split=is_small or (not nested and (_TEST_FOLDER in above or _split(above) is not None)),
+        is_split=is_small or (not nested and (_is_test(above) or _split(above) is not None)),
         is_resized=is_small or (not nested and any(part in _RESIZED for part in above)),
         unused=unused,
     )
@@ -194,7 +197,7 @@ def _tar_member(source: ClassSource, member: tarfile.TarInfo) -> Iterator[Member
         yield Member(member.name, source.path, offset, member.size, "refused: a link or device, not a file")
     elif member.issparse():
         yield Member(member.name, source.path, offset, member.size, "refused: a file that was packed with holes")
-    elif _is_image(name):
+    elif _is_image(name) and not any(map(is_hidden, inner.split("/"))):
         yield Member(name, source.path, offset, member.size, inner=inner)
 
 
@@ -210,20 +213,24 @@ def _folder_members(folder: Path) -> Iterator[Member]:
         raise DataSourceError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
 
     for parent, folders, names in os.walk(folder, onerror=unreadable):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         above = Path(parent)
         for name in folders:
             if (above / name).is_symlink():
-                yield Member(name, above / name, 0, 0, "refused: a link to a folder")
+                _LOG.warning("%s is a link to a folder and is not followed", above / name)
         for name in sorted(names):
             if not _is_image(name):
                 continue
             path = above / name
-            if path.exists() and not path.is_file():
-                yield Member(name, path, 0, 0, "refused: a pipe or device, not a file")
+            try:
+                state = path.stat()
+            except OSError:  # said when it is read
+                yield Member(name, path, 0, 0, inner=path.relative_to(folder).as_posix())
+                continue
+            if stat.S_ISREG(state.st_mode):
+                yield Member(name, path, 0, state.st_size, inner=path.relative_to(folder).as_posix())
             else:
-                size = path.stat().st_size if path.is_file() else 0  # of a link to nothing
-                yield Member(name, path, 0, size, inner=path.relative_to(folder).as_posix())
+                yield Member(name, path, 0, 0, "refused: a pipe or device, not a file")
 
 
 @contextlib.contextmanager
@@ -278,7 +285,7 @@ def _open_folder(path: Path) -> Source:
         num_bytes=total,
         sequential=False,
         is_split=classes[0].split is not None,
-        is_resized=any((path / name).is_dir() for name in _RESIZED),
+        is_resized=classes[0].split is not None and any((path / name).is_dir() for name in _RESIZED),
         unused=unused,
     )
 
@@ -330,8 +337,13 @@ def _place(name: str) -> tuple[str, str | None] | None:
         return None
     for position in range(len(parts) - 2, -1, -1):
         if WNID_PATTERN.fullmatch(parts[position]):
-            return (parts[position], _split(parts[:position])) if _TEST_FOLDER not in parts[:position] else None
+            return (parts[position], _split(parts[:position])) if not _is_test(parts[: position + 1]) else None
     return None
+
+
+def _is_test(folders: tuple[str, ...]) -> bool:
+    """Whether the last folder is that of a class, in one of images for tests beside others."""
+    return len(folders) > 2 and folders[-2] == _TEST_FOLDER and WNID_PATTERN.fullmatch(folders[-1]) is not None
 
 
 def _split(folders: tuple[str, ...]) -> str | None:
@@ -346,8 +358,7 @@ def _note_unused(member: tarfile.TarInfo, unused: dict[str, None]) -> None:
     if parts[-1].lower().endswith(_ARCHIVES) or (_is_image(parts[-1]) and len(parts) == 1):
         unused[member.name] = None
     elif _is_image(parts[-1]):
-        end = parts.index(_TEST_FOLDER) + 1 if _TEST_FOLDER in parts[:-1] else len(parts) - 1
-        unused["/".join(parts[:end])] = None
+        unused["/".join(parts[: -2 if _is_test(parts[:-1]) else -1])] = None
 
 
 def _plain_nested(

@@ -19,7 +19,7 @@ __all__ = ["CorruptError", "CutOffError", "Header", "Window", "members_of", "tar
 _ABOUT_THE_NEXT = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
 )  # fmt: skip
-_PADDING = 16 << 20  # bytes; tar pads an archive to a block, of 10 KiB unless told otherwise
+_PADDING = 64 << 20  # bytes; tar pads an archive to a block, of 10 KiB unless told otherwise
 
 
 class CutOffError(DataSourceError):
@@ -70,17 +70,19 @@ def members_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     is_stream = not hasattr(file, "seekable")  # which cannot go back
     if not is_stream:
         file.seek(archive.offset)
-    rest, zeros = False, 0
+    rest, length, begins = b"", 0, False
     while chunk := file.read(1 << 20):
-        if rest is False and chunk[: tarfile.BLOCKSIZE].strip(b"\0") and zeros == 0 and not is_stream:
-            raise tarfile.ReadError("there is no header where one should be")
-        rest = rest or bool(chunk.strip(b"\0"))
-        zeros += len(chunk)
-        if (rest or zeros > _PADDING) and not is_stream:  # a compressed one has its checksum at the end
+        begins = begins or (not length and bool(chunk[: tarfile.BLOCKSIZE].strip(b"\0")) and not is_stream)
+        if not rest and chunk.strip(b"\0"):
+            rest = chunk
+        length += len(chunk)
+        if (rest or length > _PADDING) and not is_stream:  # a compressed one has its checksum at the end
             break
-    if rest:
+    if begins:
+        raise tarfile.ReadError("there is no header where one should be")
+    if rest and (length > tarfile.RECORDSIZE or b"ustar" in rest):  # else what was in memory when the end was padded
         raise tarfile.ReadError("something stands behind its end: it has a hole, or is several archives in one file")
-    if zeros > _PADDING:
+    if length > _PADDING:
         raise tarfile.ReadError("it ends in zeros")
 
 
@@ -100,10 +102,16 @@ def tar_stream(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
                 file = lzma.open(raw)  # noqa: SIM115
             with tarfile.open(fileobj=file, mode="r|" if file is not raw else "r:", tarinfo=Header) as archive:
                 yield archive, raw
-    except (zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise CorruptError(f"{path} is damaged: {error}") from None
     except (EOFError, tarfile.TarError) as error:
         raise CutOffError(f"{path} is damaged or was not fetched whole: {error}") from None
+    except (zlib.error, lzma.LZMAError) as error:
+        raise CorruptError(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # Bz2 checks each block before it gives it out; and what stands behind a gzip file has no header.
+        is_checksum = isinstance(error, gzip.BadGzipFile) and not str(error).startswith("Not a gzipped file")
+        raise (CorruptError if is_checksum else CutOffError)(f"{path} is damaged: {error}") from None
 
 
 class Window:
