@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,7 @@ Classes = LabelSpace | ClassNames
 LabelSpaceLike = str | os.PathLike[str] | Classes | Sequence[str]
 Given = Classes | Literal["own"] | None
 
+_LOG = logging.getLogger(__name__)
 HEADS: tuple[Head, ...] = get_args(Head)
 
 
@@ -284,6 +286,8 @@ def outputs_of(
     """
     asked = space == "own" or (space is not None and head is not None)
     stated = None if asked else stated_outputs(config, folder)
+    if space != "own" and head is not None:
+        _warn_of_other_outputs(config, folder, space, head)
     if stated is not None and (space is None or _speak_alike(space, stated[0])):
         return stated[0], head or stated[1]
     says_own = config.get("label_space") == "own"
@@ -293,6 +297,17 @@ def outputs_of(
     known = _checkpoint_of_config(config)
     classes = _label_space_of_config(config, known, folder) if space is None else space
     return classes, head or (known.head if known is not None and _speaks(known, classes) else None)
+
+
+def _warn_of_other_outputs(config: Mapping[str, Any], folder: Path, space: Given, head: Head) -> None:
+    """Warn if a caller asks for other classes or another head than a folder states: that may be a new network."""
+    with contextlib.suppress(ModelError):
+        stated = stated_outputs(config, folder)
+        if stated is not None and (head != stated[1] or (space is not None and tuple(space) != tuple(stated[0]))):
+            _LOG.warning(
+                "%s states a %s over %s; its outputs are read as %s%s all the same, as asked",
+                folder, stated[1], stated[0].name, head, f" over {space.name}" if isinstance(space, Classes) else "",
+            )  # fmt: skip
 
 
 def _published_data_config(known: Checkpoint | None, own: Mapping[str, Any]) -> Mapping[str, Any]:

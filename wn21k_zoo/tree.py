@@ -129,7 +129,7 @@ class SemanticTree:
             known = (*LABEL_SPACE_ALIASES, *LABEL_SPACES)
             raise UnknownTreeError(
                 f"No tree is called {name!r}.{did_you_mean(str(name), known)} Known: {', '.join(known)}; for your own "
-                "list name a text file of wnids, or use SemanticTree.from_wnids."
+                "list name a text file of wnids (in Python: SemanticTree.from_file, or from_wnids)."
             )
         return _load(full_name)
 

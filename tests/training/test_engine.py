@@ -258,7 +258,9 @@ def test_class_folders_named_by_wnids_take_the_classes_of_a_label_space(tmp_path
     recipe = small_recipe(data={"label_space": "imagenet1k"}, loss={"kind": "single_label"})
     figures = run(recipe, data, tmp_path / "run")
     assert figures["classes_with_images"] == 3
-    assert "1,000 classes (997 without images for validation)" in capsys.readouterr().err
+    assert (
+        "1,000 classes (997 without images for training, 997 without images for validation)" in capsys.readouterr().err
+    )
     assert final(tmp_path / "run")["model"]["head.fc.weight"].shape[0] == 1000
 
 

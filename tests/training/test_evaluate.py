@@ -126,9 +126,9 @@ def test_a_network_of_ones_own_is_evaluated_and_left_as_it_was(run, data, tmp_pa
     found = evaluate(module, data, label_space=sorted(WNIDS), head="semantic_softmax", workers=0)
     assert found["model"] == type(module).__name__
     same = evaluate(exported, data, workers=0, split="all")
-    assert {**found, "model": 0, "label_space": 0, "images_per_second": 0} == {
-        **same, "model": 0, "label_space": 0, "images_per_second": 0
-    }  # fmt: skip
+    assert (found["source"], same["source"], same["data"]) == (None, str(exported), str(data))
+    differing = dict.fromkeys(("model", "source", "label_space", "images_per_second"))
+    assert {**found, **differing} == {**same, **differing}
     assert [part.training for part in module.modules()] == modes
     assert [weight.stride() for weight in module.parameters()] == layouts
     with pytest.raises(UnresolvedLabelSpaceError, match="give label_space"):
@@ -174,6 +174,24 @@ def test_what_fails_beside_the_rows_is_not_blamed_on_them(run, data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_trained_on_and_what_is_read_otherwise_is_told(run, data, tmp_path, caplog):
+    exported = export_run(run, tmp_path / "model")
+    for model in (run, exported):
+        assert evaluate(model, data, workers=0)["split"] == "validation"
+        assert not caplog.text
+        evaluate(model, data, workers=0, split="train")
+        assert "was trained on most of these images" in caplog.text
+        caplog.clear()
+    evaluate(exported, data, workers=0, head="semantic_softmax")
+    assert not caplog.text
+    evaluate(exported, data, workers=0, head="softmax")
+    assert "states a semantic_softmax over custom; its outputs are read as softmax all the same" in caplog.text
+    caplog.clear()
+    (tmp_path / "reversed.txt").write_text("\n".join(sorted(WNIDS, reverse=True)))
+    evaluate(exported, data, workers=0, label_space=str(tmp_path / "reversed.txt"), head="semantic_softmax")
+    assert "its outputs are read as semantic_softmax over custom all the same" in caplog.text
+
+
 def test_images_are_as_large_as_is_asked_for(run, data, tmp_path):
     shutil.copytree(run, tmp_path / "larger")
     recipe = RunFolder(run).recipe()
@@ -182,7 +200,7 @@ def test_images_are_as_large_as_is_asked_for(run, data, tmp_path):
     told = []
     for model, size in ((run, None), (run, 48), (tmp_path / "larger", None)):
         figures = evaluate(model, data, split="all", workers=0, image_size=size)
-        told.append({name: value for name, value in figures.items() if name != "images_per_second"})
+        told.append({name: value for name, value in figures.items() if name not in ("images_per_second", "source")})
     assert told[0]["input_size"] == [3, 32, 32]
     assert told[1]["input_size"] == [3, 48, 48]
     assert told[0]["calibration_error"] != told[1]["calibration_error"]

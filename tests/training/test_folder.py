@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 import unicodedata
 from pathlib import Path
@@ -191,6 +192,19 @@ def test_shards_in_folders_are_no_classes(tmp_path):
     assert is_class_folder(tmp_path / "photos")
 
 
+@pytest.mark.parametrize("prepared", ["_info.json", ".work/options.json"])
+def test_shards_that_were_prepared_within_a_folder_are_none_of_its_classes(tmp_path, prepared):
+    make_folder(tmp_path, images=2, names=("b", "c"))
+    for path in (tmp_path / "a" / "train-00000.tar", tmp_path / "a" / prepared):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert is_class_folder(tmp_path)
+    assert open_folder(tmp_path, "all").class_names == ("b", "c")
+    for split in ("train", "val"):
+        make_folder(tmp_path / split, images=2, names=("b", "c"))
+    assert open_folder(tmp_path, "validation").class_names == ("b", "c")
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="who may read anything")
 def test_a_folder_that_cannot_be_read_says_nothing(tmp_path):
     make_folder(tmp_path, images=2, names=("a", "b"))
@@ -217,6 +231,17 @@ def test_a_sketch_tells_how_much_two_folders_have_in_common(tmp_path):
         path.unlink()
     (tmp_path / "b" / "new.jpg").write_bytes(jpeg(1))
     assert 0.8 < common(before, open_folder(tmp_path, "all")) < 1
+    sketch = before.sketch
+    for path in (*(tmp_path / "a").iterdir(), *(tmp_path / "b").iterdir()):
+        place = tmp_path / ("val" if path.stem.endswith("0") else "train") / path.parent.name
+        place.mkdir(parents=True, exist_ok=True)
+        path.rename(place / path.name)
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "b")
+    assert open_folder(tmp_path).share_in(sketch) > 0.9
+    assert open_folder(tmp_path / "val", "all").share_in(open_folder(tmp_path, "validation").sketch) == 1
+    assert open_folder(tmp_path, "validation").share_in(open_folder(tmp_path).sketch) == 0
+    assert open_folder(tmp_path).share_in("") == 0
     make_folder(tmp_path / "others", images=150, names=("c", "d"))
     assert common(before, open_folder(tmp_path / "others", "all")) == 0
 

@@ -178,7 +178,9 @@ def test_a_second_job_on_slurm_leaves_the_folder_of_the_first_alone(tmp_path):
 def test_other_signals_of_schedulers_ask_to_stop_as_well(tmp_path, name):
     script = f"trap 'touch {tmp_path}/saved; exit 1' TERM; touch {tmp_path}/begun; while true; do sleep 0.1; done"
     process = subprocess.Popen(
-        ["bash", LAUNCH / "run.sh", tmp_path / "run", "x"], env=with_programs(tmp_path, torchrun=script)
+        ["bash", LAUNCH / "run.sh", tmp_path / "run", "x"],
+        env=with_programs(tmp_path, torchrun=script),
+        preexec_fn=lambda: signal.signal(getattr(signal, name), signal.SIG_DFL),  # bash cannot trap what nohup ignores
     )
     while not (tmp_path / "begun").exists():
         time.sleep(0.02)

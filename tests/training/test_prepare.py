@@ -424,16 +424,16 @@ def test_a_truncated_archive_keeps_what_is_whole(tmp_path, layout, reference):
     assert sum(shard.num_samples for shard in info.splits["train"]) == 18
 
 
-def test_a_damaged_class_archive_counts_as_bad(tmp_path):
+def test_a_damaged_class_archive_is_left_out_if_that_is_allowed(tmp_path):
     classes = make_classes()
     damaged = bytearray(tar_bytes(classes[WNIDS[0]]))
     damaged[2048 * 8 : 2048 * 8 + 4096] = b"x" * 4096
     write_folder(
         tmp_path / "tars", {f"{WNIDS[0]}.tar": bytes(damaged), f"{WNIDS[1]}.tar": tar_bytes(classes[WNIDS[1]])}
     )
-    with pytest.raises(BadImagesError, match=rf"damaged archive.*, such as {WNIDS[0]}_0.JPEG of {WNIDS[0]};"):
-        prepare(tmp_path / "tars", tmp_path / "out", OPTIONS, workers=1, allow_truncated=True)
-    prepare(tmp_path / "tars", tmp_path / "out", OPTIONS, workers=1, max_bad=1, allow_truncated=True)
+    with pytest.raises(DataSourceError, match=rf"are damaged.*: {WNIDS[0]}\. The others are finished"):
+        prepare(tmp_path / "tars", tmp_path / "out", OPTIONS, workers=1)
+    prepare(tmp_path / "tars", tmp_path / "out", OPTIONS, workers=1, allow_truncated=True)
     reasons = {row["synset"]: row["reason"] for row in manifest(tmp_path / "out")}
     assert reasons == {WNIDS[0]: "damaged archive", WNIDS[1]: None}
 

@@ -211,6 +211,8 @@ def _count(source: Path, output: Path, options: PrepareOptions, run: dict[str, A
             }
         )
     print_table(rows, ("decision", "classes", "train", "validation", "GB"), format)
+    if untrained := sum(not one.train for one in counts if one.decision == "kept" and one.validation):
+        say(f"{untrained:,} classes would have validation images alone; a lower --val-per-class avoids that")
     needed = sum(one.stored_bytes for one in counts) / 1e9
     say(f"about {needed:,.2f} GB for the output, and as much again while it is being made")
     for place in (output.absolute(), *output.absolute().parents):

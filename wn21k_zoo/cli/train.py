@@ -311,7 +311,7 @@ def evaluate(
         Path | None,
         typer.Option(
             "--predictions",
-            help="CSV file with a row per image: class, prediction (of the classes with images), confidence.",
+            help="CSV file with a row per image: class, prediction (of the leaves with images), confidence.",
         ),
     ] = None,
     format: FormatOption = None,  # noqa: A002
@@ -351,6 +351,8 @@ def evaluate(
             f"{figures['classes_with_images']:,} of {figures['classes']:,} classes have images: top1, top5 and "
             "raw_top1 are among these"
         )
+    if above := figures["images"] - figures["leaf_images"]:
+        say(f"{above:,} images are of classes above others, and count in the semantic figures and raw_top1 only")
     _print_figures({name: value for name, value in figures.items() if name != "per_class"}, format)
     if output is not None:
         write_whole(output, json.dumps(figures, indent=1) + "\n", DataOutputError)

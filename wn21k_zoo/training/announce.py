@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from wn21k_zoo.training.algorithms import about_precision
 from wn21k_zoo.training.data import FolderDataset
+from wn21k_zoo.training.dataset import images_per_class
 from wn21k_zoo.training.distributed import NCCL_ALGORITHMS, World
 from wn21k_zoo.training.folder import is_divided
 from wn21k_zoo.training.learner import Learner
@@ -64,8 +65,11 @@ def _described(recipe: Recipe, splits: Splits, world: World, step: int, total: i
     """Describe in one line what is about to happen."""
     ranks = f"{world.size} x {world.device.type}" if world.size > 1 else world.device.type
     classes = f"{len(splits.class_names):,} classes"
-    if missing := len(splits.class_names) - imaged:
-        classes += f" ({missing:,} without images for validation)"
+    missing = {"validation": len(splits.class_names) - imaged}
+    if splits.train.is_here:  # else all indexes would be fetched first
+        missing = {"training": int((images_per_class(splits.train) == 0).sum()), **missing}
+    if without := [f"{count:,} without images for {what}" for what, count in missing.items() if count]:
+        classes += f" ({', '.join(without)})"
     if left := splits.train.left_out + splits.validation.left_out:
         classes += f", {left:,} images of other classes left out"
     begin = f"resuming at step {step:,} of {total:,}" if step else f"{total:,} steps"

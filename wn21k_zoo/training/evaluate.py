@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,8 @@ from wn21k_zoo.training.tasks import count_cores
 from wn21k_zoo.tree import SemanticTree
 
 __all__ = ["evaluate"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -87,9 +90,10 @@ def evaluate(
 
     Returns:
         The result of :meth:`wn21k_zoo.training.evaluation.Evaluation.compute`, plus ``per_class`` (``class``,
-        ``images`` and ``top1`` of each leaf, the lowest first), ``images_per_second``, ``model``,
-        ``label_space``, ``classes``, ``head``, ``hierarchy``, ``split``, ``input_size`` (channels, height and width),
-        ``bad_samples``, ``left_out`` (images of classes that the model does not know) and ``device``. Semantic figures
+        ``images`` and ``top1`` of each leaf, the lowest first), ``images_per_second``, ``model``, ``source`` (as given,
+        if by name), ``step`` (of a run), ``data``, ``label_space``, ``classes``, ``head``, ``hierarchy``, ``split``,
+        ``input_size`` (channels, height and width), ``bad_samples``, ``left_out`` (images of classes that the model
+        does not know) and ``device``. Semantic figures
         use the tree of the model's own classes; if that has one level (ImageNet-1K) there are none, and hierarchical
         ones use ``hierarchy``, the tree with all synsets above the classes. Classes that are not synsets have neither.
 
@@ -113,6 +117,8 @@ def evaluate(
         has_parts = not is_class_folder(data) or is_divided(data) or _has_seen(subject, data)
         split = "validation" if has_parts else "all"
     dataset = _dataset(data, split, subject)
+    if isinstance(dataset, FolderDataset) and dataset.share_in(subject.trained_on) > 0.5:
+        _LOG.warning("%s was trained on most of these images, so it does better on them than on others", subject.name)
     tree = SemanticTree.from_label_space(subject.space) if subject.space else None
     layout = memory_format(chosen)
     module = subject.module.to(chosen)
@@ -163,6 +169,9 @@ def evaluate(
         seconds = time.perf_counter() - begin
     return {
         "model": subject.name,
+        "source": str(model) if isinstance(model, (str, os.PathLike)) else None,
+        "step": subject.step,
+        "data": str(data),
         "label_space": subject.classes.name,
         "classes": len(subject.class_names),
         "head": subject.head,

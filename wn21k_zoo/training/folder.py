@@ -170,8 +170,18 @@ class FolderDataset:
 
     @property
     def sketch(self) -> str:
-        """The smallest hashes of the files' names; those of two sets overlap as much as the sets do (MinHash)."""
-        return " ".join(f"{each:016x}" for each in np.sort(self._hashes)[:_SKETCH].tolist())
+        """The smallest hashes of CLASS/NAME; those of two sets overlap as much as the sets do (MinHash)."""
+        hashes = self._hashes
+        if is_divided(self.root):  # whose names begin with that of the split
+            inner = (os.fsencode(self.name(sample).partition("/")[2]) for sample in range(len(self)))
+            hashes = np.frombuffer(b"".join(map(_hash, inner)), ">u8").astype(np.uint64)
+        return " ".join(f"{each:016x}" for each in np.sort(hashes)[:_SKETCH].tolist())
+
+    def share_in(self, sketch: str) -> float:
+        """Estimate the share of these images that are among those of another's sketch; 0 if it cannot be told."""
+        others = {*sketch.split()}
+        comparable = [each for each in self.sketch.split() if each <= max(others, default="")]
+        return sum(each in others for each in comparable) / len(comparable) if comparable else 0.0
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -226,7 +236,7 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
         DataError: No folder can have this name, or it begins with ~ and an unknown user name.
     """
     folder = expanded(place, DataError)
-    if not folder.is_dir() or (folder / INFO_FILE).exists() or is_unfinished(folder):
+    if not folder.is_dir() or _is_prepared(folder):
         return False
     entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
     below = sorted(entry for entry in entries if entry.is_dir())
@@ -236,9 +246,14 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
         names = _some_of(each)
         if any(map(_is_image, names)):
             return True
-        if any(name.endswith(_SHARDS) for name in names):
+        if any(name.endswith(_SHARDS) for name in names) and not _is_prepared(each):
             return False
     return bool(below)
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Whether it is an output of ``wn21k data prepare``, which is no class of a folder that it lies in."""
+    return (folder / INFO_FILE).exists() or is_unfinished(folder)
 
 
 def _some_of(folder: Path) -> list[str]:
@@ -409,7 +424,7 @@ def _folders(folder: Path) -> set[str]:
 
 
 def _classes(folder: Path, at_least: int = 2) -> list[str]:
-    names = _folders(folder)
+    names = {name for name in _folders(folder) if not _is_prepared(folder / name)}
     if len(names) < at_least:
         count = "two" if at_least == 2 else "one"
         named = "; a class cannot be called train beside one called val or test" if folder.name == "train" else ""

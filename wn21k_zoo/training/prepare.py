@@ -12,7 +12,7 @@ while it runs; nothing of the source is copied, except a few classes at a time o
 What the paper leaves open is decided here and in :mod:`wn21k_zoo.training.encode`: names are those of files that end as
 images do (published: .JPEG); if a path is in an archive twice, its last occurrence counts, as when unpacking;
 validation images are the first names in byte order, whatever the locale; a class whose own archive is damaged is an
-error at the end or, with ``allow_truncated``, is left out, and all its images count as bad.
+error at the end or, with ``allow_truncated``, is left out.
 """
 
 from __future__ import annotations
@@ -253,8 +253,6 @@ def _prepare_classes(
             f"{len(gone):,} finished classes are no longer in the source ({', '.join(gone[:3])}): put them back, or "
             "start anew (--no-resume)."
         )
-    if not allow_truncated:
-        _refuse_damaged(results.values(), options)
     if not any(result.train + result.validation for result in results.values()):
         for folder in ("classes", "shards"):  # nothing is lost, and other options may follow
             shutil.rmtree(work / folder, ignore_errors=True)
@@ -266,14 +264,17 @@ def _prepare_classes(
             f"No image of the source is to be used: {what or 'no classes in it'}{beside}. Check --label-space and "
             "--min-images."
         )
+    if not allow_truncated:
+        _refuse_damaged(results.values(), options)
     return [results[name] for name in sorted(results)], bool(cut_off)
 
 
 def _kept(options: PrepareOptions, work: Path, max_bad: float, allow_truncated: bool) -> dict[str, ClassResult]:
     """Return the finished classes without those that the last run complained of, which may have been mended since."""
     results = {result.name: result for result in finished_classes(work / "classes")}
-    again = [one for one in results.values() if one.is_wanted and one.bad] if _bad(results.values(), max_bad) else []
-    again += _damaged(results.values(), options) if not allow_truncated else []
+    again = [] if allow_truncated else _damaged(results.values(), options)
+    if _bad(results.values(), max_bad):
+        again += [one for one in results.values() if one.decision == "kept" and one.bad]
     _forget(again, work)
     return {name: result for name, result in results.items() if result not in again}
 
@@ -324,15 +325,15 @@ def _refuse_damaged(results: Iterable[ClassResult], options: PrepareOptions) -> 
 
 
 def _bad(results: Iterable[ClassResult], max_bad: float) -> bool:
-    """Whether more than ``max_bad`` of the images cannot be used."""
-    used = [one for one in results if one.is_wanted]
+    """Whether more than ``max_bad`` of the images cannot be used; damaged archives are another matter."""
+    used = [one for one in results if one.decision == "kept"]
     return sum(one.bad for one in used) > max_bad * sum(one.images for one in used)
 
 
 def _refuse_bad(results: list[ClassResult], max_bad: float, work: Path) -> None:
     if not _bad(results, max_bad):
         return
-    used = [one for one in results if one.is_wanted]
+    used = [one for one in results if one.decision == "kept"]
     reasons = Counter[str]()
     for one in used:
         reasons.update(one.reasons)

@@ -44,6 +44,7 @@ class Subject:
         resize: Preprocessing of images.
         input_size: Channels, height and width after it.
         trained_on: Sketch of the folder that it was trained on, empty if unknown.
+        step: Step of a run's checkpoint.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Subject:
     resize: Augmentation
     input_size: list[int]
     trained_on: str
+    step: int | None = None
 
     @property
     def space(self) -> LabelSpace | None:
@@ -91,6 +93,7 @@ def open_subject(
             resize=evaluation_resize(recipe, pixels),
             input_size=[3, pixels, pixels],
             trained_on=trained.trained_on,
+            step=trained.step,
         )
     if which != "best":
         shown = model if isinstance(model, (str, os.PathLike)) else f"A {type(model).__name__}"
