@@ -179,8 +179,10 @@ class FolderDataset:
 
     def share_in(self, sketch: str) -> float:
         """Estimate the share of these images that are among those of another's sketch; 0 if it cannot be told."""
+        if not sketch:
+            return 0.0
         others = {*sketch.split()}
-        comparable = [each for each in self.sketch.split() if each <= max(others, default="")]
+        comparable = [each for each in self.sketch.split() if each <= max(others)]
         return sum(each in others for each in comparable) / len(comparable) if comparable else 0.0
 
     @functools.cached_property

@@ -24,7 +24,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -276,14 +276,17 @@ def _kept(options: PrepareOptions, work: Path, max_bad: float, allow_truncated: 
     if _bad(results.values(), max_bad):
         again += [one for one in results.values() if one.decision == "kept" and one.bad]
     _forget(again, work)
-    return {name: result for name, result in results.items() if result not in again}
+    for one in again:
+        del results[one.name]
+    return results
 
 
-def _forget(results: Iterable[ClassResult], work: Path) -> None:
+def _forget(results: Sequence[ClassResult], work: Path) -> None:
     """Delete finished classes, so that the next run reads them again."""
     for result in results:
         for path in (work / "classes" / f"{result.name}.parquet", work / "classes" / f"{result.name}.tar"):
             path.unlink(missing_ok=True)
+    if results:
         _forget_shards(work)
 
 
@@ -298,7 +301,7 @@ def _refuse_cut_off(error: CutOffError, results: Mapping[str, ClassResult], work
         return
     about = str(error).rstrip(".")
     if isinstance(error, CorruptError):
-        _forget(results.values(), work)
+        _forget([*results.values()], work)
         raise DataSourceError(
             f"{about}. What was read before may be wrong as well, so nothing is kept: get the file anew and run the "
             "same command again, or use what can be read with --allow-truncated."
