@@ -101,6 +101,7 @@ def test_every_checkpoint_has_an_entry_point(checkpoint):
         assert create(pretrained=False, num_classes=3).num_classes == 3
 
 
+@pytest.mark.slow
 def test_a_missing_dependency_is_named_by_torch_hub(tmp_path):
     code = f"""
 Finder.blocked.add("timm")

@@ -326,8 +326,10 @@ def test_the_same_lazy_image_and_file_object_may_stand_several_times(embedded, p
             assert result.path[0].confidence == pytest.approx(expected.path[0].confidence, abs=1e-4)
 
 
-@pytest.mark.parametrize("read_ahead", [True, False])
-@pytest.mark.parametrize("kind", ["array", "grey", "tensor", "bytearray", "memoryview"])
+@pytest.mark.parametrize(
+    ("kind", "read_ahead"),
+    [*((kind, True) for kind in ("array", "grey", "tensor", "bytearray", "memoryview")), ("array", False)],
+)
 def test_a_source_may_write_the_next_image_into_the_same_memory(embedded, kind, read_ahead):
     frames = [np.full((40, 60, 3), value, np.uint8) for value in (0, 120, 255, 0, 120, 255)]
     if kind == "grey":

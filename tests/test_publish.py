@@ -106,7 +106,7 @@ def test_a_folder_here(folder, embedded, photographs):
 
 
 @pytest.mark.filterwarnings("default")  # of transformers' own
-@pytest.mark.parametrize("which", ["folder", "mobilenet"])
+@pytest.mark.parametrize("which", [pytest.param("folder", marks=pytest.mark.slow), "mobilenet"])
 def test_a_folder_in_transformers(which, request, photographs):
     transformers = pytest.importorskip("transformers")
     place = request.getfixturevalue(which)

@@ -306,7 +306,7 @@ def test_a_server_error_that_stays_is_a_typed_error(kind, root, serve):
         download.fetch(checkpoint_of(kind, endpoint))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("hub", marks=pytest.mark.slow), "plain"])
 def test_a_stall_ends(kind, root, serve, monkeypatch):
     """With the real waits, this takes 22 s: see the marked test below."""
     monkeypatch.setattr(transfer, "STALL_SECONDS", 1.0)

@@ -135,6 +135,7 @@ def test_one_bad_name_does_not_stop_the_rest(run):
     assert "--all" in done.stderr
 
 
+@pytest.mark.slow
 def test_all_of_them_where_nothing_can_be_reached(run):
     begin = time.monotonic()
     done = run("download", "--all", HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
@@ -183,6 +184,7 @@ def test_a_progress_bar_on_a_terminal_only(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is no signal there")
+@pytest.mark.slow
 def test_interrupted_it_says_so_and_goes_on_later(tmp_path):
     environment = {**os.environ, "WN21K_CACHE": str(tmp_path)}
     with hub_server(FILES, bytes_per_second=1_000_000) as (endpoint, seen):
@@ -238,6 +240,7 @@ def test_a_plain_server_is_locked_by_hashing_its_file(monkeypatch):
     assert (locked.sha256, locked.num_bytes) == (SHA256, len(BODY))
 
 
+@pytest.mark.slow
 def test_convert(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     entries = timm.create_model("mobilenetv3_large_100", num_classes=11_221).state_dict()

@@ -33,8 +33,7 @@ def assert_alike(ours, theirs):
         assert stats.ks_2samp(of(ours), of(theirs)).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("shape", [(300, 300), (200, 500), (375, 250)])
-@pytest.mark.parametrize("scale", [0.08, 0.25])
+@pytest.mark.parametrize(("shape", "scale"), [((300, 300), 0.08), ((200, 500), 0.25), ((375, 250), 0.08)])
 def test_crops_are_drawn_as_by_torchvision(monkeypatch, shape, scale):
     part, drawn, source = crops._part, [], Random(0)
     monkeypatch.setattr(crops, "_part", lambda *given: drawn.append(part(*given)) or drawn[-1])
