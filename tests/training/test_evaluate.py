@@ -19,11 +19,12 @@ from wn21k_zoo.errors import (
     NonFiniteError,
     UnresolvedLabelSpaceError,
 )
-from wn21k_zoo.labels import ClassNames
+from wn21k_zoo.labels import ClassNames, LabelSpace
 from wn21k_zoo.training.evaluate import evaluate
 from wn21k_zoo.training.export import export_run
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
+from wn21k_zoo.tree import SemanticTree
 
 from . import checks
 from .runs import WNIDS, make_folder, small_recipe
@@ -115,6 +116,29 @@ def test_among_all_classes_those_without_images_compete(tmp_path):
     images = make_folder(tmp_path / "images", names="ab")
     figures = evaluate(module, images, label_space=ClassNames(["a", "b", "c", "d"]), workers=0)
     assert (figures["top1"], figures["top1_among_all"], figures["classes"]) == (50, 0, 4)
+
+
+def test_with_all_ancestors_mistakes_among_different_classes_are_as_large(tmp_path):
+    tabby, beagle, cat, dog = "n02123045", "n02088364", "n02121808", "n02084071"
+    images, errors = make_folder(tmp_path / "images", names=(tabby, beagle)), {}
+    for wnids in ((tabby, beagle), (tabby, beagle, cat, dog)):
+        module = timm.create_model("test_convnext", num_classes=len(wnids))
+        torch.nn.init.zeros_(module.head.fc.weight)
+        module.head.fc.bias.data = torch.tensor([1.0, *[0.0] * (len(wnids) - 1)])  # all are tabbies
+        for full in (False, True):
+            figures = evaluate(
+                module, images, label_space=LabelSpace("own", wnids), head="softmax", workers=0, with_ancestors=full
+            )
+            tree = SemanticTree.from_wnids(wnids, name="own")
+            tree = tree if not full and len(wnids) == 4 else tree.with_ancestors()
+            shared = tree.lowest_common_ancestor(tabby, beagle)
+            error = tree[beagle].depth - (shared.depth if shared is not None else -1)
+            assert figures["mean_lca_error"] == error / 2
+            assert figures["hierarchy"] == tree.name
+            errors[len(wnids), full] = error
+    assert errors[2, True] == errors[4, True] == errors[2, False] > errors[4, False]
+    with pytest.raises(InvalidArgumentError, match="classes of its own, which have no ancestors"):
+        evaluate(module, images, label_space=ClassNames(list("abcd")), workers=0, with_ancestors=True)
 
 
 def test_a_network_of_ones_own_is_evaluated_and_left_as_it_was(run, data, tmp_path):

@@ -294,6 +294,13 @@ def evaluate(
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"], typer.Option("--precision", help="Of the forward pass.")
     ] = "fp32",
+    with_ancestors: Annotated[
+        bool,
+        typer.Option(
+            "--with-ancestors",
+            help="Count hierarchical errors with all synsets above the classes, to compare models over different ones.",
+        ),
+    ] = False,
     max_bad: Annotated[
         float,
         typer.Option(
@@ -340,6 +347,7 @@ def evaluate(
             workers=workers,
             device=device,
             precision=precision,
+            with_ancestors=with_ancestors,
             max_bad=max_bad,
             predictions=predictions,
             progress=lambda done, total: progress(Progress(stage="evaluate", done=done, total=total, images=0)),

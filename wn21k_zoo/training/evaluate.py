@@ -54,6 +54,7 @@ def evaluate(
     workers: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
+    with_ancestors: bool = False,
     max_bad: float = 0.01,
     predictions: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -82,6 +83,8 @@ def evaluate(
         device: auto (a network stays where it is), cpu, cuda, cuda:N or mps (where it stays afterwards).
         precision: fp32, bf16 or fp16; a network in bf16 or fp16 runs in its own precision instead of fp32. Convolutions
             in fp32 use TF32 on GPUs that have it unless ``torch.backends.cudnn.allow_tf32`` is False.
+        with_ancestors: Count hierarchical errors in the tree of the classes and all synsets above them in WordNet, so
+            that those of models over different classes can be compared; default: in the tree of the model's classes.
         max_bad: Share of damaged images that is tolerated; 1,000 times this number always are (ten for 0.01).
         predictions: CSV file with a row per image: ``image``, ``class`` and ``prediction`` (wnids, or the model's own
             names) and ``confidence``; it appears once it is complete. Predictions are leaves, see
@@ -95,7 +98,8 @@ def evaluate(
         ``input_size`` (channels, height and width), ``bad_samples``, ``left_out`` (images of classes that the model
         does not know) and ``device``. Semantic figures
         use the tree of the model's own classes; if that has one level (ImageNet-1K) there are none, and hierarchical
-        ones use ``hierarchy``, the tree with all synsets above the classes. Classes that are not synsets have neither.
+        ones use the tree with all synsets above the classes; ``hierarchy`` names it. Classes that are not synsets have
+        neither.
 
     Raises:
         ModelError, UnknownModelError, LabelSpaceError, UnknownNameError, RunError: The model cannot be loaded, its
@@ -103,7 +107,8 @@ def evaluate(
         DataError: The data cannot be read, or has none of the model's classes.
         DataOutputError: ``predictions`` cannot be written.
         InvalidArgumentError: A number is out of range; the network does not take images of ``image_size``; it is
-            unknown how to prepare images for a network or read its outputs; or two of its classes have the same name.
+            unknown how to prepare images for a network or read its outputs; two of its classes have the same name; or
+            they are to have ancestors but are not synsets.
         NonFiniteError: The model's outputs are not finite.
     """
     dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -113,6 +118,10 @@ def evaluate(
         check_writable(local_path(predictions, DataOutputError))
     chosen = device_of(model) if isinstance(model, nn.Module) and device == "auto" else select_device(device)
     subject = open_subject(model, which, label_space, head, cache_dir, image_size)
+    if with_ancestors and subject.space is None:
+        raise InvalidArgumentError(
+            f"{subject.name} has classes of its own, which have no ancestors: leave out with_ancestors."
+        )
     if split is None:
         has_parts = not is_class_folder(data) or is_divided(data) or _has_seen(subject, data)
         split = "validation" if has_parts else "all"
@@ -140,6 +149,7 @@ def evaluate(
         device=chosen,
         over_ranks=False,
         num_classes=len(subject.classes),
+        with_ancestors=with_ancestors,
     )
     loader = Loader(
         dataset,

@@ -41,8 +41,9 @@ class Evaluation(nn.Module):
     ancestors, only leaves compete for the highest confidence. If no class with images is above another, all are leaves.
     Among leaves as confident as a common ancestor, the one with the highest probability within its level is chosen.
 
-    Hierarchical distances use the tree of the classes or, if that has only one level or one class per level, the tree
-    of the classes and all synsets above them in WordNet.
+    Hierarchical distances use the tree of the classes or, if that has only one level or one class per level, or with
+    ``with_ancestors``, the tree of the classes and all synsets above them in WordNet, in which models over different
+    classes can be compared.
 
     Attributes:
         hierarchy: Name of the tree used for the distances, None for classes that are not synsets.
@@ -55,6 +56,7 @@ class Evaluation(nn.Module):
         device: Where the logits are. On MPS, which lacks float64, they are counted on the CPU.
         over_ranks: Whether figures cover the batches of all ranks, each of which computes them, or only its own.
         num_classes: Number of outputs of a head without a tree; default: that of the classes with images.
+        with_ancestors: Whether hierarchical distances use the tree with all synsets above the classes in any case.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Evaluation(nn.Module):
         device: torch.device | str = "cpu",
         over_ranks: bool = True,
         num_classes: int | None = None,
+        with_ancestors: bool = False,
     ) -> None:
         super().__init__()
         if torch.device(device).type == "mps":
@@ -76,7 +79,7 @@ class Evaluation(nn.Module):
         self.hierarchy: str | None = None
         if tree is not None:
             has_levels = bool(tree.depths.max() and tree.levels)
-            spread = tree if has_levels else tree.with_ancestors()
+            spread = tree if has_levels and not with_ancestors else tree.with_ancestors()
             self.distances, self.hierarchy = HierarchicalDistances(spread), spread.name
             if not has_levels:  # no class is above another, or none beside another
                 tree = None
