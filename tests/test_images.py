@@ -21,7 +21,7 @@ from wn21k_zoo.errors import (
     MissingExtraError,
     UnsupportedImageError,
 )
-from wn21k_zoo.images import FORMATS, IMAGE_SUFFIXES, AnimatedImageWarning, load_image
+from wn21k_zoo.images import FORMATS, IMAGE_SUFFIXES, AnimatedImageWarning, load_image, orientation_of
 
 RED = np.zeros((8, 12, 3), np.uint8)
 RED[..., 0] = 255
@@ -80,6 +80,23 @@ def test_exif_rotation():
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(saved(image, "PNG", exif=exif))))
         assert loaded.size == ((8, 12) if orientation > 4 else (12, 8))
         np.testing.assert_array_equal(np.asarray(loaded), np.asarray(expected))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "XMP"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_what_was_turned_is_not_turned_again(file_format, mode):
+    mode = mode if file_format != "JPEG" or mode == "L" else "CMYK"
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {"exif": exif}
+        if file_format == "XMP":
+            options = {"xmp": f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()}
+        data = saved(Image.new(mode, (12, 8)), "WEBP" if file_format == "XMP" else file_format, **options)
+        once = load_image(data)
+        assert once.size == ((8, 12) if orientation > 4 else (12, 8))
+        assert orientation_of(once) == 1
+        assert load_image(once).size == load_image(Image.open(io.BytesIO(saved(once, "PNG")))).size == once.size
 
 
 def test_sixteen_bits():

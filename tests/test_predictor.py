@@ -27,6 +27,7 @@ from wn21k_zoo.errors import (
     UnknownTreeError,
     Wn21kError,
 )
+from wn21k_zoo.images import load_image
 from wn21k_zoo.labels import ClassNames, LabelSpace
 from wn21k_zoo.models import LoadedModel
 from wn21k_zoo.prediction import error_to_dict, json_schema
@@ -324,6 +325,18 @@ def test_the_same_lazy_image_and_file_object_may_stand_several_times(embedded, p
         for result in embedded([lazy, file] * 6):
             assert [output.wnid for output in result.top_k] == [output.wnid for output in expected.top_k]
             assert result.path[0].confidence == pytest.approx(expected.path[0].confidence, abs=1e-4)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_turned_photograph_is_turned_once_whatever_it_is_given_as(embedded, orientation, tmp_path):
+    exif, path = Image.Exif(), tmp_path / "turned.jpg"
+    exif[0x0112] = orientation
+    load_image(CAT).rotate(180 if orientation == 3 else 90, expand=True).save(path, exif=exif, quality=95)
+    expected = embedded(path)
+    assert expected.label.name.startswith("domestic cat")
+    with Image.open(path) as lazy, path.open("rb") as file:
+        for given in (path.read_bytes(), lazy, file, load_image(path), np.asarray(load_image(path))):
+            assert embedded(given).path == expected.path
 
 
 @pytest.mark.parametrize(

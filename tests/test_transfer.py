@@ -158,7 +158,7 @@ def test_a_stream_that_is_always_cut_at_once_is_given_up(kind, root, serve):
     endpoint, _ = serve(files_of(kind), faults=[{"cut": 0.0, "always": True}])
     with pytest.raises(DownloadError):
         download.fetch(checkpoint_of(kind, endpoint))
-    assert list(cache.entries(root)) == []
+    assert list(cache.receipts(root)) == []
 
 
 def test_where_no_hash_is_known_it_goes_on_with_the_same_version_only(root, serve):
@@ -214,7 +214,7 @@ def test_a_byte_that_is_always_flipped_is_a_typed_error(kind, root, serve):
     with pytest.raises(ChecksumError, match=f"expected {SHA256[:8]}.*got [0-9a-f]{{64}}"):
         download.fetch(checkpoint_of(kind, endpoint))
     assert sum(request.startswith("GET") for request in seen) == 2
-    assert list(cache.entries(root)) == []
+    assert list(cache.receipts(root)) == []
     assert not leftovers(root)
 
 
@@ -316,7 +316,7 @@ def test_a_stall_ends(kind, root, serve, monkeypatch):
     with pytest.raises(DownloadError, match=r"stall|No data"):
         download.fetch(checkpoint_of(kind, endpoint))
     assert time.monotonic() - begin < 10
-    assert list(cache.entries(root)) == []
+    assert list(cache.receipts(root)) == []
 
 
 @pytest.mark.slow
@@ -417,7 +417,7 @@ def test_killed_at_60_percent_over_https_it_goes_on(kind, root, tmp_path):
         wait_for_part(root, 0.6 * len(BODY), first)
         first.kill()
         first.communicate()
-        assert list(cache.entries(root)) == []
+        assert list(cache.receipts(root)) == []
         time.sleep(0.2)  # bytes in flight to the dead client are still counted
         sent = seen.body_bytes
         second = start(kind, endpoint, root, **trust)
@@ -525,7 +525,7 @@ def test_only_what_we_wrote_is_listed(root, serve):
     shutil.copytree(path.parent, root / "backup" / "hub")
     (path.parent / f"folder.{'0' * 16}.part").mkdir()
     (path.parent / f"link.{'0' * 16}.part").symlink_to(root / "thesis.txt")
-    assert [found for found, _ in cache.entries(root)] == [path]
+    assert [found for found, _ in cache.receipts(root)] == [path]
     assert list(cache.leftovers(root, older_than=-1)) == []
 
 

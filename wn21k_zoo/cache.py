@@ -26,10 +26,10 @@ __all__ = [
     "PART_SUFFIX",
     "Receipt",
     "cache_dir",
-    "entries",
     "leftovers",
     "lock_path",
     "read_receipt",
+    "receipts",
     "relative_path",
     "remove",
     "write_receipt",
@@ -145,12 +145,12 @@ def lock_path(path: Path) -> Path:
     return path.with_name((part[1] if part else path.name) + LOCK_SUFFIX)
 
 
-def entries(folder: Path) -> Iterator[tuple[Path, Receipt]]:
-    """Yield all fetched files, sorted by path; a file without a receipt is left out, as it may not be ours."""
+def receipts(folder: Path) -> Iterator[tuple[Path, Receipt]]:
+    """Yield the path of each fetched file, also if it is gone, and its receipt."""
     for path in _files(folder):
-        receipt = read_receipt(path)
-        if receipt is not None:
-            yield path, receipt
+        fetched = path.with_name(path.name.removesuffix(RECEIPT_SUFFIX))
+        if fetched.name != path.name and (receipt := read_receipt(fetched)) is not None:
+            yield fetched, receipt
 
 
 def leftovers(folder: Path, older_than: float = LEFTOVER_SECONDS) -> Iterator[Path]:

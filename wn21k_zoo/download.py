@@ -33,7 +33,7 @@ from wn21k_zoo.errors import (
 from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.files import make_folder
 from wn21k_zoo.messages import bar_column, bars, on_terminal, say
-from wn21k_zoo.on_disk import Fetched, Remote, filenames_of, find_file, find_verified, stated
+from wn21k_zoo.on_disk import Damage, Fetched, Remote, filenames_of, find_file, find_verified, stated
 from wn21k_zoo.transfer import Expected, Patience, RefusedError, difference, head, read_text, transfer
 
 __all__ = ["UnverifiedWeightsWarning", "fetch", "fetch_file", "fetch_source", "is_reachable"]
@@ -108,7 +108,7 @@ def fetch_file(
     """
     root = cache.cache_dir(cache_dir)
     missing: list[RemoteNotFoundError] = []
-    damages: list[str] = []
+    damages: list[Damage] = []
     patience = Patience()
     name = f"hf-hub:{source.repo_id}" + (f"@{source.revision}" if source.revision else "")
     for filename in filenames:
@@ -284,9 +284,9 @@ def _mirror() -> str | None:
     return mirror
 
 
-def _offline(source: Remote, filename: str, root: Path, command: str, damages: Sequence[str]) -> OfflineError:
+def _offline(source: Remote, filename: str, root: Path, command: str, damages: Sequence[Damage]) -> OfflineError:
     place = root / cache.relative_path(source, filename)
-    damaged = f" ({'; '.join(damages)})" if damages else ""
+    damaged = f" ({'; '.join(map(str, damages))})" if damages else ""
     if place.is_file() and not damages:
         return OfflineError(
             f"{place} is not used, as nothing states its hash: its receipt is missing. Copy the whole cache folder, or "

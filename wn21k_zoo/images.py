@@ -74,6 +74,7 @@ _TURNED = MappingProxyType(
         8: Image.Transpose.ROTATE_90,
     }
 )
+_WITH_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Image.getexif looks for it
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -95,7 +96,7 @@ def load_image(image: ImageLike, *, allow_url: bool = False) -> Image.Image:
         allow_url: Whether to fetch ``http://`` and ``https://`` images from public addresses.
 
     Returns:
-        An RGB image.
+        An RGB image, without the metadata that say how to turn it.
 
     Raises:
         ImageNotFoundError: No such file.
@@ -279,7 +280,10 @@ def _to_rgb(image: Image.Image, name: str | None) -> Image.Image:
         image.load()
         rgb = _opaque_rgb(image, shown)
         turned = _TURNED.get(orientation_of(image))
-        return rgb.transpose(turned) if turned is not None else rgb.copy() if rgb is image else rgb
+        upright = rgb.transpose(turned) if turned is not None else rgb.copy() if rgb is image else rgb
+        for key in _WITH_ORIENTATION:  # or whoever reads it would turn the image once more
+            upright.info.pop(key, None)
+        return upright
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise all kinds of errors for damaged data

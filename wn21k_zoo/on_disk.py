@@ -7,17 +7,21 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from wn21k_zoo import cache, hub
-from wn21k_zoo.checkpoints import Checkpoint, HubSource, PackageSource, Source, URLSource
+from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource, PackageSource, Source, URLSource
 from wn21k_zoo.errors import ChecksumError, MissingExtraError
 from wn21k_zoo.files import in_package, sha256_of
 from wn21k_zoo.transfer import Expected, difference
 
 __all__ = [
+    "Cached",
+    "Damage",
     "Fetched",
     "Remote",
     "cached_files",
+    "contents",
     "filenames_of",
     "find_file",
     "find_local",
@@ -48,9 +52,49 @@ class Fetched:
     downloaded: bool
 
 
+class Damage(NamedTuple):
+    """A file that does not have the right hash, and what is wrong with it."""
+
+    path: Path
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.problem}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cached:
+    """A file in the cache: one that has a receipt, or that lies where a record's file belongs.
+
+    Attributes:
+        path: The file.
+        source: Key of the source it comes from.
+        receipt: Its receipt, if it has a readable one.
+        expected: What it is compared with.
+    """
+
+    path: Path
+    source: str
+    receipt: cache.Receipt | None
+    expected: Expected
+
+    def status(self) -> tuple[Literal["ok", "damaged", "missing", "unknown"], str]:
+        """Hash the file.
+
+        Returns:
+            Its status, and what is wrong if it is not ``ok``: it is ``unknown`` if there is nothing to compare it with.
+        """
+        if not self.path.is_file():
+            return "missing", "only its receipt is there"
+        if not self.expected.hash:
+            return "unknown", "nothing states its hash: its receipt is missing"
+        compared = _compare(self.path, self.expected)
+        return ("damaged", compared.problem) if isinstance(compared, Damage) else ("ok", "")
+
+
 def find_verified(
     checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None
-) -> tuple[Fetched | None, list[str]]:
+) -> tuple[Fetched | None, list[Damage]]:
     """Find the weight file of a checkpoint on this machine if it has the right hash; opens no connection.
 
     Returns:
@@ -60,7 +104,7 @@ def find_verified(
         ChecksumError: A file in a Python package is not the published one.
         MissingExtraError: That package is not installed.
     """
-    damages: list[str] = []
+    damages: list[Damage] = []
     for source in checkpoint.sources:
         if isinstance(source, PackageSource):
             return _from_package(source), damages
@@ -100,6 +144,27 @@ def cached_files(sources: Iterable[Source], cache_dir: str | os.PathLike[str] | 
     return [place for place in places if place.is_file() or cache.receipt_path(place).is_file()]
 
 
+def contents(root: Path) -> list[Cached]:
+    """List the files in a cache folder that have a receipt, even if they are gone, or lie where a record's belong.
+
+    Anything else there may not be ours.
+    """
+    of_records = {
+        root / cache.relative_path(source, filename): (source.key, stated(source, filename))
+        for checkpoint in CHECKPOINTS
+        for source in checkpoint.sources
+        if not isinstance(source, PackageSource)
+        for filename in filenames_of(source)
+    }
+    receipts = dict(cache.receipts(root))
+    found = []
+    for path in sorted({*receipts, *filter(Path.is_file, of_records)}):
+        receipt = receipts.get(path)
+        key, of_record = of_records.get(path, (receipt.source if receipt else "", Expected()))
+        found.append(Cached(path=path, source=key, receipt=receipt, expected=_expected(of_record, receipt)))
+    return found
+
+
 def stated(source: Remote, filename: str) -> Expected:
     """What a source's record says about a file: its hash (of the first of its files), the first digits, nothing."""
     if source.sha256 and filename == filenames_of(source)[0]:
@@ -108,30 +173,38 @@ def stated(source: Remote, filename: str) -> Expected:
     return Expected(sha256_prefix=prefix, stated_by="the file's name" if prefix else None)
 
 
-def find_file(source: Remote, filename: str, root: Path, damages: list[str]) -> Fetched | None:
+def _expected(of_record: Expected, receipt: cache.Receipt | None) -> Expected:
+    """What a file in the cache is compared with, by what its record and its receipt say."""
+    if receipt is None or of_record.sha256:
+        return of_record
+    return Expected(sha256=receipt.sha256, stated_by=receipt.checked_against)
+
+
+def find_file(source: Remote, filename: str, root: Path, damages: list[Damage]) -> Fetched | None:
     """Find a local file that has the right hash; local files that do not are reported in ``damages``."""
     place = root / cache.relative_path(source, filename)
-    of_record, receipt = stated(source, filename), cache.read_receipt(place)
-    in_cache = of_record
-    if receipt is not None and not of_record.sha256:
-        in_cache = Expected(sha256=receipt.sha256, stated_by=receipt.checked_against)
-    candidates = [(place, in_cache)]
+    of_record = stated(source, filename)
+    candidates = [(place, _expected(of_record, cache.read_receipt(place)))]
     if isinstance(source, HubSource) and (path := hub.find_in_cache(source, filename)):
         blob = path.resolve().name  # the Hub's cache names a file by its ETag
         candidates.append((path, of_record if of_record.hash else hub.expected_of_etag(blob)))
     for path, expected in candidates:
         if not expected.hash or not path.is_file():
             continue  # nothing to compare it with: a cache without links does not show the ETag
-        try:
-            sha256 = sha256_of(path)
-            wrong = difference(path, sha256, expected)
-        except OSError as error:
-            damages.append(f"{path} cannot be read ({error.strerror})")
-            continue
+        compared = _compare(path, expected)
+        if isinstance(compared, Fetched):
+            return compared
+        damages.append(compared)
+        _LOG.warning("%s; it is not used.", compared)
+    return None
+
+
+def _compare(path: Path, expected: Expected) -> Fetched | Damage:
+    try:
+        sha256 = sha256_of(path)
+        wrong = difference(path, sha256, expected)
         if wrong is not None:
-            damages.append(f"{path} is damaged: {wrong}")
-            _LOG.warning("%s; it is not used.", damages[-1])
-            continue
+            return Damage(path, f"is damaged: {wrong}")
         return Fetched(
             path=path,
             sha256=sha256,
@@ -139,7 +212,8 @@ def find_file(source: Remote, filename: str, root: Path, damages: list[str]) -> 
             checked_against=expected.stated_by,
             downloaded=False,
         )
-    return None
+    except OSError as error:
+        return Damage(path, f"cannot be read ({error.strerror})")
 
 
 def _from_package(source: PackageSource) -> Fetched:

@@ -18,7 +18,7 @@ from filelock import FileLock
 from hub_server import COMMIT, hub_server
 from typer.testing import CliRunner
 
-from wn21k_zoo import locking, registry
+from wn21k_zoo import cache, locking, registry
 from wn21k_zoo.checkpoints import URLSource, apply_lock
 from wn21k_zoo.cli.app import app
 from wn21k_zoo.convert import convert_file
@@ -273,3 +273,49 @@ def test_verify_tells_of_the_others_beside_a_wrong_name(tmp_path):
     assert [row["status"] for row in rows(done)] == ["ok", "ok"]
     assert "No model is called 'nosuch'" in done.stderr
     assert (call("verify", "nosuch").exit_code, call("verify", "nosuch").stdout) == (1, "")
+
+
+def test_verify_and_list_see_what_was_put_there_by_hand_and_what_is_gone(tmp_path):
+    record = registry.get_checkpoint(NAME)
+    sources = [source for source in record.sources if isinstance(source, URLSource)]
+    assert [bool(source.sha256_prefix) for source in sources] == [True, False]
+    by_name, by_nobody = (tmp_path / cache.relative_path(source, source.filename) for source in sources)
+    gone = tmp_path / "url" / "example.org" / "gone.pth"
+    for path in (by_name, by_nobody, gone):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    by_name.write_bytes(b"other bytes")
+    by_nobody.write_bytes(b"any bytes")
+    cache.receipt_path(by_nobody).write_text("damaged")
+    receipt = cache.Receipt(
+        source="url", filename="gone.pth", revision=None, num_bytes=3, sha256=SHA256, checked_against=None
+    )
+    cache.write_receipt(gone, receipt)
+    place = ("--cache-dir", str(tmp_path))
+
+    done = call("verify", *place)
+    assert done.exit_code == 1
+    assert {row["file"]: row["status"] for row in rows(done)} == {
+        str(by_name): "damaged",
+        str(by_nobody): "unknown",
+        str(gone): "missing",
+    }
+    assert all(row["problem"] for row in rows(done))
+    named = rows(call("verify", NAME, *place))
+    assert [(row["file"], row["status"]) for row in named] == [(str(by_name), "damaged")]
+    assert "sha256 expected" in named[0]["problem"]
+    assert {row["file"] for row in rows(call("cache", "list", *place))} == {str(by_name), str(by_nobody)}
+    assert len(call("cache", "prune", "--all", *place).stdout.splitlines()) == 3
+    assert list(tmp_path.iterdir()) == []
+    done = call("verify", *place)
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "nothing in the cache" in done.stderr
+
+
+@pytest.mark.parametrize("command", [("verify",), ("verify", EMBEDDED), ("cache", "list"), ("cache", "prune")])
+def test_a_cache_folder_that_is_none_is_named(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, message in (("file", "is a file; name a folder"), ("nosuch", "There is no folder")):
+        done = call(*command, "--cache-dir", str(tmp_path / name))
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -11,7 +11,7 @@ import typer
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, LOCK_FILE
 from wn21k_zoo.cli.output import FormatOption, print_table, to_write, warnings_as_messages
-from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
+from wn21k_zoo.errors import CacheError, InvalidArgumentError, Wn21kError
 from wn21k_zoo.messages import say
 
 __all__ = ["app", "download", "lock", "verify"]
@@ -79,33 +79,36 @@ def verify(
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Hash the files on this machine and compare; nothing is fetched. Exit code 1 if a file is damaged or missing."""
-    from wn21k_zoo import cache
-    from wn21k_zoo.files import sha256_of
-    from wn21k_zoo.on_disk import find_verified
+    from wn21k_zoo.on_disk import contents, find_verified
 
+    root = _root(cache_dir)
     rows: list[dict[str, Any]] = []
     failed = False
-    if names:
-        for name in names:
-            try:
-                found, damages = find_verified(registry.resolve_checkpoint(name), cache_dir)
-            except Wn21kError as error:
-                failed = True
-                say(str(error))
-                continue
-            if found is not None:
-                rows.append({"file": str(found.path), "status": "ok", "checked_against": found.checked_against})
-            rows += [{"file": damage, "status": "damaged", "checked_against": None} for damage in damages]
-            if found is None and not damages:
-                rows.append({"file": name, "status": "not on this machine", "checked_against": None})
-    else:
-        for path, receipt in cache.entries(cache.cache_dir(cache_dir)):
-            status = "ok" if sha256_of(path) == receipt.sha256 else "damaged"
-            rows.append({"file": str(path), "status": status, "checked_against": receipt.checked_against})
+
+    def tell(file: object, status: str, checked_against: str | None = None, problem: str | None = None) -> None:
+        rows.append({"file": str(file), "status": status, "checked_against": checked_against, "problem": problem})
+
+    for name in names or []:
+        try:
+            found, damages = find_verified(registry.resolve_checkpoint(name), root)
+        except Wn21kError as error:
+            failed = True
+            say(str(error))
+            continue
+        if found is not None:
+            tell(found.path, "ok", found.checked_against)
+        for damage in damages:
+            tell(damage.path, "damaged", problem=damage.problem)
+        if found is None and not damages:
+            tell(name, "not on this machine")
+    if not names:
+        for each in contents(root):
+            status, problem = each.status()
+            tell(each.path, status, each.expected.stated_by, problem or None)
         if not rows:
-            say(f"nothing in the cache {cache.cache_dir(cache_dir)}")
+            say(f"nothing in the cache {root}")
     if rows or not failed:
-        print_table(rows, ("file", "status", "checked_against"), format)
+        print_table(rows, ("file", "status", "checked_against", "problem"), format)
     if failed or any(row["status"] != "ok" for row in rows):
         raise typer.Exit(1)
 
@@ -113,12 +116,18 @@ def verify(
 @app.command("list")
 def list_cache(cache_dir: CacheDirOption = None, format: FormatOption = None) -> None:  # noqa: A002
     """List the files in the cache."""
-    from wn21k_zoo import cache
+    from wn21k_zoo.on_disk import contents
 
-    root = cache.cache_dir(cache_dir)
+    root = _root(cache_dir)
     rows: list[dict[str, Any]] = [
-        {"source": receipt.source, "bytes": path.stat().st_size, "sha256": receipt.sha256, "file": str(path)}
-        for path, receipt in cache.entries(root)
+        {
+            "source": each.source,
+            "bytes": each.path.stat().st_size,
+            "sha256": each.receipt.sha256 if each.receipt else None,
+            "file": str(each.path),
+        }
+        for each in contents(root)
+        if each.path.is_file()
     ]
     print_table(rows, ("source", "bytes", "sha256", "file"), format)
     say(f"{root}: {len(rows)} files, {sum(row['bytes'] for row in rows) / 1e6:,.1f} MB")
@@ -140,16 +149,17 @@ def prune(
     """Remove files from the cache; without arguments only leftovers of downloads unfinished for more than a day."""
     from wn21k_zoo import cache
     from wn21k_zoo.building import HUB_PREFIX, hub_source
-    from wn21k_zoo.on_disk import cached_files
+    from wn21k_zoo.on_disk import cached_files, contents
 
-    root = cache.cache_dir(cache_dir)
+    root = _root(cache_dir)
     going = list(cache.leftovers(root))
     for name in names or []:
         is_on_hub = name.startswith(HUB_PREFIX)
         going += cached_files([hub_source(name)] if is_on_hub else registry.resolve_checkpoint(name).sources, root)
     if everything or older_than is not None:
         oldest = time.time() - (older_than or 0) * 24 * 3600
-        going += [path for path, _ in cache.entries(root) if everything or path.stat().st_mtime < oldest]
+        there = [each.path for each in contents(root)]
+        going += [path for path in there if everything or not path.is_file() or path.stat().st_mtime < oldest]
     if everything:
         going += list(cache.leftovers(root, older_than=0))
     freed = 0
@@ -161,6 +171,22 @@ def prune(
         typer.echo(str(path))
         freed += num_bytes
     say(f"{freed / 1e6:,.1f} MB {'would be' if dry_run else 'are'} freed in {root}")
+
+
+def _root(chosen: Path | None) -> Path:
+    """The cache folder, which is created by the first download.
+
+    Raises:
+        CacheError: It is not a folder, or there is none of a name that was given.
+    """
+    from wn21k_zoo import cache
+
+    root = cache.cache_dir(chosen)
+    if root.exists() and not root.is_dir():
+        raise CacheError(f"The cache folder {root} is a file; name a folder with --cache-dir or WN21K_CACHE.")
+    if chosen is not None and not root.exists():
+        raise CacheError(f"There is no folder {root} (--cache-dir).")
+    return root
 
 
 def lock(
