@@ -36,7 +36,8 @@ from wn21k_zoo.errors import (
     UnresolvedLabelSpaceError,
     WeightsNotFoundError,
 )
-from wn21k_zoo.labels import LABEL_SPACES, LabelSpace
+from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace
+from wn21k_zoo.saving import save_model
 from wn21k_zoo.training.weights import classes_of
 
 MOBILENET = "mobilenetv3_large_100.miil_in21k"
@@ -343,6 +344,10 @@ def test_what_cannot_be_published(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OfflineError):
         publish.publish_folder(place, "org/name")
+    for card in ("---\nlicense: [mit\n---\n", "---\n- mit\n---\n"):
+        (place / "README.md").write_text(card)
+        with pytest.raises(PublishError, match=r"at the top of .*README.md are not valid"):
+            publish.plan_upload(place)
     (place / "README.md").unlink()
     with pytest.raises(PublishError, match="without a card"):
         publish.plan_upload(place)
@@ -411,6 +416,26 @@ publish_folder({str(folder)!r}, "org/name", token="hf_mine", commit_message="Bet
     assert set(committed) == FILES
     assert {authorization for _, authorization, _ in seen} == {"Bearer hf_mine"}
     assert any(b"Better weights" in body for _, _, body in seen)
+
+
+def test_the_card_of_a_network_of_ones_own_names_its_repository(tmp_path, monkeypatch):
+    place = save_model(
+        timm.create_model("test_resnet", num_classes=2), tmp_path / "mine", label_space=ClassNames(["a", "b"])
+    )
+    before = (place / "README.md").read_bytes()
+    done = CliRunner().invoke(app, ["publish", str(place), "--repo", "org/name", "--dry-run"])
+    assert done.exit_code == 0
+    assert "states no licence" in done.stderr
+    with write_server() as (endpoint, committed, _):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        monkeypatch.setenv("HF_TOKEN", "hf_x")
+        publish.publish_folder(place, "org/name")
+    card = committed["README.md"].decode()
+    assert 'predict("photo.jpg", model="hf-hub:org/name")' in card
+    assert 'create_model("hf-hub:org/name", pretrained=True)' in card
+    assert 'pipeline("image-classification", "org/name")' in card
+    assert "FOLDER" not in card
+    assert (place / "README.md").read_bytes() == before
 
 
 FINETUNE = Path(__file__).parent.parent / "training" / "recipes" / "finetune.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,12 +29,14 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
-from wn21k_zoo.saving import CARD_FILE, UPLOADED, check_target, folder_config, folder_labels, write_export
+from wn21k_zoo.saving import CARD_FILE, UPLOADED, card_for, check_target, folder_config, folder_labels, write_export
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["check_repo_id", "export_folder", "plan_upload", "publish_folder"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def export_folder(
@@ -74,11 +77,12 @@ def export_folder(
 
 
 def plan_upload(folder: str | os.PathLike[str]) -> dict[Path, int]:
-    """List the files of a folder that would go to the Hub, with their sizes in bytes.
+    """List the files of a folder that would go to the Hub, with their sizes in bytes; warns of a card without licence.
 
     Raises:
         InvalidArgumentError: There is no such folder.
         ModelError: It lacks a file, or its weights do not fit its configuration.
+        PublishError: It has no card, or one that the Hub would refuse.
     """
     folder = expanded(folder, InvalidArgumentError)
     if not folder.is_dir():
@@ -89,6 +93,7 @@ def plan_upload(folder: str | os.PathLike[str]) -> dict[Path, int]:
     if not (folder / CARD_FILE).is_file():
         raise PublishError(f"{folder} has no {CARD_FILE}, and a model without a card is of little use to others.")
     build_from_folder(folder, folder / WEIGHT_FILES[0])
+    _check_card(folder / CARD_FILE)
     return {folder / name: (folder / name).stat().st_size for name in UPLOADED if (folder / name).is_file()}
 
 
@@ -102,6 +107,8 @@ def publish_folder(
     token: str | None = None,
 ) -> str:
     """Push a folder to the Hugging Face Hub; the repository and the branch are created if missing.
+
+    In the examples of its card, ``FOLDER`` becomes the repository.
 
     Args:
         folder: A folder written by :func:`export_folder`.
@@ -117,10 +124,10 @@ def publish_folder(
     Raises:
         InvalidArgumentError: There is no such folder, or the repository name is not valid.
         OfflineError: The network is switched off.
-        PublishError: Not logged in, or the Hub refuses.
+        PublishError: Not logged in, the Hub refuses, or would refuse the card.
         ModelError: The folder cannot be loaded.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     check_repo_id(repo_id)
     planned = plan_upload(folder)
@@ -135,10 +142,14 @@ def publish_folder(
         client.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and revision != "main":
             client.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = client.upload_folder(
-            repo_id=repo_id,
-            folder_path=expanded(folder, InvalidArgumentError),
-            allow_patterns=[path.name for path in planned],
+        commit = client.create_commit(
+            repo_id,
+            [
+                CommitOperationAdd(
+                    path.name, card_for(repo_id, path.read_text("utf-8")).encode() if path.name == CARD_FILE else path
+                )
+                for path in planned
+            ],
             revision=revision,
             commit_message=commit_message or "Upload with wn21k_zoo",
         )
@@ -150,6 +161,23 @@ def publish_folder(
         }.get(status or 0, "")
         raise PublishError(f"{repo_id} could not be published. {hint}({first_line(error)})") from error
     return str(commit.commit_url)
+
+
+def _check_card(path: Path) -> None:
+    """Check a card's metadata before anything is created on the Hub, and warn if they state no licence.
+
+    Raises:
+        PublishError: They cannot be read.
+    """
+    from huggingface_hub import ModelCard
+
+    text = path.read_text("utf-8", errors="replace")
+    try:
+        stated = ModelCard(text).data.get("license") if text.lstrip().startswith("---") else None
+    except Exception as error:  # the Hub's client, and its YAML parser, raise many kinds of errors
+        raise PublishError(f"The metadata at the top of {path} are not valid: {first_line(error)}.") from error
+    if not stated:
+        _LOG.warning("%s states no licence (license: ... at its top), so others may not use the model", path)
 
 
 def check_repo_id(repo_id: str) -> None:

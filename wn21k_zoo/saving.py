@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from wn21k_zoo import convert
 from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.building import CONFIG_FILE, OF_ARCHITECTURE, build_from_folder
-from wn21k_zoo.cards.sections import softmax_caution
+from wn21k_zoo.cards.sections import library_of, softmax_caution
 from wn21k_zoo.checkpoints import WEIGHT_FILES, Head
 from wn21k_zoo.errors import InvalidArgumentError, ModelError, PublishError, first_line, whole_number
 from wn21k_zoo.files import is_hidden, local_path, replace
@@ -33,6 +33,7 @@ __all__ = [
     "DTYPES",
     "LABELS_FILE",
     "UPLOADED",
+    "card_for",
     "check_target",
     "folder_config",
     "folder_labels",
@@ -48,6 +49,8 @@ _TEMPORARY = ".wn21k-export-"
 # The files of a folder that are uploaded: what we wrote, and nothing else that may be there.
 UPLOADED = (CARD_FILE, CONFIG_FILE, LABELS_FILE, WEIGHT_FILES[0])
 RECORD_FILE = "record.py"
+_PLACE, _PLACE_IN_TIMM = '"FOLDER"', '"local-dir:FOLDER"'  # in the examples of a card
+_PIPELINE = 'pipeline("image-classification", '
 _WRITTEN = (*UPLOADED, RECORD_FILE)
 
 
@@ -307,20 +310,21 @@ def own_card(
     from huggingface_hub import ModelCardData
 
     is_ours = architecture in ARCHITECTURES
+    library = library_of(architecture)
     header = ModelCardData(
-        library_name="timm", pipeline_tag="image-classification", tags=["image-classification", "timm"]
+        library_name=library, pipeline_tag="image-classification", tags=["image-classification", library]
     )
-    ours = ["```python", "import wn21k_zoo", "", 'wn21k_zoo.predict("photo.jpg", model="FOLDER")', "```"]
+    ours = ["```python", "import wn21k_zoo", "", f'wn21k_zoo.predict("photo.jpg", model={_PLACE})', "```"]
     registered = ["import wn21k_zoo.timm_models"] if is_ours else []
     timms = [
         "```python",
         "import timm",
         *registered,
         "",
-        'timm.create_model("local-dir:FOLDER", pretrained=True)',
+        f"timm.create_model({_PLACE_IN_TIMM}, pretrained=True)",
         "```",
     ]
-    pipeline = f'pipeline("image-classification", "FOLDER")("photo.jpg"){softmax_caution(head)}'
+    pipeline = f'{_PIPELINE}{_PLACE})("photo.jpg"){softmax_caution(head)}'
     transformers = ["", "```python", "from transformers import pipeline", "", pipeline, "```"]
     table = markdown_table(("figure", "percent", "images", "protocol"), figures) if figures else "Not evaluated."
     parts = [
@@ -331,6 +335,14 @@ def own_card(
         *("", *more),
     ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def card_for(repo_id: str, card: str) -> str:
+    """Fill in the repository in the examples of a card that :func:`own_card` wrote."""
+    card = card.replace(f"{_PIPELINE}{_PLACE}", f'{_PIPELINE}"{repo_id}"')
+    for place in (_PLACE_IN_TIMM, _PLACE):
+        card = card.replace(place, f'"hf-hub:{repo_id}"')
+    return card
 
 
 @contextmanager

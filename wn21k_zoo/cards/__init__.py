@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from wn21k_zoo.cards.sections import SECTIONS, in_millions, parameter_count, summary
+from wn21k_zoo.cards.sections import SECTIONS, in_millions, library_of, parameter_count, summary
 from wn21k_zoo.checkpoints import CHECKPOINTS, PAPER, Checkpoint, HubSource, Metric, Source, URLSource
 from wn21k_zoo.errors import InvalidArgumentError, RecordError
 from wn21k_zoo.markdown import markdown_table
@@ -77,15 +77,19 @@ def card_data(checkpoint: Checkpoint) -> ModelCardData:
 
     Whether a figure is verified is left out: only the Hub sets that field.
     """
-    pretrained_on = [_DATASETS["imagenet21k_p_fall11"]] if checkpoint.paper == PAPER else []
-    tags = ["image-classification", "timm", "wordnet", *(["imagenet-21k", "imagenet-21k-p"] if pretrained_on else [])]
-    own = _DATASETS.get(checkpoint.label_space)
+    library = library_of(checkpoint.architecture)
+    tags = ["image-classification", library, "wordnet"]
+    datasets: list[str] = []
+    if checkpoint.paper == PAPER:  # otherwise it is unknown on what it was trained
+        tags += ["imagenet-21k", "imagenet-21k-p"]
+        spaces = dict.fromkeys((checkpoint.label_space, "imagenet21k_p_fall11"))
+        datasets = [_DATASETS[space] for space in spaces]
     return ModelCardData(
         license=checkpoint.license,
-        library_name="timm",
+        library_name=library,
         pipeline_tag="image-classification",
         tags=[*tags, checkpoint.label_space.replace("_", "-"), checkpoint.head.replace("_", "-")],
-        datasets=list(dict.fromkeys([*([own] if own else []), *pretrained_on])) or None,
+        datasets=datasets or None,
         model_name=checkpoint.name,
         eval_results=[_eval_result(metric, checkpoint.metrics) for metric in checkpoint.metrics] or None,
     )

@@ -207,6 +207,11 @@ def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def library_of(architecture: str) -> str:
+    """The library for which the Hub shows how to load a model: timm, or this package for what timm lacks."""
+    return "wn21k_zoo" if architecture in ARCHITECTURES else "timm"
+
+
 def softmax_caution(head: Head) -> str:
     """A comment for code samples that take one softmax over all outputs, whatever the head; '' if that suits it."""
     return "" if head == "softmax" else "  # with one softmax over all outputs, which this head is not made for"
