@@ -7,7 +7,7 @@ import torch
 import wn21k_zoo.timm_models  # noqa: F401 - registers our names
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS
-from wn21k_zoo.errors import UnknownModelError, UnresolvedLabelSpaceError
+from wn21k_zoo.errors import InvalidArgumentError, UnknownModelError, UnresolvedLabelSpaceError
 from wn21k_zoo.labels import LabelSpace
 
 # In timm 1.0.31: all with these numbers of classes, except the two with 1,000 classes and no in1k tag.
@@ -75,6 +75,11 @@ def test_our_prefix_is_of_our_records_alone():
 def test_patterns():
     assert registry.list_checkpoints("*embedded*") == ("efficientnet_lite0.embedded_in1k",)
     assert registry.list_checkpoints("zzz*") == ()
+    with pytest.raises(InvalidArgumentError, match="give one text"):
+        registry.list_checkpoints(["*mobile*"])
+    for wrong in (None, 3, ["resnet50"]):
+        with pytest.raises(UnknownModelError):
+            registry.get_checkpoint(wrong)
 
 
 def test_bare_architecture_is_its_default_tag():

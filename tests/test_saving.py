@@ -121,6 +121,17 @@ def test_arguments_that_change_the_outputs_alone(tmp_path, name, arguments):
     assert torch.equal(torch.random.get_rng_state(), before)  # a training loop goes on as if nothing had been
 
 
+def test_other_channels_than_three_need_a_transform(tmp_path):
+    network = timm.create_model("test_resnet", num_classes=3, in_chans=1)
+    folder = save_model(network, tmp_path / "x", label_space=ClassNames(["a", "b", "c"]), model_args={"in_chans": 1})
+    with pytest.raises(
+        InvalidArgumentError, match=r"takes images of 1 channels; give transform, .* tensor \[1, H, W\]"
+    ):
+        wn21k_zoo.Predictor(folder)
+    found = wn21k_zoo.Predictor(folder, transform=lambda image: torch.zeros(1, 64, 64))("sample:cat")
+    assert found.top_k[0].name in "abc"
+
+
 def test_layers_that_were_replaced(tmp_path):
     network, classes = timm.create_model("test_resnet", num_classes=3), ClassNames(["a", "b", "c"])
     network.fc = nn.Sequential(nn.Dropout(), nn.Linear(network.num_features, 3))

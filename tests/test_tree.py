@@ -88,7 +88,7 @@ def test_search(fall11):
     ranks = [node.name.split(", ")[0] for node in fall11.search("dog", limit=None)]
     assert ranks[0].startswith("dog")
     assert len(fall11.search("dog", limit=3)) == 3
-    for query, limit in (("  ", 20), ("dog", -1)):
+    for query, limit in (("  ", 20), ("dog", -1), ("dog", 2.5)):
         with pytest.raises(InvalidArgumentError):
             fall11.search(query, limit)
 
@@ -109,11 +109,31 @@ def test_what_is_a_node(fall11):
     cat = fall11["n02121620"]
     assert cat in fall11
     assert cat.index in fall11
-    assert np.int64(cat.index) in fall11
+    for number in (np.int64(cat.index), np.array(cat.index), torch.tensor(cat.index)):
+        assert number in fall11
+        assert fall11[number] == cat
+    assert fall11.distances(torch.tensor([3, 4])).shape == (2, 2)
     assert all(node in fall11 for node in fall11)
     assert not any(other in fall11 for other in ("cat", "", len(fall11), -1, True, None, [], 1.0, "n02121621"))
+    assert not any(other in fall11 for other in (torch.tensor(1.0), torch.tensor([1, 2]), np.float32(1), np.True_))
     with pytest.raises(UnknownSynsetError, match="'' is not a wnid"):
         fall11.index("")
+
+
+@pytest.mark.parametrize("parents", [[-1], [-1, 0, 0], [[-1, 0]], [5, -1], [-2, -1], [1, 0]])
+def test_parents_that_are_not_those_of_the_classes(parents):
+    with pytest.raises(TreeError, match=r"parents|cycle"):
+        SemanticTree(LabelSpace("two", ("n02121808", "n02084071")), parents)
+
+
+def test_what_is_no_tree(fall11):
+    assert SemanticTree.find(fall11) is fall11
+    for wrong in (None, ["n02121808"], 3):
+        for find in (SemanticTree.load, SemanticTree.find, fall11.difference):
+            with pytest.raises(InvalidArgumentError, match="is not"):
+                find(wrong)
+    with pytest.raises(InvalidArgumentError, match=r"SemanticTree\.find"):
+        fall11.difference("winter21")
 
 
 def test_a_tree_can_be_copied_whatever_was_asked_of_it(fall11):

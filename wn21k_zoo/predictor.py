@@ -435,4 +435,9 @@ def _own_transform(model: LoadedModel) -> Callable[[Any], torch.Tensor]:
             f"The preprocessing of {model.name} is not known; give transform (PIL image to tensor [3, H, W]), or the "
             "timm network that it wraps (module.module)."
         )
+    if (channels := model.data_config["input_size"][0]) != 3:
+        raise InvalidArgumentError(
+            f"{model.name} takes images of {channels} channels; give transform, from an RGB PIL image to a tensor "
+            f"[{channels}, H, W]."
+        )
     return cast("Callable[[Any], torch.Tensor]", models.build_transform(model.data_config))

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource, Resize, Source, URLSource
-from wn21k_zoo.errors import UnknownModelError, UnresolvedLabelSpaceError, did_you_mean
+from wn21k_zoo.errors import InvalidArgumentError, UnknownModelError, UnresolvedLabelSpaceError, did_you_mean
 
 __all__ = [
     "TIMM_PREFIX",
@@ -46,7 +46,13 @@ _CROP_MODES: Mapping[str, Resize] = MappingProxyType({"center": "crop", "squash"
 
 
 def list_checkpoints(pattern: str = "*") -> tuple[str, ...]:
-    """Names of the records that match a shell pattern, in the catalogue's order."""
+    """Names of the records that match a shell pattern, in the catalogue's order.
+
+    Raises:
+        InvalidArgumentError: ``pattern`` is not a text.
+    """
+    if not isinstance(pattern, str):
+        raise InvalidArgumentError(f"pattern is {pattern!r}; give one text, such as '*resnet*'.")
     return tuple(fnmatch.filter(_BY_NAME, pattern))
 
 
@@ -56,9 +62,10 @@ def get_checkpoint(name: str) -> Checkpoint:
     Raises:
         UnknownModelError: There is none; the message gives the nearest names.
     """
-    if name in _BY_NAME:
+    if isinstance(name, str) and name in _BY_NAME:
         return _BY_NAME[name]
-    raise UnknownModelError(f"No checkpoint is called {name!r}.{did_you_mean(name, _BY_NAME)} wn21k list shows all.")
+    hint = did_you_mean(str(name), _BY_NAME)
+    raise UnknownModelError(f"No checkpoint is called {name!r}.{hint} wn21k list shows all.")
 
 
 def resolve_checkpoint(name: str) -> Checkpoint:

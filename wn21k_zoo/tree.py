@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from wn21k_zoo.errors import (
     UnknownTreeError,
     did_you_mean,
     first_line,
+    whole_number,
 )
 from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace, ordered
@@ -95,7 +97,7 @@ class SemanticTree:
 
     Raises:
         InvalidArgumentError: ``label_space`` is not a :class:`LabelSpace`.
-        TreeError: The parents have a cycle.
+        TreeError: The parents have a cycle, or are not one index for each class.
 
     Example:
         >>> tree = SemanticTree.load("fall11")
@@ -111,6 +113,13 @@ class SemanticTree:
         self.name = name or label_space.name
         self.label_space = label_space
         self.parents = np.array(parents, dtype=np.int32)
+        if self.parents.shape != (len(label_space),):
+            raise TreeError(
+                f"parents have the shape {list(self.parents.shape)}; give one for each of the {len(label_space):,} "
+                "classes."
+            )
+        if not ((self.parents >= -1) & (self.parents < len(label_space))).all():
+            raise TreeError(f"parents are indices, 0 to {len(label_space) - 1}, or -1 for a root.")
         self.depths = _depths(self.parents)
         self.parents.flags.writeable = False
         self.depths.flags.writeable = False
@@ -123,7 +132,12 @@ class SemanticTree:
 
         Raises:
             UnknownTreeError: No label space has that name.
+            InvalidArgumentError: It is no name.
         """
+        if not isinstance(name, str):
+            raise InvalidArgumentError(
+                f"{name!r:.100} is not the name of a tree; for wnids take SemanticTree.from_wnids."
+            )
         full_name = LABEL_SPACE_ALIASES.get(name, name)
         if full_name not in LABEL_SPACES:
             known = (*LABEL_SPACE_ALIASES, *LABEL_SPACES)
@@ -134,15 +148,18 @@ class SemanticTree:
         return _load(full_name)
 
     @classmethod
-    def find(cls, name: str | os.PathLike[str]) -> SemanticTree:
-        """Find a tree by its name, as :meth:`load`, or else in a file, as :meth:`from_file`.
+    def find(cls, name: str | os.PathLike[str] | SemanticTree) -> SemanticTree:
+        """Find a tree by its name, as :meth:`load`, or else in a file, as :meth:`from_file`; a tree is returned as is.
 
         Raises:
             UnknownTreeError: Neither has that name.
+            InvalidArgumentError: It is no name.
             TreeError, LabelSpaceError, UnknownSynsetError: As :meth:`from_file`.
         """
-        name = os.fspath(name)
-        if name not in LABEL_SPACES and name not in LABEL_SPACE_ALIASES:
+        if isinstance(name, SemanticTree):
+            return name
+        name = os.fspath(name) if isinstance(name, os.PathLike) else name
+        if isinstance(name, str) and name not in LABEL_SPACES and name not in LABEL_SPACE_ALIASES:
             path = expanded(name, UnknownTreeError)
             if path.is_file():
                 return cls.from_file(path)
@@ -326,8 +343,11 @@ class SemanticTree:
         key = node.wnid if isinstance(node, Node) else node
         if isinstance(key, str):
             return self.label_space.index.get(key)
-        is_index = isinstance(key, (int, np.integer)) and not isinstance(key, bool)
-        return int(cast(int, key)) if is_index and 0 <= cast(int, key) < len(self) else None
+        try:  # also integers of NumPy and torch
+            index = operator.index(cast(int, key)) if not isinstance(key, bool) else -1
+        except TypeError:
+            return None
+        return index if 0 <= index < len(self) else None
 
     def __getitem__(self, node: int | str | Node) -> Node:
         index = self.index(node)
@@ -437,10 +457,9 @@ class SemanticTree:
         and of equal matches the shallower node comes first.
 
         Raises:
-            InvalidArgumentError: The query is empty, or the limit negative.
+            InvalidArgumentError: The query is empty, or the limit not a whole number of at least 0.
         """
-        if limit is not None and limit < 0:
-            raise InvalidArgumentError(f"limit is {limit}; it must be at least 0, or None for all.")
+        limit = None if limit is None else whole_number("limit", limit, 0)
         text = str(query).strip().casefold()
         if not text:
             raise InvalidArgumentError("Nothing to search for; give a name, a wnid or an index.")
@@ -457,7 +476,15 @@ class SemanticTree:
         return self._nodes([index for _, _, index in sorted(ranked)[:limit]])
 
     def difference(self, other: SemanticTree) -> TreeDifference:
-        """How this tree differs from ``other``: classes, parents, order."""
+        """How this tree differs from ``other``: classes, parents, order.
+
+        Raises:
+            InvalidArgumentError: ``other`` is not a tree.
+        """
+        if not isinstance(other, SemanticTree):
+            raise InvalidArgumentError(
+                f"{other!r:.100} is not a SemanticTree; SemanticTree.find finds one by its name."
+            )
         mine, others = self._parent_wnids(), other._parent_wnids()
         return TreeDifference(
             only_left=tuple(wnid for wnid in self.wnids if wnid not in others),

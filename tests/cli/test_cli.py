@@ -133,6 +133,15 @@ def test_stdin_and_globs(folder):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_a_pattern_follows_no_circle_of_links(folder):
+    (folder / "below" / "up").symlink_to(folder)
+    (folder / "z.png").symlink_to(folder / "b.png")  # a link to a file is one more image
+    done = run("predict", folder / "**" / "*.[pJ]*", *MODEL, "-q")
+    found = [json.loads(line)["source"] for line in done.stdout.splitlines()]
+    assert found == [str(folder / name) for name in ("b.png", "below/a.JPG", "z.png")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
 def test_linked_folders_are_walked_once(folder, tmp_path_factory):
     linked = tmp_path_factory.mktemp("linked")
     (linked / "class").symlink_to(folder)

@@ -61,7 +61,10 @@ def predict(
         ),
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Labels per level, and outputs.")] = 5,
-    level: Annotated[int | None, typer.Option("--level", min=0, help="Show this level (depth) only.")] = None,
+    level: Annotated[
+        int | None,
+        typer.Option("--level", min=0, help="Of the levels, show this depth only; label, path and outputs stay."),
+    ] = None,
     threshold: Annotated[
         float, typer.Option("--threshold", "-t", min=0.0, max=1.0, help="Confidence that the label must reach.")
     ] = 0.5,
@@ -203,10 +206,21 @@ def _expand(paths: list[str]) -> Iterator[str]:
             # An empty folder, like a pattern without a match, is an item that fails.
             yield from sorted(_images_below(path)) or [path]
         elif glob.has_magic(path):
-            matches = [match for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)]  # noqa: PTH113, PTH207
-            yield from matches or [path]
+            matches = glob.glob(path, recursive=True)  # noqa: PTH207
+            if "**" in path:
+                matches = _each_folder_once(matches)
+            yield from sorted(filter(os.path.isfile, matches)) or [path]
         else:
             yield path
+
+
+def _each_folder_once(paths: list[str]) -> list[str]:
+    """Of paths in one folder, which links can reach in many ways, keep those that go the shortest way."""
+    ways: dict[str, str] = {}  # from real folders
+    for folder in sorted({os.path.dirname(path) for path in paths}, key=lambda way: (len(Path(way).parts), way)):  # noqa: PTH120
+        ways.setdefault(os.path.realpath(folder), folder)
+    shortest = set(ways.values())
+    return [path for path in paths if os.path.dirname(path) in shortest]  # noqa: PTH120
 
 
 def _images_below(root: str) -> Iterator[str]:
