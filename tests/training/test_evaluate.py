@@ -216,6 +216,28 @@ def test_what_was_trained_on_and_what_is_read_otherwise_is_told(run, data, tmp_p
     assert "its outputs are read as semantic_softmax over custom all the same" in caplog.text
 
 
+def test_no_image_is_left_out_for_its_name(tmp_path, caplog):
+    """Names are numbers, as often."""
+    whole = make_folder(tmp_path / "whole", images=30)
+    for path in sorted(whole.glob("*/*.jpg")):
+        number = int(path.stem)
+        part, name = ("train", number) if number < 20 else ("val", number - 20) if number < 25 else ("new", number - 25)
+        place = tmp_path / "divided" / part if part != "new" else tmp_path / "new"
+        (place / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place / path.parent.name / f"{name}.jpg")
+    checks.run(small_recipe(schedule={"epochs": 1}), tmp_path / "divided", tmp_path / "run")
+    found = {}
+    for name in ("divided", "new", "divided/train"):
+        figures = evaluate(tmp_path / "run", tmp_path / name, workers=0)
+        found[name] = figures["split"], figures["images"], "was trained on most" in caplog.text
+        caplog.clear()
+    assert found == {
+        "divided": ("validation", 30, False),
+        "new": ("all", 30, False),
+        "divided/train": ("all", 120, True),
+    }
+
+
 def test_images_are_as_large_as_is_asked_for(run, data, tmp_path):
     shutil.copytree(run, tmp_path / "larger")
     recipe = RunFolder(run).recipe()

@@ -246,6 +246,18 @@ def test_a_sketch_tells_how_much_two_folders_have_in_common(tmp_path):
     assert common(before, open_folder(tmp_path / "others", "all")) == 0
 
 
+def test_images_that_are_numbered_alike_are_not_the_same(tmp_path):
+    for number, part in enumerate(("train", "val", "test")):
+        for name in "ab":
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(12):
+                (tmp_path / part / name / f"{index:04}.jpg").write_bytes(jpeg(20 * number + index))
+    train, validation, test = (open_folder(tmp_path, split) for split in ("train", "validation", "test"))
+    assert [train.share_in(each.sketch) for each in (train, validation, test)] == [1, 0, 0]
+    assert open_folder(tmp_path / "val", "all").share_in(validation.sketch) == 1
+    assert open_folder(tmp_path / "val", "all").share_in(train.sketch) == 0
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links need a right there")
 def test_links_to_images_and_classes_are_followed_and_dead_ones_are_not(tmp_path):
     store = make_folder(tmp_path / "store", images=3, names=("a", "b"))

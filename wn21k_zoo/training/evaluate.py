@@ -123,7 +123,7 @@ def evaluate(
             f"{subject.name} has classes of its own, which have no ancestors: leave out with_ancestors."
         )
     if split is None:
-        has_parts = not is_class_folder(data) or is_divided(data) or _has_seen(subject, data)
+        has_parts = not is_class_folder(data) or is_divided(data) or _has_seen_but_a_tenth(subject, data)
         split = "validation" if has_parts else "all"
     dataset = _dataset(data, split, subject)
     if isinstance(dataset, FolderDataset) and dataset.share_in(subject.trained_on) > 0.5:
@@ -240,13 +240,17 @@ def _rows(
             stack.close()
 
 
-def _has_seen(subject: Subject, data: str | os.PathLike[str]) -> bool:
-    """Whether a model was trained on most of the training part of a folder."""
-    seen = {*subject.trained_on.split()}
-    if not seen:
+def _has_seen_but_a_tenth(subject: Subject, data: str | os.PathLike[str]) -> bool:
+    """Whether a model was trained on most of the training part of an undivided folder, and not on the rest."""
+    if not subject.trained_on:
         return False
-    there = _dataset(data, "train", subject)
-    return isinstance(there, FolderDataset) and 2 * len(seen & {*there.sketch.split()}) >= len(seen)
+    try:
+        seen, rest = (_dataset(data, split, subject) for split in ("train", "validation"))
+    except DataError:  # one image of each class, or what all of it has as well
+        return False
+    if not isinstance(seen, FolderDataset) or not isinstance(rest, FolderDataset):
+        return False
+    return seen.share_in(subject.trained_on) > 0.5 >= rest.share_in(subject.trained_on)
 
 
 def _dataset(data: str | os.PathLike[str], split: str, subject: Subject) -> ImageDataset:

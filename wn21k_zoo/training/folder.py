@@ -45,7 +45,8 @@ __all__ = ["FolderDataset", "composed", "is_among", "is_class_folder", "is_divid
 _VALIDATION = ("validation", "val", "valid", "test")
 _SPLITS = ("train", "validation", "test", "all")
 _SHARDS = (".tar", ".parquet")
-_SKETCH = 64  # hashes
+_SKETCH = 64  # images
+_LOOK_AT = 2**20  # bytes of each of these
 _LOOK = 20  # files looked at in a folder, to tell whether they are shards
 _GROUP = 1000  # files that count as one shard
 _INDEX = np.dtype([("offset", np.int64), ("size", np.int64), ("target", np.int32)])
@@ -170,19 +171,33 @@ class FolderDataset:
 
     @property
     def sketch(self) -> str:
-        """The smallest hashes of CLASS/NAME; those of two sets overlap as much as the sets do (MinHash)."""
+        """What tells these images from others: those of two sets overlap as much as the sets do (MinHash).
+
+        For each image with one of the smallest hashes of CLASS/NAME that hash, and one of name and content: files are
+        often just numbered.
+        """
         hashes = self._hashes
-        if is_divided(self.root):  # whose names begin with that of the split
+        if is_divided(self.root):  # names begin with that of the split
             inner = (os.fsencode(self.name(sample).partition("/")[2]) for sample in range(len(self)))
             hashes = np.frombuffer(b"".join(map(_hash, inner)), ">u8").astype(np.uint64)
-        return " ".join(f"{each:016x}" for each in np.sort(hashes)[:_SKETCH].tolist())
+        return " ".join(
+            f"{hashes[sample]:016x}.{self._content(sample, hashes[sample].tobytes())}"
+            for sample in np.argsort(hashes, kind="stable")[:_SKETCH]
+        )
+
+    def _content(self, sample: int, begin: bytes) -> str:
+        digest = hashlib.blake2b(begin, digest_size=4)
+        with contextlib.suppress(OSError), (self.root / self.name(sample)).open("rb") as file:
+            digest.update(file.read(_LOOK_AT))
+        return digest.hexdigest()
 
     def share_in(self, sketch: str) -> float:
         """Estimate the share of these images that are among those of another's sketch; 0 if it cannot be told."""
         if not sketch:
             return 0.0
         others = {*sketch.split()}
-        comparable = [each for each in self.sketch.split() if each <= max(others)]
+        last = max(others).partition(".")[0]
+        comparable = [each for each in self.sketch.split() if each.partition(".")[0] <= last]
         return sum(each in others for each in comparable) / len(comparable) if comparable else 0.0
 
     @functools.cached_property
