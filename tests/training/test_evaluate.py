@@ -4,6 +4,9 @@ import copy
 import csv
 import multiprocessing
 import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow.parquet as pq
 import pytest
@@ -174,6 +177,20 @@ def test_a_network_of_ones_own_is_evaluated_and_left_as_it_was(run, data, tmp_pa
         evaluate(module, data, label_space=ClassNames(list("aabcde")), workers=0)
     with pytest.raises(InvalidArgumentError, match="no last checkpoint"):
         evaluate(module, data, which="last", label_space=sorted(WNIDS))
+
+
+def test_results_hold_no_password(run, data, tmp_path):
+    prepare(data, tmp_path / "shards", PrepareOptions(min_images=0, val_per_class=3, size=32), workers=1)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path / "shards"))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        address = f"127.0.0.1:{server.server_port}/"
+        figures = evaluate(run, f"http://bob:secret@{address}", workers=0)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert figures["data"] == f"http://{address}"
+    assert "secret" not in str(figures)
 
 
 def test_each_of_several_processes_evaluates_all_of_it_and_waits_for_none(run, data, monkeypatch):

@@ -246,6 +246,13 @@ def test_a_sketch_tells_how_much_two_folders_have_in_common(tmp_path):
     assert common(before, open_folder(tmp_path / "others", "all")) == 0
 
 
+def test_a_class_with_a_file_of_such_a_name_is_a_class(tmp_path):
+    make_folder(tmp_path, images=3, names=("cat", "cow", "dog"))
+    (tmp_path / "cow" / "_info.json").write_text('{"a": 1}')
+    assert open_folder(tmp_path, "all").class_names == ("cat", "cow", "dog")
+    assert is_class_folder(tmp_path)
+
+
 def test_images_that_are_numbered_alike_are_not_the_same(tmp_path):
     for number, part in enumerate(("train", "val", "test")):
         for name in "ab":

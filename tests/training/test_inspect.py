@@ -312,6 +312,10 @@ def test_a_dry_run_counts_a_class_of_two_splits_once(tmp_path):
     dry = run("prepare", tmp_path / "imagenet21k_resized", tmp_path / "out", "-j", 1, "--dry-run", "-f", "json")
     (row,) = json.loads(dry.stdout)
     assert (row["decision"], row["classes"], row["train"], row["validation"]) == ("kept", 3, 24, 6)
+    assert "validation images alone" not in dry.stderr
+    shutil.rmtree(tmp_path / "imagenet21k_resized" / "imagenet21k_train" / WNIDS[0])
+    dry = run("prepare", tmp_path / "imagenet21k_resized", tmp_path / "out", "-j", 1, "--dry-run", "-f", "json")
+    assert "1 classes would have validation images alone" in dry.stderr
 
 
 @pytest.mark.parametrize("whole", [0.5, 0.99, "version", "lists"])

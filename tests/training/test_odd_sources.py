@@ -6,6 +6,8 @@ import hashlib
 import io
 import logging
 import os
+import pathlib
+import re
 import shutil
 import tarfile
 
@@ -89,17 +91,38 @@ def test_an_image_that_is_mended_is_read_again(tmp_path, classes, reference):
     assert contents(tmp_path / "out") == reference
 
 
-def test_of_a_compressed_archive_whose_checksum_is_wrong_nothing_is_kept(tmp_path, classes, reference):
+def test_a_compressed_archive_whose_checksum_is_wrong_is_read_anew_unless_that_is_allowed(
+    tmp_path, classes, reference, monkeypatch
+):
     source = tmp_path / "whole.tar.gz"
     whole = gzip.compress(nested_tar(classes), mtime=0)
     source.write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])
-    with pytest.raises(DataSourceError, match=r"CRC.*nothing is kept: get the file anew.*--allow-truncated"):
+    with pytest.raises(DataSourceError, match=r"CRC.*may be wrong as well: get the file anew.*--allow-truncated"):
         make(source, tmp_path / "out")
-    assert not list((tmp_path / "out/.work/classes").iterdir())
-    make(source, tmp_path / "salvaged", allow_truncated=True)
+    shutil.copytree(tmp_path / "out", tmp_path / "salvaged")
+    with monkeypatch.context() as patch:
+        patch.setattr("wn21k_zoo.training.prepare.prepare_class", lambda *_: pytest.fail("done again"))
+        make(source, tmp_path / "salvaged", allow_truncated=True)
+    assert "| truncated | a checksum of the source was wrong |" in (tmp_path / "salvaged/SUMMARY.md").read_text()
+    source.write_bytes(gzip.compress(nested_tar(classes | {WNIDS[0]: {f"{WNIDS[0]}_1.JPEG": jpeg(9)}}), mtime=0))
+    with pytest.raises(DataOutputError, match=r"was made with --allow-truncated \(a checksum"):
+        make(source, tmp_path / "salvaged")
     source.write_bytes(whole)
     make(source, tmp_path / "out")
     assert contents(tmp_path / "out") == reference
+
+
+def test_a_last_header_that_is_damaged_is_not_the_end_of_a_compressed_archive(tmp_path, classes):
+    whole = tar_bytes(flat_files(classes, ""))
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        last = archive.getmembers()[-1].offset
+    ends = len(whole.rstrip(b"\0"))
+    padded = bytearray(whole[: -(-ends // 512) * 512] + bytes(1024))
+    padded[last] ^= 1
+    for name, data in (("plain.tar", bytes(padded)), ("packed.tar.gz", gzip.compress(bytes(padded)))):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataSourceError, match="no header where one should be"):
+            make(tmp_path / name, tmp_path / f"out {name}")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +147,7 @@ def test_classes_that_are_no_longer_in_the_source_are_not_dropped_silently(tmp_p
         make(source, tmp_path / "out")
     path.write_bytes(whole)
     shutil.rmtree(source / "n01440764")
-    with pytest.raises(DataSourceError, match=r"1 finished classes are no longer in the source \(n01440764\)"):
+    with pytest.raises(DataSourceError, match=r"no longer in the source: n01440764\. Put them back"):
         make(source, tmp_path / "out")
     make(source, tmp_path / "out", resume=False)
     assert contents(tmp_path / "out") == reference
@@ -161,8 +184,13 @@ def test_what_is_complete_says_so_and_is_not_made_anew(tmp_path, classes, caplog
     assert make(source, tmp_path / "out", allow_truncated=True) == info
     assert "was complete already, so the source was not read" in caplog.text
     source.write_bytes(whole)
-    with pytest.raises(DataOutputError, match="was made of a source that ended too early; delete it"):
+    with pytest.raises(
+        DataOutputError, match=r"was made with --allow-truncated \(the source ended too early\); delete"
+    ):
         make(source, tmp_path / "out")
+    source.unlink()
+    assert make(source, tmp_path / "out", allow_truncated=True) == info
+    source.write_bytes(whole)
     make(source, tmp_path / "again")
     with pytest.raises(DataOutputError, match="is complete; delete it, or name another folder"):
         make(source, tmp_path / "again", resume=False)
@@ -170,12 +198,13 @@ def test_what_is_complete_says_so_and_is_not_made_anew(tmp_path, classes, caplog
 
 @pytest.mark.parametrize("layout", ["folder", "tar", "tar.gz"])
 @pytest.mark.parametrize("first", ["test", "train"])
-def test_images_for_tests_are_for_neither_split(tmp_path, classes, layout, first, caplog):
+@pytest.mark.parametrize("top", ["data/", "./", ""])
+def test_images_for_tests_are_for_neither_split(tmp_path, classes, layout, first, top, caplog):
     images = list(classes[WNIDS[0]].values())
-    files = {f"data/{split}/{WNIDS[0]}/{split}.JPEG": images[number] for number, split in enumerate(("train", "valid"))}
-    tested = {f"data/test/{WNIDS[number]}/{number}.JPEG": images[number] for number in (0, 1)}
+    files = {f"{top}{split}/{WNIDS[0]}/{split}.JPEG": images[number] for number, split in enumerate(("train", "valid"))}
+    tested = {f"{top}test/{WNIDS[number]}/{number}.JPEG": images[number] for number in (0, 1)}
     files = tested | files if first == "test" else files | tested
-    source = write_folder(tmp_path / "in", files) / "data"
+    source = write_folder(tmp_path / "in", files) / top
     if layout != "folder":
         source = tmp_path / layout
         source.write_bytes(gzip.compress(tar_bytes(files)) if layout == "tar.gz" else tar_bytes(files))
@@ -185,7 +214,7 @@ def test_images_for_tests_are_for_neither_split(tmp_path, classes, layout, first
     }  # fmt: skip
     assert {row["action"] for row in rows(tmp_path / "out")} == {"resized"}
     what = "neither a class nor in one"
-    assert f"{what}, so left out: {'' if layout == 'folder' else 'data/'}test" in caplog.text
+    assert f"{what}, so left out: {'' if layout == 'folder' or top != 'data/' else top}test" in caplog.text
     assert what in (tmp_path / "out/SUMMARY.md").read_text()
 
 
@@ -274,12 +303,16 @@ def test_links_and_pipes_in_folders_and_holes_in_tars_are_refused(tmp_path, capl
     assert names.pop("pipe.jpg", pipe) == pipe
     assert names == {
         "0.png": None, "1.png": None, "2.png": None, "a.bmp": "refused: a file that was packed with holes",
+        "linked": "a link to a folder, which is not followed",
     }  # fmt: skip
-    assert "linked is a link to a folder and is not followed" in caplog.text
+    assert caplog.text.count("1 links to folders within classes are not followed") == 1
+    summary = (tmp_path / "out/SUMMARY.md").read_text()
+    assert "- links to folders within classes, which are not followed: 1\n" in summary
+    assert "a link" not in summary.replace("- links", "")
 
 
 def test_a_folder_test_above_all_classes_is_just_a_folder(tmp_path, classes):
-    for name in ("home/test/data/", "test/"):
+    for name in ("home/test/data/", "test/", "home/test/"):
         path = tmp_path / f"{name.replace('/', '')}.tar"
         path.write_bytes(tar_bytes(flat_files(classes, name)))
         make(path, tmp_path / path.stem)
@@ -324,3 +357,116 @@ def test_names_in_a_folder_are_those_in_an_archive():
     for name in (f"{WNIDS[0]}/a/b.jpg", f"./x/{WNIDS[0]}/./a/b.jpg", "a//b.jpg", f"{WNIDS[1]}/{WNIDS[0]}/a/b.jpg"):
         assert sources._inner(name) == "a/b.jpg"
     assert flat_files({WNIDS[0]: {"a": b""}}) == {f"{WNIDS[0]}/a": b""}
+
+
+def test_archives_that_are_mended_are_read_again_whatever_was_allowed(tmp_path, classes, reference):
+    source = write_layout("tars", tmp_path / "tars", classes)
+    paths = [source / f"{wnid}.tar" for wnid in WNIDS[:2]]
+    whole = [path.read_bytes().ljust(20_480, b"\0") for path in paths]
+    for path in paths:
+        path.write_bytes(bytes(20_480))  # as files that were given their size before they were fetched
+    with pytest.raises(DataSourceError, match="These class archives or folders are damaged"):
+        make(source, tmp_path / "out")
+    paths[0].write_bytes(whole[0])
+    make(source, tmp_path / "out", allow_truncated=True)
+    lines = (tmp_path / "out/classes.csv").read_text()
+    assert f"{WNIDS[0]},kept" in lines
+    assert f"{WNIDS[1]},damaged archive" in lines
+    paths[1].write_bytes(whole[1])
+    with pytest.raises(
+        DataOutputError, match=r"with --allow-truncated \(class archives or folders that were damaged: 1"
+    ):
+        make(source, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+
+
+def test_an_archive_that_may_not_be_read_is_told_and_costs_no_other(tmp_path, classes, monkeypatch):
+    source, opening = write_layout("tars", tmp_path / "u_raw", classes), pathlib.Path.open
+
+    def refused(path, *arguments, **options):
+        if path.name == f"{WNIDS[1]}.tar":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opening(path, *arguments, **options)
+
+    monkeypatch.setattr(pathlib.Path, "open", refused)
+    with pytest.raises(DataSourceError, match=rf"may not be read: {WNIDS[1]}\. The others are finished"):
+        make(source, tmp_path / "u")
+    make(source, tmp_path / "u", allow_truncated=True)
+    assert {row["synset"] for row in rows(tmp_path / "u") if row["split"]} == {*classes} - {WNIDS[1]}
+
+
+def test_a_fault_of_the_source_is_not_blamed_on_an_output_with_such_a_name(tmp_path, classes, monkeypatch):
+    def refuses(*_):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "in_raw" / "x"))
+
+    source = write_layout("folders", tmp_path / "in_raw", classes)
+    monkeypatch.setattr("wn21k_zoo.training.prepare.check_space_before", refuses)
+    with pytest.raises(PermissionError):
+        make(source, tmp_path / "in")
+
+
+def test_why_there_is_nothing_to_use_is_told(tmp_path, classes):
+    source = write_folder(tmp_path / "broken", {f"{wnid}/{number}.jpg": b"x" for wnid in WNIDS[:2] for number in "ab"})
+    with pytest.raises(BadImagesError, match="4 of 4 images cannot be used"):
+        make(source, tmp_path / "out")
+    with pytest.raises(DataSourceError, match=r"is to be used: 4 images that cannot be used\."):
+        make(source, tmp_path / "out", max_bad=1)
+    source = write_layout("tars", tmp_path / "tars", classes)
+    for path in source.iterdir():
+        path.write_bytes(b"damaged" * 100)
+    with pytest.raises(DataSourceError, match="These class archives or folders are damaged"):
+        make(source, tmp_path / "other")
+    with pytest.raises(DataSourceError, match=r"is to be used: \d classes damaged archive\."):
+        make(source, tmp_path / "other", allow_truncated=True)
+
+
+def test_classes_without_images_are_not_counted_and_may_go(tmp_path, classes, monkeypatch):
+    files = {f"{split}/{wnid}/{split}.jpg": jpeg(0) for split in ("train", "val") for wnid in WNIDS[:2]}
+    source = write_folder(tmp_path / "in", files)
+    for split in ("train", "val"):
+        (source / split / WNIDS[2]).mkdir()
+    make(source, tmp_path / "out")
+    summary = (tmp_path / "out/SUMMARY.md").read_text()
+    assert re.search(r"\| classes \| +2 \|", summary)
+    assert "validation images alone" not in summary
+    with monkeypatch.context() as patch:
+        patch.setattr("wn21k_zoo.training.prepare.write_shards", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(source, tmp_path / "again")
+    for split in ("train", "val"):
+        (source / split / WNIDS[2]).rmdir()
+    make(source, tmp_path / "again")
+    assert WNIDS[2] not in (tmp_path / "again/classes.csv").read_text()
+
+
+def test_an_output_within_its_source_is_nothing_that_was_left_out(tmp_path, classes, monkeypatch, caplog):
+    source = write_layout("folders", tmp_path / "in", classes)
+    make(source, source / "out")
+    expected = (source / "out/SUMMARY.md").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("wn21k_zoo.training.prepare.write_shards", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(source, source / "again")
+    make(source, source / "again")
+    assert (source / "again/SUMMARY.md").read_text() == expected
+    assert "left out" not in caplog.text
+
+
+@pytest.mark.parametrize("what", ["classes/*.parquet", "classes/*.tar", "shards/*.json"])
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 20), lambda path: path.unlink()])
+def test_finished_work_that_is_damaged_is_done_again(tmp_path, classes, reference, monkeypatch, what, damage):
+    source = write_layout("folders", tmp_path / "in", classes)
+    with monkeypatch.context() as patch:
+        patch.setattr("wn21k_zoo.training.prepare.write_manifest", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(source, tmp_path / "out")
+    damage(min((tmp_path / "out/.work").glob(what)))
+    if what == "classes/*.tar":  # of which all shards were made, but which may be needed again
+        for path in (tmp_path / "out/.work/shards").iterdir():
+            path.unlink()
+        with pytest.raises(DataOutputError, match="run the same command again"):
+            make(source, tmp_path / "out")
+    make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == reference

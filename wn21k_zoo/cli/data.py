@@ -76,7 +76,8 @@ def prepare(
         bool,
         typer.Option(
             "--allow-truncated",
-            help="Use the part that is there of an archive that ends too early, and leave out damaged class archives.",
+            help="Use what is there of an archive that ends too early or has a wrong checksum, and leave out damaged "
+            "class archives.",
         ),
     ] = False,
     resume: Annotated[
@@ -211,8 +212,9 @@ def _count(source: Path, output: Path, options: PrepareOptions, run: dict[str, A
             }
         )
     print_table(rows, ("decision", "classes", "train", "validation", "GB"), format)
-    if untrained := sum(not one.train for one in counts if one.decision == "kept" and one.validation):
-        say(f"{untrained:,} classes would have validation images alone; a lower --val-per-class avoids that")
+    trained = {one.wnid for one in counts if one.train}
+    if untrained := {one.wnid for one in counts if one.validation} - trained:
+        say(f"{len(untrained):,} classes would have validation images alone (see --val-per-class)")
     needed = sum(one.stored_bytes for one in counts) / 1e9
     say(f"about {needed:,.2f} GB for the output, and as much again while it is being made")
     for place in (output.absolute(), *output.absolute().parents):

@@ -360,7 +360,7 @@ def evaluate(
             "raw_top1 are among these"
         )
     if above := figures["images"] - figures["leaf_images"]:
-        say(f"{above:,} images are of classes above others, and count in the semantic figures and raw_top1 only")
+        say(f"{above:,} images are of classes above others, and count in no figure of leaves, such as top1 and top5")
     _print_figures({name: value for name, value in figures.items() if name != "per_class"}, format)
     if output is not None:
         write_whole(output, json.dumps(figures, indent=1) + "\n", DataOutputError)

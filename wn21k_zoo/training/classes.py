@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -18,13 +19,14 @@ from wn21k_zoo.training.extra import cv2, pa, pq
 from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult, Decision, shown
 from wn21k_zoo.training.options import PrepareOptions, disk_full_as_error
 from wn21k_zoo.training.shards import encode_record, sample_hash
-from wn21k_zoo.training.sources import ClassSource, Member, member_reader, read_members
+from wn21k_zoo.training.sources import LINKED_FOLDER, ClassSource, Member, member_reader, read_members
 
 __all__ = ["decide", "finished_classes", "prepare_class", "read_or_bad"]
 
 _PLAIN_STEM = re.compile(r"[A-Za-z0-9_]{1,90}")  # a tar header has room for 100 characters
 _RESULT_KEY = b"wn21k_zoo.result"
 _REPLACED = "a later file has the same name"
+_NO_IMAGES = (_REPLACED, LINKED_FOLDER)  # reasons of rows that stand for no image
 
 
 def prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is_split: bool) -> ClassResult:
@@ -41,11 +43,11 @@ def prepare_class(source: ClassSource, options: PrepareOptions, folder: Path, is
 
 
 def finished_classes(folder: Path) -> list[ClassResult]:
-    """Return the results of all classes that are finished in ``folder``."""
+    """Return the results of all classes that are finished in ``folder``; what is damaged is not finished."""
     results = []
     for part in visible(folder, "*.parquet"):
-        with part.open("rb") as file:
-            results.append(ClassResult(**json.loads(pq.read_schema(file).metadata[_RESULT_KEY])))
+        with part.open("rb") as file, contextlib.suppress(ValueError, TypeError, KeyError):  # Arrow's are ValueErrors
+            results.append(ClassResult(**json.loads((pq.read_schema(file).metadata or {})[_RESULT_KEY])))
     return results
 
 
@@ -160,17 +162,18 @@ def _write_part(source: ClassSource, folder: Path, decision: Decision, rows: lis
     rows.sort(key=lambda row: (row["name"].encode("utf-8", "surrogateescape"), row.get("reason") or ""))
     counts = Counter(row.get("split") for row in rows)
     reasons = Counter(row["reason"] for row in rows if row.get("reason"))
-    replaced = reasons.pop(_REPLACED, 0)
+    no_images = {reason: reasons.pop(reason, 0) for reason in _NO_IMAGES}
     result = ClassResult(
         name=source.name,
         wnid=source.wnid,
         decision=decision,
-        images=len(rows) - replaced,
+        images=len(rows) - sum(no_images.values()),
         train=counts["train"],
         validation=counts["validation"],
         stored_bytes=sum(row.get("stored_bytes") or 0 for row in rows),
         source_bytes=source.num_bytes,
         reasons=dict(sorted(reasons.items())),
+        linked_folders=no_images[LINKED_FOLDER],
         odd=dict(sorted(Counter(what for row in rows if row.get("split") for what in _odd(row)).items())),
     )
     for row in rows:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wn21k_zoo.checkpoints import Head
-from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError
+from wn21k_zoo.errors import DataError, DataOutputError, InvalidArgumentError, without_login
 from wn21k_zoo.files import atomic_file, check_writable, local_path
 from wn21k_zoo.models import LabelSpaceLike, ModelLike
 from wn21k_zoo.running import check_logits, device_of, dtype_of, evaluating, memory_format, select_device
@@ -179,9 +179,9 @@ def evaluate(
         seconds = time.perf_counter() - begin
     return {
         "model": subject.name,
-        "source": str(model) if isinstance(model, (str, os.PathLike)) else None,
+        "source": without_login(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else None,
         "step": subject.step,
-        "data": str(data),
+        "data": without_login(os.fspath(data)),
         "label_space": subject.classes.name,
         "classes": len(subject.class_names),
         "head": subject.head,

@@ -270,7 +270,8 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
 
 def _is_prepared(folder: Path) -> bool:
     """Whether it is an output of ``wn21k data prepare``, which is no class of a folder that it lies in."""
-    return (folder / INFO_FILE).exists() or is_unfinished(folder)
+    has_info = (folder / INFO_FILE).exists() and not any(map(_is_image, _some_of(folder)))
+    return has_info or is_unfinished(folder)
 
 
 def _some_of(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -64,7 +65,7 @@ def write_shards(
             (split, number, int(end - length), int(length))
             for number, (end, length) in enumerate(zip(ends, lengths, strict=True))
         ]
-    finished = {path.stem for path in visible(work / "shards", "*.json")}
+    finished = dict(_receipts(work / "shards"))
     for path in visible(output, "*.tar"):  # of an unfinished run that planned other shards
         if path.stem not in finished:
             path.unlink()
@@ -81,11 +82,18 @@ def write_shards(
         done += 1
         samples += written
         tasks.progress(Progress(stage="shards", done=done, total=len(planned), images=samples))
+    written_shards = dict(_receipts(work / "shards"))
     shards: dict[str, tuple[Shard, ...]] = {}
     for split, number, *_ in planned:  # in order
-        receipt = work / "shards" / shard_name(split, number).replace(".tar", ".json")
-        shards[split] = (*shards.get(split, ()), Shard(**json.loads(receipt.read_text(encoding="utf-8"))))
+        shards[split] = (*shards.get(split, ()), written_shards[shard_name(split, number).removesuffix(".tar")])
     return shards
+
+
+def _receipts(folder: Path) -> Iterator[tuple[str, Shard]]:
+    """Read what is known of the finished shards, by their names without suffix; what is damaged is not finished."""
+    for path in visible(folder, "*.json"):
+        with contextlib.suppress(ValueError, TypeError):
+            yield path.stem, Shard(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def _sort(
@@ -149,13 +157,14 @@ def write_shard(output: Path, names: list[str], split: str, number: int, first: 
     with disk_full_as_error(output):
         with atomic_file(path) as file:
             for position, entry in enumerate(order):
-                with (work / "classes" / f"{names[entry['part']]}.tar").open("rb", buffering=0) as records:
+                of_class, record = work / "classes" / f"{names[entry['part']]}.tar", b""
+                with contextlib.suppress(FileNotFoundError), of_class.open("rb", buffering=0) as records:
                     records.seek(int(entry["start"]))
                     record = read_fully(records, int(entry["length"]))
                 if len(record) != entry["length"]:
-                    (work / "classes" / f"{names[entry['part']]}.parquet").unlink(missing_ok=True)
+                    of_class.with_suffix(".parquet").unlink(missing_ok=True)
                     raise DataOutputError(
-                        f"{records.name} has been damaged since it was written; run the same command again."
+                        f"{of_class} has been damaged since it was written; run the same command again."
                     )
                 index[position] = (size + BLOCK, entry["stored_bytes"], entry["target"])
                 digest.update(record)

@@ -84,7 +84,7 @@ class ClassResult:
     """What became of one class of the source (or of one of its splits, where the source is split).
 
     ``images`` counts file names; ``reasons`` counts those not used, by reason; ``odd`` counts used ones that are not
-    plain upright JPEGs, by kind.
+    plain upright JPEGs, by kind. ``linked_folders`` counts links to folders, which are not followed.
     """
 
     name: str
@@ -97,6 +97,12 @@ class ClassResult:
     source_bytes: int = 0
     reasons: Mapping[str, int]
     odd: Mapping[str, int]
+    linked_folders: int = 0
+
+    @property
+    def used(self) -> int:
+        """Number of images in the output."""
+        return self.train + self.validation
 
     @property
     def is_wanted(self) -> bool:
@@ -144,7 +150,7 @@ def summary(
 
     ``unused`` names what lies in the source beside its classes.
     """
-    kept = [one for one in results if one.decision == "kept"]
+    kept = [one for one in results if one.used]
     train, validation = sum(one.train for one in kept), sum(one.validation for one in kept)
     classes = len({one.wnid for one in kept})
     lines = ["# Prepared data set", "", f"Label space {space.name}, {len(space):,} classes.", ""]
@@ -181,6 +187,8 @@ def summary(
     trained = {one.wnid for one in kept if one.train}
     if untrained := classes - len(trained):
         lines += [f"- classes with validation images alone: {untrained:,}"]
+    if linked := sum(one.linked_folders for one in results):
+        lines += [f"- links to folders within classes, which are not followed: {linked:,}"]
     if unused:
         more = ", ..." if len(unused) > 20 else ""
         lines += [f"- neither a class nor in one: {', '.join(printable(shown(name)) for name in unused[:20])}{more}"]

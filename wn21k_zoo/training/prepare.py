@@ -47,6 +47,8 @@ __all__ = ["PrepareOptions", "Progress", "prepare"]
 _LOG = logging.getLogger(__name__)
 _WORK_DONE = ".work.done"
 _TRUNCATED = "truncated"
+_SUSPECT = "suspect"  # a file in the work folder: what is finished may be wrong
+_BY_SOURCE = "none: split and resized by the source"
 _HIDDEN = (".DS_Store", "._*", ".fseventsd", ".Spotlight-V100", ".TemporaryItems", ".Trash*", ".nfs*")  # not a user's
 
 
@@ -65,6 +67,8 @@ def prepare(
 ) -> DatasetInfo:
     """Prepare ``source`` into the folder ``output``; resumes an earlier run with the same options.
 
+    A class that is finished is read again if its size in bytes has changed.
+
     Args:
         source: Any layout of :mod:`wn21k_zoo.training.sources`.
         output: A new or empty folder, or one that this function began.
@@ -73,8 +77,8 @@ def prepare(
         engine: ``local`` or ``ray``; the result is the same to the byte. On a cluster all nodes must see both paths.
         ray_address: Address of a running Ray cluster; default: ``RAY_ADDRESS``, else one on this machine.
         max_bad: Allowed share of images that cannot be used.
-        allow_truncated: If an archive ends too early, go on with what it has; the class it ends in is left out, as is
-            each class whose own archive is damaged or cannot be read.
+        allow_truncated: If an archive ends too early or has a wrong checksum, go on with what it has; the class it ends
+            in is left out, as is each class whose own archive is damaged or cannot be read.
         resume: If false, delete what an unfinished run left first.
         progress: Called after each task.
 
@@ -95,20 +99,22 @@ def prepare(
     if engine == "ray":  # its workers run in another folder
         source, output = source.absolute(), output.absolute()
     shutil.rmtree(output / _WORK_DONE, ignore_errors=True)
-    opened = open_source(source)
-    options = (options or PrepareOptions()).of(opened)
-    recorded = _recorded(options, opened)
+    options = options or PrepareOptions()
     if (output / INFO_FILE).is_file() and not (output / WORK_FOLDER).exists():
-        return _complete(output, recorded, resume, allow_truncated)
+        return _complete(output, options, resume, allow_truncated)
+    opened = open_source(source)
+    options = options.of(opened)
+    recorded = _recorded(options, opened.is_split, opened.is_resized)
     with disk_full_as_error(output), _begun(output, {**recorded, "source": source.resolve().name}, resume):
         check_space_before(opened, options, output)
-        results, is_cut_off = _prepare_classes(opened, options, output, tasks, max_bad, allow_truncated)
-        _refuse_bad(results, max_bad, output / WORK_FOLDER)
+        results, cut_off = _prepare_classes(opened, options, output, tasks, max_bad, allow_truncated)
         shards = write_shards(output, results, options, tasks)
         write_manifest(output, results, progress)
         warn_of_unused(opened)
-        if is_cut_off:
-            recorded[_TRUNCATED] = "the source ended too early"
+        if linked := sum(one.linked_folders for one in results):
+            _LOG.warning("%d links to folders within classes are not followed; manifest.parquet names them", linked)
+        if lacks := _lacks(cut_off, results, options):
+            recorded[_TRUNCATED] = lacks
         info = _finish(output, results, shards, options, recorded, list(opened.unused))
         progress(Progress(stage="manifest", done=len(results), total=len(results), images=0))
     try:
@@ -120,28 +126,38 @@ def prepare(
     return info
 
 
-def _recorded(options: PrepareOptions, source: Source) -> dict[str, Any]:
+def _recorded(options: PrepareOptions, is_split: bool, is_resized: bool) -> dict[str, Any]:
     """Return the options as ``_info.json`` has them, without those that do not apply to an already split source."""
     recorded = options.recorded()
-    without = ("min_images", "val_per_class") * source.is_split + ("size",) * source.is_resized
+    without = ("min_images", "val_per_class") * is_split + ("size",) * is_resized
     recorded = {name: value for name, value in recorded.items() if name not in without}
-    if source.is_resized:
-        recorded["resize"] = "none: split and resized by the source"
+    if is_resized:
+        recorded["resize"] = _BY_SOURCE
     return {**recorded, "opencv": cv2.__version__}
 
 
-def _complete(output: Path, recorded: dict[str, Any], resume: bool, allow_truncated: bool) -> DatasetInfo:
-    """Return what a complete output says of itself, without a look at the source.
+def _lacks(cut_off: CutOffError | None, results: Iterable[ClassResult], options: PrepareOptions) -> str:
+    """Say what is wrong with the source of an output for which that was allowed; '' if nothing is."""
+    if cut_off is not None:
+        is_corrupt = isinstance(cut_off, CorruptError)
+        return "a checksum of the source was wrong" if is_corrupt else "the source ended too early"
+    damaged = len(_damaged(results, options))
+    return f"class archives or folders that were damaged: {damaged:,}" if damaged else ""
+
+
+def _complete(output: Path, options: PrepareOptions, resume: bool, allow_truncated: bool) -> DatasetInfo:
+    """Return what a complete output says of itself, without a look at the source, which may be gone.
 
     Raises:
         DataOutputError: It was made with other options, or the caller wants to make it anew or of a whole source.
     """
     info = read_info(output)
     before = dict(info.preparation)
-    is_cut_off = before.pop(_TRUNCATED, None) is not None
-    _check_same(before, recorded, output)
-    if not resume or (is_cut_off and not allow_truncated):
-        what = "is complete" if not resume else "was made of a source that ended too early"
+    lacks = before.pop(_TRUNCATED, None)
+    now = _recorded(options, "min_images" not in before, before.get("resize") == _BY_SOURCE)
+    _check_same(before, now, output)
+    if not resume or (lacks is not None and not allow_truncated):
+        what = "is complete" if not resume else f"was made with --allow-truncated ({lacks})"
         raise DataOutputError(f"{output} {what}; delete it, or name another folder, to prepare the source anew.")
     _LOG.warning("%s was complete already, so the source was not read", output)
     return info
@@ -198,7 +214,7 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
                 left.unlink(missing_ok=True)
             yield
     except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
-        if error.filename is None or not str(error.filename).startswith(str(output)):
+        if error.filename is None or not Path(os.fsdecode(error.filename)).is_relative_to(output):
             raise
         raise DataOutputError(f"{output} cannot be written ({error.strerror}); name a writable folder.") from None
 
@@ -209,8 +225,8 @@ def _is_the_systems(name: str) -> bool:
 
 def _prepare_classes(
     source: Source, options: PrepareOptions, output: Path, tasks: Tasks, max_bad: float, allow_truncated: bool
-) -> tuple[list[ClassResult], bool]:
-    """First pass: prepare every class of the source that is not finished yet; also returns whether it is cut off."""
+) -> tuple[list[ClassResult], CutOffError | None]:
+    """First pass: prepare every class of the source that is not finished yet; also returns where it is cut off."""
     work = output / WORK_FOLDER
     there: set[str] = set()
     results = _kept(options, work, max_bad, allow_truncated)
@@ -231,6 +247,8 @@ def _prepare_classes(
                 before = results.get(one.name)
                 if before is None or before.source_bytes != one.num_bytes:
                     _forget_shards(work)
+                    if before is not None:  # killed halfway, its new records would have the former places
+                        _forget([before], work)
                     yield one, options, work / "classes", source.is_split
         except CutOffError as error:
             cut_off.append(error)
@@ -248,34 +266,57 @@ def _prepare_classes(
             _refuse_bad(list(results.values()), 5 * max_bad, work)  # no need to wait for the end if it is that bad
     if cut_off:
         _refuse_cut_off(cut_off[0], results, work, allow_truncated)
-    elif gone := sorted(results.keys() - there):
-        raise DataSourceError(
-            f"{len(gone):,} finished classes are no longer in the source ({', '.join(gone[:3])}): put them back, or "
-            "start anew (--no-resume)."
-        )
-    if not any(result.train + result.validation for result in results.values()):
-        for folder in ("classes", "shards"):  # nothing is lost, and other options may follow
-            shutil.rmtree(work / folder, ignore_errors=True)
-        (work / OPTIONS_FILE).unlink(missing_ok=True)
-        fewer = Counter(result.decision for result in results.values())
-        what = "; ".join(f"{count:,} classes {decision}" for decision, count in sorted(fewer.items()))
-        beside = f"; beside them {', '.join(list(source.unused)[:3])}" if source.unused else ""
-        raise DataSourceError(
-            f"No image of the source is to be used: {what or 'no classes in it'}{beside}. Check --label-space and "
-            "--min-images."
-        )
+    else:
+        _refuse_gone([results[name] for name in sorted(results.keys() - there)], work)
+        results = {name: result for name, result in results.items() if name in there}
     if not allow_truncated:
         _refuse_damaged(results.values(), options)
-    return [results[name] for name in sorted(results)], bool(cut_off)
+    _refuse_bad(list(results.values()), max_bad, work)
+    _refuse_nothing(list(results.values()), source, work)
+    return [results[name] for name in sorted(results)], cut_off[0] if cut_off else None
+
+
+def _refuse_nothing(results: Sequence[ClassResult], source: Source, work: Path) -> None:
+    """Refuse a source of which no image would be used."""
+    if any(result.used for result in results):
+        return
+    for folder in ("classes", "shards"):  # nothing is lost, and other options may follow
+        shutil.rmtree(work / folder, ignore_errors=True)
+    (work / OPTIONS_FILE).unlink(missing_ok=True)
+    fewer = Counter(result.decision for result in results if result.decision != "kept")
+    why = [f"{count:,} classes {decision}" for decision, count in sorted(fewer.items())]
+    if unusable := sum(result.bad for result in results if result.decision == "kept"):
+        why.append(f"{unusable:,} images that cannot be used")
+    beside = f"; beside them {', '.join(list(source.unused)[:3])}" if source.unused else ""
+    advice = " Check --label-space and --min-images." if {*fewer} - {"damaged archive"} else ""
+    raise DataSourceError(
+        f"No image of the source is to be used: {'; '.join(why) or 'no images in it'}{beside}.{advice}"
+    )
+
+
+def _refuse_gone(gone: Sequence[ClassResult], work: Path) -> None:
+    """Refuse a source that lacks classes with images in the output; forget others."""
+    if used := [result.name for result in gone if result.used]:
+        more = f" and {len(used) - 3:,} more" if len(used) > 3 else ""
+        raise DataSourceError(
+            f"Classes that are finished are no longer in the source: {', '.join(used[:3])}{more}. Put them back, or "
+            "start anew (--no-resume)."
+        )
+    _forget(gone, work)
 
 
 def _kept(options: PrepareOptions, work: Path, max_bad: float, allow_truncated: bool) -> dict[str, ClassResult]:
     """Return the finished classes without those that the last run complained of, which may have been mended since."""
     results = {result.name: result for result in finished_classes(work / "classes")}
-    again = [] if allow_truncated else _damaged(results.values(), options)
-    if _bad(results.values(), max_bad):
+    again = _damaged(results.values(), options)
+    is_suspect = (work / _SUSPECT).exists() and not allow_truncated
+    if is_suspect:
+        again = [*results.values()]
+    elif _bad(results.values(), max_bad):
         again += [one for one in results.values() if one.decision == "kept" and one.bad]
     _forget(again, work)
+    if is_suspect:
+        (work / _SUSPECT).unlink()
     for one in again:
         del results[one.name]
     return results
@@ -301,10 +342,10 @@ def _refuse_cut_off(error: CutOffError, results: Mapping[str, ClassResult], work
         return
     about = str(error).rstrip(".")
     if isinstance(error, CorruptError):
-        _forget([*results.values()], work)
+        (work / _SUSPECT).touch()
         raise DataSourceError(
-            f"{about}. What was read before may be wrong as well, so nothing is kept: get the file anew and run the "
-            "same command again, or use what can be read with --allow-truncated."
+            f"{about}. What was read before may be wrong as well: get the file anew and run the same command again, "
+            "which reads all of it; or use what could be read with --allow-truncated."
         )
     raise DataSourceError(
         f"{about}. {len(results):,} classes are finished and kept: get the whole file and run the same command again, "

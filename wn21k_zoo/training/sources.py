@@ -7,7 +7,7 @@ be read from the beginning, so each class is copied out of the stream, processed
 from __future__ import annotations
 
 import contextlib
-import logging
+import functools
 import os
 import stat
 import tarfile
@@ -16,13 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from wn21k_zoo.errors import DataSourceError
+from wn21k_zoo.errors import DataSourceError, first_line
 from wn21k_zoo.files import is_hidden
 from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.synsets import WNID_PATTERN
+from wn21k_zoo.training.shards import INFO_FILE, is_unfinished
 from wn21k_zoo.training.tars import CutOffError, Header, Window, members_of, tar_stream
 
 __all__ = [
+    "LINKED_FOLDER",
     "TO_READ",
     "ClassSource",
     "Member",
@@ -33,7 +35,6 @@ __all__ = [
     "read_members",
 ]
 
-_LOG = logging.getLogger(__name__)
 _SPLIT_FOLDERS = {
     "imagenet21k_train": "train",
     "imagenet21k_val": "validation",
@@ -45,6 +46,7 @@ _SPLIT_FOLDERS = {
 _RESIZED = ("imagenet21k_train", "imagenet21k_val")
 _TEST_FOLDER = "test"  # neither for training nor for validation
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+LINKED_FOLDER = "a link to a folder, which is not followed"
 TO_READ = "fetch it to this machine, or mount it, and name its path."
 _NOTED = 1000
 _SMALL_CLASSES = "imagenet21k_small_classes"  # in the same archive, but not part of ImageNet-21K-P
@@ -140,27 +142,33 @@ def open_source(path: Path) -> Source:
             compressed = archive.fileobj is not raw
             # A tar made on a Mac may have a ._NAME before each NAME.
             seen = (member for member in members_of(archive) if not PurePosixPath(member.name).name.startswith("."))
-            first = next((member for member in seen if member.isfile()), None)
+            files = (member for member in seen if member.isfile())
+            first = next(files, None)
+            has_tests = True
+            if first is not None and _is_test(PurePosixPath(first.name).parts[:-1]):
+                other = next((one for one in files if not _is_test(PurePosixPath(one.name).parts[:-1])), None)
+                has_tests, first = other is not None, other or first
     except (DataSourceError, OSError) as error:
         raise DataSourceError(f"{path} is not a readable tar archive ({error}); name {_LAYOUTS}.") from None
     if first is None:
         raise DataSourceError(f"{path} is empty; name {_LAYOUTS}.")
     nested, above = first.name.endswith(".tar"), PurePosixPath(first.name).parts[:-1]
-    if not nested and _place(first.name) is None and _SMALL_CLASSES not in above and not _is_test(above):
+    place = functools.partial(_place, has_tests=has_tests)
+    if not nested and place(first.name) is None and _SMALL_CLASSES not in above:
         raise DataSourceError(
             f"{path} begins with {first.name!r}, neither a class archive nor in a class folder; name {_LAYOUTS}."
         )
-    if compressed:
-        classes = _compressed_nested if nested else _compressed_flat
+    if nested:
+        classes = _compressed_nested if compressed else _plain_nested
     else:
-        classes = _plain_nested if nested else _plain_flat
+        classes = functools.partial(_compressed_flat if compressed else _plain_flat, place)
     unused: dict[str, None] = {}
     is_small = not nested and _SMALL_CLASSES in above
     return Source(
         classes=lambda spool, wanted: classes(path, spool, wanted, unused),
         num_bytes=path.stat().st_size,
         sequential=compressed,
-        is_split=is_small or (not nested and (_is_test(above) or _split(above) is not None)),
+        is_split=is_small or (not nested and _split(above) is not None),
         is_resized=is_small or (not nested and any(part in _RESIZED for part in above)),
         unused=unused,
     )
@@ -183,6 +191,8 @@ def read_members(source: ClassSource) -> Iterator[Member]:
                     yield from _tar_member(source, member)
     except (tarfile.TarError, EOFError) as error:
         raise DataSourceError(f"the archive of {source.wnid} is damaged: {error}") from None
+    except OSError as error:
+        raise DataSourceError(f"the archive of {source.wnid} cannot be read: {first_line(error)}") from None
 
 
 def _tar_member(source: ClassSource, member: tarfile.TarInfo) -> Iterator[Member]:
@@ -217,7 +227,7 @@ def _folder_members(folder: Path) -> Iterator[Member]:
         above = Path(parent)
         for name in folders:
             if (above / name).is_symlink():
-                _LOG.warning("%s is a link to a folder and is not followed", above / name)
+                yield Member((above / name).relative_to(folder).as_posix(), above / name, 0, 0, LINKED_FOLDER)
         for name in sorted(names):
             if not _is_image(name):
                 continue
@@ -301,7 +311,8 @@ def _folder_classes(folder: Path, split: str | None, unused: dict[str, None]) ->
             size = entry.stat().st_size
         else:
             is_other = not entry.is_file() or entry.name.lower().endswith(_ARCHIVES)  # a note is no class
-            if is_other and not is_hidden(entry.name) and entry.name != _SMALL_CLASSES:
+            is_ours = (path / INFO_FILE).is_file() or is_unfinished(path)  # such as the output itself
+            if is_other and not is_hidden(entry.name) and entry.name != _SMALL_CLASSES and not is_ours:
                 unused[entry.name if split is None else f"{folder.name}/{entry.name}"] = None
             continue
         yield ClassSource(wnid=stem, path=path, num_bytes=size, position=0, split=split)
@@ -330,20 +341,27 @@ def _refuse_twice(classes: list[ClassSource]) -> None:
         seen[one.name] = one.path
 
 
-def _place(name: str) -> tuple[str, str | None] | None:
-    """Class and split of a member of an archive of class folders; None if it is in no class folder that is read."""
+_Place = tuple[str, str | None]
+
+
+def _place(name: str, has_tests: bool) -> _Place | None:
+    """Class and split of a member of an archive of class folders; None if it is in no class folder that is read.
+
+    With ``has_tests`` the classes in a folder of that name are for tests, beside others.
+    """
     parts = PurePosixPath(name).parts
     if _SMALL_CLASSES in parts:
         return None
     for position in range(len(parts) - 2, -1, -1):
         if WNID_PATTERN.fullmatch(parts[position]):
-            return (parts[position], _split(parts[:position])) if not _is_test(parts[: position + 1]) else None
+            is_left_out = has_tests and _is_test(parts[: position + 1])
+            return (parts[position], _split(parts[:position])) if not is_left_out else None
     return None
 
 
 def _is_test(folders: tuple[str, ...]) -> bool:
-    """Whether the last folder is that of a class, in one of images for tests beside others."""
-    return len(folders) > 2 and folders[-2] == _TEST_FOLDER and WNID_PATTERN.fullmatch(folders[-1]) is not None
+    """Whether the last folder is that of a class in a folder ``test``."""
+    return folders[-2:-1] == (_TEST_FOLDER,) and WNID_PATTERN.fullmatch(folders[-1]) is not None
 
 
 def _split(folders: tuple[str, ...]) -> str | None:
@@ -382,13 +400,17 @@ def _plain_nested(
 
 
 def _plain_flat(
-    path: Path, spool: Path, wanted: Callable[[str], bool], unused: dict[str, None]
+    place_of: Callable[[str], _Place | None],
+    path: Path,
+    spool: Path,
+    wanted: Callable[[str], bool],
+    unused: dict[str, None],
 ) -> Iterator[ClassSource]:
     """The consecutive files of each class in an uncompressed archive of class folders."""
     del spool
     size = path.stat().st_size
     seen: set[str] = set()
-    place: tuple[str, str | None] | None = None
+    place: _Place | None = None
     begin = end = 0
 
     def run() -> Iterator[ClassSource]:
@@ -402,7 +424,7 @@ def _plain_flat(
 
     for member in _headers(path):
         if not member.isdir():
-            here = _place(member.name)
+            here = place_of(member.name)
             if here is None:
                 _note_unused(member, unused)
             if here != place:
@@ -428,6 +450,8 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
             yield from members_of(archive)
     except tarfile.TarError as error:
         raise CutOffError(f"{path} is damaged or was not fetched whole: {error}.") from None
+    except OSError as error:
+        raise CutOffError(f"{path} cannot be read: {first_line(error)}.") from None
 
 
 def _compressed_nested(
@@ -454,12 +478,16 @@ def _compressed_nested(
 
 
 def _compressed_flat(
-    path: Path, spool: Path, wanted: Callable[[str], bool], unused: dict[str, None]
+    place_of: Callable[[str], _Place | None],
+    path: Path,
+    spool: Path,
+    wanted: Callable[[str], bool],
+    unused: dict[str, None],
 ) -> Iterator[ClassSource]:
     """The consecutive files of each class in a compressed archive of class folders, each class copied out in turn."""
     seen: set[str] = set()
     with tar_stream(path) as (archive, raw), contextlib.ExitStack() as copies:
-        place: tuple[str, str | None] | None = None
+        place: _Place | None = None
         copy: tarfile.TarFile | None = None
 
         def finish() -> Iterator[ClassSource]:
@@ -479,7 +507,7 @@ def _compressed_flat(
         for member in members_of(archive):
             if member.isdir():
                 continue
-            here = _place(member.name)
+            here = place_of(member.name)
             if here is None:
                 _note_unused(member, unused)
             if here != place:

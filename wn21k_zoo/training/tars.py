@@ -33,6 +33,20 @@ class CorruptError(CutOffError):
 class Header(tarfile.TarInfo):
     """A header of an untrusted archive, for ``tarfile.open(tarinfo=)``."""
 
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
+        """Refuse what is no header, or not a whole one, which tarfile takes for the end of the archive.
+
+        Raises:
+            tarfile.ReadError: It is not.
+        """
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError:
+            if not buf.strip(b"\0"):  # the end
+                raise
+            raise tarfile.ReadError("there is no header where one should be") from None
+
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # the hook that tarfile has for subclasses
         """Refuse sizes below 0, and what describes the next header, such as its long name, beyond a megabyte.
 
@@ -63,26 +77,25 @@ def members_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         tarfile.ReadError: It ends too early, or at something that is not a header, which tarfile takes for the end; or
             in zeros, as files do that were given their size before they were fetched.
     """
+    is_empty = True
     while (member := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]
+        is_empty = False
         yield member
     file: Any = archive.fileobj
     is_stream = not hasattr(file, "seekable")  # which cannot go back
     if not is_stream:
         file.seek(archive.offset)
-    rest, length, begins = b"", 0, False
+    rest, length = b"", 0
     while chunk := file.read(1 << 20):
-        begins = begins or (not length and bool(chunk[: tarfile.BLOCKSIZE].strip(b"\0")) and not is_stream)
         if not rest and chunk.strip(b"\0"):
             rest = chunk
         length += len(chunk)
         if (rest or length > _PADDING) and not is_stream:  # a compressed one has its checksum at the end
             break
-    if begins:
-        raise tarfile.ReadError("there is no header where one should be")
     if rest and (length > tarfile.RECORDSIZE or b"ustar" in rest):  # else what was in memory when the end was padded
         raise tarfile.ReadError("something stands behind its end: it has a hole, or is several archives in one file")
-    if length > _PADDING:
+    if length > (tarfile.RECORDSIZE if is_empty else _PADDING):
         raise tarfile.ReadError("it ends in zeros")
 
 
