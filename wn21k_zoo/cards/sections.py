@@ -21,7 +21,7 @@ from wn21k_zoo.registry import TIMM_PREFIX
 from wn21k_zoo.synsets import load_nouns
 from wn21k_zoo.tree import SemanticTree
 
-__all__ = ["SECTIONS", "in_millions", "parameter_count", "softmax_caution", "summary"]
+__all__ = ["SECTIONS", "in_millions", "library_of", "parameter_count", "softmax_caution", "summary"]
 
 ISSUES = "https://github.com/Alibaba-MIIL/ImageNet21K/issues"
 PERSON = "n00007846"
