@@ -34,17 +34,15 @@ class Header(tarfile.TarInfo):
     """A header of an untrusted archive, for ``tarfile.open(tarinfo=)``."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Header:
         """Refuse what is no header, or not a whole one, which tarfile takes for the end of the archive.
 
         Raises:
             tarfile.ReadError: It is not.
         """
         try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError:
-            if not buf.strip(b"\0"):  # the end
-                raise
+            return super().fromtarfile(archive)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError):  # type: ignore[attr-defined]
             raise tarfile.ReadError("there is no header where one should be") from None
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # the hook that tarfile has for subclasses
