@@ -348,6 +348,9 @@ def test_what_cannot_be_published(folder, tmp_path, monkeypatch):
         (place / "README.md").write_text(card)
         with pytest.raises(PublishError, match=r"at the top of .*README.md are not valid"):
             publish.plan_upload(place)
+    (place / "README.md").write_bytes("---\nlicense: mit\n---\né".encode("latin-1"))
+    with pytest.raises(PublishError, match="is not UTF-8"):
+        publish.plan_upload(place)
     (place / "README.md").unlink()
     with pytest.raises(PublishError, match="without a card"):
         publish.plan_upload(place)
@@ -430,7 +433,11 @@ def test_the_card_of_a_network_of_ones_own_names_its_repository(tmp_path, monkey
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         monkeypatch.setenv("HF_TOKEN", "hf_x")
         publish.publish_folder(place, "org/name")
-    card = committed["README.md"].decode()
+        card = committed["README.md"].decode()
+        publish.publish_folder(place, "org/name", revision="dev")
+        of_branch = committed["README.md"].decode()
+    assert of_branch.count('"hf-hub:org/name@dev"') == 2
+    assert 'pipeline("image-classification", "org/name", revision="dev")' in of_branch
     assert 'predict("photo.jpg", model="hf-hub:org/name")' in card
     assert 'create_model("hf-hub:org/name", pretrained=True)' in card
     assert 'pipeline("image-classification", "org/name")' in card

@@ -78,8 +78,9 @@ def test_patterns():
     with pytest.raises(InvalidArgumentError, match="give one text"):
         registry.list_checkpoints(["*mobile*"])
     for wrong in (None, 3, ["resnet50"]):
-        with pytest.raises(UnknownModelError):
-            registry.get_checkpoint(wrong)
+        for find in (registry.get_checkpoint, registry.resolve_checkpoint):
+            with pytest.raises(UnknownModelError):
+                find(wrong)
 
 
 def test_bare_architecture_is_its_default_tag():

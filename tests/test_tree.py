@@ -116,11 +116,16 @@ def test_what_is_a_node(fall11):
     assert all(node in fall11 for node in fall11)
     assert not any(other in fall11 for other in ("cat", "", len(fall11), -1, True, None, [], 1.0, "n02121621"))
     assert not any(other in fall11 for other in (torch.tensor(1.0), torch.tensor([1, 2]), np.float32(1), np.True_))
+    assert not any(other in fall11 for other in (torch.tensor(True), torch.tensor(1, device="meta"), np.array([1, 2])))
     with pytest.raises(UnknownSynsetError, match="'' is not a wnid"):
         fall11.index("")
 
 
-@pytest.mark.parametrize("parents", [[-1], [-1, 0, 0], [[-1, 0]], [5, -1], [-2, -1], [1, 0]])
+@pytest.mark.parametrize(
+    "parents",
+    [[-1], [-1, 0, 0], [[-1, 0]], [5, -1], [-2, -1], [1, 0], ["a", "b"], [None, 0], [[1], [2, 3]], [2**40, -1], None,
+     [-1, 0.9], [2**70, 0]],
+)  # fmt: skip
 def test_parents_that_are_not_those_of_the_classes(parents):
     with pytest.raises(TreeError, match=r"parents|cycle"):
         SemanticTree(LabelSpace("two", ("n02121808", "n02084071")), parents)

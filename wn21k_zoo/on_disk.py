@@ -16,6 +16,7 @@ from wn21k_zoo.files import in_package, sha256_of
 from wn21k_zoo.transfer import Expected, difference
 
 __all__ = [
+    "UNKNOWN",
     "Cached",
     "Damage",
     "Fetched",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 Remote = HubSource | URLSource
+UNKNOWN = "nothing states its hash: its receipt is missing"
 _LOG = logging.getLogger(__name__)
 
 
@@ -87,7 +89,7 @@ class Cached:
         if not self.path.is_file():
             return "missing", "only its receipt is there"
         if not self.expected.hash:
-            return "unknown", "nothing states its hash: its receipt is missing"
+            return "unknown", UNKNOWN
         compared = _compare(self.path, self.expected)
         return ("damaged", compared.problem) if isinstance(compared, Damage) else ("ok", "")
 
@@ -158,7 +160,7 @@ def contents(root: Path) -> list[Cached]:
     }
     receipts = dict(cache.receipts(root))
     found = []
-    for path in sorted({*receipts, *filter(Path.is_file, of_records)}):
+    for path in sorted({*receipts, *filter(os.path.isfile, of_records)}):  # also where nothing may be read
         receipt = receipts.get(path)
         key, of_record = of_records.get(path, (receipt.source if receipt else "", Expected()))
         found.append(Cached(path=path, source=key, receipt=receipt, expected=_expected(of_record, receipt)))

@@ -82,7 +82,7 @@ def plan_upload(folder: str | os.PathLike[str]) -> dict[Path, int]:
     Raises:
         InvalidArgumentError: There is no such folder.
         ModelError: It lacks a file, or its weights do not fit its configuration.
-        PublishError: It has no card, or one that the Hub would refuse.
+        PublishError: It has no card, one that the Hub would refuse, or one that is not UTF-8.
     """
     folder = expanded(folder, InvalidArgumentError)
     if not folder.is_dir():
@@ -146,7 +146,8 @@ def publish_folder(
             repo_id,
             [
                 CommitOperationAdd(
-                    path.name, card_for(repo_id, path.read_text("utf-8")).encode() if path.name == CARD_FILE else path
+                    path.name,
+                    card_for(repo_id, revision, _card_text(path)).encode() if path.name == CARD_FILE else path,
                 )
                 for path in planned
             ],
@@ -171,13 +172,20 @@ def _check_card(path: Path) -> None:
     """
     from huggingface_hub import ModelCard
 
-    text = path.read_text("utf-8", errors="replace")
+    text = _card_text(path)
     try:
         stated = ModelCard(text).data.get("license") if text.lstrip().startswith("---") else None
     except Exception as error:  # the Hub's client, and its YAML parser, raise many kinds of errors
         raise PublishError(f"The metadata at the top of {path} are not valid: {first_line(error)}.") from error
     if not stated:
         _LOG.warning("%s states no licence (license: ... at its top), so others may not use the model", path)
+
+
+def _card_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PublishError(f"{path} is not UTF-8 ({first_line(error)}); save it as UTF-8.") from error
 
 
 def check_repo_id(repo_id: str) -> None:

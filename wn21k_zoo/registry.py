@@ -75,6 +75,8 @@ def resolve_checkpoint(name: str) -> Checkpoint:
         UnknownModelError: Neither we nor timm have pretrained weights of that name.
         UnresolvedLabelSpaceError: timm has them, but the classes of their head are not a known label space.
     """
+    if not isinstance(name, str):
+        return get_checkpoint(name)  # raises
     if name.startswith(TIMM_PREFIX):  # what timm calls our records
         name = name.removeprefix(TIMM_PREFIX)
         return records_of(name)[0] if records_of(name) else get_checkpoint(name)

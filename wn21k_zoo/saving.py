@@ -337,11 +337,14 @@ def own_card(
     return "\n".join(parts).rstrip() + "\n"
 
 
-def card_for(repo_id: str, card: str) -> str:
-    """Fill in the repository in the examples of a card that :func:`own_card` wrote."""
-    card = card.replace(f"{_PIPELINE}{_PLACE}", f'{_PIPELINE}"{repo_id}"')
+def card_for(repo_id: str, revision: str | None, card: str) -> str:
+    """Fill in the repository, and a branch other than main, in the examples of a card that :func:`own_card` wrote."""
+    named = revision is not None and revision != "main"
+    card = card.replace(
+        f"{_PIPELINE}{_PLACE}", f'{_PIPELINE}"{repo_id}"' + (f', revision="{revision}"' if named else "")
+    )
     for place in (_PLACE_IN_TIMM, _PLACE):
-        card = card.replace(place, f'"hf-hub:{repo_id}"')
+        card = card.replace(place, f'"hf-hub:{repo_id}{f"@{revision}" if named else ""}"')
     return card
 
 

@@ -112,14 +112,7 @@ class SemanticTree:
             )
         self.name = name or label_space.name
         self.label_space = label_space
-        self.parents = np.array(parents, dtype=np.int32)
-        if self.parents.shape != (len(label_space),):
-            raise TreeError(
-                f"parents have the shape {list(self.parents.shape)}; give one for each of the {len(label_space):,} "
-                "classes."
-            )
-        if not ((self.parents >= -1) & (self.parents < len(label_space))).all():
-            raise TreeError(f"parents are indices, 0 to {len(label_space) - 1}, or -1 for a root.")
+        self.parents = _checked(parents, len(label_space))
         self.depths = _depths(self.parents)
         self.parents.flags.writeable = False
         self.depths.flags.writeable = False
@@ -343,9 +336,11 @@ class SemanticTree:
         key = node.wnid if isinstance(node, Node) else node
         if isinstance(key, str):
             return self.label_space.index.get(key)
+        if isinstance(key, bool) or "bool" in str(getattr(key, "dtype", "")):
+            return None
         try:  # also integers of NumPy and torch
-            index = operator.index(cast(int, key)) if not isinstance(key, bool) else -1
-        except TypeError:
+            index = operator.index(cast(int, key))
+        except (TypeError, ValueError, RuntimeError):
             return None
         return index if 0 <= index < len(self) else None
 
@@ -550,6 +545,18 @@ class SemanticTree:
 @functools.cache
 def _load(full_name: str) -> SemanticTree:
     return SemanticTree.from_label_space(LabelSpace.load(full_name))
+
+
+def _checked(parents: Any, num_classes: int) -> NDArray[np.int32]:
+    try:
+        found = np.array(parents)
+    except (ValueError, TypeError, RuntimeError):  # of several lengths
+        found = np.array(None)
+    if found.dtype.kind not in "iu" or found.shape != (num_classes,):
+        raise TreeError(f"parents are not {num_classes:,} whole numbers, one for each class.")
+    if not ((found >= -1) & (found < num_classes)).all():
+        raise TreeError(f"parents are indices, 0 to {num_classes - 1}, or -1 for a root.")
+    return found.astype(np.int32)
 
 
 def _depths(parents: NDArray[np.int32]) -> NDArray[np.int32]:

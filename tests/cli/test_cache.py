@@ -303,6 +303,10 @@ def test_verify_and_list_see_what_was_put_there_by_hand_and_what_is_gone(tmp_pat
     named = rows(call("verify", NAME, *place))
     assert [(row["file"], row["status"]) for row in named] == [(str(by_name), "damaged")]
     assert "sha256 expected" in named[0]["problem"]
+    by_name.unlink()
+    named = rows(call("verify", NAME, *place))
+    assert [(row["file"], row["status"]) for row in named] == [(str(by_nobody), "unknown")]
+    by_name.write_bytes(b"other bytes")
     assert {row["file"] for row in rows(call("cache", "list", *place))} == {str(by_name), str(by_nobody)}
     assert len(call("cache", "prune", "--all", *place).stdout.splitlines()) == 3
     assert list(tmp_path.iterdir()) == []
@@ -311,7 +315,7 @@ def test_verify_and_list_see_what_was_put_there_by_hand_and_what_is_gone(tmp_pat
     assert "nothing in the cache" in done.stderr
 
 
-@pytest.mark.parametrize("command", [("verify",), ("verify", EMBEDDED), ("cache", "list"), ("cache", "prune")])
+@pytest.mark.parametrize("command", [("verify",), ("cache", "list"), ("cache", "prune")])
 def test_a_cache_folder_that_is_none_is_named(command, tmp_path):
     (tmp_path / "file").write_text("")
     for name, message in (("file", "is a file; name a folder"), ("nosuch", "There is no folder")):
@@ -319,3 +323,4 @@ def test_a_cache_folder_that_is_none_is_named(command, tmp_path):
         assert (done.exit_code, done.stdout) == (1, "")
         assert message in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert call("verify", EMBEDDED, "--cache-dir", str(tmp_path / "nosuch")).exit_code == 0  # it is in a package

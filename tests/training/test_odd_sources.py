@@ -1,6 +1,7 @@
 """Sources that are damaged, mended, exchanged, or hold more than classes: nothing is lost without a word."""
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import io
@@ -359,12 +360,113 @@ def test_names_in_a_folder_are_those_in_an_archive():
     assert flat_files({WNIDS[0]: {"a": b""}}) == {f"{WNIDS[0]}/a": b""}
 
 
+@pytest.mark.parametrize("share", range(5, 100, 5))
+def test_a_part_that_is_damaged_anywhere_is_done_again(tmp_path, classes, reference, monkeypatch, share):
+    source = write_layout("folders", tmp_path / "in", classes)
+    with monkeypatch.context() as patch:
+        patch.setattr("wn21k_zoo.training.prepare.write_manifest", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(source, tmp_path / "out")
+    part = min((tmp_path / "out/.work/classes").glob("*.parquet"))
+    data = bytearray(part.read_bytes())
+    place = len(data) * share // 100
+    data[place : place + 8] = bytes(255 - byte for byte in data[place : place + 8])
+    part.write_bytes(data)
+    with contextlib.suppress(DataOutputError):  # if it is noticed late
+        make(source, tmp_path / "out")
+    make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+
+
+@pytest.mark.parametrize("layout", ["nested.tar", "flat.tar"])
+def test_a_damaged_header_does_not_hide_a_wrong_checksum(tmp_path, classes, reference, layout):
+    whole = write_layout(layout, tmp_path / layout, classes).read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        last = archive.getmembers()[-1].offset
+    damaged = bytearray(whole)
+    damaged[3000] ^= 1  # of an image
+    damaged[last] ^= 1
+    source = tmp_path / "in.tar.gz"
+    source.write_bytes(gzip.compress(bytes(damaged))[:-8] + gzip.compress(whole)[-8:])
+    with pytest.raises(DataSourceError, match=r"CRC check failed.* may be wrong as well"):
+        make(source, tmp_path / "out")
+    source.write_bytes(gzip.compress(whole))
+    shutil.copytree(tmp_path / "out", tmp_path / "allowed")
+    make(source, tmp_path / "allowed", allow_truncated=True)
+    assert "| truncated | a checksum of the source was wrong |" in (tmp_path / "allowed/SUMMARY.md").read_text()
+    make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+
+
+def test_what_was_allowed_to_be_wrong_is_not_kept_by_a_run_that_does_not_allow_it(
+    tmp_path, classes, reference, monkeypatch
+):
+    whole = gzip.compress(nested_tar(classes), 0)
+    damaged = bytearray(whole)
+    damaged[3000] ^= 1
+    source = tmp_path / "in.tar.gz"
+    source.write_bytes(damaged)
+    with monkeypatch.context() as patch:
+        patch.setattr("wn21k_zoo.training.prepare.write_shards", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(source, tmp_path / "out", allow_truncated=True, max_bad=1)
+    source.write_bytes(whole)
+    shutil.copytree(tmp_path / "out", tmp_path / "anew")
+    make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+    make(source, tmp_path / "anew", resume=False, allow_truncated=True)
+    assert contents(tmp_path / "anew") == reference
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_what_else_lies_beside_tests_is_no_matter(tmp_path, classes, pack):
+    image = classes[WNIDS[0]][f"{WNIDS[0]}_1.JPEG"]
+    for number, first in enumerate(("data/test/{}/1.JPEG", "test/{}/1.JPEG", "test/{}/sub/1.JPEG")):
+        top = first.partition("test/")[0]
+        files = {first.format(WNIDS[1]): image, f"{top}test.txt": b"x", f"{top}test/README.txt": b"x"}
+        files |= {f"{top}train/{WNIDS[0]}/2.JPEG": image, f"{top}val/{WNIDS[0]}/3.JPEG": image}
+        (tmp_path / f"{number}").write_bytes(pack(tar_bytes(files)))
+        make(tmp_path / f"{number}", tmp_path / f"out{number}")
+        assert {(row["name"], row["split"]) for row in rows(tmp_path / f"out{number}")} == {
+            ("2.JPEG", "train"), ("3.JPEG", "validation"),
+        }  # fmt: skip
+    whole = pack(tar_bytes(flat_files(classes, "test/")))
+    (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
+    make(tmp_path / "cut", tmp_path / "out", allow_truncated=True)
+    assert rows(tmp_path / "out")
+
+
+def test_what_is_still_damaged_costs_no_finished_shard(tmp_path, classes, monkeypatch):
+    source = write_layout("tars", tmp_path / "in", classes)
+    one = source / f"{WNIDS[1]}.tar"
+    one.write_bytes(one.read_bytes()[:3000])
+    with monkeypatch.context() as patch:
+        patch.setattr("wn21k_zoo.training.prepare.write_manifest", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(source, tmp_path / "out", allow_truncated=True)
+    monkeypatch.setattr("wn21k_zoo.training.gather.write_shard", lambda *_: pytest.fail("written again"))
+    make(source, tmp_path / "out", allow_truncated=True)
+
+
+def test_the_root_of_a_disk_can_be_a_source(tmp_path, classes, monkeypatch):
+    source, is_file = write_layout("folders", tmp_path / "in", classes), pathlib.Path.is_file
+    (source / "lost+found").mkdir()
+
+    def refused(path):
+        if "lost+found" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(pathlib.Path, "is_file", refused)
+    make(source, tmp_path / "out")
+
+
 def test_archives_that_are_mended_are_read_again_whatever_was_allowed(tmp_path, classes, reference):
     source = write_layout("tars", tmp_path / "tars", classes)
     paths = [source / f"{wnid}.tar" for wnid in WNIDS[:2]]
-    whole = [path.read_bytes().ljust(20_480, b"\0") for path in paths]
+    whole = [path.read_bytes().ljust(2 << 20, b"\0") for path in paths]
     for path in paths:
-        path.write_bytes(bytes(20_480))  # as files that were given their size before they were fetched
+        path.write_bytes(bytes(2 << 20))  # as files that were given their size before they were fetched
     with pytest.raises(DataSourceError, match="These class archives or folders are damaged"):
         make(source, tmp_path / "out")
     paths[0].write_bytes(whole[0])
@@ -454,8 +556,15 @@ def test_an_output_within_its_source_is_nothing_that_was_left_out(tmp_path, clas
     assert "left out" not in caplog.text
 
 
+def inverted(path):
+    data = bytearray(path.read_bytes())
+    half = len(data) // 2
+    data[half : half + 8] = bytes(255 - byte for byte in data[half : half + 8])
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("what", ["classes/*.parquet", "classes/*.tar", "shards/*.json"])
-@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 20), lambda path: path.unlink()])
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 20), lambda path: path.unlink(), inverted])
 def test_finished_work_that_is_damaged_is_done_again(tmp_path, classes, reference, monkeypatch, what, damage):
     source = write_layout("folders", tmp_path / "in", classes)
     with monkeypatch.context() as patch:
@@ -463,7 +572,7 @@ def test_finished_work_that_is_damaged_is_done_again(tmp_path, classes, referenc
         with pytest.raises(ZeroDivisionError):
             make(source, tmp_path / "out")
     damage(min((tmp_path / "out/.work").glob(what)))
-    if what == "classes/*.tar":  # of which all shards were made, but which may be needed again
+    if what == "classes/*.tar" and damage is not inverted:  # all shards were made of it, but it may be needed again
         for path in (tmp_path / "out/.work/shards").iterdir():
             path.unlink()
         with pytest.raises(DataOutputError, match="run the same command again"):

@@ -78,10 +78,13 @@ def verify(
     cache_dir: CacheDirOption = None,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Hash the files on this machine and compare; nothing is fetched. Exit code 1 if a file is damaged or missing."""
-    from wn21k_zoo.on_disk import contents, find_verified
+    """Hash the files on this machine and compare; nothing is fetched.
 
-    root = _root(cache_dir)
+    Exit code 1 if a file is damaged, missing, or unknown: nothing states its hash.
+    """
+    from wn21k_zoo.on_disk import UNKNOWN, cached_files, contents, find_verified
+
+    root = _root(cache_dir, is_needed=not names)
     rows: list[dict[str, Any]] = []
     failed = False
 
@@ -90,7 +93,8 @@ def verify(
 
     for name in names or []:
         try:
-            found, damages = find_verified(registry.resolve_checkpoint(name), root)
+            record = registry.resolve_checkpoint(name)
+            found, damages = find_verified(record, root)
         except Wn21kError as error:
             failed = True
             say(str(error))
@@ -100,7 +104,11 @@ def verify(
         for damage in damages:
             tell(damage.path, "damaged", problem=damage.problem)
         if found is None and not damages:
-            tell(name, "not on this machine")
+            there = [path for path in cached_files(record.sources, root) if path.is_file()]
+            for path in there:
+                tell(path, "unknown", problem=UNKNOWN)
+            if not there:
+                tell(name, "not on this machine")
     if not names:
         for each in contents(root):
             status, problem = each.status()
@@ -173,18 +181,18 @@ def prune(
     say(f"{freed / 1e6:,.1f} MB {'would be' if dry_run else 'are'} freed in {root}")
 
 
-def _root(chosen: Path | None) -> Path:
+def _root(chosen: Path | None, is_needed: bool = True) -> Path:
     """The cache folder, which is created by the first download.
 
     Raises:
-        CacheError: It is not a folder, or there is none of a name that was given.
+        CacheError: It is not a folder, or it is needed and there is none of a name that was given.
     """
     from wn21k_zoo import cache
 
     root = cache.cache_dir(chosen)
     if root.exists() and not root.is_dir():
         raise CacheError(f"The cache folder {root} is a file; name a folder with --cache-dir or WN21K_CACHE.")
-    if chosen is not None and not root.exists():
+    if is_needed and chosen is not None and not root.exists():
         raise CacheError(f"There is no folder {root} (--cache-dir).")
     return root
 

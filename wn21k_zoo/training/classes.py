@@ -46,7 +46,7 @@ def finished_classes(folder: Path) -> list[ClassResult]:
     """Return the results of all classes that are finished in ``folder``; what is damaged is not finished."""
     results = []
     for part in visible(folder, "*.parquet"):
-        with part.open("rb") as file, contextlib.suppress(ValueError, TypeError, KeyError):  # Arrow's are ValueErrors
+        with part.open("rb") as file, contextlib.suppress(ValueError, TypeError, KeyError, OSError):  # Arrow has all
             results.append(ClassResult(**json.loads((pq.read_schema(file).metadata or {})[_RESULT_KEY])))
     return results
 
@@ -181,5 +181,5 @@ def _write_part(source: ClassSource, folder: Path, decision: Decision, rows: lis
     columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in PART_SCHEMA}
     table = pa.table(columns, schema=PART_SCHEMA.with_metadata({_RESULT_KEY: json.dumps(asdict(result))}))
     with atomic_file(folder / f"{source.name}.parquet") as file:
-        pq.write_table(table, file)
+        pq.write_table(table, file, write_page_checksum=True)
     return result

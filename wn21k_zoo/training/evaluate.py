@@ -27,6 +27,7 @@ from wn21k_zoo.training.data import (
     is_class_folder,
     open_dataset,
     open_folder,
+    open_folders,
 )
 from wn21k_zoo.training.evaluation import Evaluation, classes_with_images
 from wn21k_zoo.training.folder import is_divided
@@ -245,10 +246,8 @@ def _has_seen_but_a_tenth(subject: Subject, data: str | os.PathLike[str]) -> boo
     if not subject.trained_on:
         return False
     try:
-        seen, rest = (_dataset(data, split, subject) for split in ("train", "validation"))
+        seen, rest = (_mapped(folder, subject) for folder in open_folders(data))
     except DataError:  # one image of each class, or what all of it has as well
-        return False
-    if not isinstance(seen, FolderDataset) or not isinstance(rest, FolderDataset):
         return False
     return seen.share_in(subject.trained_on) > 0.5 >= rest.share_in(subject.trained_on)
 
@@ -259,7 +258,10 @@ def _dataset(data: str | os.PathLike[str], split: str, subject: Subject) -> Imag
             open_storage(data)  # raises if there is nothing
             raise DataError(f"{subject.name} has classes of its own; give a folder of class folders named after them.")
         return open_dataset(data, split, label_space=subject.space)
-    folder = open_folder(data, split)
+    return _mapped(open_folder(data, split), subject)
+
+
+def _mapped(folder: FolderDataset, subject: Subject) -> FolderDataset:
     if subject.space is not None:
         return folder.mapped_to(subject.space)
     return folder.mapped(subject.class_names, f"class of {subject.name}")

@@ -37,7 +37,7 @@ from wn21k_zoo.files import expanded, is_hidden
 from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import ClassNames, LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
-from wn21k_zoo.training.shards import INFO_FILE, is_unfinished
+from wn21k_zoo.training.shards import is_prepared
 from wn21k_zoo.training.sources import files_below
 
 __all__ = ["FolderDataset", "composed", "is_among", "is_class_folder", "is_divided", "open_folder", "open_folders"]
@@ -169,7 +169,7 @@ class FolderDataset:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    @property
+    @functools.cached_property
     def sketch(self) -> str:
         """What tells these images from others: those of two sets overlap as much as the sets do (MinHash).
 
@@ -253,7 +253,7 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
         DataError: No folder can have this name, or it begins with ~ and an unknown user name.
     """
     folder = expanded(place, DataError)
-    if not folder.is_dir() or _is_prepared(folder):
+    if not folder.is_dir() or is_prepared(folder):
         return False
     entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
     below = sorted(entry for entry in entries if entry.is_dir())
@@ -263,15 +263,9 @@ def is_class_folder(place: str | os.PathLike[str]) -> bool:
         names = _some_of(each)
         if any(map(_is_image, names)):
             return True
-        if any(name.endswith(_SHARDS) for name in names) and not _is_prepared(each):
+        if any(name.endswith(_SHARDS) for name in names) and not is_prepared(each):
             return False
     return bool(below)
-
-
-def _is_prepared(folder: Path) -> bool:
-    """Whether it is an output of ``wn21k data prepare``, which is no class of a folder that it lies in."""
-    has_info = (folder / INFO_FILE).exists() and not any(map(_is_image, _some_of(folder)))
-    return has_info or is_unfinished(folder)
 
 
 def _some_of(folder: Path) -> list[str]:
@@ -442,7 +436,7 @@ def _folders(folder: Path) -> set[str]:
 
 
 def _classes(folder: Path, at_least: int = 2) -> list[str]:
-    names = {name for name in _folders(folder) if not _is_prepared(folder / name)}
+    names = {name for name in _folders(folder) if not is_prepared(folder / name)}
     if len(names) < at_least:
         count = "two" if at_least == 2 else "one"
         named = "; a class cannot be called train beside one called val or test" if folder.name == "train" else ""

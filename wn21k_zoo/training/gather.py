@@ -31,7 +31,7 @@ from wn21k_zoo.training.shards import (
     write_index,
 )
 
-__all__ = ["write_manifest", "write_shard", "write_shards"]
+__all__ = ["read_part", "write_manifest", "write_shard", "write_shards"]
 
 _SPLITS = ("train", "validation")
 _ROW_GROUP = 200_000
@@ -141,8 +141,26 @@ def _samples(
     for part, result in enumerate(results):
         tell()
         if getattr(result, split):
-            table = read_table(work / "classes" / f"{result.name}.parquet", columns=["split", *columns])
+            table = read_part(work, result.name, ["split", *columns])
             yield part, table.filter(pc.equal(table["split"], split))
+
+
+def read_part(work: Path, name: str, columns: list[str] | None = None) -> pa.Table:
+    """Read the manifest part of a finished class; one that is damaged is removed, so that the next run does it again.
+
+    Raises:
+        DataOutputError: It is damaged.
+    """
+    path = work / "classes" / f"{name}.parquet"
+    try:
+        return read_table(path, columns, page_checksum_verification=True)
+    except (OSError, ValueError, KeyError):  # Arrow has all of them
+        path.unlink(missing_ok=True)
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> DataOutputError:
+    return DataOutputError(f"{path} has been damaged since it was written; run the same command again.")
 
 
 def write_shard(output: Path, names: list[str], split: str, number: int, first: int, length: int) -> int:
@@ -163,9 +181,7 @@ def write_shard(output: Path, names: list[str], split: str, number: int, first: 
                     record = read_fully(records, int(entry["length"]))
                 if len(record) != entry["length"]:
                     of_class.with_suffix(".parquet").unlink(missing_ok=True)
-                    raise DataOutputError(
-                        f"{of_class} has been damaged since it was written; run the same command again."
-                    )
+                    raise _damaged(of_class)
                 index[position] = (size + BLOCK, entry["stored_bytes"], entry["target"])
                 digest.update(record)
                 size += file.write(record)
@@ -188,7 +204,7 @@ def write_manifest(output: Path, results: list[ClassResult], progress: Callable[
         waiting: list[pa.Table] = []
         for number, result in enumerate(results, start=1):
             progress(Progress(stage="manifest", done=number - 1, total=len(results), images=0))
-            table = read_table(work / "classes" / f"{result.name}.parquet")
+            table = read_part(work, result.name)
             table = table.append_column("shard", pa.array(_shard_of_each(table, bounds), pa.string()))
             waiting.append(table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA))
             if sum(map(len, waiting)) >= _ROW_GROUP or number == len(results):  # one group per class would be 21,841

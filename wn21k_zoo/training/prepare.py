@@ -34,11 +34,11 @@ from wn21k_zoo.files import THE_SYSTEMS, local_path, parse_json, replace, write_
 from wn21k_zoo.training.classes import finished_classes, prepare_class
 from wn21k_zoo.training.dry_run import check_space_before, check_space_during
 from wn21k_zoo.training.extra import cv2, pa, pc
-from wn21k_zoo.training.gather import write_manifest, write_shards
-from wn21k_zoo.training.manifest import ClassResult, classes_csv, read_table, summary
+from wn21k_zoo.training.gather import read_part, write_manifest, write_shards
+from wn21k_zoo.training.manifest import ClassResult, classes_csv, summary
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error, warn_of_unused
 from wn21k_zoo.training.shards import INDEX_FOLDER, INFO_FILE, OPTIONS_FILE, WORK_FOLDER, DatasetInfo, Shard, read_info
-from wn21k_zoo.training.sources import TO_READ, ClassSource, Source, open_source
+from wn21k_zoo.training.sources import TO_READ, ClassSource, Source, is_readable, open_source
 from wn21k_zoo.training.tars import CorruptError, CutOffError
 from wn21k_zoo.training.tasks import Engine
 
@@ -100,11 +100,14 @@ def prepare(
         source, output = source.absolute(), output.absolute()
     shutil.rmtree(output / _WORK_DONE, ignore_errors=True)
     options = options or PrepareOptions()
-    if (output / INFO_FILE).is_file() and not (output / WORK_FOLDER).exists():
-        return _complete(output, options, resume, allow_truncated)
+    is_complete = (output / INFO_FILE).is_file() and not (output / WORK_FOLDER).exists()
+    if is_complete and not source.exists():
+        return _complete(output, options, None, resume, allow_truncated)
     opened = open_source(source)
     options = options.of(opened)
     recorded = _recorded(options, opened.is_split, opened.is_resized)
+    if is_complete:
+        return _complete(output, options, recorded, resume, allow_truncated)
     with disk_full_as_error(output), _begun(output, {**recorded, "source": source.resolve().name}, resume):
         check_space_before(opened, options, output)
         results, cut_off = _prepare_classes(opened, options, output, tasks, max_bad, allow_truncated)
@@ -113,7 +116,7 @@ def prepare(
         warn_of_unused(opened)
         if linked := sum(one.linked_folders for one in results):
             _LOG.warning("%d links to folders within classes are not followed; manifest.parquet names them", linked)
-        if lacks := _lacks(cut_off, results, options):
+        if lacks := _lacks(cut_off, results, options, output / WORK_FOLDER):
             recorded[_TRUNCATED] = lacks
         info = _finish(output, results, shards, options, recorded, list(opened.unused))
         progress(Progress(stage="manifest", done=len(results), total=len(results), images=0))
@@ -136,17 +139,20 @@ def _recorded(options: PrepareOptions, is_split: bool, is_resized: bool) -> dict
     return {**recorded, "opencv": cv2.__version__}
 
 
-def _lacks(cut_off: CutOffError | None, results: Iterable[ClassResult], options: PrepareOptions) -> str:
+def _lacks(cut_off: CutOffError | None, results: Iterable[ClassResult], options: PrepareOptions, work: Path) -> str:
     """Say what is wrong with the source of an output for which that was allowed; '' if nothing is."""
+    if (work / _SUSPECT).exists():  # perhaps of a former run, whose classes are kept
+        return "a checksum of the source was wrong"
     if cut_off is not None:
-        is_corrupt = isinstance(cut_off, CorruptError)
-        return "a checksum of the source was wrong" if is_corrupt else "the source ended too early"
+        return "the source ended too early"
     damaged = len(_damaged(results, options))
     return f"class archives or folders that were damaged: {damaged:,}" if damaged else ""
 
 
-def _complete(output: Path, options: PrepareOptions, resume: bool, allow_truncated: bool) -> DatasetInfo:
-    """Return what a complete output says of itself, without a look at the source, which may be gone.
+def _complete(
+    output: Path, options: PrepareOptions, recorded: dict[str, Any] | None, resume: bool, allow_truncated: bool
+) -> DatasetInfo:
+    """Return what a complete output says of itself; without ``recorded`` its source is gone.
 
     Raises:
         DataOutputError: It was made with other options, or the caller wants to make it anew or of a whole source.
@@ -154,8 +160,8 @@ def _complete(output: Path, options: PrepareOptions, resume: bool, allow_truncat
     info = read_info(output)
     before = dict(info.preparation)
     lacks = before.pop(_TRUNCATED, None)
-    now = _recorded(options, "min_images" not in before, before.get("resize") == _BY_SOURCE)
-    _check_same(before, now, output)
+    of_same = _recorded(options, "min_images" not in before, before.get("resize") == _BY_SOURCE)
+    _check_same(before, recorded or of_same, output)
     if not resume or (lacks is not None and not allow_truncated):
         what = "is complete" if not resume else f"was made with --allow-truncated ({lacks})"
         raise DataOutputError(f"{output} {what}; delete it, or name another folder, to prepare the source anew.")
@@ -201,7 +207,8 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
             if not resume:
                 for folder in folders:
                     shutil.rmtree(folder, ignore_errors=True)
-                state.unlink(missing_ok=True)
+                for path in (state, work / _SUSPECT):
+                    path.unlink(missing_ok=True)
             if state.is_file():
                 _check_same(_read(state, output), recorded, output)
             for folder in folders:
@@ -229,14 +236,15 @@ def _prepare_classes(
     """First pass: prepare every class of the source that is not finished yet; also returns where it is cut off."""
     work = output / WORK_FOLDER
     there: set[str] = set()
-    results = _kept(options, work, max_bad, allow_truncated)
+    results = _kept(work, max_bad, allow_truncated)
+    again = {one.name for one in _damaged(results.values(), options)}  # which may have been mended
     done = images = 0
     positions: dict[str, int] = {}
     cut_off: list[CutOffError] = []
 
     def wanted(name: str) -> bool:
         there.add(name)
-        return not (source.sequential and name in results)
+        return not (source.sequential and name in results and name not in again)
 
     def waiting() -> Iterator[tuple[ClassSource, PrepareOptions, Path, bool]]:
         last = 0
@@ -245,10 +253,10 @@ def _prepare_classes(
                 source.check_split(one)
                 positions[one.name], last = one.position - last, one.position
                 before = results.get(one.name)
-                if before is None or before.source_bytes != one.num_bytes:
+                if before is None or before.source_bytes != one.num_bytes or (one.name in again and is_readable(one)):
                     _forget_shards(work)
                     if before is not None:  # killed halfway, its new records would have the former places
-                        _forget([before], work)
+                        _forget([results.pop(one.name)], work)
                     yield one, options, work / "classes", source.is_split
         except CutOffError as error:
             cut_off.append(error)
@@ -305,15 +313,15 @@ def _refuse_gone(gone: Sequence[ClassResult], work: Path) -> None:
     _forget(gone, work)
 
 
-def _kept(options: PrepareOptions, work: Path, max_bad: float, allow_truncated: bool) -> dict[str, ClassResult]:
-    """Return the finished classes without those that the last run complained of, which may have been mended since."""
+def _kept(work: Path, max_bad: float, allow_truncated: bool) -> dict[str, ClassResult]:
+    """Return the finished classes without those whose images the last run complained of; they may be mended now."""
     results = {result.name: result for result in finished_classes(work / "classes")}
-    again = _damaged(results.values(), options)
+    again: list[ClassResult] = []
     is_suspect = (work / _SUSPECT).exists() and not allow_truncated
     if is_suspect:
         again = [*results.values()]
     elif _bad(results.values(), max_bad):
-        again += [one for one in results.values() if one.decision == "kept" and one.bad]
+        again = [one for one in results.values() if one.decision == "kept" and one.bad]
     _forget(again, work)
     if is_suspect:
         (work / _SUSPECT).unlink()
@@ -338,11 +346,12 @@ def _forget_shards(work: Path) -> None:
 
 
 def _refuse_cut_off(error: CutOffError, results: Mapping[str, ClassResult], work: Path, allow_truncated: bool) -> None:
-    if allow_truncated:
-        return
     about = str(error).rstrip(".")
     if isinstance(error, CorruptError):
         (work / _SUSPECT).touch()
+    if allow_truncated:
+        return
+    if isinstance(error, CorruptError):
         raise DataSourceError(
             f"{about}. What was read before may be wrong as well: get the file anew and run the same command again, "
             "which reads all of it; or use what could be read with --allow-truncated."
@@ -383,7 +392,7 @@ def _refuse_bad(results: list[ClassResult], max_bad: float, work: Path) -> None:
         reasons.update(one.reasons)
     most = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
     broken = next(one for one in used if one.bad)
-    part = read_table(work / "classes" / f"{broken.name}.parquet", ["name", "reason"])
+    part = read_part(work, broken.name, ["name", "reason"])
     first = part.filter(pc.is_in(part["reason"], pa.array(list(broken.reasons))))["name"][0]
     raise BadImagesError(
         f"{sum(one.bad for one in used):,} of {sum(one.images for one in used):,} images cannot be used ({most}), such "

@@ -48,6 +48,7 @@ __all__ = [
     "encode_record",
     "index_path",
     "is_of_others",
+    "is_prepared",
     "is_unfinished",
     "load_index",
     "read_fully",
@@ -220,7 +221,16 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether a folder is an incomplete output of ``wn21k data prepare``."""
-    return (folder / WORK_FOLDER / OPTIONS_FILE).is_file() and not (folder / INFO_FILE).is_file()
+    is_begun = os.path.isfile(folder / WORK_FOLDER / OPTIONS_FILE)  # noqa: PTH113 - false where nothing may be read
+    return is_begun and not (folder / INFO_FILE).is_file()
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder is an output of ``wn21k data prepare``, finished or not, whatever else lies in it."""
+    is_whole = os.path.isfile(folder / INFO_FILE) and (  # noqa: PTH113
+        (folder / MANIFEST_FILE).is_file() or any(folder.glob("*.tar"))
+    )
+    return is_whole or is_unfinished(folder)
 
 
 def shard_name(split: str, number: int) -> str:

@@ -20,7 +20,7 @@ from wn21k_zoo.errors import DataSourceError, first_line
 from wn21k_zoo.files import is_hidden
 from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.synsets import WNID_PATTERN
-from wn21k_zoo.training.shards import INFO_FILE, is_unfinished
+from wn21k_zoo.training.shards import is_prepared
 from wn21k_zoo.training.tars import CutOffError, Header, Window, members_of, tar_stream
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Member",
     "Source",
     "files_below",
+    "is_readable",
     "member_reader",
     "open_source",
     "read_members",
@@ -142,21 +143,20 @@ def open_source(path: Path) -> Source:
             compressed = archive.fileobj is not raw
             # A tar made on a Mac may have a ._NAME before each NAME.
             seen = (member for member in members_of(archive) if not PurePosixPath(member.name).name.startswith("."))
-            files = (member for member in seen if member.isfile())
-            first = next(files, None)
-            has_tests = True
-            if first is not None and _is_test(PurePosixPath(first.name).parts[:-1]):
-                other = next((one for one in files if not _is_test(PurePosixPath(one.name).parts[:-1])), None)
-                has_tests, first = other is not None, other or first
+            member = next((member for member in seen if member.isfile()), None)
     except (DataSourceError, OSError) as error:
         raise DataSourceError(f"{path} is not a readable tar archive ({error}); name {_LAYOUTS}.") from None
-    if first is None:
+    if member is None:
         raise DataSourceError(f"{path} is empty; name {_LAYOUTS}.")
-    nested, above = first.name.endswith(".tar"), PurePosixPath(first.name).parts[:-1]
+    first, has_tests = member.name, True
+    if _place(first, has_tests=False) and not _place(first, has_tests=True):
+        beside = _outside_tests(path)
+        first, has_tests = beside or first, beside is not None
+    nested, above = first.endswith(".tar"), PurePosixPath(first).parts[:-1]
     place = functools.partial(_place, has_tests=has_tests)
-    if not nested and place(first.name) is None and _SMALL_CLASSES not in above:
+    if not nested and place(first) is None and _SMALL_CLASSES not in above:
         raise DataSourceError(
-            f"{path} begins with {first.name!r}, neither a class archive nor in a class folder; name {_LAYOUTS}."
+            f"{path} begins with {first!r}, neither a class archive nor in a class folder; name {_LAYOUTS}."
         )
     if nested:
         classes = _compressed_nested if compressed else _plain_nested
@@ -172,6 +172,16 @@ def open_source(path: Path) -> Source:
         is_resized=is_small or (not nested and any(part in _RESIZED for part in above)),
         unused=unused,
     )
+
+
+def _outside_tests(path: Path) -> str | None:
+    """The first file of an archive that is of a class, but not in a folder for tests; None if none is."""
+    with contextlib.suppress(CutOffError, OSError), tar_stream(path) as (archive, _):
+        for member in members_of(archive):
+            is_small = _SMALL_CLASSES in PurePosixPath(member.name).parts
+            if member.isfile() and (is_small or _place(member.name, has_tests=True)):
+                return member.name
+    return None
 
 
 def read_members(source: ClassSource) -> Iterator[Member]:
@@ -243,6 +253,18 @@ def _folder_members(folder: Path) -> Iterator[Member]:
                 yield Member(name, path, 0, 0, "refused: a pipe or device, not a file")
 
 
+def is_readable(source: ClassSource) -> bool:
+    """Whether all names of a class can be read; a copy that was made of it is deleted if not."""
+    try:
+        for _ in read_members(source):
+            pass
+    except DataSourceError:
+        if source.spooled:
+            source.path.unlink(missing_ok=True)
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def member_reader() -> Iterator[Callable[[Member], bytes]]:
     """A function that returns a file's bytes; it keeps the last file open.
@@ -311,8 +333,8 @@ def _folder_classes(folder: Path, split: str | None, unused: dict[str, None]) ->
             size = entry.stat().st_size
         else:
             is_other = not entry.is_file() or entry.name.lower().endswith(_ARCHIVES)  # a note is no class
-            is_ours = (path / INFO_FILE).is_file() or is_unfinished(path)  # such as the output itself
-            if is_other and not is_hidden(entry.name) and entry.name != _SMALL_CLASSES and not is_ours:
+            is_known = is_hidden(entry.name) or entry.name == _SMALL_CLASSES
+            if is_other and not is_known and not is_prepared(path):  # such as the output itself
                 unused[entry.name if split is None else f"{folder.name}/{entry.name}"] = None
             continue
         yield ClassSource(wnid=stem, path=path, num_bytes=size, position=0, split=split)
