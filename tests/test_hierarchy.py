@@ -115,7 +115,7 @@ def test_permuting_the_classes_permutes_nothing_in_the_answer(indices, seed, hea
         paths = [
             [
                 d.hierarchy.tree.wnids[d.hierarchy.order[p]]
-                for p in d.hierarchy.best_path(s.probability[row].numpy(), s.confidence[row].numpy())
+                for p in d.hierarchy.best_path(s.rank[row].numpy(), s.probability[row].numpy())
             ]
             for d, s in ((first, a), (second, b))
         ]
@@ -131,7 +131,7 @@ def test_the_path_follows_the_tree_to_the_best_child(indices, seed):
     scores = decoder(logits_for(space, seed, batch=1))
     p, confidence = scores.probability[0].numpy(), scores.confidence[0].numpy()
     hierarchy = decoder.hierarchy
-    path = hierarchy.best_path(p, confidence)
+    path = hierarchy.best_path(scores.rank[0].numpy(), p)
     nodes = [tree[int(hierarchy.order[place])] for place in path]
     place_of = {node.index: place for place, node in enumerate(tree[int(i)] for i in hierarchy.order)}
     assert confidence[path[0]] == max(confidence[place_of[root.index]] for root in tree.roots)

@@ -136,6 +136,21 @@ def test_the_tree_of_winter21_is_chosen_for_its_classes(fall11):
     assert len(fixed(pets, "semantic_softmax", torch.zeros(2)).tree) == 2
 
 
+@pytest.mark.parametrize("by", [0, 30, 60])
+def test_outputs_whose_probabilities_round_to_1_are_told_apart(by):
+    """Sigmoids of 18 and more are 1 in float32."""
+    names = fixed(ClassNames(["a", "b", "c"]), "sigmoid", torch.tensor([-3.0, -1.0, 2.0]) + by)
+    found = names(np.zeros((4, 4, 3), np.uint8))
+    assert [output.name for output in found.top_k] == [label.name for label in found.level(0).labels] == ["c", "b", "a"]
+    assert found.label is None or found.label.name == "c"
+    tree = SemanticTree.from_wnids(["n00015388", "n02121808", "n02084071"])  # animal above cat and dog
+    logits = torch.tensor([-3.0, 2.0, -1.0]) + by
+    found = fixed(tree.label_space, "sigmoid", logits, tree=tree)(np.zeros((4, 4, 3), np.uint8))
+    assert [label.wnid for label in found.path] == ["n00015388", "n02121808"]
+    assert [label.wnid for label in found.level(1).labels] == ["n02121808", "n02084071"]
+    assert [output.wnid for output in found.top_k] == ["n02121808", "n02084071", "n00015388"]
+
+
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
 def test_classes_that_are_no_synsets(head):
     logits = torch.tensor([0.5, 3.0, -200.0, 1.0])  # one has a probability of 0
@@ -473,7 +488,8 @@ def test_what_holds_an_image_is_none(embedded):
 def test_largest():
     values = np.array([0.1, 0.5, 0.5, 0.0, 0.5], np.float32)
     assert largest(values, 2).tolist() == [1, 2]
-    assert largest(values, 99, above=0.1).tolist() == [1, 2, 4]
+    assert largest(values, 99, values > 0.1).tolist() == [1, 2, 4]
+    assert largest(values, 2, values < 0.5).tolist() == [0, 3]
     assert largest(values, 4).tolist() == [1, 2, 4, 0]
     assert largest(values, 99).tolist() == [1, 2, 4, 0, 3]
     many = np.tile(np.array([0.5, 0.25], np.float32), 100)  # the sort is stable, whatever their number

@@ -9,6 +9,7 @@ Shape suffixes: B batch, K outputs of the head, N nodes of the tree.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,10 @@ class NodeScores:
         outputs: Softmax, or sigmoid, over all outputs, sorted by wnid (:attr:`Decoder.output_order`), [B, K].
         probability: p of each node in level order, [B, N].
         confidence: Confidence of each node in level order, [B, N]; never above that of its parent.
+        output_rank: What outputs are compared by, sorted by wnid, [B, K]: their logits, as probabilities near 0 and 1
+            are equal after rounding.
+        rank: What nodes of one depth are compared by, in level order, [B, N]: for a semantic softmax and for a sigmoid
+            the logits in place of p, -inf for a node without classes; for a softmax p.
         unmapped: What belongs to no node of the tree, [B]: the sum (softmax) or maximum (sigmoid) over the classes that
             are not in the tree and have no ancestor there; 0 for a semantic softmax.
     """
@@ -45,6 +50,8 @@ class NodeScores:
     outputs: Tensor
     probability: Tensor
     confidence: Tensor
+    output_rank: Tensor
+    rank: Tensor
     unmapped: Tensor
 
 
@@ -139,24 +146,24 @@ class Hierarchy:
             result[:, above] = 0
         return result
 
-    def best_path(self, probability_n: NDArray[np.float32], confidence_n: NDArray[np.float32]) -> list[int]:
-        """Walk from the root of highest confidence down to a leaf, always to the child of highest p.
+    def best_path(self, rank_n: NDArray[np.float32], probability_n: NDArray[np.float32]) -> list[int]:
+        """Walk from the root of highest p down to a leaf, always to the child of highest p.
 
         The path ends early where all children score 0. Ties go to the lower wnid.
 
         Args:
-            probability_n: p of one image's nodes, [N].
-            confidence_n: Their confidence, [N].
+            rank_n: What one image's nodes are compared by, [N] (:attr:`NodeScores.rank`).
+            probability_n: Their p, [N].
 
         Returns:
             Positions in level order; empty when all roots score 0.
         """
-        best = int(np.argmax(confidence_n[: self.starts[1]]))
-        if confidence_n[best] <= 0:
+        best = int(np.argmax(rank_n[: self.starts[1]]))
+        if probability_n[best] <= 0:
             return []
         path = [best]
         while len(children := self._children(path[-1])):
-            best = int(children[np.argmax(probability_n[children])])
+            best = int(children[np.argmax(rank_n[children])])
             if probability_n[best] <= 0:
                 break
             path.append(best)
@@ -221,22 +228,31 @@ class Decoder:
         logits_bk = logits_bk.float()[:, self._by_wnid]
         outputs = logits_bk.sigmoid() if self.head == "sigmoid" else logits_bk.softmax(dim=-1)
         if self.head == "semantic_softmax":
-            probability = self.hierarchy.level_softmax(logits_bk[:, self._level_order])
-            confidence = self.hierarchy.minimum_over_path(probability)
-            unmapped = outputs.new_zeros(len(outputs))
-            return NodeScores(outputs=outputs, probability=probability, confidence=confidence, unmapped=unmapped)
+            rank = logits_bk[:, self._level_order]
+            probability = self.hierarchy.level_softmax(rank)
+            return NodeScores(
+                outputs=outputs,
+                probability=probability,
+                confidence=self.hierarchy.minimum_over_path(probability),
+                output_rank=logits_bk,
+                rank=rank,
+                unmapped=outputs.new_zeros(len(outputs)),
+            )
         left_over = outputs[:, self._unmapped]
         if self.head == "softmax":
             unmapped = left_over.sum(dim=-1)
             scores = self.hierarchy.sum_over_subtree(self.assigned(outputs))
-            scores.clamp_(max=1.0)  # rounding can carry a sum just above 1
+            rank = scores.clamp_(max=1.0)  # rounding can carry a sum just above 1
         else:
             unmapped = left_over.amax(dim=-1) if left_over.shape[1] else outputs.new_zeros(len(outputs))
-            nodes = outputs.new_zeros(len(outputs), len(self.hierarchy))
+            nodes = outputs.new_full((len(outputs), len(self.hierarchy)), -math.inf)
             targets = self._targets.expand(len(outputs), -1)
-            nodes.scatter_reduce_(1, targets, outputs[:, self._mapped], reduce="amax")
-            scores = self.hierarchy.maximum_over_subtree(nodes)
-        return NodeScores(outputs=outputs, probability=scores, confidence=scores, unmapped=unmapped)
+            nodes.scatter_reduce_(1, targets, logits_bk[:, self._mapped], reduce="amax")
+            rank = self.hierarchy.maximum_over_subtree(nodes)
+            scores = rank.sigmoid()
+        return NodeScores(
+            outputs=outputs, probability=scores, confidence=scores, output_rank=logits_bk, rank=rank, unmapped=unmapped
+        )
 
     def own_mass(self, logits_bk: Tensor) -> Tensor:
         """Mass of each node itself, without the nodes below it, [B, K] -> [B, N] in level order; at most 1 in total.

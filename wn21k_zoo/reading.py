@@ -49,7 +49,7 @@ class TreeReader:
 
     def _read(self, scores: NodeScores, row: int, top_k: int) -> dict[str, Any]:
         probability, confidence = scores.probability[row].numpy(), scores.confidence[row].numpy()
-        outputs = scores.outputs[row].numpy()
+        outputs, rank = scores.outputs[row].numpy(), scores.rank[row].numpy()
         hierarchy, space = self._decoder.hierarchy, self._space
 
         def label(position: int) -> Label:
@@ -59,13 +59,15 @@ class TreeReader:
         levels = [
             Level(
                 depth=depth,
-                labels=tuple(label(nodes.start + int(best)) for best in largest(probability[nodes], top_k, above=0.0)),
+                labels=tuple(
+                    label(nodes.start + int(best)) for best in largest(rank[nodes], top_k, probability[nodes] > 0)
+                ),
             )
             for depth, nodes in hierarchy.levels
         ]
         return {
             "levels": tuple(levels),
-            "path": tuple(label(position) for position in hierarchy.best_path(probability, confidence)),
+            "path": tuple(label(position) for position in hierarchy.best_path(rank, probability)),
             "top_k": tuple(
                 Output(
                     index=(index := int(self._decoder.output_order[best])),
@@ -74,7 +76,7 @@ class TreeReader:
                     definition=space.definitions[index],
                     probability=float(outputs[best]),
                 )
-                for best in largest(outputs, top_k)
+                for best in largest(scores.output_rank[row].numpy(), top_k)
             ),
             "unmapped": min(1.0, float(scores.unmapped[row])),
         }
@@ -95,12 +97,12 @@ class NamesReader:
         """As :meth:`TreeReader.__call__`."""
         logits = logits.float()
         outputs = logits.sigmoid() if self._head == "sigmoid" else logits.softmax(dim=-1)
-        return [self._read(row, top_k) for row in outputs.cpu().numpy()]
+        return [self._read(*row, top_k) for row in zip(logits.cpu().numpy(), outputs.cpu().numpy(), strict=True)]
 
-    def _read(self, outputs: NDArray[np.float32], top_k: int) -> dict[str, Any]:
+    def _read(self, logits: NDArray[np.float32], outputs: NDArray[np.float32], top_k: int) -> dict[str, Any]:
         best = [
             Output(index=index, wnid="", name=self._names[index], definition="", probability=float(outputs[index]))
-            for index in map(int, largest(outputs, top_k))
+            for index in map(int, largest(logits, top_k))
         ]
         labels = tuple(
             Label(**vars(output), depth=0, confidence=output.probability) for output in best if output.probability > 0
@@ -120,9 +122,9 @@ def default_tree(label_space: LabelSpace, head: Head) -> SemanticTree:
     return fall11
 
 
-def largest(values: NDArray[np.float32], count: int, above: float = -np.inf) -> NDArray[np.int64]:
-    """Indices of the ``count`` largest values above a bound, the largest first; ties go to the lower index."""
-    candidates = np.flatnonzero(values > above)
+def largest(values: NDArray[np.float32], count: int, among: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+    """Indices of the ``count`` largest values, of all or some, the largest first; ties go to the lower index."""
+    candidates = np.arange(len(values)) if among is None else np.flatnonzero(among)
     if count < len(candidates):
         bound = np.partition(values[candidates], -count)[-count]
         candidates = candidates[values[candidates] >= bound]

@@ -186,6 +186,22 @@ def test_of_classes_below_one_that_is_less_certain_the_likeliest_is_chosen(targe
     assert evaluation.compute()["top1"] == 100
 
 
+@pytest.mark.parametrize("tree", [NESTED, None])
+@pytest.mark.parametrize("by", [0, 100])
+def test_sigmoids_that_round_to_1_are_ranked_by_their_logits(tree, by):
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(200, 5, generator=generator)
+    targets = torch.randint(0, 5, (200,), generator=generator)
+    first, shifted = (Evaluation(tree, "sigmoid", range(5), num_classes=5) for _ in range(2))
+    first.update(logits, targets)
+    shifted.update(logits + by, targets)
+    figures = shifted.compute()
+    for name in ("top1", "top5", "semantic_top1", "raw_top1", "mean_lca_error", "balanced_top1"):
+        assert figures.get(name) == first.compute().get(name)
+    if tree is None:
+        assert figures["top1"] == figures["raw_top1"]
+
+
 def test_what_a_mac_computes_is_counted_on_the_cpu():
     evaluation = Evaluation(NESTED, "softmax", range(5), "level", device="mps")
     assert {each.device.type for each in evaluation.buffers()} == {"cpu"}

@@ -117,14 +117,15 @@ class Evaluation(nn.Module):
         if self.among_all is not None:
             self.among_all.update(logits_bn, targets_b)
         if self._decoder is None or self.semantic is None:
-            order = confidence = logits_bn.sigmoid() if self._head == "sigmoid" else logits_bn.softmax(1)
+            order = logits_bn
+            confidence = logits_bn.sigmoid() if self._head == "sigmoid" else logits_bn.softmax(1)
         else:
             if self.raw_semantic is not None:
                 self.raw_semantic.update(logits_bn, targets_b)
             scores = self._decoder(logits_bn)
-            self.semantic.update(scores.probability, targets_b)
+            self.semantic.update(scores.rank, targets_b)
             confidence = scores.confidence.index_select(1, self.semantic.levels.positions)
-            order = confidence
+            order = scores.rank.index_select(1, self.semantic.levels.positions)
             if self._head == "semantic_softmax":  # capped by less confident ancestors, so ties occur
                 probability = scores.probability.index_select(1, self.semantic.levels.positions)
                 order = confidence.double() * (1 + 1e-9 * probability.double())  # less than float32 can tell apart
