@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -111,6 +112,56 @@ def test_sixteen_bits():
     assert pixel(load_image(grey.astype(">u2")), (1, 0)) == (100, 100, 100)
     with pytest.raises(UnsupportedImageError, match="unknown range"):
         load_image(Image.fromarray(grey.astype(np.int32)))
+
+
+def tiff(width, height, bits, photometric, data):
+    """A TIFF of one grey strip."""
+    entries = {
+        256: width,
+        257: height,
+        258: bits,
+        259: 1,
+        262: photometric,
+        273: 8,
+        277: 1,
+        278: height,
+        279: len(data),
+    }
+    directory = struct.pack("<H", len(entries)) + b"".join(
+        struct.pack("<HHII", tag, 4, 1, number) for tag, number in entries.items()
+    )
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize(
+    ("bits", "data", "is_white_zero"),
+    [
+        (16, struct.pack("<4H", 0, 65_535, 257 * 100, 0), False),
+        (16, struct.pack("<4H", 0, 65_535, 257 * 100, 0), True),
+        (12, b"\0\x0f\xff\x64\x60\0", False),  # Pillow does not know the other
+    ],
+)
+def test_grey_of_a_tiff(bits, data, is_white_zero):
+    loaded = load_image(tiff(4, 1, bits, 0 if is_white_zero else 1, data))
+    expected = [0, 255, 100, 0]
+    assert [pixel(loaded, (x, 0))[0] for x in range(4)] == [255 - grey if is_white_zero else grey for grey in expected]
+
+
+def test_a_transparent_grey_of_sixteen_bits_is_white():
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 5, 65_535]], np.uint16)).save(file, "PNG")
+    data = file.getvalue()
+    at = data.index(b"IDAT") - 4
+    chunk = b"tRNS" + struct.pack(">H", 5)
+    data = data[:at] + struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[at:]
+    assert [pixel(load_image(data), (x, 0))[0] for x in range(3)] == [0, 255, 255]
+
+
+def test_the_fourth_byte_of_a_tga_may_mean_nothing():
+    image = Image.new("RGBA", (4, 4), (200, 100, 50, 0))
+    assert pixel(load_image(saved(image, "TGA"))) == (200, 100, 50)
+    image.putpixel((0, 0), (1, 2, 3, 255))
+    assert [pixel(load_image(saved(image, "TGA")), (x, 0)) for x in (0, 1)] == [(1, 2, 3), (255, 255, 255)]
 
 
 def test_transparency_is_white_and_hides_colour():

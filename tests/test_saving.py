@@ -132,6 +132,15 @@ def test_other_channels_than_three_need_a_transform(tmp_path):
     assert found.top_k[0].name in "abc"
 
 
+def test_weights_too_large_for_half_precision_are_named(tmp_path):
+    network, classes = timm.create_model("test_resnet", num_classes=3), ClassNames(["a", "b", "c"])
+    network.fc.bias.data[0] = 70_000
+    with pytest.raises(InvalidArgumentError, match=r"fc\.bias has values too large for float16"):
+        save_model(network, tmp_path / "x", label_space=classes, dtype="float16")
+    assert not (tmp_path / "x").exists()
+    save_model(network, tmp_path / "x", label_space=classes, dtype="bfloat16")
+
+
 def test_layers_that_were_replaced(tmp_path):
     network, classes = timm.create_model("test_resnet", num_classes=3), ClassNames(["a", "b", "c"])
     network.fc = nn.Sequential(nn.Dropout(), nn.Linear(network.num_features, 3))

@@ -62,7 +62,7 @@ SAMPLES = MappingProxyType({"cat": "chelsea.png", "coffee": "coffee.png", "rocke
 
 _SHOWN = 500  # characters; a longer name is cut in messages
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-_TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 258, 262, 322, 323
 _TURNED = MappingProxyType(
     {  # by EXIF orientation; what makes the image upright
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -312,18 +312,32 @@ def _opaque_rgb(image: Image.Image, shown: str) -> Image.Image:
     if image.mode == "I" and image.format != "PNG":  # in a PNG it is known to mean 16 bits
         raise UnsupportedImageError(f"{shown} has 32-bit integers of unknown range; convert it to 8 bits first.")
     if image.mode in _SIXTEEN_BIT_MODES:
-        return Image.fromarray(_eight_bit(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_eight_bit_grey(image)).convert("RGB")
     if image.mode == "F":
         raise UnsupportedImageError(f"{shown} has floating-point pixels of unknown range; convert it to 8 bits first.")
     if image.has_transparency_data:
         with_alpha = image.convert("RGBA")
+        if image.format == "TGA" and with_alpha.getchannel("A").getextrema() == (0, 0):  # the byte means nothing there
+            return with_alpha.convert("RGB")
         white = Image.new("RGBA", with_alpha.size, "white")
         return Image.alpha_composite(white, with_alpha).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _eight_bit(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.round(pixels / 257).astype(np.uint8)
+def _eight_bit_grey(image: Image.Image) -> NDArray[np.uint8]:
+    """Grey of 16 bits or, in a TIFF, 12; there 0 may be white, and in a PNG one value may be transparent."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_TIFF_BITS, 16)
+    grey = _eight_bit(np.asarray(image), 2 ** int(bits[0] if isinstance(bits, tuple) else bits) - 1)
+    if tags.get(_TIFF_PHOTOMETRIC) == 0:
+        grey = np.subtract(255, grey, dtype=np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[np.asarray(image) == transparent] = 255
+    return grey
+
+
+def _eight_bit(pixels: NDArray[Any], largest: int = 65_535) -> NDArray[np.uint8]:
+    return np.round(pixels * (255 / largest)).astype(np.uint8)
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:

@@ -66,7 +66,8 @@ def export_folder(
 
     Raises:
         UnknownModelError, UnresolvedLabelSpaceError, ModelError, MissingExtraError: The model cannot be loaded.
-        InvalidArgumentError: The folder is not empty, the dtype is another one, or the record of a file is not clear.
+        InvalidArgumentError: The folder is not empty, the dtype is another one, weights are too large for float16, or
+            the record of a file is not clear.
     """
     target = check_target(folder, dtype, force)
     checkpoint, module = _load(os.fspath(model), record)

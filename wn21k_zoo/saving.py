@@ -89,7 +89,8 @@ def save_model(
         The folder.
 
     Raises:
-        InvalidArgumentError: It is not a timm network, the folder is not empty, or another argument is not allowed.
+        InvalidArgumentError: It is not a timm network, the folder is not empty, another argument is not allowed, or
+            weights are too large for float16.
         LabelSpaceError, UnknownLabelSpaceError, UnknownSynsetError: The classes are not those of the outputs.
         ModelError: timm would build another network.
         PublishError: The folder cannot be written.
@@ -396,10 +397,11 @@ def _write_weights(module: nn.Module, path: Path, dtype: str | None) -> None:
     import torch
 
     kind = getattr(torch, dtype) if dtype else None
-    state = {
-        key: value.to(kind) if kind is not None and value.is_floating_point() else value
-        for key, value in module.state_dict().items()
-    }
+    state = {}
+    for key, value in module.state_dict().items():
+        state[key] = value.to(kind) if kind is not None and value.is_floating_point() else value
+        if state[key].dtype == torch.float16 and bool((state[key].isinf() & value.isfinite()).any()):
+            raise InvalidArgumentError(f"{key} has values too large for float16; use bfloat16 or float32.")
     convert.write_safetensors(state, path)
 
 

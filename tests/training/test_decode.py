@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import struct
 import sys
 
 import numpy as np
@@ -168,3 +169,20 @@ def test_a_whole_jpeg_with_a_flaw_counts():
     flawed = bytearray(FILES["JPEG"])
     flawed[-12:-8] = b"\xff\xd4\x00\x00"  # a restart marker where none belongs
     assert decode(bytes(flawed)).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("before", [0, 70_000, 200_000])
+def test_photographs_are_upright_however_much_stands_before_their_metadata(before):
+    def segment(marker, content):
+        return b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content
+
+    exif = Image.Exif()
+    exif[274] = 6
+    text = exif.tobytes()
+    comments = [segment(0xFE, b"c" * min(60_000, before - done)) for done in range(0, before, 60_000)]
+    plain = io.BytesIO()
+    Image.new("RGB", (60, 40)).save(plain, "JPEG")
+    data = plain.getvalue()[:2] + b"".join(comments) + segment(0xE1, text) + plain.getvalue()[2:]
+    assert np.asarray(load_image(data)).shape == decode(data).shape == (60, 40, 3)
+    stored = store_image(data, 500, "squash", 95)
+    assert (stored.action, stored.orientation, stored.stored_width, stored.stored_height) == ("re-encoded", 6, 40, 60)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from wn21k_zoo.errors import ImageDecodeError, ImageError, MissingExtraError
 from wn21k_zoo.images import FORMATS, load_image, orientation_of
-from wn21k_zoo.training.encode import BEGIN_OF_JPEG, BOMB_PIXELS, METADATA_WITHIN, BadImageError, is_cut_off
+from wn21k_zoo.training.encode import BEGIN_OF_JPEG, BOMB_PIXELS, BadImageError, is_cut_off, metadata_of
 from wn21k_zoo.training.extra import cv2, simplejpeg
 
 __all__ = ["decode"]
@@ -31,7 +31,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     """
     is_jpeg = data.startswith(BEGIN_OF_JPEG)
     if is_jpeg and _is_upright(data):
-        with contextlib.suppress(ValueError):  # CMYK, for example
+        with contextlib.suppress(ValueError):  # another decoder may read it
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             if height * width > BOMB_PIXELS:
                 raise BadImageError(f"has {height * width / 1e6:.0f} megapixels")
@@ -52,7 +52,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
 
 def _is_upright(data: bytes) -> bool:
     """Whether a JPEG is stored upright; also False if it cannot be opened."""
-    if _APP1 not in data[:METADATA_WITHIN]:
+    if _APP1 not in metadata_of(data):
         return True
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:

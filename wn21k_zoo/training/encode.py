@@ -31,17 +31,15 @@ from wn21k_zoo.training.options import Resize
 __all__ = [
     "BEGIN_OF_JPEG",
     "BOMB_PIXELS",
-    "METADATA_WITHIN",
     "BadImageError",
     "StoredImage",
     "is_cut_off",
+    "metadata_of",
     "store_image",
 ]
 
 BEGIN_OF_JPEG = b"\xff\xd8\xff"
-METADATA_WITHIN = 65536
-"""Bytes of a JPEG within which its metadata begins."""
-
+_METADATA_WITHIN = 65536  # bytes, where the segments of a JPEG cannot be followed
 BOMB_PIXELS = 2 * MAX_PIXELS  # above this Pillow refuses an image
 _BEGIN_OF_SCAN = b"\xda"
 _END_OF_IMAGE = b"\xff\xd9"
@@ -107,6 +105,11 @@ def _until_its_end(data: bytes) -> bytes:
     return data[: data.index(_END_OF_IMAGE, _begin_of_scan(data)) + len(_END_OF_IMAGE)]
 
 
+def metadata_of(data: bytes) -> bytes:
+    """The part of a JPEG that holds its metadata."""
+    return data[: max(_METADATA_WITHIN, _begin_of_scan(data))]
+
+
 def _begin_of_scan(data: bytes) -> int:
     """Offset at which a JPEG's pixels begin: after its metadata, whose preview has its own end marker."""
     at = 2
@@ -127,7 +130,7 @@ def _inspect(data: bytes) -> tuple[str, str, int]:
 
 def _inspect_jpeg(data: bytes) -> tuple[str, str, int, int, int] | None:
     """Inspect a JPEG without EXIF; four times faster than Pillow."""
-    if not data.startswith(BEGIN_OF_JPEG) or _EXIF in data[:METADATA_WITHIN]:
+    if not data.startswith(BEGIN_OF_JPEG) or _EXIF in metadata_of(data):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
