@@ -111,11 +111,15 @@ def _started(
     recipe: Recipe, start: str, class_names: Sequence[str], levels: Levels | None, arguments: dict[str, Any]
 ) -> nn.Module:
     refuse_run("model.start", start)
-    keeps = classes_of(start) == tuple(class_names)
+    theirs = classes_of(start) or ()
+    keeps = len({*theirs}) == len(theirs) and sorted(theirs) == sorted(class_names)
     module = building.create_model(start, num_classes=None if keeps else len(class_names), **arguments)
     architecture = str(cast(Any, module).pretrained_cfg.get("architecture", "")).removeprefix(registry.TIMM_PREFIX)
     if architecture and architecture != recipe.model.architecture:
         module = _moved(module, start, architecture, recipe.model.architecture, len(class_names), arguments)
+    if keeps and theirs != tuple(class_names):
+        at = {name: index for index, name in enumerate(theirs)}
+        reorder_head(module, torch.tensor([at[name] for name in class_names]))
     if keeps and levels is not None and levels.order == "level":
         reorder_head(module, levels.columns)
     if not keeps:

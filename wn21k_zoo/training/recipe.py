@@ -100,9 +100,9 @@ class Model(Section):
     Attributes:
         architecture: timm's name, or one of this package (``ofa_flops_595m_s``).
         start: Weights to start from: a record, a timm name with a known label space, a folder, or ``hf-hub:ORG/NAME``;
-            None: random ones. Their head is kept if it has the same classes; a new head starts with small weights.
-            Weights of another architecture are taken if biases are all that they have in addition. With the prefix
-            ``random:``, as if they were there, but random, for a trial.
+            None: random ones. Their head is kept if it has the same classes, in any order; a new head starts with
+            small weights. Weights of another architecture are taken if biases are all that they have in addition. With
+            the prefix ``random:``, as if they were there, but random, for a trial.
         freeze_backbone: Train only the classifier; all before it stays unchanged, batch statistics too.
         arguments: More arguments for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; none for which
             :func:`is_reserved` is true.
