@@ -131,6 +131,12 @@ def test_parents_that_are_not_those_of_the_classes(parents):
         SemanticTree(LabelSpace("two", ("n02121808", "n02084071")), parents)
 
 
+@pytest.mark.parametrize("parents", [[-1, 0], np.array([-1, 0], object), torch.tensor([-1, 0]), (np.int8(-1), 0)])
+def test_parents_of_any_kind(parents):
+    tree = SemanticTree(LabelSpace("two", ("n02121808", "n02084071")), parents)
+    assert (tree.parents.dtype, tree.depths.tolist()) == (np.int32, [0, 1])
+
+
 def test_what_is_no_tree(fall11):
     assert SemanticTree.find(fall11) is fall11
     for wrong in (None, ["n02121808"], 3):

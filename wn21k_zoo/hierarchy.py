@@ -245,14 +245,17 @@ class Decoder:
             rank = scores.clamp_(max=1.0)  # rounding can carry a sum just above 1
         else:
             unmapped = left_over.amax(dim=-1) if left_over.shape[1] else outputs.new_zeros(len(outputs))
-            nodes = outputs.new_full((len(outputs), len(self.hierarchy)), -math.inf)
-            targets = self._targets.expand(len(outputs), -1)
-            nodes.scatter_reduce_(1, targets, logits_bk[:, self._mapped], reduce="amax")
-            rank = self.hierarchy.maximum_over_subtree(nodes)
-            scores = rank.sigmoid()
+            scores, rank = self._highest(outputs, 0.0), self._highest(logits_bk, -math.inf)
         return NodeScores(
             outputs=outputs, probability=scores, confidence=scores, output_rank=logits_bk, rank=rank, unmapped=unmapped
         )
+
+    def _highest(self, values_bk: Tensor, otherwise: float) -> Tensor:
+        """For each node the maximum over the classes in its subtree, ``otherwise`` without any; [B, K] -> [B, N]."""
+        nodes = values_bk.new_full((len(values_bk), len(self.hierarchy)), otherwise)
+        targets = self._targets.expand(len(values_bk), -1)
+        nodes.scatter_reduce_(1, targets, values_bk[:, self._mapped], reduce="amax")
+        return self.hierarchy.maximum_over_subtree(nodes)
 
     def own_mass(self, logits_bk: Tensor) -> Tensor:
         """Mass of each node itself, without the nodes below it, [B, K] -> [B, N] in level order; at most 1 in total.

@@ -549,10 +549,10 @@ def _load(full_name: str) -> SemanticTree:
 
 def _checked(parents: Any, num_classes: int) -> NDArray[np.int32]:
     try:
-        found = np.array(parents)
-    except (ValueError, TypeError, RuntimeError):  # of several lengths
-        found = np.array(None)
-    if found.dtype.kind not in "iu" or found.shape != (num_classes,):
+        found = np.array([operator.index(parent) for parent in parents], np.int64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = np.zeros(0, np.int64)
+    if len(found) != num_classes:
         raise TreeError(f"parents are not {num_classes:,} whole numbers, one for each class.")
     if not ((found >= -1) & (found < num_classes)).all():
         raise TreeError(f"parents are indices, 0 to {num_classes - 1}, or -1 for a root.")

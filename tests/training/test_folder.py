@@ -248,9 +248,9 @@ def test_a_sketch_tells_how_much_two_folders_have_in_common(tmp_path):
 
 def test_a_picture_beside_shards_makes_no_class_of_them(tmp_path):
     make_folder(tmp_path, images=2, names=("cat", "dog"))
-    for file in ("manifest.parquet", "train-00000.tar"):
+    for others in (("manifest.parquet", "sheet.png"), ("train-00000.tar",)):
         (tmp_path / "shards").mkdir()
-        for name in ("_info.json", file, "sheet.png"):
+        for name in ("_info.json", *others):
             (tmp_path / "shards" / name).touch()
         assert is_class_folder(tmp_path)
         assert open_folder(tmp_path, "all").class_names == ("cat", "dog")
@@ -260,6 +260,7 @@ def test_a_picture_beside_shards_makes_no_class_of_them(tmp_path):
 def test_a_class_with_a_file_of_such_a_name_is_a_class(tmp_path):
     make_folder(tmp_path, images=3, names=("cat", "cow", "dog"))
     (tmp_path / "cow" / "_info.json").write_text('{"a": 1}')
+    (tmp_path / "cow" / "originals.tar").touch()
     assert open_folder(tmp_path, "all").class_names == ("cat", "cow", "dog")
     assert is_class_folder(tmp_path)
 

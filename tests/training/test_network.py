@@ -6,7 +6,7 @@ import timm
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from wn21k_zoo import LabelSpace, create_model
+from wn21k_zoo import ClassNames, LabelSpace, create_model, save_model
 from wn21k_zoo.errors import RecipeError, UnknownModelError, UnresolvedLabelSpaceError
 from wn21k_zoo.training import presets
 from wn21k_zoo.training.export import export_run, load_run
@@ -180,6 +180,15 @@ def test_a_start_of_the_same_classes_of_ones_own_keeps_its_head(tmp_path):
     assert torch.equal(
         build_network(recipe, sorted(names), None).state_dict()["head.fc.weight"], trained["head.fc.weight"]
     )
+
+
+def test_a_start_whose_classifier_has_no_order_gets_a_new_one(tmp_path):
+    network = timm.create_model("levit_128s", num_classes=3)
+    save_model(network, tmp_path / "start", label_space=ClassNames(["c", "b", "a"]))
+    recipe = small_recipe("levit_128s", model={"start": str(tmp_path / "start")}, loss={"kind": "single_label"})
+    started = build_network(recipe, ["a", "b", "c"], None).state_dict()
+    assert torch.equal(started["stem.conv1.linear.weight"], network.state_dict()["stem.conv1.linear.weight"])
+    assert not torch.equal(started["head.linear.weight"], network.state_dict()["head.linear.weight"])
 
 
 @pytest.mark.parametrize(("mean", "std"), [((0.1, 0.2, 0.3), (1.0, 1.0, 1.0)), ((0.0, 0.0, 0.0), (0.5, 0.2, 0.3))])

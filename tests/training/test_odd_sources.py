@@ -20,6 +20,7 @@ from PIL import Image
 from wn21k_zoo.errors import BadImagesError, DataOutputError, DataSourceError
 from wn21k_zoo.training import sources, tars
 from wn21k_zoo.training.dry_run import count
+from wn21k_zoo.training.manifest import read_table
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import MANIFEST_FILE
 
@@ -183,7 +184,7 @@ def test_what_is_complete_says_so_and_is_not_made_anew(tmp_path, classes, caplog
     info = make(source, tmp_path / "out", allow_truncated=True)
     assert "| truncated | the source ended too early |" in (tmp_path / "out/SUMMARY.md").read_text()
     assert make(source, tmp_path / "out", allow_truncated=True) == info
-    assert "was complete already, so the source was not read" in caplog.text
+    assert "was complete already; nothing was done" in caplog.text
     source.write_bytes(whole)
     with pytest.raises(
         DataOutputError, match=r"was made with --allow-truncated \(the source ended too early\); delete"
@@ -430,10 +431,17 @@ def test_what_else_lies_beside_tests_is_no_matter(tmp_path, classes, pack):
         assert {(row["name"], row["split"]) for row in rows(tmp_path / f"out{number}")} == {
             ("2.JPEG", "train"), ("3.JPEG", "validation"),
         }  # fmt: skip
-    whole = pack(tar_bytes(flat_files(classes, "test/")))
-    (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
-    make(tmp_path / "cut", tmp_path / "out", allow_truncated=True)
-    assert rows(tmp_path / "out")
+    files = {f"test/{WNIDS[0]}/{number}.jpg": image for number in range(9)}
+    for number, others in enumerate((flat_files(classes, ""), {f"{WNIDS[0]}.tar": tar_bytes(classes[WNIDS[0]])})):
+        whole = pack(tar_bytes(files | others))
+        source = tmp_path / f"cut{number}"
+        source.write_bytes(whole[: len(pack(tar_bytes(files))) // 2])
+        for allowed in (False, True):  # nobody knows what stands behind
+            with pytest.raises(DataSourceError, match="is not a readable tar archive"):
+                make(source, tmp_path / f"of {number}", allow_truncated=allowed)
+        source.write_bytes(whole)
+        make(source, tmp_path / f"of {number}", max_bad=1)
+        assert not {row["name"] for row in rows(tmp_path / f"of {number}")} & {f"{number}.jpg" for number in range(9)}
 
 
 def test_what_is_still_damaged_costs_no_finished_shard(tmp_path, classes, monkeypatch):
@@ -464,9 +472,9 @@ def test_the_root_of_a_disk_can_be_a_source(tmp_path, classes, monkeypatch):
 def test_archives_that_are_mended_are_read_again_whatever_was_allowed(tmp_path, classes, reference):
     source = write_layout("tars", tmp_path / "tars", classes)
     paths = [source / f"{wnid}.tar" for wnid in WNIDS[:2]]
-    whole = [path.read_bytes().ljust(2 << 20, b"\0") for path in paths]
+    whole = [path.read_bytes().ljust(80_000, b"\0") for path in paths]
     for path in paths:
-        path.write_bytes(bytes(2 << 20))  # as files that were given their size before they were fetched
+        path.write_bytes(bytes(80_000))  # as files that were given their size before they were fetched
     with pytest.raises(DataSourceError, match="These class archives or folders are damaged"):
         make(source, tmp_path / "out")
     paths[0].write_bytes(whole[0])
@@ -578,4 +586,68 @@ def test_finished_work_that_is_damaged_is_done_again(tmp_path, classes, referenc
         with pytest.raises(DataOutputError, match="run the same command again"):
             make(source, tmp_path / "out")
     make(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == reference
+
+
+def test_what_was_cut_off_between_two_files_is_told(tmp_path, classes, caplog):
+    whole = tar_bytes(flat_files(classes, ""))
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        last = archive.getmembers()[-1].offset
+    (tmp_path / "in.tar").write_bytes(whole[:last])
+    make(tmp_path / "in.tar", tmp_path / "out")
+    assert "in.tar does not end as archives do; it may not have been fetched whole" in caplog.text
+    caplog.clear()
+    (tmp_path / "in.tar").write_bytes(whole)
+    make(tmp_path / "in.tar", tmp_path / "again")
+    assert not caplog.text
+
+
+def test_what_the_disk_fails_to_read_is_not_deleted(tmp_path, classes, monkeypatch):
+    source, calls = write_layout("folders", tmp_path / "in", classes), []
+
+    def fails(path, *arguments, **options):
+        calls.append(path)
+        if len(calls) == 10:
+            raise OSError(5, "Input/output error", str(path))
+        return read_table(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wn21k_zoo.training.gather.read_table", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            make(source, tmp_path / "out")
+    assert len(list((tmp_path / "out/.work/classes").glob("*.parquet"))) == len(classes)
+    make(source, tmp_path / "out")
+
+
+def test_a_source_whose_archives_were_deleted_needs_no_more_work(tmp_path, classes):
+    source = write_layout("tars", tmp_path / "in", classes)
+    info = make(source, tmp_path / "out")
+    for path in source.iterdir():
+        path.unlink()
+    assert make(source, tmp_path / "out") == info
+    with pytest.raises(DataSourceError):
+        make(source, tmp_path / "other")
+
+
+def test_progress_ends_at_its_total(tmp_path, classes):
+    source, seen = write_layout("tars", tmp_path / "in", classes), []
+    one = source / f"{WNIDS[1]}.tar"
+    whole = one.read_bytes()
+    one.write_bytes(whole[:3000])
+    with pytest.raises(DataSourceError):
+        make(source, tmp_path / "out")
+    one.write_bytes(whole)
+    make(source, tmp_path / "out", progress=seen.append)
+    of_classes = [(each.done, each.total) for each in seen if each.stage == "classes"]
+    assert of_classes[0][0] < of_classes[-1][0] == of_classes[-1][1]
+
+
+def test_a_checksum_that_was_wrong_is_forgotten_with_what_was_read(tmp_path, classes, reference):
+    whole = gzip.compress(nested_tar(classes), mtime=0)
+    source = tmp_path / "in.tar.gz"
+    source.write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])
+    with pytest.raises(DataSourceError, match="No image of the source"):
+        make(source, tmp_path / "out", PrepareOptions(min_images=500, size=32), allow_truncated=True)
+    source.write_bytes(whole)
+    make(source, tmp_path / "out", allow_truncated=True)
     assert contents(tmp_path / "out") == reference

@@ -46,8 +46,11 @@ def finished_classes(folder: Path) -> list[ClassResult]:
     """Return the results of all classes that are finished in ``folder``; what is damaged is not finished."""
     results = []
     for part in visible(folder, "*.parquet"):
-        with part.open("rb") as file, contextlib.suppress(ValueError, TypeError, KeyError, OSError):  # Arrow has all
-            results.append(ClassResult(**json.loads((pq.read_schema(file).metadata or {})[_RESULT_KEY])))
+        arrows = (OSError, ValueError, KeyError, pa.lib.ArrowException)
+        with part.open("rb") as file, contextlib.suppress(TypeError, *arrows):
+            result = ClassResult(**json.loads((pq.read_schema(file).metadata or {})[_RESULT_KEY]))
+            if result.name == part.stem:
+                results.append(result)
     return results
 
 

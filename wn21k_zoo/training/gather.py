@@ -153,10 +153,16 @@ def read_part(work: Path, name: str, columns: list[str] | None = None) -> pa.Tab
     """
     path = work / "classes" / f"{name}.parquet"
     try:
-        return read_table(path, columns, page_checksum_verification=True)
-    except (OSError, ValueError, KeyError):  # Arrow has all of them
-        path.unlink(missing_ok=True)
+        table = read_table(path, columns, page_checksum_verification=True)
+        if not {*(columns or ())} - {*table.column_names}:
+            return table
+    except FileNotFoundError:
         raise _damaged(path) from None
+    except (OSError, ValueError, KeyError, pa.lib.ArrowException) as error:  # Arrow has all of them
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's; the file may be whole
+            raise
+    path.unlink(missing_ok=True)
+    raise _damaged(path)
 
 
 def _damaged(path: Path) -> DataOutputError:

@@ -114,12 +114,16 @@ def _started(
     theirs = classes_of(start) or ()
     keeps = len({*theirs}) == len(theirs) and sorted(theirs) == sorted(class_names)
     module = building.create_model(start, num_classes=None if keeps else len(class_names), **arguments)
+    if keeps and theirs != tuple(class_names):
+        at = {name: index for index, name in enumerate(theirs)}
+        try:
+            reorder_head(module, torch.tensor([at[name] for name in class_names]))
+        except RecipeError:  # its classifier is no linear layer, so it needs a new one
+            keeps = False
+            cast(Any, module).reset_classifier(len(class_names))
     architecture = str(cast(Any, module).pretrained_cfg.get("architecture", "")).removeprefix(registry.TIMM_PREFIX)
     if architecture and architecture != recipe.model.architecture:
         module = _moved(module, start, architecture, recipe.model.architecture, len(class_names), arguments)
-    if keeps and theirs != tuple(class_names):
-        at = {name: index for index, name in enumerate(theirs)}
-        reorder_head(module, torch.tensor([at[name] for name in class_names]))
     if keeps and levels is not None and levels.order == "level":
         reorder_head(module, levels.columns)
     if not keeps:

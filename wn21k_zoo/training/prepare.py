@@ -101,9 +101,12 @@ def prepare(
     shutil.rmtree(output / _WORK_DONE, ignore_errors=True)
     options = options or PrepareOptions()
     is_complete = (output / INFO_FILE).is_file() and not (output / WORK_FOLDER).exists()
-    if is_complete and not source.exists():
+    try:
+        opened = open_source(source)
+    except DataSourceError:  # it may have been deleted since
+        if not is_complete:
+            raise
         return _complete(output, options, None, resume, allow_truncated)
-    opened = open_source(source)
     options = options.of(opened)
     recorded = _recorded(options, opened.is_split, opened.is_resized)
     if is_complete:
@@ -152,7 +155,7 @@ def _lacks(cut_off: CutOffError | None, results: Iterable[ClassResult], options:
 def _complete(
     output: Path, options: PrepareOptions, recorded: dict[str, Any] | None, resume: bool, allow_truncated: bool
 ) -> DatasetInfo:
-    """Return what a complete output says of itself; without ``recorded`` its source is gone.
+    """Return what a complete output says of itself; without ``recorded`` its source cannot be read.
 
     Raises:
         DataOutputError: It was made with other options, or the caller wants to make it anew or of a whole source.
@@ -165,7 +168,7 @@ def _complete(
     if not resume or (lacks is not None and not allow_truncated):
         what = "is complete" if not resume else f"was made with --allow-truncated ({lacks})"
         raise DataOutputError(f"{output} {what}; delete it, or name another folder, to prepare the source anew.")
-    _LOG.warning("%s was complete already, so the source was not read", output)
+    _LOG.warning("%s was complete already; nothing was done", output)
     return info
 
 
@@ -241,12 +244,14 @@ def _prepare_classes(
     done = images = 0
     positions: dict[str, int] = {}
     cut_off: list[CutOffError] = []
+    known = sum(result.source_bytes for result in results.values()) if not source.sequential else 0
 
     def wanted(name: str) -> bool:
         there.add(name)
         return not (source.sequential and name in results and name not in again)
 
     def waiting() -> Iterator[tuple[ClassSource, PrepareOptions, Path, bool]]:
+        nonlocal known
         last = 0
         try:
             for one in source.classes(work / "spool", wanted):
@@ -257,11 +262,11 @@ def _prepare_classes(
                     _forget_shards(work)
                     if before is not None:  # killed halfway, its new records would have the former places
                         _forget([results.pop(one.name)], work)
+                        known -= before.source_bytes if not source.sequential else 0
                     yield one, options, work / "classes", source.is_split
         except CutOffError as error:
             cut_off.append(error)
 
-    known = sum(result.source_bytes for result in results.values()) if not source.sequential else 0
     tasks.progress(Progress(stage="classes", done=known, total=source.num_bytes, images=0))
     for result in tasks.run(prepare_class, waiting()):
         results[result.name] = result
@@ -290,7 +295,8 @@ def _refuse_nothing(results: Sequence[ClassResult], source: Source, work: Path) 
         return
     for folder in ("classes", "shards"):  # nothing is lost, and other options may follow
         shutil.rmtree(work / folder, ignore_errors=True)
-    (work / OPTIONS_FILE).unlink(missing_ok=True)
+    for file in (OPTIONS_FILE, _SUSPECT):
+        (work / file).unlink(missing_ok=True)
     fewer = Counter(result.decision for result in results if result.decision != "kept")
     why = [f"{count:,} classes {decision}" for decision, count in sorted(fewer.items())]
     if unusable := sum(result.bad for result in results if result.decision == "kept"):
@@ -323,8 +329,8 @@ def _kept(work: Path, max_bad: float, allow_truncated: bool) -> dict[str, ClassR
     elif _bad(results.values(), max_bad):
         again = [one for one in results.values() if one.decision == "kept" and one.bad]
     _forget(again, work)
-    if is_suspect:
-        (work / _SUSPECT).unlink()
+    if is_suspect or not results:
+        (work / _SUSPECT).unlink(missing_ok=True)
     for one in again:
         del results[one.name]
     return results

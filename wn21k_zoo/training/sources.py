@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import stat
 import tarfile
@@ -47,6 +48,7 @@ _SPLIT_FOLDERS = {
 _RESIZED = ("imagenet21k_train", "imagenet21k_val")
 _TEST_FOLDER = "test"  # neither for training nor for validation
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+_LOG = logging.getLogger(__name__)
 LINKED_FOLDER = "a link to a folder, which is not followed"
 TO_READ = "fetch it to this machine, or mount it, and name its path."
 _NOTED = 1000
@@ -144,14 +146,16 @@ def open_source(path: Path) -> Source:
             # A tar made on a Mac may have a ._NAME before each NAME.
             seen = (member for member in members_of(archive) if not PurePosixPath(member.name).name.startswith("."))
             member = next((member for member in seen if member.isfile()), None)
+        first, has_tests = member.name if member is not None else "", True
+        if _place(first, has_tests=False) and not _place(first, has_tests=True):
+            beside = _outside_tests(path)
+            first, has_tests = beside or first, beside is not None
     except (DataSourceError, OSError) as error:
         raise DataSourceError(f"{path} is not a readable tar archive ({error}); name {_LAYOUTS}.") from None
     if member is None:
         raise DataSourceError(f"{path} is empty; name {_LAYOUTS}.")
-    first, has_tests = member.name, True
-    if _place(first, has_tests=False) and not _place(first, has_tests=True):
-        beside = _outside_tests(path)
-        first, has_tests = beside or first, beside is not None
+    if not compressed and not _has_end(path):
+        _LOG.warning("%s does not end as archives do; it may not have been fetched whole", path)
     nested, above = first.endswith(".tar"), PurePosixPath(first).parts[:-1]
     place = functools.partial(_place, has_tests=has_tests)
     if not nested and place(first) is None and _SMALL_CLASSES not in above:
@@ -175,13 +179,30 @@ def open_source(path: Path) -> Source:
 
 
 def _outside_tests(path: Path) -> str | None:
-    """The first file of an archive that is of a class, but not in a folder for tests; None if none is."""
-    with contextlib.suppress(CutOffError, OSError), tar_stream(path) as (archive, _):
+    """The first file of an archive that is of a class, but not in a folder for tests; None if none is.
+
+    Raises:
+        CutOffError, OSError: It cannot be read up to there, so nobody knows.
+    """
+    with tar_stream(path) as (archive, _):
         for member in members_of(archive):
             is_small = _SMALL_CLASSES in PurePosixPath(member.name).parts
-            if member.isfile() and (is_small or _place(member.name, has_tests=True)):
+            if member.isfile() and (is_small or _class_of_archive(member.name) or _place(member.name, has_tests=True)):
                 return member.name
     return None
+
+
+def _class_of_archive(name: str) -> str | None:
+    """The class of a class archive, by its name; None if it is none."""
+    stem = PurePosixPath(name).name.removesuffix(".tar")
+    return stem if name.endswith(".tar") and WNID_PATTERN.fullmatch(stem) else None
+
+
+def _has_end(path: Path) -> bool:
+    """Whether a tar ends with a block of zeros; one that was cut off between two files does not."""
+    with path.open("rb") as file:
+        file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
+        return not file.read().strip(b"\0")
 
 
 def read_members(source: ClassSource) -> Iterator[Member]:
@@ -409,11 +430,11 @@ def _plain_nested(
     size = path.stat().st_size
     seen: set[str] = set()
     for member in _headers(path):
-        stem = PurePosixPath(member.name).name.removesuffix(".tar")
+        stem = _class_of_archive(member.name)
         end = member.offset_data + member.size
         if end > size:
             raise CutOffError(f"{path} ends within {member.name}: it was not fetched whole.")
-        if member.isreg() and member.name.endswith(".tar") and WNID_PATTERN.fullmatch(stem):
+        if member.isreg() and stem is not None:
             _refuse_scattered(stem, seen, path)
             if wanted(stem):
                 yield ClassSource(wnid=stem, path=path, num_bytes=member.size, position=end, offset=member.offset_data)
@@ -483,8 +504,8 @@ def _compressed_nested(
     seen: set[str] = set()
     with tar_stream(path) as (archive, raw):
         for member in members_of(archive):
-            stem = PurePosixPath(member.name).name.removesuffix(".tar")
-            if not (member.isreg() and member.name.endswith(".tar") and WNID_PATTERN.fullmatch(stem)):
+            stem = _class_of_archive(member.name)
+            if stem is None or not member.isreg():
                 _note_unused(member, unused)
                 continue
             _refuse_scattered(stem, seen, path)

@@ -20,7 +20,7 @@ _ABOUT_THE_NEXT = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
 )  # fmt: skip
 _PADDING = 64 << 20  # bytes; tar pads an archive to a block, of 10 KiB unless told otherwise
-_EMPTY = 1 << 20  # bytes of zeros that may be an archive of nothing
+_EMPTY = 1 << 16  # bytes of zeros that may be an archive of nothing
 
 
 class CutOffError(DataSourceError):
@@ -112,13 +112,13 @@ def tar_stream(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
                 file = bz2.open(raw)  # noqa: SIM115
             elif magic.startswith(b"\xfd7zXZ"):
                 file = lzma.open(raw)  # noqa: SIM115
-            try:
-                with tarfile.open(fileobj=file, mode="r|" if file is not raw else "r:", tarinfo=Header) as archive:
+            with tarfile.open(fileobj=file, mode="r|" if file is not raw else "r:", tarinfo=Header) as archive:
+                try:
                     yield archive, raw
-            except tarfile.TarError:
-                while file is not raw and file.read(1 << 20):  # to the checksum, which may say that more is wrong
-                    pass
-                raise
+                except tarfile.TarError:
+                    while file is not raw and file.read(1 << 20):  # to the checksum, which may say that more is wrong
+                        pass
+                    raise
     except (EOFError, tarfile.TarError) as error:
         raise CutOffError(f"{path} is damaged or was not fetched whole: {error}") from None
     except (zlib.error, lzma.LZMAError) as error:
