@@ -9,9 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from wn21k_zoo.errors import (
-    RecipeError,
-)
+from wn21k_zoo.errors import RecipeError, RunError
 from wn21k_zoo.training import engine
 from wn21k_zoo.training.algorithms import choose_algorithms, is_deterministic, torch_as_it_was
 from wn21k_zoo.training.distributed import World
@@ -273,3 +271,9 @@ def test_the_gradient_is_clipped(data, tmp_path, precision):
     begin = build_network(recipe, "abcdef", None).state_dict()
     moved = sum(float(((begin[key] - value) ** 2).sum()) for key, value in final(tmp_path)["model"].items())
     assert math.sqrt(moved) == pytest.approx(1e-4, rel=0.05)
+
+
+def test_a_folder_in_which_a_run_cannot_begin_is_told(data, tmp_path):
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(RunError, match="directory"):
+        run(small_recipe(), data, tmp_path / "run")

@@ -73,4 +73,5 @@ class Agreement:
                 work.wait()
             host = torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True)
         flags.record_stream(self._stream)
-        return host, self._stream.record_event()
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call] # others keep a core busy
+        return host, self._stream.record_event(done)

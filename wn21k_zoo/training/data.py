@@ -248,24 +248,24 @@ class Loader:
         if loaded is not None:
             loaded._shutdown_workers()  # type: ignore[attr-defined]
 
+    def _there(self) -> contextlib.AbstractContextManager[Any]:
+        """Make the loader's GPU the current one within: else the first GPU would be used as well."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
     def _loaded(self) -> Iterator[dict[str, Any]]:
         """Yield what the workers read; pinning memory, here or in a thread, uses the current GPU."""
-
-        def there() -> contextlib.AbstractContextManager[Any]:
-            return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-
         if self._batches.num_workers:
             warn_of_main()
             allow_open_files()
             check_temporary_folder()
         loaded = None
         try:
-            with shielded(), there():
+            with shielded(), self._there():
                 loaded = iter(self._batches)
             while True:
                 if self._batches.num_workers and loaded is not self._batches._iterator:
                     raise DataError("The loader was closed in the middle of an epoch; iterate it anew to go on there.")
-                with there():
+                with self._there():
                     raw = next(loaded, None)
                 if raw is None:
                     return
@@ -290,7 +290,7 @@ class Loader:
             if "error" in raw:
                 raise raw["error"]
             self._count(raw)
-            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+            with self._there(), torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                 images = _to_unit(raw["images"], self.device).permute(0, 3, 1, 2)
                 targets = raw["targets"].to(self.device, non_blocking=stream is not None)
             now = raw["seen"], Batch(images, targets, raw["samples"], tuple(raw["names"]))

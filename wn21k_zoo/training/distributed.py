@@ -184,7 +184,12 @@ def join(device: str | torch.device = "auto", deterministic: bool = False) -> It
                     device_id=chosen if nccl else None,
                 )
         except (RuntimeError, ValueError) as error:
-            raise TrainingError(f"The other processes cannot be reached: {first_line(error)}") from error
+            hint = ""
+            if nccl and size > 1 and "LOCAL_RANK" not in os.environ:
+                hint = (
+                    " (LOCAL_RANK is not set; of several processes on a machine each needs its own, as torchrun gives.)"
+                )
+            raise TrainingError(f"The other processes cannot be reached: {first_line(error)}{hint}") from error
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
     dist.destroy_process_group()  # not after an error: it might wait for ranks that wait for this one
 

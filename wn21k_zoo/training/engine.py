@@ -63,14 +63,16 @@ def train(
     """Run a recipe, or resume the run in the same folder.
 
     Ctrl-C, also in a notebook, finishes the current step, writes a checkpoint and is then raised; a second one ends the
-    run at once. Torch's random state on the CPU and on the run's GPU, its determinism setting and its matrix
-    multiplication precision are restored afterwards; CUBLAS_WORKSPACE_CONFIG stays set, since it is read only once.
+    run at once, or once what it waits for on a GPU is done. Torch's random state on the CPU and on the run's GPU, its
+    determinism setting and its matrix multiplication precision are restored afterwards; CUBLAS_WORKSPACE_CONFIG stays
+    set, since it is read only once.
 
     Args:
         recipe: What to run.
         data: See :func:`wn21k_zoo.training.splits.open_splits`.
         output: Folder of the run, visible to all ranks.
-        world: The processes that run it together; default: those that torchrun started, or this one alone.
+        world: The processes that run it together; default: those that torchrun started, or this one alone. In a process
+            group that a program created itself, an error on one rank ends the others when the group's timeout is over.
         device: auto, cpu, cuda, cuda:N or mps, if no world is given.
         workers: Image-loading processes per rank; default: this machine's cores divided by its ranks, at most 16.
         signals: For signals that arrive in its context, write a checkpoint and raise :class:`Preempted`.
@@ -164,10 +166,19 @@ class _Run:
         self.saved: tuple[int, int] | None = None
         self.layout = [world.size, self.micro]
         self.figures: dict[str, Any] = {}
+        self.writer: CheckpointWriter | None = None
         self.classes = classes_with_images(splits.validation)
         evaluated = (recipe.run.evaluate_batches or sys.maxsize) * self.loaders[1].batch_size * world.size
         self.best_of = min(evaluated, len(splits.validation))
         self._resume()
+        self.reporter = Reporter(None, self.total, self.step)
+
+    def _begin(self) -> None:
+        """Write, on the leading rank, that the run goes on from this step."""
+        self.folder.cut(self.step, self.evaluated)
+        self.folder.set_status("running", self.step, total=self.total)
+        self.reporter = Reporter(self.folder, self.total, self.step)
+        self.writer = CheckpointWriter(self.folder, self.recipe.run.keep)
 
     def go(self) -> dict[str, Any]:
         leads = self.world.leads
@@ -176,13 +187,8 @@ class _Run:
             if leads:
                 say(f"finished before, at step {self.step:,}; nothing to do")
             return self.figures
-        if leads:
-            self.folder.cut(self.step, self.evaluated)
-            self.folder.set_status("running", self.step, total=self.total)
-        self.writer = CheckpointWriter(self.folder, self.recipe.run.keep) if leads else None
-        self.world.barrier()  # no rank may read the status of an earlier start
+        self.world.lead(self._begin)  # until then, no rank may read the status of an earlier start
         self.rescue.save, self.rescue.begun = self._rescued, True
-        self.reporter = Reporter(self.folder if leads else None, self.total, self.step)
         for message in announcements(
             self.recipe, self.splits, self.world, self.learner, self.step, self.total, len(self.classes), self.layout
         ):

@@ -193,7 +193,7 @@ class Learner:
             yield
             return
         self._stream.wait_event(self._there)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
 
     def gathering(self, last: bool) -> contextlib.AbstractContextManager[Any]:

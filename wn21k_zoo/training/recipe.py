@@ -111,7 +111,8 @@ class Model(Section):
         channels_last: Memory format of the weights and images.
         compile: Run the network through torch.compile, and its loss where the classes are in a tree.
         gradient_checkpointing: Compute activations twice and keep fewer.
-        sync_batchnorm: Compute batch statistics over all ranks; on GPUs only.
+        sync_batchnorm: Compute batch statistics over all ranks; on GPUs only. Torch then waits for the GPU in each
+            layer.
     """
 
     architecture: str
