@@ -15,9 +15,10 @@ import safetensors.torch
 import timm
 import torch
 
-from wn21k_zoo import convert, download
+from wn21k_zoo import SemanticTree, convert, download
 from wn21k_zoo.checkpoints import CHECKPOINTS, EMBEDDED_CHECKPOINT
-from wn21k_zoo.errors import ConversionError, UnknownModelError
+from wn21k_zoo.convert import read_state_dict
+from wn21k_zoo.errors import ConversionError, TreeError, UnknownModelError
 from wn21k_zoo.registry import get_checkpoint
 
 
@@ -247,3 +248,32 @@ def test_a_file_of_weights_is_as_any_other(tmp_path):
     with pytest.raises(OSError):  # noqa: PT011 - its words are the system's
         convert.write_safetensors(state, tmp_path / "full")
     assert {path.name for path in tmp_path.iterdir()} == {"full", "link", "out.safetensors", "plain"}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+def test_compressed_files_of_torch_are_refused(tmp_path, suffix):
+    plain, path = tmp_path / "plain.pth", tmp_path / f"x{suffix}"
+    torch.save({"a": torch.zeros(3)}, plain)
+    assert read_state_dict(plain).keys() == {"a"}
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(ConversionError, match="its parts are compressed"):
+        read_state_dict(path)
+    with pytest.raises(TreeError, match="its parts are compressed"):
+        SemanticTree.from_published(path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1, 1).expand(2**31, 1280),
+        torch.eye(3).to_sparse(),
+        torch.zeros(3, device="meta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_plain_numbers_are_refused(tmp_path, tensor):
+    torch.save({"a": torch.zeros(3), "b": tensor}, tmp_path / "x.pth")
+    with pytest.raises(ConversionError, match="the entry 'b' is no plain tensor"):
+        read_state_dict(tmp_path / "x.pth")

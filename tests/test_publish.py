@@ -518,3 +518,13 @@ def test_a_file_that_does_not_fit_its_record_is_a_typed_error(tmp_path, monkeypa
     monkeypatch.setattr(convert, "convert_file", lambda path, architecture: odd)
     with pytest.raises(ConversionError, match=r"odd\.pth does not fit resnet50\.miil_in21k"):
         publish.export_folder(tmp_path / "odd.pth", tmp_path / "out")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_no_file_from_elsewhere_is_published(folder, tmp_path):
+    place = damaged_copy(folder, tmp_path)
+    (tmp_path / "secret").write_text("secret")
+    (place / "wn21k_labels.json").unlink()
+    (place / "wn21k_labels.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(PublishError, match=r"wn21k_labels\.json is a link to a file elsewhere"):
+        publish.plan_upload(place)

@@ -576,15 +576,11 @@ def test_too_little_space_is_known_before_the_first_byte(kind, root, serve):
     assert seen.body_bytes == 0
 
 
-def test_a_full_disk_is_a_typed_error(root, serve):
+def test_a_full_disk_is_a_typed_error(root, serve, monkeypatch):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     endpoint, _ = serve(files_of("plain"))
-    source = checkpoint_of("plain", endpoint).sources[0]
-    place = root / cache.relative_path(source, source.filename)
-    version = transfer.Expected(sha256_prefix=source.sha256_prefix).version
-    place.parent.mkdir(parents=True)
-    place.with_name(f"{place.name}.{version}.part").symlink_to("/dev/full")
+    monkeypatch.setattr(transfer, "_no_link", lambda path, flags: os.open("/dev/full", flags & ~os.O_CREAT))
     with pytest.raises(CacheError, match="full"):
         download.fetch(checkpoint_of("plain", endpoint))
     assert not leftovers(root)
@@ -1008,3 +1004,22 @@ def test_threads_of_one_process_share_a_download(root, serve):
         results = list(pool.map(download.fetch, itertools.repeat(checkpoint_of("hub", endpoint), 4)))
     assert [fetched.sha256 for fetched in results] == [SHA256] * 4
     assert seen.body_bytes == len(BODY)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+@pytest.mark.parametrize("content", ["", "precious"])
+def test_a_partial_download_that_is_a_link_is_not_followed(tmp_path, content):
+    victim, expected = tmp_path / "victim", transfer.Expected(sha256=hashlib.sha256(b"body").hexdigest())
+    victim.write_text(content)
+    part = tmp_path / f"f.pth.{expected.version}{cache.PART_SUFFIX}"
+    part.symlink_to(victim)
+    with hub_server({"f.pth": b"body"}) as (endpoint, _):
+        transfer.transfer(f"{endpoint}/f.pth", tmp_path / "f.pth", expected)
+    assert victim.read_text() == content
+    assert (tmp_path / "f.pth").read_bytes() == b"body"
+    assert not (tmp_path / "f.pth").is_symlink()
+
+
+def test_numbers_of_bytes():
+    assert transfer.number_of_bytes("12") == 12
+    assert [transfer.number_of_bytes(text) for text in (None, "", "-1", "\xb2", "9" * 5000, "1.5")] == [None] * 6

@@ -375,3 +375,10 @@ def test_trees_are_equal_that_say_the_same():
 def test_a_tree_is_over_synsets():
     with pytest.raises(InvalidArgumentError, match=r"synsets, not over ClassNames\('own', 2 classes\)"):
         SemanticTree(ClassNames(["inn", "hotel"]), np.array([-1, -1], np.int32))
+
+
+@pytest.mark.parametrize("chains", [[[0] * 100_000] * 100_000, [[0], [1] * 65]])
+def test_tree_files_with_endless_lists_are_refused_at_once(tmp_path, chains):
+    torch.save({"class_list": ["n02121808", "n02084071"], "class_tree_list": chains}, tmp_path / "x.pth")
+    with pytest.raises(TreeError, match="class_tree_list"):
+        SemanticTree.from_published(tmp_path / "x.pth")

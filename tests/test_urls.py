@@ -126,6 +126,7 @@ def test_private_server_is_not_asked(server):
         "http://[::ffff:10.0.0.1]/", "http://0/", "http://[fe80::1]/", "http://100.64.0.1/",
         "http://[64:ff9b::a00:1]/", "http://[2002:7f00:1::1]/", "http://[::127.0.0.1]/",
         "http://[::ffff:0:127.0.0.1]/", "http://[fec0::1]/", "http://[3fff::1]/", "http://[5f00::1]/", "http://192.88.99.1/",
+        "http://192.0.0.192/",
     ],
 )  # fmt: skip
 def test_private_addresses(url):

@@ -19,7 +19,7 @@ from wn21k_zoo.architectures import ARCHITECTURES
 from wn21k_zoo.architectures.ofa import STAGE_DEPTHS
 from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.errors import ConversionError, UnknownModelError, Wn21kError, did_you_mean, first_line
-from wn21k_zoo.files import expanded, replace
+from wn21k_zoo.files import expanded, refuse_compressed, replace
 from wn21k_zoo.registry import TIMM_PREFIX
 
 if TYPE_CHECKING:
@@ -123,6 +123,9 @@ def convert_file(path: str | os.PathLike[str], architecture: str | None = None) 
     return convert_state_dict(read_state_dict(path), architecture)
 
 
+_EXPANDED = 1 << 26  # bytes that a tensor may have beyond those in the file, by repeating them
+
+
 def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
     """Read the tensors of a weight file onto the CPU, unwrapped from ``state_dict`` or ``model``; runs no pickled code.
 
@@ -138,6 +141,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        refuse_compressed(path)
         with warnings.catch_warnings(action="ignore"):  # about old file formats
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors raise many kinds of errors
@@ -152,8 +156,18 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
         raise ConversionError(f"{path} holds a {type(content).__name__}, not a state dict.")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise ConversionError(f"{path}: the entry {key!r} is a {type(value).__name__}, not a tensor.")
+            raise ConversionError(f"{path}: the entry {key!r:.100} is a {type(value).__name__}, not a named tensor.")
+        if not _is_plain(value):
+            raise ConversionError(f"{path}: the entry {key!r:.100} is no plain tensor of numbers that are in the file.")
     return dict(content)
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    import torch
+
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes() + _EXPANDED
 
 
 def convert_state_dict(state_dict: Mapping[str, torch.Tensor], architecture: str | None = None) -> Converted:

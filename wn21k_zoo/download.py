@@ -34,7 +34,7 @@ from wn21k_zoo.exclusive import exclusive
 from wn21k_zoo.files import make_folder
 from wn21k_zoo.messages import bar_column, bars, on_terminal, say
 from wn21k_zoo.on_disk import Damage, Fetched, Remote, filenames_of, find_file, find_verified, stated
-from wn21k_zoo.transfer import Expected, Patience, RefusedError, difference, head, read_text, transfer
+from wn21k_zoo.transfer import Expected, Patience, RefusedError, difference, head, number_of_bytes, read_text, transfer
 
 __all__ = ["UnverifiedWeightsWarning", "fetch", "fetch_file", "fetch_source", "is_reachable"]
 
@@ -251,8 +251,8 @@ def _asked(
 ) -> tuple[str, Expected, str | None, Mapping[str, str]]:
     if isinstance(source, URLSource):
         answer = head(source.url, patience)
-        size = answer.get("Content-Length", "")
-        return source.url, Expected(num_bytes=int(size) if size.isdigit() else None, etag=answer.get("ETag")), None, {}
+        size = number_of_bytes(answer.get("Content-Length"))
+        return source.url, Expected(num_bytes=size, etag=answer.get("ETag")), None, {}
     url, expected, commit, headers = hub.resolve(source, filename, patience)
     return url, expected if expected.hash else _first_download(place) or expected, commit, headers
 

@@ -12,6 +12,7 @@ import os
 import re
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +31,7 @@ __all__ = [
     "local_path",
     "make_folder",
     "parse_json",
+    "refuse_compressed",
     "replace",
     "sha256_of",
     "text_of",
@@ -165,6 +167,18 @@ def make_folder(folder: Path, kind: type[Wn21kError], advice: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise kind(f"{folder} cannot be created: {first_line(error)}; {advice}") from None
+
+
+def refuse_compressed(path: Path) -> None:
+    """Refuse a file of torch whose parts are compressed, which torch never does: they may be of any size.
+
+    Raises:
+        ValueError: They are.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
+                raise ValueError("its parts are compressed, as torch never writes them")
 
 
 def parse_json(text: str | bytes) -> Any:

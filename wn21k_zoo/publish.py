@@ -83,7 +83,8 @@ def plan_upload(folder: str | os.PathLike[str]) -> dict[Path, int]:
     Raises:
         InvalidArgumentError: There is no such folder.
         ModelError: It lacks a file, or its weights do not fit its configuration.
-        PublishError: It has no card, one that the Hub would refuse, or one that is not UTF-8.
+        PublishError: A file is a link to one elsewhere, or the card is missing, not UTF-8, or one that the Hub would
+            refuse.
     """
     folder = expanded(folder, InvalidArgumentError)
     if not folder.is_dir():
@@ -93,6 +94,9 @@ def plan_upload(folder: str | os.PathLike[str]) -> dict[Path, int]:
         raise WeightsNotFoundError(f"{folder} has no {WEIGHT_FILES[0]}; wn21k export writes it.")
     if not (folder / CARD_FILE).is_file():
         raise PublishError(f"{folder} has no {CARD_FILE}, and a model without a card is of little use to others.")
+    for name in UPLOADED:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise PublishError(f"{folder / name} is a link to a file elsewhere; copy what should be published.")
     build_from_folder(folder, folder / WEIGHT_FILES[0])
     _check_card(folder / CARD_FILE)
     return {folder / name: (folder / name).stat().st_size for name in UPLOADED if (folder / name).is_file()}

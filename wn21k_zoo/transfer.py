@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import os
 import re
 import shutil
 import ssl
@@ -49,6 +50,7 @@ __all__ = [
     "difference",
     "head",
     "new_session",
+    "number_of_bytes",
     "read_text",
     "require_success",
     "transfer",
@@ -160,7 +162,7 @@ def transfer(
     """
     part = target.with_name(f"{target.name}.{expected.version or 'unknown'}{PART_SUFFIX}")
     with _in_cache(target):
-        if expected.version is None:
+        if expected.version is None or part.is_symlink():  # in a shared cache it may lead anywhere
             part.unlink(missing_ok=True)  # it may be a part of another file
         _require_space(part, expected.num_bytes)
     _fetch_body(url, part, expected, headers or {}, patience or Patience(), report or (lambda done, total: None))
@@ -319,8 +321,8 @@ def _attempt(
         require_success(response.status_code, url)
         going_on = bool(start) and _goes_on(response, start, url)
         done = start if going_on else 0
-        length = response.headers.get("Content-Length")
-        total = done + int(length) if length and length.isdigit() else None
+        length = number_of_bytes(response.headers.get("Content-Length"))
+        total = done + length if length is not None else None
         if total is not None and expected.num_bytes is not None and total != expected.num_bytes:
             part.unlink(missing_ok=True)
             raise ChecksumError(
@@ -336,6 +338,11 @@ def _attempt(
                 report(done, total or expected.num_bytes)
         if done != (total if total is not None else expected.num_bytes or done):
             raise BrokenOffError(f"{url} ended after {done:,} of {total or expected.num_bytes:,} bytes.")
+
+
+def number_of_bytes(text: str | None) -> int | None:
+    """Read the number in a header; None if it is none."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text or "") else None  # type: ignore[arg-type]
 
 
 def _chunks(response: requests.Response, url: str, patience: Patience) -> Iterator[bytes]:
@@ -354,7 +361,7 @@ def _chunks(response: requests.Response, url: str, patience: Patience) -> Iterat
 
 def _is_whole(response: requests.Response, part: Path, start: int, expected: Expected) -> bool:
     """Whether a server has nothing to send after ``start`` because the file ends there."""
-    found = re.fullmatch(r"bytes \*/(\d+)", response.headers.get("Content-Range", ""))
+    found = re.fullmatch(r"bytes \*/([0-9]{1,18})", response.headers.get("Content-Range", ""))
     if found:
         return int(found[1]) == start
     return expected.hash is not None and difference(part, sha256_of(part), expected) is None
@@ -363,7 +370,7 @@ def _is_whole(response: requests.Response, part: Path, start: int, expected: Exp
 def _goes_on(response: requests.Response, start: int, url: str) -> bool:
     if response.status_code != 206:
         return False
-    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    found = re.match(r"bytes ([0-9]{1,18})-", response.headers.get("Content-Range", ""))
     if not found or int(found[1]) != start:
         raise DownloadError(f"{url} sends another range than requested; try again later.")
     return True
@@ -400,6 +407,8 @@ def _typed_errors(url: str, patience: Patience) -> Iterator[None]:
         if isinstance(error, requests.ConnectionError):
             raise BrokenOffError(f"{url} cannot be reached; check the network.", no_connection=True) from error
         raise BrokenOffError(f"{url} breaks off ({type(error).__name__}).") from error
+    except ValueError as error:  # of a header that is none
+        raise DownloadError(f"{url} answers what is no HTTP ({first_line(error)}).") from error
 
 
 def about_proxy(error: BaseException) -> str:
@@ -440,10 +449,14 @@ def _in_cache(target: Path) -> Iterator[None]:
         raise CacheError(f"{target} cannot be written ({error.strerror}); set WN21K_CACHE.") from error
 
 
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 @contextlib.contextmanager
 def _writing(part: Path, mode: str) -> Iterator[IO[Any]]:
     try:
-        with part.open(mode) as file:
+        with open(part, mode, opener=_no_link) as file:
             yield file
     except OSError as error:
         if type(error).__module__ != "builtins" or isinstance(error, (ConnectionError, TimeoutError)):

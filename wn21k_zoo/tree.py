@@ -31,7 +31,7 @@ from wn21k_zoo.errors import (
     first_line,
     whole_number,
 )
-from wn21k_zoo.files import expanded
+from wn21k_zoo.files import expanded, refuse_compressed
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace, ordered
 from wn21k_zoo.synsets import WNID_PATTERN, load_nouns
 
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
 __all__ = ["Node", "SemanticTree", "TreeDifference"]
+
+
+_DEEPEST = 64  # levels; WordNet has 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +218,7 @@ class SemanticTree:
         if not path.is_file():
             raise TreeError(f"There is no tree file {path}.")
         try:
+            refuse_compressed(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling damaged or hostile bytes raises all kinds of errors
             raise TreeError(
@@ -225,6 +229,11 @@ class SemanticTree:
         chains = content["class_tree_list"]
         if not isinstance(content["class_list"], (list, tuple)) or not isinstance(chains, (list, tuple)):
             raise TreeError(f"{path} is not a tree file: class_list and class_tree_list are not lists.")
+        if len(chains) != len(content["class_list"]):
+            numbers = f"{len(content['class_list']):,} classes, but {len(chains):,} entries in class_tree_list"
+            raise TreeError(f"{path} has {numbers}.")
+        if not all(isinstance(chain, (list, tuple)) and len(chain) <= _DEEPEST for chain in chains):
+            raise TreeError(f"{path} is not a tree file: class_tree_list does not hold lists of a class's ancestors.")
         if not all(isinstance(chain, (list, tuple)) and all(type(i) is int for i in chain) for chain in chains):
             raise TreeError(f"{path} is not a tree file: class_tree_list does not hold lists of indices.")
         label_space = LabelSpace(path.stem, tuple(content["class_list"]))

@@ -80,3 +80,15 @@ LAYOUTS = {
 def write_layout(name, path, classes):
     LAYOUTS[name](path, classes)
     return path
+
+
+def sparse(name, size):
+    """A member of a GNU tar that consists of a hole."""
+    member = tarfile.TarInfo(name)
+    member.type, member.size = tarfile.GNUTYPE_SPARSE, 512
+    block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    block[386:398], block[398:410] = f"{size - 512:011o}\0".encode(), b"%011o\0" % 512
+    block[483:495] = f"{size:011o}\0".encode()
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + b"x" * 512 + bytes(1024)

@@ -195,7 +195,7 @@ def test_shards_in_folders_are_no_classes(tmp_path):
 @pytest.mark.parametrize("prepared", ["_info.json", ".work/options.json"])
 def test_shards_that_were_prepared_within_a_folder_are_none_of_its_classes(tmp_path, prepared):
     make_folder(tmp_path, images=2, names=("b", "c"))
-    for path in (tmp_path / "a" / "train-00000.tar", tmp_path / "a" / prepared):
+    for path in (tmp_path / "a/train-00000.tar", tmp_path / "a/__index__/train-00000.npy", tmp_path / "a" / prepared):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     assert is_class_folder(tmp_path)
@@ -248,10 +248,10 @@ def test_a_sketch_tells_how_much_two_folders_have_in_common(tmp_path):
 
 def test_a_picture_beside_shards_makes_no_class_of_them(tmp_path):
     make_folder(tmp_path, images=2, names=("cat", "dog"))
-    for others in (("manifest.parquet", "sheet.png"), ("train-00000.tar",)):
-        (tmp_path / "shards").mkdir()
-        for name in ("_info.json", *others):
-            (tmp_path / "shards" / name).touch()
+    for name in ("manifest.parquet", "__index__/train-00000.npy"):
+        (tmp_path / "shards" / "__index__").mkdir(parents=True)
+        for file in ("_info.json", "train-00000.tar", "sheet.png", name):
+            (tmp_path / "shards" / file).touch()
         assert is_class_folder(tmp_path)
         assert open_folder(tmp_path, "all").class_names == ("cat", "dog")
         shutil.rmtree(tmp_path / "shards")

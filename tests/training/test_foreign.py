@@ -18,7 +18,7 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.data import Loader, Squash, Stage, is_class_folder, open_dataset
 from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
 
-from .archives import OUTSIDE, WNIDS, jpeg, make_classes, tar_bytes
+from .archives import OUTSIDE, WNIDS, jpeg, make_classes, sparse, tar_bytes
 from .hub_folder import serve_repository
 from .loading import SIZE, batches
 
@@ -317,3 +317,11 @@ def test_a_damaged_index_is_made_anew(tmp_path):
     before = third.stat().st_mtime_ns
     assert len(open_dataset(folder, label_space="winter21")) == whole
     assert third.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("size", [1 << 34, 1 << 25])
+def test_details_of_an_image_have_a_bound(tmp_path, size):
+    image = tar_bytes({"abc.jpg": b"x"})[:1024]
+    (tmp_path / "train-0000.tar").write_bytes(image + sparse("abc.json", size))
+    with pytest.raises(DataError, match=r"abc\.json is too large for the details of an image"):
+        open_dataset(tmp_path)

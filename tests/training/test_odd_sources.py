@@ -24,7 +24,7 @@ from wn21k_zoo.training.manifest import read_table
 from wn21k_zoo.training.prepare import PrepareOptions, prepare
 from wn21k_zoo.training.shards import MANIFEST_FILE
 
-from .archives import WNIDS, flat_files, jpeg, make_classes, nested_tar, tar_bytes, write_folder, write_layout
+from .archives import WNIDS, flat_files, jpeg, make_classes, nested_tar, sparse, tar_bytes, write_folder, write_layout
 
 OPTIONS = PrepareOptions(min_images=0, val_per_class=2, size=32, shard_size=7)
 
@@ -444,6 +444,16 @@ def test_what_else_lies_beside_tests_is_no_matter(tmp_path, classes, pack):
         assert not {row["name"] for row in rows(tmp_path / f"of {number}")} & {f"{number}.jpg" for number in range(9)}
 
 
+def test_a_stray_class_archive_beside_tests_changes_no_layout(tmp_path, classes):
+    stray = {f"test/{WNIDS[0]}/t.JPEG": jpeg(1), f"test/{WNIDS[0]}.tar": tar_bytes({"s.JPEG": jpeg(2)})}
+    for number, more in enumerate(({}, {f"{WNIDS[1]}.tar": tar_bytes({"s.JPEG": jpeg(2)})})):
+        (tmp_path / f"{number}.tar").write_bytes(tar_bytes(stray | more | flat_files(classes, "")))
+        make(tmp_path / f"{number}.tar", tmp_path / f"out{number}")
+        assert {row["name"] for row in rows(tmp_path / f"out{number}")} == {
+            name for each in classes.values() for name in each
+        }
+
+
 def test_what_is_still_damaged_costs_no_finished_shard(tmp_path, classes, monkeypatch):
     source = write_layout("tars", tmp_path / "in", classes)
     one = source / f"{WNIDS[1]}.tar"
@@ -589,19 +599,6 @@ def test_finished_work_that_is_damaged_is_done_again(tmp_path, classes, referenc
     assert contents(tmp_path / "out") == reference
 
 
-def test_what_was_cut_off_between_two_files_is_told(tmp_path, classes, caplog):
-    whole = tar_bytes(flat_files(classes, ""))
-    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
-        last = archive.getmembers()[-1].offset
-    (tmp_path / "in.tar").write_bytes(whole[:last])
-    make(tmp_path / "in.tar", tmp_path / "out")
-    assert "in.tar does not end as archives do; it may not have been fetched whole" in caplog.text
-    caplog.clear()
-    (tmp_path / "in.tar").write_bytes(whole)
-    make(tmp_path / "in.tar", tmp_path / "again")
-    assert not caplog.text
-
-
 def test_what_the_disk_fails_to_read_is_not_deleted(tmp_path, classes, monkeypatch):
     source, calls = write_layout("folders", tmp_path / "in", classes), []
 
@@ -625,8 +622,10 @@ def test_a_source_whose_archives_were_deleted_needs_no_more_work(tmp_path, class
     for path in source.iterdir():
         path.unlink()
     assert make(source, tmp_path / "out") == info
-    with pytest.raises(DataSourceError):
-        make(source, tmp_path / "other")
+    for wrong in (source, tmp_path / "note.txt"):
+        (tmp_path / "note.txt").write_text("x")
+        with pytest.raises(DataSourceError):
+            make(wrong, tmp_path / ("other" if wrong == source else "out"))
 
 
 def test_progress_ends_at_its_total(tmp_path, classes):
@@ -651,3 +650,13 @@ def test_a_checksum_that_was_wrong_is_forgotten_with_what_was_read(tmp_path, cla
     source.write_bytes(whole)
     make(source, tmp_path / "out", allow_truncated=True)
     assert contents(tmp_path / "out") == reference
+
+
+@pytest.mark.parametrize("name", [f"{WNIDS[0]}.tar", f"{WNIDS[0]}/a.jpg"])
+def test_holes_are_not_copied_out_of_compressed_archives(tmp_path, name):
+    (tmp_path / "in.tar.gz").write_bytes(gzip.compress(sparse(name, 1 << 32)))
+    with pytest.raises(DataSourceError, match="was packed with holes"):
+        make(tmp_path / "in.tar.gz", tmp_path / "out")
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 1 << 20
+    with pytest.raises(DataSourceError, match="was packed with holes"):
+        count(tmp_path / "in.tar.gz", OPTIONS, workers=1)

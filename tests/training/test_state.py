@@ -416,3 +416,10 @@ def test_damaged_bytes_of_the_lines_are_left_out(tmp_path):
     folder = RunFolder(tmp_path)
     folder.metrics.write_bytes(b'{"kind": "train", "step": 6}\n{"kind": "tr\xff\x00')
     assert read_lines(folder.metrics) == [{"kind": "train", "step": 6}]
+
+
+def test_figures_that_are_no_numbers_are_none(tmp_path):
+    large = "1" + "0" * 400
+    lines = [f'{{"kind": "train", "step": 1, "loss": {value}}}' for value in (large, "1e400", "NaN", "1e308", "2.5")]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, f'{{"kind": "train", "step": {large}}}']))
+    assert [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")] == [None] * 4 + [2.5]

@@ -144,6 +144,18 @@ def test_a_data_set_names_no_file_outside_of_its_folder(shards, tmp_path, name):
             open_dataset(place)
 
 
+@pytest.mark.parametrize("target", [-5, 10**6])
+def test_a_damaged_index_gives_no_other_classes(shards, tmp_path, target):
+    shutil.copytree(shards, tmp_path / "copy")
+    path = tmp_path / "copy" / "__index__" / "train-00000.npy"
+    index = np.load(path)
+    for changed in (index[:-1], index):
+        np.save(path, changed)
+        index["target"][0] = target
+        with pytest.raises(DataError, match=r"does not fit its shard|outside the label space"):
+            open_dataset(tmp_path / "copy", label_space="winter21", stage=Stage(tmp_path / "stage"))
+
+
 @pytest.mark.parametrize("name", ["../evil.pth", "a/../../evil.pth", "a/../b/evil.pth", "/evil.pth"])
 def test_nothing_is_written_outside_of_the_stage(tmp_path, name):
     stage = Stage(tmp_path / "stage")

@@ -161,7 +161,7 @@ def print_table(
     elif chosen == "csv":
         writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(map(_cells, rows))
     else:
         from rich import box
         from rich.table import Column, Table
@@ -236,7 +236,7 @@ class ResultWriter:
             if not isinstance(result, Wn21kError):
                 _print_prediction(self._console, result)
         elif self.format == "csv":
-            self._csv.writerows(_csv_rows(source, result))
+            self._csv.writerows(map(_cells, _csv_rows(source, result)))
         else:
             value = error_to_dict(source, result) if isinstance(result, Wn21kError) else result.to_dict()
             if self.format == "json":
@@ -251,6 +251,13 @@ class ResultWriter:
         """End the JSON array."""
         if self.format == "json":
             sys.stdout.write("\n]\n" if self._count else "]\n")
+
+
+def _cells(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of a CSV; on a terminal no control characters take effect."""
+    if not sys.stdout.isatty():
+        return row
+    return {name: printable(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def _csv_rows(source: str | None, result: Prediction | Wn21kError) -> Iterator[dict[str, Any]]:

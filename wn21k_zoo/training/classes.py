@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
@@ -16,7 +15,7 @@ from wn21k_zoo.errors import DataSourceError
 from wn21k_zoo.files import atomic_file, visible
 from wn21k_zoo.training.encode import BadImageError, store_image
 from wn21k_zoo.training.extra import cv2, pa, pq
-from wn21k_zoo.training.manifest import PART_SCHEMA, ClassResult, Decision, shown
+from wn21k_zoo.training.manifest import DAMAGES, PART_SCHEMA, ClassResult, Decision, shown
 from wn21k_zoo.training.options import PrepareOptions, disk_full_as_error
 from wn21k_zoo.training.shards import encode_record, sample_hash
 from wn21k_zoo.training.sources import LINKED_FOLDER, ClassSource, Member, member_reader, read_members
@@ -46,11 +45,15 @@ def finished_classes(folder: Path) -> list[ClassResult]:
     """Return the results of all classes that are finished in ``folder``; what is damaged is not finished."""
     results = []
     for part in visible(folder, "*.parquet"):
-        arrows = (OSError, ValueError, KeyError, pa.lib.ArrowException)
-        with part.open("rb") as file, contextlib.suppress(TypeError, *arrows):
-            result = ClassResult(**json.loads((pq.read_schema(file).metadata or {})[_RESULT_KEY]))
-            if result.name == part.stem:
-                results.append(result)
+        try:
+            with part.open("rb") as file:
+                result = ClassResult(**json.loads((pq.read_schema(file).metadata or {})[_RESULT_KEY]))
+        except (TypeError, *DAMAGES) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's; the file may be whole
+                raise
+            continue
+        if result.name == part.stem:
+            results.append(result)
     return results
 
 

@@ -26,6 +26,7 @@ from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.training.foreign import convert_parquet, index_parquet, index_tar, split_of
 from wn21k_zoo.training.shards import (
+    INDEX_DTYPE,
     INFO_FILE,
     OPTIONS_FILE,
     WORK_FOLDER,
@@ -372,10 +373,14 @@ def _open_ours(
     if space.digest == own.digest:
         return ShardedDataset(storage=storage, split=split, label_space=space, stage=stage, shards=refs)
     mapped = np.array([space.index.get(wnid, -1) for wnid in own.wnids], np.int32)
+    samples = {ref.name: ref.num_samples for ref in refs}
 
     def build(name: str) -> NDArray[np.void]:
         with storage.open(index_path(Path(name)).as_posix()) as file:
             index: NDArray[np.void] = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        if index.dtype != INDEX_DTYPE or index.shape != (samples[name],):
+            raise DataError(f"The index of {name} of {storage.url} does not fit its shard; fetch it again.")
+        count_targets([(name, index["target"])], len(own))
         index["target"] = mapped[index["target"]]
         return index[index["target"] >= 0]
 

@@ -39,6 +39,9 @@ def split_of(name: str) -> str | None:
     return None
 
 
+_DETAILS = 1 << 24  # bytes
+
+
 def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray[np.void]:
     """Index the samples of a WebDataset tar whose synset is in ``classes``, dtype :data:`INDEX_DTYPE`.
 
@@ -75,6 +78,8 @@ def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray
                 if kind.lower() in _IMAGE_KINDS:
                     image = (member.offset_data, member.size)
                 elif kind == "json" and not wnid:
+                    if member.issparse() or member.size > _DETAILS:
+                        raise DataError(f"{name}: {member.name} is too large for the details of an image.")
                     extracted: Any = archive.extractfile(member)
                     wnid = _synset_in(parse_json(extracted.read()))
             finish()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from wn21k_zoo.errors import DataOutputError
 from wn21k_zoo.files import atomic_file, visible, write_whole
 from wn21k_zoo.training.extra import pa, pc, pq
-from wn21k_zoo.training.manifest import MANIFEST_SCHEMA, ClassResult, read_table
+from wn21k_zoo.training.manifest import DAMAGES, MANIFEST_SCHEMA, ClassResult, read_table
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error
 from wn21k_zoo.training.shards import (
     BLOCK,
@@ -158,7 +158,7 @@ def read_part(work: Path, name: str, columns: list[str] | None = None) -> pa.Tab
             return table
     except FileNotFoundError:
         raise _damaged(path) from None
-    except (OSError, ValueError, KeyError, pa.lib.ArrowException) as error:  # Arrow has all of them
+    except DAMAGES as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's; the file may be whole
             raise
     path.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from wn21k_zoo.messages import printable
 from wn21k_zoo.training.extra import pa, pq
 
 __all__ = [
+    "DAMAGES",
     "MANIFEST_SCHEMA",
     "PART_SCHEMA",
     "PUBLISHED_TOTALS",
@@ -59,6 +60,8 @@ PART_SCHEMA = pa.schema(
 )
 
 
+# What Arrow raises for a damaged file; an OSError has no number then.
+DAMAGES = (OSError, ValueError, KeyError, pa.lib.ArrowNotImplementedError)
 Decision = Literal["kept", "outside the label space", "too few images", "damaged archive"]
 
 

@@ -120,6 +120,8 @@ def _started(
             reorder_head(module, torch.tensor([at[name] for name in class_names]))
         except RecipeError:  # its classifier is no linear layer, so it needs a new one
             keeps = False
+            if os.environ.get("RANK", "0") == "0":
+                _LOG.warning("the classifier of model.start %s has another order and no rows: a new one is used", start)
             cast(Any, module).reset_classifier(len(class_names))
     architecture = str(cast(Any, module).pretrained_cfg.get("architecture", "")).removeprefix(registry.TIMM_PREFIX)
     if architecture and architecture != recipe.model.architecture:

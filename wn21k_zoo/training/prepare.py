@@ -101,12 +101,9 @@ def prepare(
     shutil.rmtree(output / _WORK_DONE, ignore_errors=True)
     options = options or PrepareOptions()
     is_complete = (output / INFO_FILE).is_file() and not (output / WORK_FOLDER).exists()
-    try:
-        opened = open_source(source)
-    except DataSourceError:  # it may have been deleted since
-        if not is_complete:
-            raise
+    if is_complete and _is_gone(source):
         return _complete(output, options, None, resume, allow_truncated)
+    opened = open_source(source)
     options = options.of(opened)
     recorded = _recorded(options, opened.is_split, opened.is_resized)
     if is_complete:
@@ -152,10 +149,15 @@ def _lacks(cut_off: CutOffError | None, results: Iterable[ClassResult], options:
     return f"class archives or folders that were damaged: {damaged:,}" if damaged else ""
 
 
+def _is_gone(source: Path) -> bool:
+    """Whether a source, or all that was in its folder, was deleted."""
+    return not source.exists() or (source.is_dir() and all(_is_the_systems(entry.name) for entry in source.iterdir()))
+
+
 def _complete(
     output: Path, options: PrepareOptions, recorded: dict[str, Any] | None, resume: bool, allow_truncated: bool
 ) -> DatasetInfo:
-    """Return what a complete output says of itself; without ``recorded`` its source cannot be read.
+    """Return what a complete output says of itself; without ``recorded`` its source is gone.
 
     Raises:
         DataOutputError: It was made with other options, or the caller wants to make it anew or of a whole source.

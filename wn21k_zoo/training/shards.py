@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 
 from wn21k_zoo.errors import DataError, Wn21kError, first_line
 from wn21k_zoo.files import atomic_file, local_path, parse_json
-from wn21k_zoo.images import IMAGE_SUFFIXES
 from wn21k_zoo.labels import LabelSpace
 
 __all__ = [
@@ -228,11 +227,9 @@ def is_unfinished(folder: Path) -> bool:
 
 def is_prepared(folder: Path) -> bool:
     """Whether a folder is an output of ``wn21k data prepare``, finished or not, whatever else lies in it."""
-    is_whole = False
-    if os.path.isfile(folder / INFO_FILE):  # noqa: PTH113
-        names = [path.name.lower() for path in folder.iterdir()]
-        of_shards, of_images = (any(name.endswith(suffixes) for name in names) for suffixes in (".tar", IMAGE_SUFFIXES))
-        is_whole = MANIFEST_FILE in names or (of_shards and not of_images)
+    is_whole = os.path.isfile(folder / INFO_FILE) and (  # noqa: PTH113
+        os.path.isfile(folder / MANIFEST_FILE) or os.path.isdir(folder / INDEX_FOLDER)  # noqa: PTH112, PTH113
+    )
     return is_whole or is_unfinished(folder)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import stat
 import tarfile
@@ -48,7 +47,6 @@ _SPLIT_FOLDERS = {
 _RESIZED = ("imagenet21k_train", "imagenet21k_val")
 _TEST_FOLDER = "test"  # neither for training nor for validation
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
-_LOG = logging.getLogger(__name__)
 LINKED_FOLDER = "a link to a folder, which is not followed"
 TO_READ = "fetch it to this machine, or mount it, and name its path."
 _NOTED = 1000
@@ -154,8 +152,6 @@ def open_source(path: Path) -> Source:
         raise DataSourceError(f"{path} is not a readable tar archive ({error}); name {_LAYOUTS}.") from None
     if member is None:
         raise DataSourceError(f"{path} is empty; name {_LAYOUTS}.")
-    if not compressed and not _has_end(path):
-        _LOG.warning("%s does not end as archives do; it may not have been fetched whole", path)
     nested, above = first.endswith(".tar"), PurePosixPath(first).parts[:-1]
     place = functools.partial(_place, has_tests=has_tests)
     if not nested and place(first) is None and _SMALL_CLASSES not in above:
@@ -184,25 +180,21 @@ def _outside_tests(path: Path) -> str | None:
     Raises:
         CutOffError, OSError: It cannot be read up to there, so nobody knows.
     """
+    of_archive: str | None = None  # which may be a stray one beside class folders
     with tar_stream(path) as (archive, _):
         for member in members_of(archive):
-            is_small = _SMALL_CLASSES in PurePosixPath(member.name).parts
-            if member.isfile() and (is_small or _class_of_archive(member.name) or _place(member.name, has_tests=True)):
+            parts = PurePosixPath(member.name).parts
+            if member.isfile() and (_SMALL_CLASSES in parts or _place(member.name, has_tests=True)):
                 return member.name
-    return None
+            if member.isfile() and _class_of_archive(member.name) and _TEST_FOLDER not in parts:
+                of_archive = of_archive or member.name
+    return of_archive
 
 
 def _class_of_archive(name: str) -> str | None:
     """The class of a class archive, by its name; None if it is none."""
     stem = PurePosixPath(name).name.removesuffix(".tar")
     return stem if name.endswith(".tar") and WNID_PATTERN.fullmatch(stem) else None
-
-
-def _has_end(path: Path) -> bool:
-    """Whether a tar ends with a block of zeros; one that was cut off between two files does not."""
-    with path.open("rb") as file:
-        file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
-        return not file.read().strip(b"\0")
 
 
 def read_members(source: ClassSource) -> Iterator[Member]:
@@ -487,6 +479,12 @@ def _refuse_scattered(name: str, seen: set[str], path: Path) -> None:
     seen.add(name)
 
 
+def _refuse_sparse(member: tarfile.TarInfo, path: Path) -> None:
+    """Refuse what would have to be copied out with its holes: a few bytes may stand for a whole disk of zeros."""
+    if member.issparse():
+        raise DataSourceError(f"{path}: {member.name} was packed with holes (tar --sparse); pack it anew without.")
+
+
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(path, mode="r:", tarinfo=Header) as archive:
@@ -511,6 +509,7 @@ def _compressed_nested(
             _refuse_scattered(stem, seen, path)
             if not wanted(stem):
                 continue
+            _refuse_sparse(member, path)
             file: Any = archive.extractfile(member)
             copy = spool / f"{stem}.tar"
             size = 0
@@ -562,5 +561,6 @@ def _compressed_flat(
                     if wanted(one.name):
                         copy = copies.enter_context(tarfile.open(spool / f"{one.name}.tar", "w:"))
             if copy is not None:
+                _refuse_sparse(member, path)
                 copy.addfile(member, archive.extractfile(member) if member.isreg() else None)
         yield from finish()

@@ -26,7 +26,16 @@ from typing import Any
 
 from wn21k_zoo.errors import RecipeError, RunError, UnknownLabelSpaceError, first_line
 from wn21k_zoo.exclusive import exclusive
-from wn21k_zoo.files import RECIPE_FILE, expanded, is_hidden, is_run, make_folder, parse_json, replace
+from wn21k_zoo.files import (
+    RECIPE_FILE,
+    expanded,
+    is_hidden,
+    is_run,
+    make_folder,
+    parse_json,
+    refuse_compressed,
+    replace,
+)
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.recipe import Recipe
 from wn21k_zoo.training.status import ELSEWHERE, STATUS_FILE, read_status, write_status, write_text
@@ -310,14 +319,20 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without what a killed process left half-written."""
+    """The lines of metrics.jsonl, without what a killed process left half-written, nor numbers that are none."""
     lines: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             value = parse_json(line)
-            if isinstance(value, dict) and isinstance(value.get("kind"), str) and isinstance(value.get("step"), int):
-                lines.append(value)
+            if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+                continue
+            if isinstance(step := value.get("step"), int) and -(2**63) <= step < 2**63:
+                lines.append({name: None if _is_no_figure(figure) else figure for name, figure in value.items()})
     return lines
+
+
+def _is_no_figure(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not -1e30 < value < 1e30
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -351,6 +366,7 @@ def _is_whole(path: Path) -> bool:
         OSError: It cannot be read.
     """
     try:
+        refuse_compressed(path)
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
     except Exception as error:  # zipfile and zlib raise many kinds of errors

@@ -156,6 +156,7 @@ class Stage:
     def _make(self, path: Path, make: Callable[[Path], None], sha256: str | None) -> None:
         temporary = path.with_name(f".{path.name}.tmp")
         try:
+            temporary.unlink(missing_ok=True)  # a link would be written through
             make(temporary)
             if sha256 is not None:
                 got = sha256_of(temporary)
