@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import pickle
+import pickletools
 import subprocess
 import zipfile
 
@@ -262,6 +263,18 @@ def test_compressed_files_of_torch_are_refused(tmp_path, suffix):
         read_state_dict(path)
     with pytest.raises(TreeError, match="its parts are compressed"):
         SemanticTree.from_published(path)
+
+
+def test_numbers_that_are_not_in_the_file_are_not_made_up(tmp_path):
+    file = io.BytesIO()
+    torch.save({"a": torch.zeros(10_000)}, file, _use_new_zipfile_serialization=False)
+    file.seek(0)
+    for _ in range(4):  # two numbers of the format, of the machine, and of the tensor
+        pickletools.dis(file, io.StringIO())
+    claimed = file.getvalue()[: file.tell()].replace(b"M" + (10_000).to_bytes(2, "little"), b"M\xff\xff")
+    (tmp_path / "x.pth").write_bytes(claimed + pickle.dumps([], 2))  # no storages follow
+    with pytest.raises(ConversionError, match="claims more numbers than are in it"):
+        read_state_dict(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize(

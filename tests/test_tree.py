@@ -382,3 +382,12 @@ def test_tree_files_with_endless_lists_are_refused_at_once(tmp_path, chains):
     torch.save({"class_list": ["n02121808", "n02084071"], "class_tree_list": chains}, tmp_path / "x.pth")
     with pytest.raises(TreeError, match="class_tree_list"):
         SemanticTree.from_published(tmp_path / "x.pth")
+
+
+def test_tree_files_whose_classes_are_endless_are_refused_at_once(tmp_path):
+    wnid = ("n02121808",)
+    for _ in range(40):
+        wnid = (wnid, wnid)
+    torch.save({"class_list": [wnid], "class_tree_list": [[0]]}, tmp_path / "x.pth")
+    with pytest.raises(TreeError, match="class_list does not hold WordNet ids"):
+        SemanticTree.from_published(tmp_path / "x.pth")

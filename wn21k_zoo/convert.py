@@ -159,6 +159,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
             raise ConversionError(f"{path}: the entry {key!r:.100} is a {type(value).__name__}, not a named tensor.")
         if not _is_plain(value):
             raise ConversionError(f"{path}: the entry {key!r:.100} is no plain tensor of numbers that are in the file.")
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in content.values()}
+    if sum(storages.values()) > path.stat().st_size:  # torch may leave what it does not find uninitialised
+        raise ConversionError(f"{path} claims more numbers than are in it; fetch it again.")
     return dict(content)
 
 

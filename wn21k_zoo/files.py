@@ -170,7 +170,7 @@ def make_folder(folder: Path, kind: type[Wn21kError], advice: str) -> None:
 
 
 def refuse_compressed(path: Path) -> None:
-    """Refuse a file of torch whose parts are compressed, which torch never does: they may be of any size.
+    """Refuse a file whose parts are compressed, as ``torch.save`` never does: they may be of any size.
 
     Raises:
         ValueError: They are.
@@ -178,7 +178,7 @@ def refuse_compressed(path: Path) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
-                raise ValueError("its parts are compressed, as torch never writes them")
+                raise ValueError("its parts are compressed, unlike those that torch.save writes")
 
 
 def parse_json(text: str | bytes) -> Any:

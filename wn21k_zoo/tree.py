@@ -227,10 +227,13 @@ class SemanticTree:
         if not isinstance(content, dict) or not {"class_list", "class_tree_list"} <= content.keys():
             raise TreeError(f"{path} is not a tree file: it has no entries class_list and class_tree_list.")
         chains = content["class_tree_list"]
-        if not isinstance(content["class_list"], (list, tuple)) or not isinstance(chains, (list, tuple)):
+        wnids = content["class_list"]
+        if not isinstance(wnids, (list, tuple)) or not isinstance(chains, (list, tuple)):
             raise TreeError(f"{path} is not a tree file: class_list and class_tree_list are not lists.")
-        if len(chains) != len(content["class_list"]):
-            numbers = f"{len(content['class_list']):,} classes, but {len(chains):,} entries in class_tree_list"
+        if not all(isinstance(wnid, str) for wnid in wnids):
+            raise TreeError(f"{path} is not a tree file: class_list does not hold WordNet ids.")
+        if len(chains) != len(wnids):
+            numbers = f"{len(wnids):,} classes, but {len(chains):,} entries in class_tree_list"
             raise TreeError(f"{path} has {numbers}.")
         if not all(
             isinstance(chain, (list, tuple)) and len(chain) <= _DEEPEST and all(type(i) is int for i in chain)
@@ -239,7 +242,7 @@ class SemanticTree:
             raise TreeError(
                 f"{path} is not a tree file: class_tree_list does not hold lists of at most {_DEEPEST} indices."
             )
-        label_space = LabelSpace(path.stem, tuple(content["class_list"]))
+        label_space = LabelSpace(path.stem, tuple(wnids))
         return cls(label_space, _parents_from_chains(chains, len(label_space), path))
 
     # Shape

@@ -26,6 +26,7 @@ from wn21k_zoo.training.shards import MANIFEST_FILE
 
 from .archives import WNIDS, flat_files, jpeg, make_classes, nested_tar, sparse, tar_bytes, write_folder, write_layout
 
+HOLES = "refused: a link, a device, or packed with holes"
 OPTIONS = PrepareOptions(min_images=0, val_per_class=2, size=32, shard_size=7)
 
 
@@ -304,7 +305,7 @@ def test_links_and_pipes_in_folders_and_holes_in_tars_are_refused(tmp_path, capl
     pipe = "refused: a pipe or device, not a file"
     assert names.pop("pipe.jpg", pipe) == pipe
     assert names == {
-        "0.png": None, "1.png": None, "2.png": None, "a.bmp": "refused: a file that was packed with holes",
+        "0.png": None, "1.png": None, "2.png": None, "a.bmp": HOLES,
         "linked": "a link to a folder, which is not followed",
     }  # fmt: skip
     assert caplog.text.count("1 links to folders within classes are not followed") == 1
@@ -622,6 +623,9 @@ def test_a_source_whose_archives_were_deleted_needs_no_more_work(tmp_path, class
     for path in source.iterdir():
         path.unlink()
     assert make(source, tmp_path / "out") == info
+    shutil.copytree(tmp_path / "out", source / "prepared")
+    assert make(source, source / "prepared") == info
+    shutil.rmtree(source / "prepared")
     for wrong in (source, tmp_path / "note.txt"):
         (tmp_path / "note.txt").write_text("x")
         with pytest.raises(DataSourceError):
@@ -652,11 +656,46 @@ def test_a_checksum_that_was_wrong_is_forgotten_with_what_was_read(tmp_path, cla
     assert contents(tmp_path / "out") == reference
 
 
-@pytest.mark.parametrize("name", [f"{WNIDS[0]}.tar", f"{WNIDS[0]}/a.jpg"])
-def test_holes_are_not_copied_out_of_compressed_archives(tmp_path, name):
-    (tmp_path / "in.tar.gz").write_bytes(gzip.compress(sparse(name, 1 << 32)))
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_file_with_holes_is_refused_and_moves_no_other_to_another_class(tmp_path, classes, pack):
+    whole = tar_bytes(flat_files(classes, ""))
+    second = whole.index(f"{WNIDS[1]}/".encode())
+    for size in (4096, 1 << 32):
+        holes = [sparse(f"{WNIDS[0]}/{name}", size)[:-1024] for name in ("note.txt", "z.jpg")]
+        (tmp_path / "in.tar").write_bytes(pack(whole[:second] + b"".join(holes) + whole[second:]))
+        make(tmp_path / "in.tar", tmp_path / f"{size}", max_bad=1)
+        found = sorted((row["synset"], row["name"], row["reason"]) for row in rows(tmp_path / f"{size}"))
+        images = [(wnid, name, None) for wnid, images in classes.items() for name in images]
+        assert found == sorted([*images, *((WNIDS[0], f"{WNIDS[0]}/{name}", HOLES) for name in ("note.txt", "z.jpg"))])
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_class_archive_with_holes_is_refused(tmp_path, pack):
+    (tmp_path / "in.tar").write_bytes(pack(sparse(f"{WNIDS[0]}.tar", 1 << 32)))
     with pytest.raises(DataSourceError, match="was packed with holes"):
-        make(tmp_path / "in.tar.gz", tmp_path / "out")
+        make(tmp_path / "in.tar", tmp_path / "out")
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 1 << 20
     with pytest.raises(DataSourceError, match="was packed with holes"):
-        count(tmp_path / "in.tar.gz", OPTIONS, workers=1)
+        count(tmp_path / "in.tar", OPTIONS, workers=1)
+
+
+@pytest.mark.parametrize("about", [{"GNU.sparse.map": "x"}, {"GNU.sparse.size": "x"}, {"GNU.sparse.realsize": "abc"}])
+def test_damaged_lists_of_holes_are_errors_of_the_source(tmp_path, about):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        member = tarfile.TarInfo(f"{WNIDS[0]}/a.jpg")
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", **about}
+        archive.addfile(member)
+    (tmp_path / "in.tar").write_bytes(file.getvalue())
+    with pytest.raises(DataSourceError, match="damaged or was not fetched whole"):
+        make(tmp_path / "in.tar", tmp_path / "out")
+
+
+def test_an_archive_that_begins_with_tests_may_be_cut_off(tmp_path, classes):
+    tests = tar_bytes({f"test/{WNIDS[0]}/t.JPEG": jpeg(1)}).rstrip(b"\0")
+    whole = tests + bytes(-len(tests) % 512) + nested_tar(classes)
+    (tmp_path / "in.tar.gz").write_bytes(gzip.compress(whole.rstrip(b"\0"))[:-300])
+    make(tmp_path / "in.tar.gz", tmp_path / "out", allow_truncated=True)
+    found = {row["name"] for row in rows(tmp_path / "out")}
+    assert found
+    assert found < {name for images in classes.values() for name in images}

@@ -75,10 +75,13 @@ def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray
                     finish()
                     key, image = str(path.parent / stem), None
                     wnid = _synset(stem, path.parent)
-                if kind.lower() in _IMAGE_KINDS:
+                is_image = kind.lower() in _IMAGE_KINDS
+                if (is_image or kind == "json") and member.issparse():
+                    raise DataError(f"{name}: {member.name} was packed with holes (tar --sparse).")
+                if is_image:
                     image = (member.offset_data, member.size)
                 elif kind == "json" and not wnid:
-                    if member.issparse() or member.size > _DETAILS:
+                    if member.size > _DETAILS:
                         raise DataError(f"{name}: {member.name} is too large for the details of an image.")
                     extracted: Any = archive.extractfile(member)
                     wnid = _synset_in(parse_json(extracted.read()))

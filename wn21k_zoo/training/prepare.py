@@ -37,7 +37,16 @@ from wn21k_zoo.training.extra import cv2, pa, pc
 from wn21k_zoo.training.gather import read_part, write_manifest, write_shards
 from wn21k_zoo.training.manifest import ClassResult, classes_csv, summary
 from wn21k_zoo.training.options import PrepareOptions, Progress, Tasks, disk_full_as_error, warn_of_unused
-from wn21k_zoo.training.shards import INDEX_FOLDER, INFO_FILE, OPTIONS_FILE, WORK_FOLDER, DatasetInfo, Shard, read_info
+from wn21k_zoo.training.shards import (
+    INDEX_FOLDER,
+    INFO_FILE,
+    OPTIONS_FILE,
+    WORK_FOLDER,
+    DatasetInfo,
+    Shard,
+    is_prepared,
+    read_info,
+)
 from wn21k_zoo.training.sources import TO_READ, ClassSource, Source, is_readable, open_source
 from wn21k_zoo.training.tars import CorruptError, CutOffError
 from wn21k_zoo.training.tasks import Engine
@@ -150,8 +159,12 @@ def _lacks(cut_off: CutOffError | None, results: Iterable[ClassResult], options:
 
 
 def _is_gone(source: Path) -> bool:
-    """Whether a source, or all that was in its folder, was deleted."""
-    return not source.exists() or (source.is_dir() and all(_is_the_systems(entry.name) for entry in source.iterdir()))
+    """Whether a source, or all that was in its folder but prepared data, was deleted."""
+    with contextlib.suppress(OSError):  # which opening it explains
+        if not source.is_dir():
+            return not source.exists()
+        return all(_is_the_systems(entry.name) or is_prepared(entry) for entry in source.iterdir())
+    return False
 
 
 def _complete(

@@ -131,13 +131,13 @@ def open_source(path: Path) -> Source:
     Raises:
         DataSourceError: Nothing is there, or the layout is not a known one.
     """
-    if path.is_dir():
-        try:
+    try:
+        if path.is_dir():
             return _open_folder(path)
-        except OSError as error:
-            raise DataSourceError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
-    if not path.exists():
-        raise DataSourceError(f"{path} does not exist; name {_LAYOUTS}.")
+        if not path.exists():
+            raise DataSourceError(f"{path} does not exist; name {_LAYOUTS}.")
+    except OSError as error:
+        raise DataSourceError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
     try:
         with tar_stream(path) as (archive, raw):
             compressed = archive.fileobj is not raw
@@ -181,13 +181,17 @@ def _outside_tests(path: Path) -> str | None:
         CutOffError, OSError: It cannot be read up to there, so nobody knows.
     """
     of_archive: str | None = None  # which may be a stray one beside class folders
-    with tar_stream(path) as (archive, _):
-        for member in members_of(archive):
-            parts = PurePosixPath(member.name).parts
-            if member.isfile() and (_SMALL_CLASSES in parts or _place(member.name, has_tests=True)):
-                return member.name
-            if member.isfile() and _class_of_archive(member.name) and _TEST_FOLDER not in parts:
-                of_archive = of_archive or member.name
+    try:
+        with tar_stream(path) as (archive, _):
+            for member in members_of(archive):
+                parts = PurePosixPath(member.name).parts
+                if member.isfile() and (_SMALL_CLASSES in parts or _place(member.name, has_tests=True)):
+                    return member.name
+                if member.isfile() and _class_of_archive(member.name) and _TEST_FOLDER not in parts:
+                    of_archive = of_archive or member.name
+    except CutOffError:
+        if of_archive is None:
+            raise
     return of_archive
 
 
@@ -226,10 +230,8 @@ def _tar_member(source: ClassSource, member: tarfile.TarInfo) -> Iterator[Member
     offset = source.offset + member.offset_data
     if member.name.startswith("/") or ".." in member.name.split("/"):
         yield Member(member.name, source.path, offset, member.size, "refused: its path leaves its folder")
-    elif not member.isreg():
-        yield Member(member.name, source.path, offset, member.size, "refused: a link or device, not a file")
-    elif member.issparse():
-        yield Member(member.name, source.path, offset, member.size, "refused: a file that was packed with holes")
+    elif not member.isreg() or member.issparse():
+        yield Member(member.name, source.path, offset, member.size, "refused: a link, a device, or packed with holes")
     elif _is_image(name) and not any(map(is_hidden, inner.split("/"))):
         yield Member(name, source.path, offset, member.size, inner=inner)
 
@@ -421,8 +423,10 @@ def _plain_nested(
     del spool
     size = path.stat().st_size
     seen: set[str] = set()
-    for member in _headers(path):
+    for member, _ in _headers(path):
         stem = _class_of_archive(member.name)
+        if stem is not None:
+            _refuse_sparse(member, path)
         end = member.offset_data + member.size
         if end > size:
             raise CutOffError(f"{path} ends within {member.name}: it was not fetched whole.")
@@ -457,7 +461,7 @@ def _plain_flat(
             if wanted(one.name):
                 yield one
 
-    for member in _headers(path):
+    for member, next_header in _headers(path):
         if not member.isdir():
             here = place_of(member.name)
             if here is None:
@@ -465,7 +469,7 @@ def _plain_flat(
             if here != place:
                 yield from run()
                 place, begin = here, member.offset
-        end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        end = next_header
         if end > size:
             raise CutOffError(f"{path} ends within {member.name}: it was not fetched whole.")
     yield from run()
@@ -480,15 +484,16 @@ def _refuse_scattered(name: str, seen: set[str], path: Path) -> None:
 
 
 def _refuse_sparse(member: tarfile.TarInfo, path: Path) -> None:
-    """Refuse what would have to be copied out with its holes: a few bytes may stand for a whole disk of zeros."""
+    """Refuse a class archive with holes: a few bytes may stand for a whole disk of zeros."""
     if member.issparse():
         raise DataSourceError(f"{path}: {member.name} was packed with holes (tar --sparse); pack it anew without.")
 
 
-def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
+def _headers(path: Path) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Each header, and where the next one begins."""
     try:
         with tarfile.open(path, mode="r:", tarinfo=Header) as archive:
-            yield from members_of(archive)
+            yield from ((member, archive.offset) for member in members_of(archive))
     except tarfile.TarError as error:
         raise CutOffError(f"{path} is damaged or was not fetched whole: {error}.") from None
     except OSError as error:
@@ -561,6 +566,8 @@ def _compressed_flat(
                     if wanted(one.name):
                         copy = copies.enter_context(tarfile.open(spool / f"{one.name}.tar", "w:"))
             if copy is not None:
-                _refuse_sparse(member, path)
+                if member.issparse():  # a few bytes may stand for a whole disk of zeros; as a link it is refused later
+                    member = tarfile.TarInfo(member.name)
+                    member.type = tarfile.SYMTYPE
                 copy.addfile(member, archive.extractfile(member) if member.isreg() else None)
         yield from finish()

@@ -62,7 +62,7 @@ class Header(tarfile.TarInfo):
             found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         except RecursionError:
             raise tarfile.ReadError("too many headers describe one member") from None
-        except tarfile.HeaderError as error:
+        except (tarfile.HeaderError, ValueError, IndexError) as error:  # the latter of where a sparse file has data
             raise tarfile.ReadError(str(error)) from None
         if found.size < 0:  # as another header says
             raise tarfile.ReadError(f"a header has {found.size:,} bytes")
