@@ -86,6 +86,18 @@ def test_what_is_left_of_an_epoch_and_less_than_a_step_is_left_out(shards):
         loader(shards, batch_size=5, accumulation=14)
 
 
+def test_some_samples_of_an_evaluation_come_from_all_shards(shards):
+    ranks = [
+        batches(loader(shards, training=False, batch_size=4, rank=rank, world_size=2, limit=16)) for rank in range(2)
+    ]
+    assert [len(batch[0]) for rank in ranks for batch in rank] == [4] * 4
+    assert sorted(sample for rank in ranks for batch in rank for sample in batch[0]) == [
+        place * 67 // 16 for place in range(16)
+    ]
+    with pytest.raises(InvalidArgumentError, match="limit is for evaluation"):
+        loader(shards, limit=16)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(shards, workers):
     here, there = loader(shards, seed=7), loader(shards, seed=7, workers=workers)

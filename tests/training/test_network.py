@@ -210,6 +210,18 @@ def test_arguments_of_the_start_are_taken_unless_the_recipe_has_others(tmp_path)
     assert resolved(recipe).model.arguments == {"img_size": 32, "depth": 2}
 
 
+def test_dropout_of_a_run_is_not_that_of_who_starts_from_it(tmp_path):
+    arguments = {"img_size": 32, "drop_rate": 0.5, "drop_path_rate": 0.25}
+    begun = small_recipe("test_vit", model={"arguments": arguments}, schedule={"max_steps": 1})
+    run(begun, make_folder(tmp_path / "images", images=12), tmp_path / "begun")
+    start = export_run(tmp_path / "begun", tmp_path / "model")
+    assert json.loads((start / "config.json").read_text())["model_args"] == {"img_size": 32}
+    of_others = json.loads((start / "config.json").read_text()) | {"model_args": arguments}
+    (start / "config.json").write_text(json.dumps(of_others))
+    recipe = small_recipe("test_vit", model={"start": str(start), "arguments": {"drop_rate": 0.1}})
+    assert resolved(recipe).model.arguments == {"img_size": 32, "drop_rate": 0.1}
+
+
 @pytest.mark.parametrize("precise", [{}, {"batch_per_device": 4}])
 def test_a_frozen_backbone_stays_as_it_began_and_the_classifier_does_not(tmp_path, precise):
     data = make_folder(tmp_path / "images", images=12)

@@ -37,6 +37,16 @@ def test_epochs_and_seeds_differ_and_repeat():
     )
 
 
+@given(LENGTHS, st.integers(1, 60))
+def test_some_samples_are_spread_evenly_over_all(lengths, limit):
+    every, some = (whole(SampleOrder(lengths, 0, 0, bound), 0) for bound in (None, limit))
+    assert len(some) == len(set(some)) == min(limit, len(every))
+    places = [*(every.index(sample) for sample in some), len(every)]
+    gaps = np.diff(places)
+    assert places[0] == 0
+    assert gaps.max() - gaps.min() <= 1
+
+
 def test_a_window_mixes_its_shards_only():
     order = SampleOrder((100,) * 9, 3, 5)
     shard, _, _ = order.samples(1, 0, 300)

@@ -211,9 +211,10 @@ def test_a_teacher_that_does_not_say_how_it_is_read_is_asked_for(tmp_path):
     for head in ("softmax", "sigmoid"):
         student.loss.teacher_head = head
         assert f"is a {head} over" in build_teacher(student, TREE.label_space, levels)[1]
-    student.loss.teacher = "efficientnet_lite0.embedded_in1k"
-    with pytest.raises(RecipeError, match=r"loss\.teacher_head: .* states its own"):
-        build_teacher(student, TREE.label_space, levels)
+    for prefix in ("", "random:"):
+        student.loss.teacher = f"{prefix}efficientnet_lite0.embedded_in1k"
+        with pytest.raises(RecipeError, match=r"loss\.teacher_head: .* states its own"):
+            build_teacher(student, TREE.label_space, levels)
     student.loss.teacher = str(tmp_path / "x.pt")
     with pytest.raises(RecipeError, match=r"leave out loss\.teacher_head"):
         build_teacher(student, TREE.label_space, levels)

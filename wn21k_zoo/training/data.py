@@ -99,7 +99,7 @@ class Loader:
 
     In training, iterating yields the rest of the current epoch, or the next epoch if nothing is left, and ends at the
     start of the following one; all ranks get the same number of full batches, and a remainder of less than a step is
-    dropped. In evaluation it yields all samples, unless :meth:`load_state_dict` was called just before, in their own
+    dropped. In evaluation it yields all samples, or ``limit`` of them, unless :meth:`load_state_dict` was called just before, in their own
     order, each exactly once over all ranks; a rank's last batch may be smaller or missing.
 
     A damaged sample is logged with shard and key, counted in ``bad_samples`` and dropped; its batch is one smaller, or
@@ -120,6 +120,7 @@ class Loader:
         window: Number of shards whose samples are mixed.
         max_bad: Share of an epoch's samples that may be damaged; 1,000 times this number always may (ten for 0.01).
         names: Whether batches include the names of their images.
+        limit: In evaluation, read only so many samples over all ranks, spread evenly over the data set.
         accumulation: In training, number of batches of each rank per step; a remainder of less than a step is dropped.
 
     Raises:
@@ -152,6 +153,7 @@ class Loader:
         max_bad: float = 0.01,
         accumulation: int = 1,
         names: bool = False,
+        limit: int | None = None,
     ) -> None:
         check_dataset(dataset, "Loader")
         batch_size, window = whole_number("batch_size", batch_size, 1), whole_number("window", window, 1)
@@ -159,6 +161,10 @@ class Loader:
         world_size, seed = whole_number("world_size", world_size, 1), whole_number("seed", seed, 0)
         rank = whole_number("rank", rank, 0, world_size - 1)
         check_share("max_bad", max_bad)
+        if limit is not None:
+            limit = whole_number("limit", limit, 1)
+            if training:
+                raise InvalidArgumentError("limit is for evaluation; pass training=False.")
         if training and len(dataset) < batch_size * world_size * accumulation:
             raise InvalidArgumentError(
                 f"The data set has {len(dataset):,} samples, fewer than one step of all ranks "
@@ -178,8 +184,9 @@ class Loader:
         self._told = False  # whether load_state_dict was called just before
         self._stream: torch.cuda.Stream | None = None
         self._named: set[tuple[str, str]] = set()
-        self._order = SampleOrder(dataset.lengths, window if training else 0, seed)
-        self._plan = _Plan(len(dataset), batch_size, training, rank, world_size, accumulation)
+        self._order = SampleOrder(dataset.lengths, window if training else 0, seed, limit)
+        self.num_samples = len(self._order)
+        self._plan = _Plan(self.num_samples, batch_size, training, rank, world_size, accumulation)
         reader = Reader(
             dataset, self._order, augmentation or (PublishedAugmentation() if training else Squash()), names
         )
@@ -232,8 +239,8 @@ class Loader:
         Raises:
             InvalidArgumentError: The state cannot be one of this data set.
         """
-        if state["epoch"] < 0 or not 0 <= state["samples_seen"] <= len(self.dataset):
-            raise InvalidArgumentError(f"{state} is not a state of a data set of {len(self.dataset):,} samples.")
+        if state["epoch"] < 0 or not 0 <= state["samples_seen"] <= self.num_samples:
+            raise InvalidArgumentError(f"{state} is not a state of a loader of {self.num_samples:,} samples.")
         self._plan.epoch, self._plan.samples_seen = state["epoch"], state["samples_seen"]
         self._told = True
 

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -168,8 +167,7 @@ class _Run:
         self.figures: dict[str, Any] = {}
         self.writer: CheckpointWriter | None = None
         self.classes = classes_with_images(splits.validation)
-        evaluated = (recipe.run.evaluate_batches or sys.maxsize) * self.loaders[1].batch_size * world.size
-        self.best_of = min(evaluated, len(splits.validation))
+        self.best_of = self.loaders[1].num_samples
         self._resume()
         self.reporter = Reporter(None, self.total, self.step)
 
@@ -455,15 +453,14 @@ class _Run:
         return figures
 
     def _while_wanted(self, loader: Loader) -> Iterator[Batch]:
-        """Yield batches for the evaluation until there are enough, or all ranks know that one was told to stop.
+        """Yield batches for the evaluation, or until all ranks know that one was told to stop.
 
         They ask each other only while all have a batch: only some ranks may have a last one.
         """
-        limit = self.recipe.run.evaluate_batches
-        common = len(self.splits.validation) // (loader.batch_size * self.world.size)
+        common = loader.num_samples // (loader.batch_size * self.world.size)
         every = 1 if self.device.type == "cpu" else 8
         for number, batch in enumerate(loader):
-            if number == limit or (number < common and number % every == 0 and self.agreement.stops()):
+            if number < common and number % every == 0 and self.agreement.stops():
                 return
             yield batch
 

@@ -21,7 +21,7 @@ from wn21k_zoo.errors import InvalidArgumentError, RunError, first_line
 from wn21k_zoo.labels import ClassNames
 from wn21k_zoo.training.heads import reorder_head
 from wn21k_zoo.training.levels import Levels
-from wn21k_zoo.training.recipe import NAME, RANDOM, Recipe
+from wn21k_zoo.training.recipe import NAME, RANDOM, Recipe, is_drop_rate
 from wn21k_zoo.training.state import RunFolder, read_checkpoint
 from wn21k_zoo.training.weights import checkpoint_file, is_place
 from wn21k_zoo.tree import SemanticTree
@@ -198,8 +198,9 @@ def export_run(
     settings = pretrained_config(checkpoint, len(classes))
     config = saving.folder_config(checkpoint.architecture, settings, trained.module, classes, checkpoint.head)
     labels = saving.folder_labels(trained.space, checkpoint.head) if trained.space is not None else None
-    if arguments := trained.recipe.model.arguments:
-        config["model_args"] = dict(arguments)
+    arguments = trained.recipe.model.arguments.items()
+    if of_network := {name: value for name, value in arguments if not is_drop_rate(name)}:
+        config["model_args"] = of_network
     if trained.trained_on:
         config[TRAINED_ON] = trained.trained_on
     card = _card(checkpoint, trained)

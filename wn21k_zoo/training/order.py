@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,14 +35,16 @@ class SampleOrder:
         lengths: Samples of each shard.
         window: Number of shards that are mixed with each other; 0: no shuffling at all.
         seed: The same seed gives the same order.
+        limit: Only so many samples, spread evenly over those of all shards, where nothing is shuffled; None: all.
     """
 
     lengths: tuple[int, ...]
     window: int
     seed: int
+    limit: int | None = None
 
     def __len__(self) -> int:
-        return sum(self.lengths)
+        return min(sum(self.lengths), sys.maxsize if self.limit is None else self.limit)
 
     @functools.cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -63,6 +66,8 @@ class SampleOrder:
         Returns:
             Shard and index within it, shape [end - begin] each, and the window that contains the last sample.
         """
+        if self.limit is not None:
+            return self._places(np.arange(begin, end) * sum(self.lengths) // len(self))
         bounds = _window_bounds(self, epoch)
         pieces = []
         window = int(np.searchsorted(bounds, begin, side="right")) - 1
@@ -72,9 +77,13 @@ class SampleOrder:
             if end <= last:
                 break
             window += 1
-        samples = np.concatenate(pieces)
+        shard, number, _ = self._places(np.concatenate(pieces))
+        return shard, number, window
+
+    def _places(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        """Shard and index within it of samples, and the last shard."""
         shard = np.searchsorted(self.starts, samples, side="right") - 1
-        return shard, samples - self.starts[shard], window
+        return shard, samples - self.starts[shard], int(shard[-1])
 
 
 @functools.lru_cache(maxsize=8)

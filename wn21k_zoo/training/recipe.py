@@ -286,7 +286,7 @@ class Run(Section):
             loses if told to stop on a disk where its checkpoint cannot be written within 26 seconds.
         keep: Number of latest checkpoints to keep, besides the best.
         evaluate_every: Epochs between evaluations; the last epoch always ends with one. None: about 20 in all.
-        evaluate_batches: Maximum number of batches to evaluate per rank; None: all.
+        evaluate_batches: Maximum number of batches to evaluate per rank, spread evenly over the images; None: all.
         log_every: Steps between lines of metrics.jsonl; at least one line per epoch.
         deterministic: Use only deterministic algorithms; on the CPU they are anyway.
     """
@@ -400,6 +400,16 @@ class Recipe(Section):
                 "optimizer.layer_decay is for the layers that model.freeze_backbone keeps from changing.",
             ),
             (
+                self.model.freeze_backbone and bool(self.model.arguments.get("drop_rate")),
+                "model.arguments.drop_rate has no effect with model.freeze_backbone; set it to 0.",
+            ),
+            (
+                schedule != "one_cycle"
+                and not self.schedule.warmup
+                and self.schedule.start_divisor != usual_schedule.start_divisor,
+                "schedule.start_divisor has no effect without schedule.warmup.",
+            ),
+            (
                 schedule == "constant" and self.schedule.end_divisor != usual_schedule.end_divisor,
                 "schedule.end_divisor has no effect where schedule.name is constant.",
             ),
@@ -506,6 +516,11 @@ def is_reserved(argument: str) -> bool:
     return convert.names_weights(argument) or argument in ("features_only", "in_chans", "num_classes")
 
 
+def is_drop_rate(argument: str) -> bool:
+    """Whether an argument of ``timm.create_model`` is a rate of dropout or stochastic depth, which is for training."""
+    return "drop" in argument and argument.endswith("_rate")
+
+
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     if reserved := sorted(filter(is_reserved, arguments)):
         raise RecipeError(
@@ -513,8 +528,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
             "classes of the data."
         )
     for name, value in arguments.items():
-        is_share = "drop" in name and name.endswith("_rate")
-        if is_share and isinstance(value, (int, float)) and not 0 <= value <= 1:
+        if is_drop_rate(name) and isinstance(value, (int, float)) and not 0 <= value <= 1:
             raise RecipeError(f"model.arguments.{name} cannot be {value!r}: it is a share, from 0 to 1.")
 
 

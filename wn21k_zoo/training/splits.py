@@ -126,8 +126,11 @@ def open_loaders(recipe: Recipe, splits: Splits, world: World, workers: int | No
     )
     # Without gradients there is room for larger batches; on a CPU they are not faster.
     batch = max(micro, min(256, 2 * recipe.data.batch_per_device)) if world.device.type != "cpu" else micro
+    limit = recipe.run.evaluate_batches and recipe.run.evaluate_batches * batch * world.size
     resize = evaluation_resize(recipe)
-    return training, Loader(splits.validation, batch_size=batch, training=False, augmentation=resize, **common)
+    return training, Loader(
+        splits.validation, batch_size=batch, training=False, augmentation=resize, limit=limit, **common
+    )
 
 
 def training_augmentation(recipe: Recipe) -> Augmentation:

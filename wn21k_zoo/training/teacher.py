@@ -207,6 +207,8 @@ def _random_teacher(recipe: Recipe, name: str, classes: Classes) -> tuple[nn.Mod
         warn_if_missing("loss.teacher", name)
     else:
         like = teacher_record(name)
+        if recipe.loss.teacher_head is not None:
+            raise RecipeError(f"loss.teacher_head: {name} states its own head; leave it out.")
         if not isinstance(classes, LabelSpace):
             raise _of_other_names(name)
     arguments = sized(like.architecture, {}, recipe.data.size) or {}

@@ -15,7 +15,7 @@ from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import outputs_of
 from wn21k_zoo.training.folder import composed
-from wn21k_zoo.training.recipe import RANDOM, Recipe, is_reserved
+from wn21k_zoo.training.recipe import RANDOM, Recipe, is_drop_rate, is_reserved
 
 __all__ = [
     "checkpoint_file",
@@ -152,7 +152,10 @@ def _whole(name: str | None) -> str | None:
 
 
 def _arguments_in(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that a configuration states for building its network, besides the architecture, as for timm."""
+    """The arguments that a configuration states for building its network, besides the architecture, as for timm.
+
+    Rates of dropout and stochastic depth are a recipe's own to choose.
+    """
     settings, arguments = building.settings_of(config), config.get("model_args")
     found: dict[str, Any] = {}
     if isinstance(settings, dict):
@@ -161,5 +164,5 @@ def _arguments_in(config: dict[str, Any]) -> dict[str, Any]:
         if settings.get("global_pool"):
             found["global_pool"] = settings["global_pool"]
     if isinstance(arguments, dict):
-        found |= {name: value for name, value in arguments.items() if not is_reserved(name)}
+        found |= {name: value for name, value in arguments.items() if not (is_reserved(name) or is_drop_rate(name))}
     return found
