@@ -99,8 +99,8 @@ class Loader:
 
     In training, iterating yields the rest of the current epoch, or the next epoch if nothing is left, and ends at the
     start of the following one; all ranks get the same number of full batches, and a remainder of less than a step is
-    dropped. In evaluation it yields all samples, or ``limit`` of them, unless :meth:`load_state_dict` was called just before, in their own
-    order, each exactly once over all ranks; a rank's last batch may be smaller or missing.
+    dropped. In evaluation it yields all samples, or ``limit`` of them, unless :meth:`load_state_dict` was called just
+    before, in their own order, each exactly once over all ranks; a rank's last batch may be smaller or missing.
 
     A damaged sample is logged with shard and key, counted in ``bad_samples`` and dropped; its batch is one smaller, or
     empty, so that no other rank has to wait: the losses of :mod:`wn21k_zoo.training.losses` are then 0.
