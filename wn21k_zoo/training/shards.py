@@ -49,7 +49,6 @@ __all__ = [
     "index_path",
     "is_of_others",
     "is_prepared",
-    "is_unfinished",
     "load_index",
     "read_fully",
     "read_index",
@@ -219,18 +218,12 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     return info
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Whether a folder is an incomplete output of ``wn21k data prepare``."""
-    is_begun = os.path.isfile(folder / WORK_FOLDER / OPTIONS_FILE)  # noqa: PTH113 - false where nothing may be read
-    return is_begun and not (folder / INFO_FILE).is_file()
-
-
 def is_prepared(folder: Path) -> bool:
     """Whether a folder is an output of ``wn21k data prepare``, finished or not, whatever else lies in it."""
-    is_whole = os.path.isfile(folder / INFO_FILE) and (  # noqa: PTH113
-        os.path.isfile(folder / MANIFEST_FILE) or os.path.isdir(folder / INDEX_FOLDER)  # noqa: PTH112, PTH113
-    )
-    return is_whole or is_unfinished(folder)
+    # These are false where nothing may be read.
+    if os.path.isfile(folder / INFO_FILE):  # noqa: PTH113
+        return os.path.isfile(folder / MANIFEST_FILE) or os.path.isdir(folder / INDEX_FOLDER)  # noqa: PTH112, PTH113
+    return os.path.isfile(folder / WORK_FOLDER / OPTIONS_FILE)  # noqa: PTH113
 
 
 def shard_name(split: str, number: int) -> str:
