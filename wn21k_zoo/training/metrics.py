@@ -184,8 +184,8 @@ class SemanticAccuracy(Counts):
         if not len(targets_b):
             return
         self.levels.check(logits_bn, targets_b)
-        there = (targets_b >= 0) & (targets_b < self.levels.num_classes)  # else the GPU would be unusable afterwards
-        ancestors = self.levels.ancestors[targets_b.where(there, 0)]
+        targets_b, there = self.levels.in_range(targets_b)  # else the GPU would be unusable afterwards
+        ancestors = self.levels.ancestors[targets_b]
         best = [scores.max(1) for scores in self.levels.split(logits_bn)]
         predicted = torch.stack([each.indices for each in best], 1)
         largest = torch.stack([each.values for each in best], 1)
