@@ -15,18 +15,18 @@ from wn21k_zoo.errors import DownloadError, first_line
 from wn21k_zoo.transfer import (
     BACKOFF_SECONDS,
     RETRIED,
-    RETRY_AFTER_MAX_SECONDS,
     SOCKS,
     STALL_SECONDS,
     Expected,
     Patience,
     about_proxy,
+    asked_wait,
     auth_of_address,
     check_certificate,
     require_success,
 )
 
-__all__ = ["address", "answers", "expected_of_etag", "find_in_cache", "is_offline", "resolve", "retry_seconds"]
+__all__ = ["address", "answers", "expected_of_etag", "find_in_cache", "is_offline", "resolve"]
 
 METADATA_ATTEMPTS = 5
 
@@ -117,7 +117,8 @@ def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
         except HfHubHTTPError as error:
             if error.response.status_code not in RETRIED or attempt == METADATA_ATTEMPTS:
                 raise _typed_hub_error(error, source, filename) from error
-            time.sleep(retry_seconds(error.response.headers.get("Retry-After"), attempt))
+            asked = asked_wait(error.response.headers.get("Retry-After"))
+            time.sleep(BACKOFF_SECONDS * 2**attempt if asked is None else asked)
         except DownloadError:
             raise
         except Exception as error:  # the transport's errors are not part of huggingface_hub's interface
@@ -134,18 +135,6 @@ def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
                 ) from error
             time.sleep(BACKOFF_SECONDS)
     raise AssertionError
-
-
-def retry_seconds(retry_after: str | None, attempt: int) -> float:
-    """How long to wait before the next try: as long as the server asks for, up to 60 s, else longer each time."""
-    from urllib3.exceptions import InvalidHeader
-    from urllib3.util import Retry
-
-    seconds = BACKOFF_SECONDS * 2**attempt
-    if retry_after:
-        with contextlib.suppress(InvalidHeader):
-            seconds = Retry().parse_retry_after(retry_after)
-    return min(float(seconds), RETRY_AFTER_MAX_SECONDS)
 
 
 def _typed_hub_error(error: Any, source: HubSource, filename: str) -> DownloadError:

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKOFF_SECONDS",
     "RETRIED",
-    "RETRY_AFTER_MAX_SECONDS",
     "SOCKS",
     "STALL_SECONDS",
     "BrokenOffError",
@@ -45,6 +44,7 @@ __all__ = [
     "Patience",
     "RefusedError",
     "about_proxy",
+    "asked_wait",
     "auth_of_address",
     "check_certificate",
     "difference",
@@ -488,20 +488,25 @@ def auth_of_address(request: requests.PreparedRequest) -> requests.PreparedReque
     return HTTPBasicAuth(name, password)(request) if name or password else request
 
 
+def asked_wait(retry_after: str | None) -> float | None:
+    """Seconds that a server asks to wait before the next try, at most 60; None if it does not."""
+    from urllib3.exceptions import InvalidHeader
+    from urllib3.util import Retry
+
+    with contextlib.suppress(InvalidHeader):
+        return min(Retry().parse_retry_after(retry_after), RETRY_AFTER_MAX_SECONDS) if retry_after else None
+    return None
+
+
 def new_session() -> requests.Session:
     """Create a session that retries after 408, 429 and 5xx, waiting as long as the server says, up to 60 s."""
     import requests
     from requests.adapters import HTTPAdapter
-    from urllib3.exceptions import InvalidHeader
     from urllib3.util import Retry
 
     class BoundedRetry(Retry):
         def get_retry_after(self, response: Any) -> float | None:
-            try:
-                seconds = super().get_retry_after(response)
-            except InvalidHeader:
-                return None
-            return None if seconds is None else min(seconds, RETRY_AFTER_MAX_SECONDS)
+            return asked_wait(response.headers.get("Retry-After"))
 
     class Session(requests.Session):
         def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
