@@ -50,7 +50,7 @@ import difflib
 import numbers
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 __all__ = [
@@ -94,6 +94,7 @@ __all__ = [
     "UnsupportedImageError",
     "WeightsNotFoundError",
     "Wn21kError",
+    "causes_of",
     "check_share",
     "did_you_mean",
     "exit_code_of",
@@ -362,3 +363,12 @@ def first_line(error: BaseException) -> str:
     """Summarise another library's error in one line, for use in our messages."""
     lines = _COLOUR.sub("", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and all that are behind it, as requests and urllib3 wrap them."""
+    found = [error]
+    for each in found:  # which grows
+        yield each
+        parts = (*each.args, getattr(each, "reason", None), each.__cause__, each.__context__)
+        found += [part for part in parts if isinstance(part, BaseException) and part not in found]

@@ -27,6 +27,7 @@ from wn21k_zoo.errors import (
     ChecksumError,
     DownloadError,
     RemoteNotFoundError,
+    causes_of,
     first_line,
 )
 from wn21k_zoo.files import replace, sha256_of
@@ -426,19 +427,12 @@ def check_certificate(error: BaseException, url: object) -> None:
     Raises:
         DownloadError: It does.
     """
-    if fault := _certificate_fault(error):
+    # Any other TLS error is a broken connection.
+    if fault := next((each for each in causes_of(error) if isinstance(each, ssl.SSLCertVerificationError)), None):
         raise DownloadError(
             f"{url}: its certificate cannot be verified ({fault}); check the clock, and set REQUESTS_CA_BUNDLE and "
             "SSL_CERT_FILE to the file of your certificate authority."
         ) from error
-
-
-def _certificate_fault(error: BaseException) -> ssl.SSLCertVerificationError | None:
-    """The certificate's fault behind an error; any other TLS error is a broken connection."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return error
-    causes = [cause for cause in (*error.args, error.__cause__) if isinstance(cause, BaseException)]
-    return next((fault for cause in causes if (fault := _certificate_fault(cause))), None)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from wn21k_zoo.errors import ImageTooLargeError, ImageURLError, Wn21kError
+from wn21k_zoo.errors import ImageTooLargeError, ImageURLError, Wn21kError, causes_of
 
 __all__ = ["fetch_url"]
 
@@ -69,7 +69,7 @@ def _fetch(url: str) -> bytes | Wn21kError:
     except Wn21kError as error:
         return error
     except Exception as error:  # requests, urllib3, the socket and the body decoders all have their own
-        private = _find_private(error)
+        private = next((each.address for each in causes_of(error) if isinstance(each, _PrivateAddressError)), None)
         if private is not None:
             return ImageURLError(f"{url} leads to {private}, which is not a public address; it was not fetched.")
         return ImageURLError(f"{url} could not be fetched ({type(error).__name__}).")
@@ -177,15 +177,3 @@ class _PublicAdapter(HTTPAdapter):
     def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **pool_kwargs: Any) -> None:
         self.poolmanager = PoolManager(num_pools=connections, maxsize=maxsize, block=block, **pool_kwargs)
         self.poolmanager.pool_classes_by_scheme = {"http": _PublicHTTPPool, "https": _PublicHTTPSPool}
-
-
-def _find_private(error: BaseException | None) -> str | None:
-    """Find the private address behind a chain of errors, as requests and urllib3 wrap them."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        if isinstance(error, _PrivateAddressError):
-            return error.address
-        seen.append(error)
-        inner = [value for value in (*error.args, getattr(error, "reason", None)) if isinstance(value, BaseException)]
-        error = error.__cause__ or (inner[0] if inner else None) or error.__context__
-    return None
