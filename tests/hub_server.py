@@ -138,6 +138,19 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
+def serving(server):
+    """Run a server in a thread; yields its address."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
 def hub_server(
     files, status=None, *, faults=(), cdn=False, hashes=True, ranges=True, bytes_per_second=None, ssl_context=None
 ):
@@ -159,12 +172,8 @@ def hub_server(
     server.seen, server.mutex, server.stopping = Seen(), threading.Lock(), threading.Event()
     if ssl_context is not None:
         server.socket = ssl_context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield f"{'https' if ssl_context else 'http'}://127.0.0.1:{server.server_port}", server.seen
-    finally:
-        server.stopping.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(server) as endpoint:
+        try:
+            yield endpoint.replace("http", "https") if ssl_context else endpoint, server.seen
+        finally:
+            server.stopping.set()

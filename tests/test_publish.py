@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import types
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +16,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import EMBEDDED
-from hub_server import hub_server
+from hub_server import hub_server, serving
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from typer.testing import CliRunner
@@ -396,14 +395,8 @@ def write_server():
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    try:
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as endpoint:
         yield endpoint, committed, seen
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.mark.slow

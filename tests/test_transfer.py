@@ -21,7 +21,7 @@ import pytest
 import requests
 import urllib3
 from filelock import FileLock
-from hub_server import hub_server
+from hub_server import hub_server, serving
 from huggingface_hub.utils import close_session, disable_progress_bars, enable_progress_bars
 
 from wn21k_zoo import cache, download, hub, registry, transfer
@@ -738,10 +738,8 @@ def endless():
         def log_message(self, *_):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as endpoint:
+        yield endpoint
 
 
 def test_what_does_not_end_is_left(endless, tmp_path):
@@ -840,23 +838,20 @@ def test_a_proxy_that_refuses_is_named(kind, status, advice, root, serve, monkey
         def log_message(self, *_):
             pass
 
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    for name in ("HTTPS_PROXY", "https_proxy"):
-        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
     serve({})
-    close_session()  # which has read the variables
     monkeypatch.setattr(
         "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
         "https://hub.invalid/{repo_id}/resolve/{revision}/{filename}",
     )
-    try:
-        with pytest.raises(DownloadError, match=rf"the proxy refuses \({status} Proxy Says No\); .*{advice}"):
-            download.fetch(checkpoint_of(kind, "https://plain.invalid"))
-    finally:
-        close_session()
-        proxy.shutdown()
-        proxy.server_close()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Proxy)) as proxy:
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, proxy)
+        close_session()  # which has read the variables
+        try:
+            with pytest.raises(DownloadError, match=rf"the proxy refuses \({status} Proxy Says No\); .*{advice}"):
+                download.fetch(checkpoint_of(kind, "https://plain.invalid"))
+        finally:
+            close_session()
 
 
 @pytest.mark.parametrize("kind", KINDS)

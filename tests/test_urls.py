@@ -6,6 +6,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from hub_server import serving
 from PIL import Image
 
 from wn21k_zoo import urls
@@ -55,12 +56,8 @@ def server():
         def log_message(self, *_):
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-        thread.join()
+    with serving(HTTPServer(("127.0.0.1", 0), Handler)) as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

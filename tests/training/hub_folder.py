@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from hub_server import serving
 
 
 @contextmanager
@@ -76,12 +77,5 @@ def serve_repository(folder, repo, token):
                 data, status = data[int(first) : end], 206
             self.answer(data, status, headers)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as endpoint:
+        yield endpoint

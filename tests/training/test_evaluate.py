@@ -4,7 +4,6 @@ import copy
 import csv
 import multiprocessing
 import shutil
-import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from hub_server import serving
 from timm.models import save_for_hf
 
 from wn21k_zoo.errors import (
@@ -182,14 +182,9 @@ def test_a_network_of_ones_own_is_evaluated_and_left_as_it_was(run, data, tmp_pa
 def test_results_hold_no_password(run, data, tmp_path):
     prepare(data, tmp_path / "shards", PrepareOptions(min_images=0, val_per_class=3, size=32), workers=1)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path / "shards"))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    try:
-        address = f"127.0.0.1:{server.server_port}/"
-        figures = evaluate(run, f"http://bob:secret@{address}", workers=0)
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert figures["data"] == f"http://{address}"
+    with serving(server) as endpoint:
+        figures = evaluate(run, f"{endpoint.replace('//', '//bob:secret@')}/", workers=0)
+    assert figures["data"] == f"{endpoint}/"
     assert "secret" not in str(figures)
 
 

@@ -4,13 +4,13 @@ import multiprocessing
 import os
 import re
 import shutil
-import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from filelock import FileLock
+from hub_server import serving
 
 from wn21k_zoo.errors import DataError, InvalidArgumentError
 from wn21k_zoo.exclusive import exclusive
@@ -171,15 +171,9 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 def test_shards_on_a_web_server(shards, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(shards)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        dataset = open_dataset(f"http://127.0.0.1:{server.server_port}", stage=Stage(tmp_path / "stage"))
+    with serving(server) as endpoint:
+        dataset = open_dataset(endpoint, stage=Stage(tmp_path / "stage"))
         same(batches(loader(shards)), batches(Loader(dataset, batch_size=8, augmentation=Noisy(), window=3)))
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.mark.parametrize(
