@@ -256,11 +256,12 @@ def is_run(folder: Path) -> bool:
 
 
 def in_package(package: str, path: str) -> Path | None:
-    """Path of a file in another package's folder, without importing it; None if the package is not installed."""
+    """Path of a file in another package's folder, without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None
-    return Path(spec.submodule_search_locations[0]) / path
+    found = Path(spec.submodule_search_locations[0]) / path
+    return found if found.is_file() else None
 
 
 def check_writable(path: Path) -> None:

@@ -121,7 +121,7 @@ def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None 
     """Find the weights of a checkpoint on this machine, without verifying them; opens no connection."""
     for source in checkpoint.sources:
         if isinstance(source, PackageSource):
-            return _package_path(source)
+            return in_package(source.package, source.path)
         root = cache.cache_dir(cache_dir)
         for filename in filenames_of(source):
             place = root / cache.relative_path(source, filename)
@@ -219,23 +219,13 @@ def _compare(path: Path, expected: Expected) -> Fetched | Damage:
 
 
 def _from_package(source: PackageSource) -> Fetched:
-    path = _package_path(source)
+    path = in_package(source.package, source.path)
     if path is None:
         raise MissingExtraError(f"The file {Path(source.path).name}", source.extra)
-    sha256 = sha256_of(path)
-    if sha256 != source.sha256:
-        raise ChecksumError(
-            f"{path} is not the published file, so it was not loaded: sha256 expected {source.sha256}, got {sha256}. "
-            f"Install {source.package} again."
-        )
-    return Fetched(
-        path=path, sha256=sha256, num_bytes=path.stat().st_size, checked_against="the record", downloaded=False
-    )
-
-
-def _package_path(source: PackageSource) -> Path | None:
-    path = in_package(source.package, source.path)
-    return path if path is not None and path.is_file() else None
+    compared = _compare(path, Expected(sha256=source.sha256, stated_by="the record"))
+    if isinstance(compared, Damage):
+        raise ChecksumError(f"{compared}; it was not loaded. Install {source.package} again.")
+    return compared
 
 
 def filenames_of(source: Remote) -> tuple[str, ...]:
