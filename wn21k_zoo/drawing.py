@@ -19,7 +19,17 @@ __all__ = ["to_dict", "to_dot", "to_rich"]
 
 
 def to_rich(tree: SemanticTree, node: Node | int | str | None = None, max_depth: int | None = None) -> Tree:
-    """A tree for ``rich.print``: see :meth:`wn21k_zoo.tree.SemanticTree.to_rich`."""
+    """A tree for ``rich.print``.
+
+    Args:
+        tree: The tree.
+        node: Top of the drawing; by default everything is drawn.
+        max_depth: Levels to draw below the top, by default all.
+
+    Raises:
+        UnknownSynsetError: The tree has no such node.
+        InvalidArgumentError: ``max_depth`` is negative.
+    """
     from rich.markup import escape
     from rich.tree import Tree
 
@@ -47,7 +57,7 @@ def to_rich(tree: SemanticTree, node: Node | int | str | None = None, max_depth:
 
 
 def to_dot(tree: SemanticTree, node: Node | int | str | None = None, max_depth: int | None = None) -> str:
-    """A graph in Graphviz's DOT language: see :meth:`wn21k_zoo.tree.SemanticTree.to_dot`."""
+    """A graph in Graphviz's DOT language; arguments and errors as :func:`to_rich`."""
     lines = [f"digraph {json.dumps(tree.name)} {{", "  rankdir=LR; node [shape=box, fontname=sans];"]
     drawn = set()
     tops, left = _tops(tree, node, max_depth)
@@ -67,7 +77,7 @@ def to_dot(tree: SemanticTree, node: Node | int | str | None = None, max_depth: 
 def to_dict(
     tree: SemanticTree, node: Node | int | str | None = None, max_depth: int | None = None
 ) -> list[dict[str, Any]]:
-    """Nested dicts: see :meth:`wn21k_zoo.tree.SemanticTree.to_dict`."""
+    """Roots (or the one node) as dicts of its fields and ``children``; arguments as :func:`to_rich`."""
 
     def branch(node: Node, left: float) -> dict[str, Any]:
         return {**vars(node), "children": [branch(child, left - 1) for child in (tree.children(node) if left else ())]}

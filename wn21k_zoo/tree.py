@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +34,6 @@ from wn21k_zoo.errors import (
 from wn21k_zoo.files import expanded, refuse_compressed
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace, ordered
 from wn21k_zoo.synsets import WNID_PATTERN, load_nouns
-
-if TYPE_CHECKING:
-    from rich.tree import Tree
 
 __all__ = ["Node", "SemanticTree", "TreeDifference"]
 
@@ -509,26 +506,7 @@ class SemanticTree:
 
     # Drawing
 
-    def to_rich(self, node: int | str | Node | None = None, max_depth: int | None = None) -> Tree:
-        """A tree for ``rich.print``.
-
-        Args:
-            node: Top of the drawing; by default everything is drawn.
-            max_depth: Levels to draw below the top, by default all.
-
-        Raises:
-            UnknownSynsetError: The tree has no such node.
-            InvalidArgumentError: ``max_depth`` is negative.
-        """
-        return drawing.to_rich(self, node, max_depth)
-
-    def to_dot(self, node: int | str | Node | None = None, max_depth: int | None = None) -> str:
-        """A graph in Graphviz's DOT language; arguments and errors as :meth:`to_rich`."""
-        return drawing.to_dot(self, node, max_depth)
-
-    def to_dict(self, node: int | str | Node | None = None, max_depth: int | None = None) -> list[dict[str, Any]]:
-        """Roots (or the one node) as dicts of :class:`Node`'s fields and ``children``; arguments as :meth:`to_rich`."""
-        return drawing.to_dict(self, node, max_depth)
+    to_rich, to_dot, to_dict = drawing.to_rich, drawing.to_dot, drawing.to_dict
 
     # Indices
 
