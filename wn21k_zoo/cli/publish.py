@@ -23,11 +23,11 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that an earlier export wrote.")] = False,
 ) -> None:
     """Write a folder that timm, transformers and wn21k_zoo load: weights, configuration, labels, tree, model card."""
-    from wn21k_zoo.publish import export_folder, plan_upload
+    from wn21k_zoo.files import visible
+    from wn21k_zoo.publish import export_folder
 
-    written = export_folder(model, folder, record=record, dtype=dtype, force=force)
-    for path, num_bytes in plan_upload(written).items():
-        say(f"{path} {num_bytes / 1e6:,.1f} MB")
+    for path in visible(export_folder(model, folder, record=record, dtype=dtype, force=force), "*"):
+        say(f"{path} {path.stat().st_size / 1e6:,.1f} MB")
 
 
 def publish(
