@@ -97,7 +97,6 @@ __all__ = [
     "causes_of",
     "check_share",
     "did_you_mean",
-    "exit_code_of",
     "first_line",
     "is_out_of_memory",
     "message_of",
@@ -352,11 +351,6 @@ def message_of(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:  # such as a name too long, a full disk
         return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror)
     return None
-
-
-def exit_code_of(error: Exception) -> int:
-    """Exit code of a command that ends with an error of any kind."""
-    return error.exit_code if isinstance(error, Wn21kError) else 1
 
 
 def first_line(error: BaseException) -> str:

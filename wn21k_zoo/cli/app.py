@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from wn21k_zoo import __version__
 from wn21k_zoo.cli import cache, cards, convert, data, predict, publish, train, tree, zoo
 from wn21k_zoo.cli.output import log_as_messages
-from wn21k_zoo.errors import exit_code_of, message_of
+from wn21k_zoo.errors import message_of
 from wn21k_zoo.messages import say
 
 __all__ = ["app"]
@@ -38,7 +38,7 @@ class _Group(TyperGroup):
                 raise
             unexpected = f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)"
             say(message_of(error) or unexpected)
-            raise typer.Exit(exit_code_of(error)) from None
+            raise typer.Exit(getattr(error, "exit_code", 1)) from None
 
 
 def _is_closed_pipe(error: Exception) -> bool:

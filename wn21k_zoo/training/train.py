@@ -14,7 +14,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from wn21k_zoo.errors import RecipeError, RunError, exit_code_of, message_of
+from wn21k_zoo.errors import RecipeError, RunError, message_of
 from wn21k_zoo.files import local_path
 from wn21k_zoo.messages import forget_unheard, say
 from wn21k_zoo.training.signals import Signals
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise
             rank = os.environ.get("RANK", "0")
             say(f"{f'rank {rank}: ' if rank != '0' else ''}{what}")
-            return exit_code_of(error)
+            return getattr(error, "exit_code", 1)
         except KeyboardInterrupt:
             say("interrupted")
             return 130
