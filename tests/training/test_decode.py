@@ -165,6 +165,13 @@ def test_a_photograph_that_needs_an_extra_is_one_bad_sample(monkeypatch):
         decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
 
 
+def test_a_photograph_whose_colour_profile_is_damaged_counts():
+    whole = encoded(Image.fromarray(NOISE[..., :3]), "JPEG")
+    data = whole[:2] + b"\xff\xe2\0\x0eICC_PROFILE\0" + whole[2:]
+    one, other = (store_image(each, 32, "squash", 95) for each in (data, whole))
+    assert np.array_equal(decode(one.data), decode(other.data))
+
+
 def test_a_whole_jpeg_with_a_flaw_counts():
     flawed = bytearray(FILES["JPEG"])
     flawed[-12:-8] = b"\xff\xd4\x00\x00"  # a restart marker where none belongs

@@ -129,7 +129,7 @@ def _inspect(data: bytes) -> tuple[str, str, int]:
 
 
 def _inspect_jpeg(data: bytes) -> tuple[str, str, int, int, int] | None:
-    """Inspect a JPEG without EXIF; four times faster than Pillow."""
+    """Inspect a JPEG without EXIF, also one whose other metadata are damaged, which Pillow refuses."""
     if not data.startswith(BEGIN_OF_JPEG) or _EXIF in metadata_of(data):
         return None
     try:

@@ -40,7 +40,18 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"Training ({error.name} is missing)", "train") from error
 
-__all__ = ["ELSEWHERE", "NAME", "RANDOM", "Model", "Recipe", "Section", "is_reserved", "near_field", "sized"]
+__all__ = [
+    "ELSEWHERE",
+    "NAME",
+    "RANDOM",
+    "Model",
+    "Recipe",
+    "Section",
+    "is_drop_rate",
+    "is_reserved",
+    "near_field",
+    "sized",
+]
 
 _EPOCHS, _STEPS, _EVALUATIONS = 20, 1000, 20  # where a recipe leaves them open
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a recipe, and of the record that it results in

@@ -163,9 +163,6 @@ class Reader(Dataset[dict[str, Any]]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ahead": None, "_staged": None}
 
-    def __len__(self) -> int:
-        return len(self.order)
-
     def __getitem__(self, task: Task) -> dict[str, Any]:
         try:
             return self._read(*task)
