@@ -192,16 +192,22 @@ def _sample(name: str) -> Path:
 
 
 def _seekable(file: Any, name: str | None) -> BinaryIO:
-    if inspect.iscoroutinefunction(file.read):
+    try:
+        content = getattr(file, "seekable", lambda: False)()
+        if content and not inspect.isawaitable(content):
+            content = file.read(0)
+            if isinstance(content, bytes):
+                return file  # type: ignore[no-any-return]
+        if not inspect.isawaitable(content):
+            content = file.read()
+    except (OSError, ValueError) as error:
+        raise ImageDecodeError(f"{name or 'The file object'} cannot be read ({first_line(error)}).") from error
+    if inspect.isawaitable(content):
+        if inspect.iscoroutine(content):
+            content.close()
         raise UnsupportedImageError(
             f"{name or 'The file object'} is read asynchronously; give `await file.read()`, or the inner file (.file)."
         )
-    try:
-        if getattr(file, "seekable", lambda: False)() and isinstance(file.read(0), bytes):
-            return file  # type: ignore[no-any-return]
-        content = file.read()
-    except (OSError, ValueError) as error:
-        raise ImageDecodeError(f"{name or 'The file object'} cannot be read ({first_line(error)}).") from error
     if not isinstance(content, bytes):
         raise UnsupportedImageError(f"{name or 'The file object'} is open as text; open it with mode 'rb'.")
     return io.BytesIO(content)
