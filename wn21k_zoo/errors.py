@@ -364,5 +364,5 @@ def causes_of(error: BaseException) -> Iterator[BaseException]:
     found = [error]
     for each in found:  # which grows
         yield each
-        parts = (*each.args, getattr(each, "reason", None), each.__cause__, each.__context__)
+        parts = (*each.args, getattr(each, "reason", None), each.__cause__)
         found += [part for part in parts if isinstance(part, BaseException) and part not in found]

@@ -95,9 +95,9 @@ def plan_upload(folder: str | os.PathLike[str]) -> dict[Path, int]:
     if not (folder / CARD_FILE).is_file():
         raise PublishError(f"{folder} has no {CARD_FILE}, and a model without a card is of little use to others.")
     for name in UPLOADED:
-        real = Path(os.path.realpath(folder / name))  # resolve() fails in a circle
-        if not real.is_relative_to(os.path.realpath(folder)) or real.is_symlink():
-            raise PublishError(f"{folder / name} is a link to a file elsewhere, or to none; copy what to publish.")
+        path, real = folder / name, Path(os.path.realpath(folder / name))  # resolve() fails in a circle
+        if path.is_symlink() and not (path.is_file() and real.is_relative_to(os.path.realpath(folder))):
+            raise PublishError(f"{path} is a link to a file elsewhere, or to none; copy what to publish.")
     build_from_folder(folder, folder / WEIGHT_FILES[0])
     _check_card(folder / CARD_FILE)
     return {folder / name: (folder / name).stat().st_size for name in UPLOADED if (folder / name).is_file()}

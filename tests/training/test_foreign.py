@@ -327,6 +327,13 @@ def test_details_of_an_image_have_a_bound(tmp_path):
 
 @pytest.mark.parametrize("name", ["n02121808_1.jpg", "abc.json"])
 def test_images_and_details_with_holes_are_refused(tmp_path, name):
-    (tmp_path / "train-0000.tar").write_bytes(sparse(name, 1 << 33))
+    (tmp_path / "train-0000.tar").write_bytes(sparse(name, 1 << 32))
     with pytest.raises(DataError, match=f"{name} was packed with holes"):
         open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["n02121808_1.json", "n00000000_1.jpg", "n02121808_1.txt"])
+def test_holes_in_what_is_not_read_are_no_matter(tmp_path, name):
+    image = tar_bytes({"n02121808_1.jpg": b"x"})[:1024]
+    (tmp_path / "train-0000.tar").write_bytes(image + sparse(name, 1 << 32))
+    assert len(open_dataset(tmp_path)) == 1

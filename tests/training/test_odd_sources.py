@@ -666,7 +666,13 @@ def test_a_file_with_holes_is_refused_and_moves_no_other_to_another_class(tmp_pa
         make(tmp_path / "in.tar", tmp_path / f"{size}", max_bad=1)
         found = sorted((row["synset"], row["name"], row["reason"]) for row in rows(tmp_path / f"{size}"))
         images = [(wnid, name, None) for wnid, images in classes.items() for name in images]
-        assert found == sorted([*images, *((WNIDS[0], f"{WNIDS[0]}/{name}", HOLES) for name in ("note.txt", "z.jpg"))])
+        assert found == sorted([*images, (WNIDS[0], f"{WNIDS[0]}/z.jpg", HOLES)])
+    whole = nested_tar(classes)
+    second = whole.index(f"{WNIDS[1]}.tar".encode())
+    holes = sparse("README.txt", 1 << 32)[:-1024]
+    (tmp_path / "in.tar").write_bytes(pack(whole[:second] + holes + whole[second:]))
+    make(tmp_path / "in.tar", tmp_path / "nested")
+    assert sorted((row["synset"], row["name"], row["reason"]) for row in rows(tmp_path / "nested")) == sorted(images)
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
@@ -679,8 +685,11 @@ def test_a_class_archive_with_holes_is_refused(tmp_path, pack):
         count(tmp_path / "in.tar", OPTIONS, workers=1)
 
 
-@pytest.mark.parametrize("about", [{"GNU.sparse.map": "x"}, {"GNU.sparse.size": "x"}, {"GNU.sparse.realsize": "abc"}])
-def test_damaged_lists_of_holes_are_errors_of_the_source(tmp_path, about):
+@pytest.mark.parametrize(
+    "about",
+    [{"GNU.sparse.map": "x"}, {"GNU.sparse.size": "x"}, {"GNU.sparse.realsize": "abc"}, {"size": str(10**30)}],
+)
+def test_damaged_sizes_and_lists_of_holes_are_errors_of_the_source(tmp_path, about):
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
         member = tarfile.TarInfo(f"{WNIDS[0]}/a.jpg")

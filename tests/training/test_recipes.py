@@ -357,11 +357,6 @@ def test_a_wrong_field_or_value_is_one_line(change, message):
         (["optimizer.momentum=0.5"], "momentum is for sgd"),
         (["optimizer.name=sgd", "optimizer.betas=[0.5,0.9]"], "betas are not for sgd"),
         (["schedule.name=constant", "schedule.end_divisor=3"], "no effect"),
-        (
-            ["schedule.name=cosine", "schedule.warmup=0", "schedule.start_divisor=3"],
-            "no effect without schedule.warmup",
-        ),
-        (["model.start=x", "model.freeze_backbone=true", "model.arguments.drop_rate=0.1"], "drop_rate has no effect"),
     ],
 )
 def test_values_that_do_not_go_together(settings, message):

@@ -120,7 +120,7 @@ class Loader:
         window: Number of shards whose samples are mixed.
         max_bad: Share of an epoch's samples that may be damaged; 1,000 times this number always may (ten for 0.01).
         names: Whether batches include the names of their images.
-        limit: In evaluation, read only so many samples over all ranks, spread evenly over the data set.
+        limit: In evaluation, read only so many samples over all ranks, spread evenly over all shards.
         accumulation: In training, number of batches of each rank per step; a remainder of less than a step is dropped.
 
     Raises:
@@ -323,7 +323,7 @@ class Loader:
         self.bad_samples += len(raw["bad"])
         self._bad_of_epoch += len(raw["bad"])
         self._seen_of_epoch += len(raw["bad"]) + len(raw["targets"])
-        bad, share = self._bad_of_epoch, len(self.dataset) / self.world_size
+        bad, share = self._bad_of_epoch, self.num_samples / self.world_size
         if bad <= self.max_bad * 1000:
             return
         # A share of the whole epoch, as all damaged samples may be at its start; but stop early if most are damaged.

@@ -51,7 +51,7 @@ def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray
         DataError: The file is not a tar, or a sample names no synset.
     """
     entries: list[tuple[int, int, int]] = []
-    image: tuple[int, int] | None = None
+    image: tarfile.TarInfo | None = None
     key, wnid = "", ""
 
     def finish() -> None:
@@ -62,7 +62,12 @@ def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray
                 f"{name}: neither the key {key!r} nor its json names a synset; such a data set cannot be mapped."
             )
         if wnid in classes:
-            entries.append((*image, classes[wnid]))
+            refuse_holes(image)
+            entries.append((image.offset_data, image.size, classes[wnid]))
+
+    def refuse_holes(member: tarfile.TarInfo) -> None:
+        if member.issparse():
+            raise DataError(f"{name}: {member.name} was packed with holes (tar --sparse).")
 
     try:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as archive:
@@ -75,12 +80,10 @@ def index_tar(file: IO[bytes], name: str, classes: Mapping[str, int]) -> NDArray
                     finish()
                     key, image = str(path.parent / stem), None
                     wnid = _synset(stem, path.parent)
-                is_image = kind.lower() in _IMAGE_KINDS
-                if (is_image or kind == "json") and member.issparse():
-                    raise DataError(f"{name}: {member.name} was packed with holes (tar --sparse).")
-                if is_image:
-                    image = (member.offset_data, member.size)
+                if kind.lower() in _IMAGE_KINDS:
+                    image = member
                 elif kind == "json" and not wnid:
+                    refuse_holes(member)
                     if member.size > _DETAILS:
                         raise DataError(f"{name}: {member.name} is too large for the details of an image.")
                     extracted: Any = archive.extractfile(member)

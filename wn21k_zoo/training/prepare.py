@@ -183,7 +183,7 @@ def _complete(
     if not resume or (lacks is not None and not allow_truncated):
         what = "is complete" if not resume else f"was made with --allow-truncated ({lacks})"
         raise DataOutputError(f"{output} {what}; delete it, or name another folder, to prepare the source anew.")
-    _LOG.warning("%s was complete already; nothing was done", output)
+    _LOG.warning("%s was complete already%s; nothing was done", output, "" if recorded else ", and its source is gone")
     return info
 
 

@@ -114,7 +114,8 @@ class Model(Section):
             None: random ones. Their head is kept if it has the same classes, in any order; a new head starts with
             small weights. Weights of another architecture are taken if biases are all that they have in addition. With
             the prefix ``random:``, as if they were there, but random, for a trial.
-        freeze_backbone: Train only the classifier; all before it stays unchanged, batch statistics too.
+        freeze_backbone: Train only the classifier; all before it stays unchanged, batch statistics too, and
+            is without dropout.
         arguments: More arguments for ``timm.create_model``, such as ``{"drop_path_rate": 0.1}``; none for which
             :func:`is_reserved` is true.
         mean: Per-channel mean, subtracted from pixels in [0, 1].
@@ -272,7 +273,7 @@ class Schedule(Section):
         epochs: Times that each image is seen; None: 20, or with few images as many as give 1,000 steps.
         max_steps: Maximum number of steps; the schedule is shortened to match.
         warmup: Share of the steps in which the rate rises.
-        start_divisor: The first rate is lr / start_divisor.
+        start_divisor: The first rate is lr / start_divisor (cosine and constant: if there is a warmup).
         end_divisor: The last rate is the first one / end_divisor (one_cycle); the step after the last would have
             lr / end_divisor (cosine).
     """
@@ -297,7 +298,7 @@ class Run(Section):
             loses if told to stop on a disk where its checkpoint cannot be written within 26 seconds.
         keep: Number of latest checkpoints to keep, besides the best.
         evaluate_every: Epochs between evaluations; the last epoch always ends with one. None: about 20 in all.
-        evaluate_batches: Maximum number of batches to evaluate per rank, spread evenly over the images; None: all.
+        evaluate_batches: Maximum number of batches to evaluate per rank, spread evenly over all shards; None: all.
         log_every: Steps between lines of metrics.jsonl; at least one line per epoch.
         deterministic: Use only deterministic algorithms; on the CPU they are anyway.
     """
@@ -409,16 +410,6 @@ class Recipe(Section):
             (
                 self.model.freeze_backbone and self.optimizer.layer_decay != usual_optimizer.layer_decay,
                 "optimizer.layer_decay is for the layers that model.freeze_backbone keeps from changing.",
-            ),
-            (
-                self.model.freeze_backbone and bool(self.model.arguments.get("drop_rate")),
-                "model.arguments.drop_rate has no effect with model.freeze_backbone; set it to 0.",
-            ),
-            (
-                schedule != "one_cycle"
-                and not self.schedule.warmup
-                and self.schedule.start_divisor != usual_schedule.start_divisor,
-                "schedule.start_divisor has no effect without schedule.warmup.",
             ),
             (
                 schedule == "constant" and self.schedule.end_divisor != usual_schedule.end_divisor,

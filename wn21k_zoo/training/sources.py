@@ -230,7 +230,7 @@ def _tar_member(source: ClassSource, member: tarfile.TarInfo) -> Iterator[Member
     offset = source.offset + member.offset_data
     if member.name.startswith("/") or ".." in member.name.split("/"):
         yield Member(member.name, source.path, offset, member.size, "refused: its path leaves its folder")
-    elif not member.isreg() or member.issparse():
+    elif not member.isreg() or (member.issparse() and _is_image(name)):
         yield Member(member.name, source.path, offset, member.size, "refused: a link, a device, or packed with holes")
     elif _is_image(name) and not any(map(is_hidden, inner.split("/"))):
         yield Member(name, source.path, offset, member.size, inner=inner)
@@ -423,11 +423,11 @@ def _plain_nested(
     del spool
     size = path.stat().st_size
     seen: set[str] = set()
-    for member, _ in _headers(path):
+    for member, next_header in _headers(path):
         stem = _class_of_archive(member.name)
         if stem is not None:
             _refuse_sparse(member, path)
-        end = member.offset_data + member.size
+        end = next_header if member.issparse() else member.offset_data + member.size
         if end > size:
             raise CutOffError(f"{path} ends within {member.name}: it was not fetched whole.")
         if member.isreg() and stem is not None:
@@ -567,7 +567,8 @@ def _compressed_flat(
                         copy = copies.enter_context(tarfile.open(spool / f"{one.name}.tar", "w:"))
             if copy is not None:
                 if member.issparse():  # a few bytes may stand for a whole disk of zeros; as a link it is refused later
+                    is_image = _is_image(PurePosixPath(member.name).name)
                     member = tarfile.TarInfo(member.name)
-                    member.type = tarfile.SYMTYPE
+                    member.type = tarfile.SYMTYPE if is_image else tarfile.REGTYPE
                 copy.addfile(member, archive.extractfile(member) if member.isreg() else None)
         yield from finish()

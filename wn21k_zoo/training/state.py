@@ -156,7 +156,7 @@ class RunFolder:
         return self.recipe()
 
     def start_arguments(self) -> dict[str, Any] | None:
-        """The network arguments that the start of a run states, if the run has a checkpoint; else None.
+        """The network arguments that the start of a run states; None if it has no checkpoint, or they are not known.
 
         Raises:
             RunError: Its recipe is damaged.
@@ -165,8 +165,8 @@ class RunFolder:
             return None
         with contextlib.suppress(RunError):
             found = self.data().get("start_arguments")
-            return found if isinstance(found, dict) else {}
-        return {}
+            return found if isinstance(found, dict) else None
+        return None
 
     def data(self) -> dict[str, Any]:
         """What the run is trained on.

@@ -64,7 +64,7 @@ class Header(tarfile.TarInfo):
             raise tarfile.ReadError("too many headers describe one member") from None
         except (tarfile.HeaderError, ValueError, IndexError) as error:  # the latter of where a sparse file has data
             raise tarfile.ReadError(str(error)) from None
-        if found.size < 0:  # as another header says
+        if not 0 <= found.size < 1 << 60:  # as another header says
             raise tarfile.ReadError(f"a header has {found.size:,} bytes")
         return found
 

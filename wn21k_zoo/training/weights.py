@@ -10,7 +10,7 @@ from typing import Any
 
 from wn21k_zoo import building, registry
 from wn21k_zoo.checkpoints import Checkpoint
-from wn21k_zoo.errors import ModelError, RecipeError, RunError, UnknownModelError, UnresolvedLabelSpaceError, Wn21kError
+from wn21k_zoo.errors import RecipeError, RunError, UnknownModelError, UnresolvedLabelSpaceError, Wn21kError
 from wn21k_zoo.files import expanded
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.models import outputs_of
@@ -117,7 +117,7 @@ def resolved(recipe: Recipe, otherwise: Mapping[str, Any] | None = None) -> Reci
 
     Args:
         recipe: The recipe.
-        otherwise: These arguments, for when its start is no longer available.
+        otherwise: These arguments, if they are known already; the start need not be available then.
 
     Raises:
         ModelError, UnknownModelError: The start is not available, and its arguments are not known otherwise.
@@ -132,14 +132,9 @@ def resolved(recipe: Recipe, otherwise: Mapping[str, Any] | None = None) -> Reci
         return recipe
     if otherwise is None:
         refuse_run("model.start", start)
-    try:
         folder = building.configured_folder(start)
-        known = _arguments_in(building.read_config(folder)) if folder is not None else otherwise or {}
-    except (ModelError, UnknownModelError):
-        if otherwise is None:
-            raise
-        known = otherwise
-    recipe.model.arguments = {**known, **recipe.model.arguments}
+        otherwise = _arguments_in(building.read_config(folder)) if folder is not None else {}
+    recipe.model.arguments = {**otherwise, **recipe.model.arguments}
     return recipe
 
 
