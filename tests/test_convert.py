@@ -8,6 +8,7 @@ import pickle
 import pickletools
 import subprocess
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import published
@@ -263,6 +264,12 @@ def test_compressed_files_of_torch_are_refused(tmp_path, suffix):
         read_state_dict(path)
     with pytest.raises(TreeError, match="its parts are compressed"):
         SemanticTree.from_published(path)
+
+
+def test_what_else_is_in_a_checkpoint_is_named(tmp_path):
+    torch.save({"state_dict": {"a": torch.zeros(3)}, "args": SimpleNamespace(lr=0.1)}, tmp_path / "last.pth.tar")
+    with pytest.raises(ConversionError, match=r"\(it contains types\.SimpleNamespace\)"):
+        read_state_dict(tmp_path / "last.pth.tar")
 
 
 def test_numbers_that_are_not_in_the_file_are_not_made_up(tmp_path):

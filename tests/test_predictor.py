@@ -23,6 +23,7 @@ from wn21k_zoo.errors import (
     ImageNotFoundError,
     ImageTooLargeError,
     InvalidArgumentError,
+    ModelError,
     TreeError,
     UnknownTreeError,
     Wn21kError,
@@ -334,6 +335,16 @@ def test_compiled_and_exported_modules(embedded):
     assert found[0].top_k[0].probability == pytest.approx(expected.top_k[0].probability, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_an_exported_module_that_takes_one_image_says_so(embedded):
+    module = timm.create_model("test_efficientnet", num_classes=1000).eval()
+    exported = torch.export.export(module, (torch.zeros(1, 3, 224, 224),)).module()
+    predictor = Predictor(exported, label_space="imagenet1k", transform=embedded.transform, device="cpu")
+    assert predictor(CAT).top_k
+    with pytest.raises(ModelError, match="cannot be run on these images"):
+        predictor([CAT, CAT])
+
+
 def test_the_same_lazy_image_and_file_object_may_stand_several_times(embedded, photographs):
     expected = embedded(photographs[0])
     with Image.open(photographs[0]) as lazy, photographs[0].open("rb") as file:
@@ -461,6 +472,10 @@ def test_outputs_that_were_computed_elsewhere(head):
         predictor.read([["a"]])
     with pytest.raises(InvalidArgumentError, match="Row 1 of the outputs is NaN or infinite"):
         predictor.read(logits * torch.tensor([1.0, math.nan, 1.0])[:, None])
+    with pytest.raises(InvalidArgumentError, match="are probabilities already"):
+        predictor.read(logits.softmax(1))
+    if head == "softmax":
+        assert predictor.read(logits.softmax(1).log())[0].label.wnid == expected.label.wnid
 
 
 def test_a_prediction_is_whole_however_it_is_written(embedded):

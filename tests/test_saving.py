@@ -7,6 +7,7 @@ import timm
 import torch
 from conftest import EMBEDDED
 from PIL import Image
+from timm.models import save_for_hf
 from torch import nn
 from typer.testing import CliRunner
 
@@ -62,12 +63,29 @@ def test_synsets_keep_their_head(tmp_path, network, image, head):
     assert json.loads((folder / "wn21k_labels.json").read_text())["head"] == head
 
 
+def test_what_timm_saves_again_is_still_of_the_same_classes(tmp_path, network):
+    save_model(network, tmp_path / "pets", label_space=WNIDS, head="semantic_softmax")
+    again = timm.create_model(f"local-dir:{tmp_path / 'pets'}", pretrained=True)
+    save_for_hf(again, tmp_path / "pets again", model_config={})
+    with pytest.raises(InvalidArgumentError, match=r"give head \(--head\)"):
+        wn21k_zoo.Predictor(tmp_path / "pets again", device="cpu")
+    predictor = wn21k_zoo.Predictor(tmp_path / "pets again", device="cpu", head="semantic_softmax")
+    assert predictor.label_space.wnids == WNIDS
+    described = json.loads((tmp_path / "pets again" / "config.json").read_text())
+    described["pretrained_cfg"]["label_descriptions"]["dog, domestic dog, Canis familiaris"] = (
+        "what somebody else calls a dog"
+    )
+    (tmp_path / "pets again" / "config.json").write_text(json.dumps(described))
+    assert isinstance(wn21k_zoo.Predictor(tmp_path / "pets again", device="cpu").label_space, ClassNames)
+
+
 def test_several_labels_of_ones_own(tmp_path, network, image):
     folder = save_model(network, tmp_path / "tags", label_space=ClassNames(["cat", "dog", "indoor"]), head="sigmoid")
     predictor = wn21k_zoo.Predictor(folder, device="cpu")
     assert predictor.head == "sigmoid"
     logits = network(predictor.transform(image)[None])
     assert predictor(image).top_k[0].probability == pytest.approx(logits.sigmoid().max().item())
+    assert json.loads((folder / "config.json").read_text())["problem_type"] == "multi_label_classification"
 
 
 def test_names_that_look_like_synsets_stay_names(tmp_path, network):

@@ -35,7 +35,19 @@ def test_every_record_builds(checkpoint):
         module = timm.create_model(f"wn21k_{checkpoint.name}")
     assert module.num_classes == len(LabelSpace.load(checkpoint.label_space))
     assert timm.data.resolve_model_data_config(module) == checkpoint.data_config
-    assert module.pretrained_cfg["architecture"] == checkpoint.architecture
+    assert module.pretrained_cfg["architecture"].removeprefix("wn21k_") == checkpoint.architecture
+    assert timm.is_model(module.pretrained_cfg["architecture"])  # what it is called when timm saves it
+
+
+def test_a_records_own_configuration_leads_to_verified_weights(monkeypatch):
+    name = f"wn21k_{EMBEDDED}"
+    expected = wn21k_zoo.create_model(EMBEDDED).state_dict()
+    for config in (timm.get_pretrained_cfg(name), timm.get_pretrained_cfg(name).to_dict()):
+        found = timm.create_model(name.partition(".")[0], pretrained=True, pretrained_cfg=config).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    for place in ({"url": "https://x/y"}, {"hf_hub_id": "me/mine"}):
+        with pytest.raises(InvalidArgumentError, match="for others give file or state_dict"):
+            timm.create_model(name, pretrained=True, pretrained_cfg_overlay=place)
 
 
 @pytest.mark.slow

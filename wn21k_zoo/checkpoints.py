@@ -13,15 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from wn21k_zoo.errors import RecordError
+from wn21k_zoo.errors import InvalidArgumentError, RecordError
 
 __all__ = [
     "CHECKPOINTS",
     "DEFAULT_CHECKPOINT",
     "EMBEDDED_CHECKPOINT",
+    "HEADS",
     "LOCK_FILE",
     "PAPER",
     "WEIGHT_FILES",
@@ -34,9 +35,11 @@ __all__ = [
     "Source",
     "URLSource",
     "apply_lock",
+    "check_head",
 ]
 
 Head = Literal["semantic_softmax", "softmax", "sigmoid"]
+HEADS: tuple[Head, ...] = get_args(Head)
 Resize = Literal["squash", "crop", "border"]
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of weight files in folders and repositories, in order of preference."""
@@ -224,6 +227,16 @@ _AUTHORS = "https://github.com/Alibaba-MIIL/ImageNet21K"
 _BUCKET = "https://miil-public-eu.oss-eu-central-1.aliyuncs.com/model-zoo/ImageNet_21K_P/models"
 _AUTHORS_LICENCE = "mit"  # of their repository; timm's conversions, if any, state Apache-2.0
 _RELEASE = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-tresnet"
+
+
+def check_head(head: str) -> None:
+    """Check that there is such a kind of head.
+
+    Raises:
+        InvalidArgumentError: There is not.
+    """
+    if head not in HEADS:
+        raise InvalidArgumentError(f"head is {head!r}; it can be {', '.join(HEADS)}.")
 
 
 def apply_lock(checkpoints: tuple[Checkpoint, ...], lock: Mapping[str, Mapping[str, Any]]) -> tuple[Checkpoint, ...]:

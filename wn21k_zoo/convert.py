@@ -145,9 +145,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
         with warnings.catch_warnings(action="ignore"):  # about old file formats
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors raise many kinds of errors
+        kind = re.search(r"GLOBAL (\S+)", str(error))
         raise ConversionError(
             f"{path} was not loaded, and nothing in it was executed: it is not a plain state dict "
-            f"({first_line(error)[:160]})"
+            f"({f'it contains {kind[1]}' if kind else first_line(error)[:160]})"
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from wn21k_zoo.checkpoints import Head
+from wn21k_zoo.checkpoints import Head, check_head
 from wn21k_zoo.errors import TreeError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.synsets import load_nouns
@@ -114,21 +114,21 @@ class Hierarchy:
         """For each node the sum over it and its descendants, [B, N] -> [B, N]."""
         result = mass_bn.clone()
         for depth, above in self._edges:
-            result.scatter_add_(1, above.expand(len(result), -1), result[:, depth].clone())
+            result.scatter_add_(1, above.expand(result.shape[0], -1), result[:, depth].clone())
         return result
 
     def maximum_over_subtree(self, scores_bn: Tensor) -> Tensor:
         """For each node the maximum over it and its descendants, [B, N] -> [B, N]."""
         result = scores_bn.clone()
         for depth, above in self._edges:
-            result.scatter_reduce_(1, above.expand(len(result), -1), result[:, depth].clone(), reduce="amax")
+            result.scatter_reduce_(1, above.expand(result.shape[0], -1), result[:, depth].clone(), reduce="amax")
         return result
 
     def above_children(self, scores_bn: Tensor) -> Tensor:
         """For each node its score minus the highest of its children's, at least 0, [B, N] -> [B, N]."""
         highest = scores_bn.new_zeros(scores_bn.shape)
         for depth, above in self._edges:
-            highest.scatter_reduce_(1, above.expand(len(highest), -1), scores_bn[:, depth], reduce="amax")
+            highest.scatter_reduce_(1, above.expand(highest.shape[0], -1), scores_bn[:, depth], reduce="amax")
         return (scores_bn - highest).clamp_min(0)
 
     def leaf_mass(self, probability_bn: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class Hierarchy:
         mass = p / p[:, : self.starts[1]].sum(dim=1, keepdim=True)
         result = mass.clone()
         for depth, above in reversed(self._edges):
-            of_children = p.new_zeros(p.shape).scatter_add_(1, above.expand(len(p), -1), p[:, depth])
+            of_children = p.new_zeros(p.shape).scatter_add_(1, above.expand(p.shape[0], -1), p[:, depth])
             mass[:, depth] = mass[:, above] * p[:, depth] / of_children[:, above]
             result[:, depth] = mass[:, depth]
             result[:, above] = 0
@@ -193,6 +193,7 @@ class Decoder:
         output_order: The label space's indices sorted by wnid, [K].
 
     Raises:
+        InvalidArgumentError: There is no such head.
         TreeError: The head is a semantic softmax over other classes than the tree's; outside their levels its outputs
             mean nothing.
     """
@@ -202,6 +203,7 @@ class Decoder:
     ) -> None:
         import torch
 
+        check_head(head)
         self.hierarchy = Hierarchy(tree, device)
         self.head = head
         self.output_order: NDArray[np.int64] = np.argsort(label_space.positions)
@@ -236,7 +238,7 @@ class Decoder:
                 confidence=self.hierarchy.minimum_over_path(probability),
                 output_rank=logits_bk,
                 rank=rank,
-                unmapped=outputs.new_zeros(len(outputs)),
+                unmapped=outputs.new_zeros(outputs.shape[0]),
             )
         left_over = outputs[:, self._unmapped]
         if self.head == "softmax":
@@ -244,7 +246,7 @@ class Decoder:
             scores = self.hierarchy.sum_over_subtree(self.assigned(outputs))
             rank = scores.clamp_(max=1.0)  # rounding can carry a sum just above 1
         else:
-            unmapped = left_over.amax(dim=-1) if left_over.shape[1] else outputs.new_zeros(len(outputs))
+            unmapped = left_over.amax(dim=-1) if left_over.shape[1] else outputs.new_zeros(outputs.shape[0])
             scores, rank = self._highest(outputs, 0.0), self._highest(logits_bk, -math.inf)
         return NodeScores(
             outputs=outputs, probability=scores, confidence=scores, output_rank=logits_bk, rank=rank, unmapped=unmapped
@@ -252,8 +254,8 @@ class Decoder:
 
     def _highest(self, values_bk: Tensor, otherwise: float) -> Tensor:
         """For each node the maximum over the classes in its subtree, ``otherwise`` without any; [B, K] -> [B, N]."""
-        nodes = values_bk.new_full((len(values_bk), len(self.hierarchy)), otherwise)
-        targets = self._targets.expand(len(values_bk), -1)
+        nodes = values_bk.new_full((values_bk.shape[0], len(self.hierarchy)), otherwise)
+        targets = self._targets.expand(values_bk.shape[0], -1)
         nodes.scatter_reduce_(1, targets, values_bk[:, self._mapped], reduce="amax")
         return self.hierarchy.maximum_over_subtree(nodes)
 
@@ -279,5 +281,5 @@ class Decoder:
         The outputs are those of a softmax or a sigmoid; [B, K] -> [B, N] in level order.
         """
         values = outputs_bk[:, self._mapped]
-        nodes = values.new_zeros(len(values), len(self.hierarchy))
-        return nodes.scatter_add_(1, self._targets.expand(len(values), -1), values)
+        nodes = values.new_zeros(values.shape[0], len(self.hierarchy))
+        return nodes.scatter_add_(1, self._targets.expand(values.shape[0], -1), values)

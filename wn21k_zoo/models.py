@@ -6,11 +6,12 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from wn21k_zoo import download, registry
 from wn21k_zoo.building import (
@@ -25,7 +26,7 @@ from wn21k_zoo.building import (
     settings_of,
     weights_in,
 )
-from wn21k_zoo.checkpoints import DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT, Checkpoint, Head
+from wn21k_zoo.checkpoints import DEFAULT_CHECKPOINT, EMBEDDED_CHECKPOINT, HEADS, Checkpoint, Head, check_head
 from wn21k_zoo.errors import (
     DuplicateSynsetError,
     EmptyLabelSpaceError,
@@ -42,7 +43,7 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.labels import LABEL_SPACES, ClassNames, LabelSpace
 from wn21k_zoo.on_disk import find_local
-from wn21k_zoo.synsets import WNID_PATTERN
+from wn21k_zoo.synsets import WNID_PATTERN, load_nouns
 from wn21k_zoo.tree import SemanticTree
 
 if TYPE_CHECKING:
@@ -69,7 +70,6 @@ LabelSpaceLike = str | os.PathLike[str] | Classes | Sequence[str]
 Given = Classes | Literal["own"] | None
 
 _LOG = logging.getLogger(__name__)
-HEADS: tuple[Head, ...] = get_args(Head)
 
 
 class FallbackModelWarning(UserWarning):
@@ -127,8 +127,8 @@ def load_model(
             :class:`ChecksumError` and :class:`DownloadError`.
         MissingExtraError: Its weights are in an extra that is not installed.
     """
-    if head is not None and head not in HEADS:
-        raise InvalidArgumentError(f"head is {head!r}; it can be {', '.join(HEADS)}.")
+    if head is not None:
+        check_head(head)
     space = _as_label_space(label_space)
     if model is None:
         model = choose_default(cache_dir)
@@ -364,7 +364,7 @@ def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, 
             if tuple(names) in (known_space.wnids, known_space.unique_names, known_space.names):
                 return known_space
         elif not any(isinstance(name, str) and WNID_PATTERN.fullmatch(name) for name in names):
-            return _own_names(config, folder)
+            return _described_synsets(config, folder) or _own_names(config, folder)
         try:
             return LabelSpace(folder.name, tuple(names))
         except (UnknownSynsetError, DuplicateSynsetError) as error:  # a typo, or other classes than the checkpoint's
@@ -378,6 +378,27 @@ def _label_space_of_config(config: Mapping[str, Any], known: Checkpoint | None, 
             "imagenet1k, wnids, or ClassNames for classes that are not synsets."
         )
     return LabelSpace.load(known.label_space)
+
+
+def _described_synsets(config: Mapping[str, Any], folder: Path) -> LabelSpace | None:
+    """The synsets behind names and definitions as exports have them, all that timm keeps of these; None for others."""
+    described = config.get("label_descriptions") or settings_of(config).get("label_descriptions")
+    if not isinstance(described, Mapping):
+        return None
+    nouns = load_nouns()
+    wnids = {
+        key: f"n{offset:08d}"
+        for key, offset in zip(zip(nouns.names, nouns.definitions, strict=True), nouns.offsets.tolist(), strict=True)
+    }
+    found = [  # a name that is not unique has its wnid
+        wnids.get((re.sub(r" \(n\d{8}\)$", "", name), str(described.get(name))), "") if isinstance(name, str) else ""
+        for name in config["label_names"]
+    ]
+    with contextlib.suppress(LabelSpaceError, UnknownSynsetError):
+        space = LabelSpace(folder.name, tuple(found))
+        shipped = (LabelSpace.load(name) for name in LABEL_SPACES)
+        return next((each for each in shipped if each.wnids == space.wnids), space)
+    return None
 
 
 def _own_names(config: Mapping[str, Any], folder: Path) -> ClassNames:

@@ -56,8 +56,8 @@ class Predictor:
 
     Args:
         model: A record's name, a timm model name with a known label space, a folder with ``config.json`` and weights,
-            ``hf-hub:ORG/NAME``, a torch module (with ``label_space``), or None for the default
-            (:func:`wn21k_zoo.models.choose_default`). A named model is never replaced by another.
+            ``hf-hub:ORG/NAME``, a torch module (with ``label_space``; traced or exported ones in evaluation mode), or
+            None for the default (:func:`wn21k_zoo.models.choose_default`). A named model is never replaced by another.
         top_k: How many labels per level, and how many outputs, a prediction lists.
         threshold: Confidence in [0, 1] that ``Prediction.label`` must reach.
         device: 'auto' (CUDA, else MPS, else CPU; a module stays where it is) or a torch device.
@@ -172,7 +172,7 @@ class Predictor:
             outputs: Outputs of the head before any softmax or sigmoid, [B, N]: a tensor or an array.
 
         Raises:
-            InvalidArgumentError: They are something else, or some are NaN or infinite.
+            InvalidArgumentError: They are something else, such as probabilities, or some are NaN or infinite.
         """
         import numpy as np
         import torch
@@ -295,16 +295,26 @@ class Predictor:
                     logits = self.module(pixels.contiguous(memory_format=self._memory_format))
                 check_logits(logits, len(tensors), self.label_space, self.name)
                 return self._read(logits)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             if isinstance(error, Wn21kError):
                 raise
             hint = " Try a smaller batch size." if is_out_of_memory(error) else ""
             raise ModelError(f"{self.name} cannot be run on these images: {first_line(error)}{hint}") from error
 
     def _read(self, logits: torch.Tensor) -> list[dict[str, Any] | None]:
+        self._refuse_probabilities(logits)
         finite = logits.isfinite().all(dim=-1)
         found = iter(self._reader(logits[finite], self.top_k))
         return [next(found) if usable else None for usable in finite.tolist()]
+
+    def _refuse_probabilities(self, logits: torch.Tensor) -> None:
+        """Refuse rows that are a softmax's already, which would be read without an error, and wrongly."""
+        sums = logits.sum(dim=-1, keepdim=True)
+        if logits.shape[1] > 2 and len(logits) and bool(((logits >= 0) & ((sums - 1).abs() < 1e-3)).all()):
+            raise InvalidArgumentError(
+                f"The outputs of {self.name} are probabilities already: none is below 0, and each image's add up to 1. "
+                "Give what comes before the softmax, or their logarithms."
+            )
 
     def _prediction(self, found: dict[str, Any] | None, source: str | None) -> Result:
         if found is None:

@@ -264,6 +264,8 @@ def folder_config(
         outputs = {"label_descriptions": described, **_outputs(classes, head)}
     else:
         outputs = {"label_space": "own", "head": head}  # also where a name looks like a wnid
+    if head == "sigmoid":
+        outputs["problem_type"] = "multi_label_classification"  # for transformers, which takes a softmax otherwise
     settings = {key: value for key, value in settings.items() if key != "architecture"}
     return {**config, **outputs, "pretrained_cfg": settings}
 

@@ -28,6 +28,15 @@ def _default_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**pretrained_config(checkpoint), **place}
 
 
+def _tag_of(name: str, config: Any) -> str | None:
+    """The tag of a record's own configuration, as ``timm.models.get_pretrained_cfg`` gives it; None for any other."""
+    config = config if isinstance(config, Mapping) else vars(config)
+    known = default_cfgs[f"{TIMM_PREFIX}{name}"].cfgs.get(config.get("tag") or "")
+    own = known is not None and not any(config.get(key) for key in ("file", "state_dict"))
+    same = own and all(config.get(key) == getattr(known, key) for key in ("url", "hf_hub_id"))
+    return config["tag"] if same else None
+
+
 def _entry_point(name: str) -> Callable[..., Any]:
     """The function that timm calls for ``wn21k_<name>``, with or without a tag."""
     records = registry.records_of(name)
@@ -40,6 +49,8 @@ def _entry_point(name: str) -> Callable[..., Any]:
         cache_dir: Any = None,
         **kwargs: Any,
     ) -> Any:
+        if pretrained_cfg and not isinstance(pretrained_cfg, str):
+            pretrained_cfg = _tag_of(name, pretrained_cfg) or pretrained_cfg
         if pretrained_cfg and not isinstance(pretrained_cfg, str):  # from a folder, or the user's own
             return build(
                 architecture,

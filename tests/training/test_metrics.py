@@ -245,6 +245,29 @@ def test_outputs_that_are_not_finite_give_no_figures():
         evaluation.compute()
 
 
+FLAT = SemanticTree.from_wnids(["n02123045", "n02084071", "n00017222"])
+
+
+@pytest.mark.parametrize("tree", [NESTED, FLAT])
+def test_logits_and_targets_that_do_not_fit_are_refused(tree):
+    evaluation = Evaluation(tree, "softmax", range(3))
+    logits, targets = torch.zeros(4, len(tree)), torch.tensor([0, 1, 2, 1])
+    for wrong in ((torch.zeros(4, 9), targets), (logits, targets[:3]), (logits[0], targets), (logits.numpy(), targets)):
+        with pytest.raises(InvalidArgumentError):
+            evaluation.update(*wrong)
+
+    def figures(targets):
+        evaluation.update(logits, targets)
+        return evaluation.compute()
+
+    with pytest.raises(InvalidArgumentError, match="classes"):
+        figures(targets + len(tree))
+    evaluation.reset()
+    assert figures(targets)["images"] == 4
+    with pytest.raises(InvalidArgumentError, match="semantic_softmax, softmax, sigmoid"):
+        Evaluation(tree, "semantic-softmax", range(3))
+
+
 def test_a_sigmoid_without_a_hierarchy_is_as_sure_as_it_says():
     flat = SemanticTree.from_wnids(["n02123045", "n02084071", "n00017222"])
     evaluation = Evaluation(flat, "sigmoid", range(3))

@@ -5,6 +5,7 @@ Shape suffixes: B batch, N classes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wn21k_zoo.checkpoints import Head
+from wn21k_zoo.checkpoints import Head, check_head
+from wn21k_zoo.errors import InvalidArgumentError
 from wn21k_zoo.hierarchy import Decoder
 from wn21k_zoo.training.dataset import ImageDataset, images_per_class
 from wn21k_zoo.training.levels import Levels, Order
@@ -71,9 +73,11 @@ class Evaluation(nn.Module):
         with_ancestors: bool = False,
     ) -> None:
         super().__init__()
+        check_head(head)
         if torch.device(device).type == "mps":
             device = "cpu"
         num_classes = len(tree) if tree is not None else num_classes
+        self._widths = (max(classes) + 1, sys.maxsize) if num_classes is None else (num_classes, num_classes)
         self._levels = Levels(tree, order) if tree is not None and order == "level" else None
         self.distances: HierarchicalDistances | None = None
         self.hierarchy: str | None = None
@@ -104,13 +108,17 @@ class Evaluation(nn.Module):
 
         Returns:
             The predicted leaf of each image, [B] int64, and its confidence, [B].
+
+        Raises:
+            InvalidArgumentError: They are not tensors of these shapes.
         """
+        self._check(logits_bn, targets_b)
         if not len(targets_b):
             return targets_b, logits_bn.new_zeros(0)
         if logits_bn.device.type == "mps":
             logits_bn, targets_b = logits_bn.cpu(), targets_b.cpu()
         logits_bn = logits_bn.float()
-        self.broken.update(logits_bn)
+        self.broken.update(logits_bn, targets_b)
         if self._levels is not None:
             logits_bn = logits_bn.index_select(1, self._levels.positions)
         self.raw.update(logits_bn, targets_b)
@@ -137,6 +145,22 @@ class Evaluation(nn.Module):
         self.calibration.update(sure, predictions == targets_b, counted)
         return predictions, sure
 
+    def _check(self, logits_bn: Any, targets_b: Any) -> None:
+        if not isinstance(logits_bn, Tensor) or not isinstance(targets_b, Tensor):
+            raise InvalidArgumentError("Logits and targets must be tensors.")
+        few, many = self._widths
+        if logits_bn.ndim != 2 or targets_b.shape != logits_bn.shape[:1] or not few <= logits_bn.shape[1] <= many:
+            raise InvalidArgumentError(
+                f"Logits [B, {few}] and targets [B] are needed; they have the shapes {list(logits_bn.shape)} and "
+                f"{list(targets_b.shape)}."
+            )
+
+    def reset(self) -> None:
+        """Set all counts to 0."""
+        for each in self.modules():
+            if isinstance(each, Counts):
+                each.reset()
+
     def compute(self) -> dict[str, Any]:
         """Return all figures, shares in percent; waits for all ranks if figures cover them.
 
@@ -149,6 +173,7 @@ class Evaluation(nn.Module):
 
         Raises:
             NonFiniteError: Logits were not finite.
+            InvalidArgumentError: Targets were not classes.
         """
         self.broken.check()
         figures: dict[str, Any] = {"hierarchy": self.hierarchy}

@@ -27,7 +27,8 @@ class Levels(nn.Module):
     Args:
         tree: The classes and their hierarchy.
         order: Order of the logits: ``published`` is that of the tree's label space; in ``level`` order the classes of
-            one level are adjacent, sorted by wnid.
+            one level are adjacent, sorted by wnid. A network trained so has the classes
+            ``[tree.wnids[index] for index in levels.columns]``.
 
     Attributes:
         depths: Depth of each level, K numbers.

@@ -2,7 +2,7 @@
 
 All take logits of any floating-point dtype and reduce in float32; none loops over samples or waits for a device. On the
 CPU, targets out of range and non-finite numbers raise an error at once. On other devices, where checking would mean
-waiting, and in compiled code they make the loss NaN, and :func:`explain` says why.
+waiting, and in compiled code without the CPU's own operation they make the loss NaN, and :func:`explain` says why.
 
 ``reduction`` is that of torch's losses: with ``none`` a loss is [B], one number per sample, to be weighted or masked. A
 target that does not count needs a valid class all the same; give its sample the weight 0, or leave out its row. Over an
