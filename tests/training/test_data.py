@@ -212,9 +212,9 @@ def test_ranks_that_wait_for_each_other_get_to_the_end(damaged, tmp_path):
         (501, 1000, 1, 0.5, True),
     ],
 )
-def test_how_many_may_be_damaged(shards, monkeypatch, bad, seen, world_size, max_bad, ends):
+def test_how_many_may_be_damaged(shards, bad, seen, world_size, max_bad, ends):
     one = loader(shards, batch_size=1, world_size=world_size, max_bad=max_bad)
-    monkeypatch.setattr(type(one.dataset), "__len__", lambda _: 4000)
+    one.num_samples = 4000
     raw = {"bad": [("shard", str(number), "no image") for number in range(bad)], "targets": range(seen - bad)}
     with pytest.raises(BadImagesError) if ends else contextlib.nullcontext():
         one._count(raw)
