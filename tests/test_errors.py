@@ -54,4 +54,5 @@ def test_messages_are_one_line():
     assert first_line(ValueError("\x1b[1mload\x1b[0m failed")) == "ValueError: load failed"
     assert first_line(ValueError()) == "ValueError"
     assert first_line(ValueError("Does not fit:\n  a is missing\n  b")) == "ValueError: Does not fit: a is missing"
+    assert len(first_line(ValueError(f"Does not fit:\n{'a' * 9999}"))) < 200
     assert str(MissingExtraError("X", "demo")) == 'X needs an extra: pip install "wn21k-zoo[demo]"'

@@ -170,6 +170,8 @@ def test_ofa_in_timm_after_our_import_and_here(tmp_path, photographs):
     with torch.inference_mode():
         logits = module(published.images())
     assert logits.argmax(1).tolist() == published.REFERENCE["ofa_flops_595m_s"]["argmax"]
+    timm.models.save_for_hf(timm.create_model(f"local-dir:{place}"), tmp_path / "again", model_config={})
+    assert timm.create_model(f"local-dir:{tmp_path / 'again'}").num_classes == 11221
     assert wn21k_zoo.predict(photographs[0], model=place, device="cpu").head == "semantic_softmax"
 
 

@@ -45,6 +45,12 @@ def test_a_records_own_configuration_leads_to_verified_weights(monkeypatch):
     for config in (timm.get_pretrained_cfg(name), timm.get_pretrained_cfg(name).to_dict()):
         found = timm.create_model(name.partition(".")[0], pretrained=True, pretrained_cfg=config).state_dict()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
+    config = timm.get_pretrained_cfg(name).to_dict()
+    for pretrained, changed in ((True, {"crop_pct": 0.5}), (False, {"crop_pct": 0.5, "num_classes": 7})):
+        module = timm.create_model(name.partition(".")[0], pretrained=pretrained, pretrained_cfg=config | changed)
+        assert changed.items() <= {**module.pretrained_cfg, "num_classes": module.num_classes}.items()
+    module = wn21k_zoo.create_model(EMBEDDED, pretrained=False, pretrained_cfg_overlay={"url": "https://x/y"})
+    assert module.num_classes == 1000
     for place in ({"url": "https://x/y"}, {"hf_hub_id": "me/mine"}):
         with pytest.raises(InvalidArgumentError, match="for others give file or state_dict"):
             timm.create_model(name, pretrained=True, pretrained_cfg_overlay=place)

@@ -124,7 +124,7 @@ def build_checkpoint(
     Raises:
         ModelError, MissingExtraError, InvalidArgumentError: As :func:`create_model`.
     """
-    _check_overlay(overlay)
+    _check_overlay(overlay, pretrained)
     config = {**pretrained_config(checkpoint), **(overlay or {})}
     if pretrained and not _names_weights(config):
         path = download.fetch(checkpoint, cache_dir=cache_dir).path
@@ -236,7 +236,7 @@ def build_from_folder(
     """
     from timm.models._hub import _parse_model_cfg
 
-    _check_overlay(overlay)
+    _check_overlay(overlay, pretrained)
     stated = {key: value for key, value in read_config(folder).items() if value is not None}  # as transformers does
     settings, architecture, arguments = _parse_model_cfg(stated, {})
     settings = {key: value for key, value in settings.items() if key not in _SOURCES}
@@ -300,8 +300,9 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("pretrained_cfg") or config
 
 
-def _check_overlay(overlay: Mapping[str, Any] | None) -> None:
-    if place := next((key for key in _PLACES if (overlay or {}).get(key)), None):
+def _check_overlay(overlay: Mapping[str, Any] | None, pretrained: bool) -> None:
+    place = next((key for key in _PLACES if (overlay or {}).get(key)), None)
+    if place and pretrained and not _names_weights(overlay or {}):
         raise InvalidArgumentError(
             f"pretrained_cfg_overlay has {place!r}, but weights come from the model's own sources; for others give "
             "file or state_dict, or hf-hub:ORG/NAME as the model."
@@ -339,8 +340,6 @@ def _build(name: str, architecture: str, pretrained: bool, config: Mapping[str, 
         raise ModelError(
             f"{name} cannot be built. {what} does not support what was asked for: {first_line(error)}"
         ) from error
-    if architecture in ARCHITECTURES:  # timm knows them by our prefix
-        cast(Any, module).pretrained_cfg["architecture"] = f"{registry.TIMM_PREFIX}{architecture}"
     for key in _OWN_WEIGHTS:  # do not keep a second copy of the loaded weights
         cast(Any, module).pretrained_cfg.pop(key, None)
         cast(Any, module).default_cfg.pop(key, None)

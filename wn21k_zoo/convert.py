@@ -85,6 +85,8 @@ def build(architecture: str, /, **kwargs: Any) -> nn.Module:
         module = own(**given)
     if checkpoint_path:
         timm.models.load_checkpoint(module, checkpoint_path)
+    # What timm writes into the configurations that it saves: it knows our architectures by our prefix.
+    module.pretrained_cfg["architecture"] = f"{TIMM_PREFIX}{architecture.removeprefix(TIMM_PREFIX)}"
     return cast("nn.Module", module)
 
 
@@ -145,7 +147,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
         with warnings.catch_warnings(action="ignore"):  # about old file formats
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors raise many kinds of errors
-        kind = re.search(r"GLOBAL (\S+)", str(error))
+        kind = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
         raise ConversionError(
             f"{path} was not loaded, and nothing in it was executed: it is not a plain state dict "
             f"({f'it contains {kind[1]}' if kind else first_line(error)[:160]})"

@@ -357,7 +357,7 @@ def first_line(error: BaseException) -> str:
     """Summarise another library's error in one line, for use in our messages."""
     lines = _COLOUR.sub("", str(error)).strip().splitlines()
     if len(lines) > 1 and lines[0].endswith(":"):  # as in torch's, of weights that do not fit
-        lines[0] += f" {lines[1].strip()}"
+        lines[0] += f" {lines[1].strip():.160}"
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

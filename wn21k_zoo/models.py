@@ -58,6 +58,7 @@ __all__ = [
     "build_transform",
     "choose_default",
     "create_transform",
+    "head_of",
     "load_model",
     "outputs_of",
     "short_side",
@@ -269,7 +270,7 @@ def _load_folder(name: str, folder: Path, weights: Path | None, space: Given, he
         name=name,
         module=module,
         label_space=classes,
-        head=_head_of(classes, name, head),
+        head=head_of(classes, name, head),
         data_config=_published_data_config(known, timm.data.resolve_model_data_config(module)),
         owned=True,
     )
@@ -430,7 +431,7 @@ def _from_module(module: Any, space: Given, head: Head | None) -> LoadedModel:
         name=type(module).__name__,
         module=module,
         label_space=space,
-        head=_head_of(space, type(module).__name__, head or (known.head if known is not None else None)),
+        head=head_of(space, type(module).__name__, head or (known.head if known is not None else None)),
         data_config=_published_data_config(known, resolve_data_config(pretrained_cfg=settings)) if settings else None,
         owned=False,
     )
@@ -445,7 +446,12 @@ def _speak_alike(space: Given, other: LabelSpace) -> bool:
     return isinstance(space, LabelSpace) and space.wnids == other.wnids
 
 
-def _head_of(space: Classes, name: str, head: Head | None) -> Head:
+def head_of(space: Classes, name: str, head: Head | None) -> Head:
+    """How to read outputs over these classes, where ``head`` is what is said of it.
+
+    Raises:
+        InvalidArgumentError: Nothing says so, or it does not fit.
+    """
     if isinstance(space, ClassNames) and head == "semantic_softmax":
         raise InvalidArgumentError(f"The classes of {name} are not synsets and have no levels; head cannot be {head}.")
     if head is not None:

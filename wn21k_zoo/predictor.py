@@ -172,7 +172,7 @@ class Predictor:
             outputs: Outputs of the head before any softmax or sigmoid, [B, N]: a tensor or an array.
 
         Raises:
-            InvalidArgumentError: They are something else, such as probabilities, or some are NaN or infinite.
+            InvalidArgumentError: They are something else, such as those of a softmax, or some are NaN or infinite.
         """
         import numpy as np
         import torch
@@ -191,7 +191,7 @@ class Predictor:
                 f"have {list(logits.shape)}."
             )
         predictions = []
-        for row, found in enumerate(self._read(logits)):
+        for row, found in enumerate(self._read(logits, InvalidArgumentError)):
             if found is None:
                 raise InvalidArgumentError(f"Row {row} of the outputs is NaN or infinite.")
             predictions.append(self._made(found, None))
@@ -294,26 +294,26 @@ class Predictor:
                 with evaluating(self.module):
                     logits = self.module(pixels.contiguous(memory_format=self._memory_format))
                 check_logits(logits, len(tensors), self.label_space, self.name)
-                return self._read(logits)
+                return self._read(logits, ModelError)
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             if isinstance(error, Wn21kError):
                 raise
             hint = " Try a smaller batch size." if is_out_of_memory(error) else ""
             raise ModelError(f"{self.name} cannot be run on these images: {first_line(error)}{hint}") from error
 
-    def _read(self, logits: torch.Tensor) -> list[dict[str, Any] | None]:
-        self._refuse_probabilities(logits)
+    def _read(self, logits: torch.Tensor, error: type[Wn21kError]) -> list[dict[str, Any] | None]:
         finite = logits.isfinite().all(dim=-1)
+        self._refuse_probabilities(logits[finite], error)
         found = iter(self._reader(logits[finite], self.top_k))
         return [next(found) if usable else None for usable in finite.tolist()]
 
-    def _refuse_probabilities(self, logits: torch.Tensor) -> None:
-        """Refuse rows that are a softmax's already, which would be read without an error, and wrongly."""
-        sums = logits.sum(dim=-1, keepdim=True)
-        if logits.shape[1] > 2 and len(logits) and bool(((logits >= 0) & ((sums - 1).abs() < 1e-3)).all()):
-            raise InvalidArgumentError(
+    def _refuse_probabilities(self, logits: torch.Tensor, error: type[Wn21kError]) -> None:
+        """Refuse outputs that are a softmax's already, which would be read without an error, and wrongly."""
+        sums = logits.float().sum(dim=-1, keepdim=True)  # half precision rounds them
+        if logits.shape[1] > 2 and len(logits) and bool(((logits >= 0) & ((sums - 1).abs() < 0.01)).all()):
+            raise error(
                 f"The outputs of {self.name} are probabilities already: none is below 0, and each image's add up to 1. "
-                "Give what comes before the softmax, or their logarithms."
+                "Give what comes before the softmax, or log(p + 1e-30)."
             )
 
     def _prediction(self, found: dict[str, Any] | None, source: str | None) -> Result:

@@ -28,13 +28,17 @@ def _default_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**pretrained_config(checkpoint), **place}
 
 
-def _tag_of(name: str, config: Any) -> str | None:
-    """The tag of a record's own configuration, as ``timm.models.get_pretrained_cfg`` gives it; None for any other."""
-    config = config if isinstance(config, Mapping) else vars(config)
-    known = default_cfgs[f"{TIMM_PREFIX}{name}"].cfgs.get(config.get("tag") or "")
-    own = known is not None and not any(config.get(key) for key in ("file", "state_dict"))
-    same = own and all(config.get(key) == getattr(known, key) for key in ("url", "hf_hub_id"))
-    return config["tag"] if same else None
+def _own_config(name: str, config: Any) -> dict[str, Any] | None:
+    """A configuration that names a record's weights, as timm gives it, without their places; None for any other."""
+    if not config or isinstance(config, str):
+        return None
+    stated = dict(config if isinstance(config, Mapping) else vars(config))
+    known = default_cfgs[f"{TIMM_PREFIX}{name}"].cfgs.get(str(stated.get("tag")))
+    places = ("url", "hf_hub_id", "file", "state_dict")
+    if known is None or any((stated.get(key) or None) != (getattr(known, key) or None) for key in places):
+        return None
+    left_out = (*places, "source", "hf_hub_filename")
+    return {key: value for key, value in stated.items() if value is not None and key not in left_out}
 
 
 def _entry_point(name: str) -> Callable[..., Any]:
@@ -49,8 +53,8 @@ def _entry_point(name: str) -> Callable[..., Any]:
         cache_dir: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if pretrained_cfg and not isinstance(pretrained_cfg, str):
-            pretrained_cfg = _tag_of(name, pretrained_cfg) or pretrained_cfg
+        if own := _own_config(name, pretrained_cfg):
+            pretrained_cfg, pretrained_cfg_overlay = own["tag"], {**own, **(pretrained_cfg_overlay or {})}
         if pretrained_cfg and not isinstance(pretrained_cfg, str):  # from a folder, or the user's own
             return build(
                 architecture,

@@ -35,6 +35,21 @@ def test_a_plan_counts_the_teacher_wherever_it_is(tmp_path):
         plan(recipe, images_per_second=100)
 
 
+def test_a_plan_is_of_the_network_that_the_start_says(tmp_path):
+    arguments = {"img_size": 32, "depth": 1}
+    save_for_hf(
+        timm.create_model("test_vit", num_classes=3, **arguments),
+        tmp_path / "start",
+        model_config={},
+        model_args=arguments,
+    )
+    recipe = small_recipe("test_vit", model={"start": str(tmp_path / "start")})
+    small = plan(recipe, images_per_second=100, images=100)
+    recipe.model.start = None
+    recipe.model.arguments = {"img_size": 32}
+    assert small.memory_gb < plan(recipe, images_per_second=100, images=100).memory_gb
+
+
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_speed_that_is_none(speed):
     with pytest.raises(RecipeError, match="is not a speed"):

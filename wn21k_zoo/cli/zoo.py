@@ -19,8 +19,8 @@ import typer
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, WEIGHT_FILES, Checkpoint
 from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, print_json, print_table, printed_as_json
-from wn21k_zoo.errors import UnresolvedLabelSpaceError, Wn21kError, without_login
-from wn21k_zoo.labels import ClassNames, LabelSpace
+from wn21k_zoo.errors import InvalidArgumentError, UnresolvedLabelSpaceError, Wn21kError, without_login
+from wn21k_zoo.labels import LabelSpace
 
 __all__ = ["doctor", "info", "list_checkpoints", "schema"]
 
@@ -110,13 +110,14 @@ def _of_folder(folder: Path) -> dict[str, Any]:
     names = [str(each) for each in config.get("label_names") or []]
     local = next((folder / each for each in WEIGHT_FILES if (folder / each).is_file()), None)
     space, head = None, None
-    with contextlib.suppress(UnresolvedLabelSpaceError):
+    with contextlib.suppress(UnresolvedLabelSpaceError, InvalidArgumentError):
         space, head = models.outputs_of(config, folder)
+        head = models.head_of(space, folder.name, head)  # as predict reads them
     return {
         "name": folder.name,
         "architecture": config["architecture"],
         "label_space": space.name if space is not None else None,
-        "head": head or ("softmax" if isinstance(space, ClassNames) else None),  # as predict reads them
+        "head": head,
         "num_classes": config.get("num_classes"),
         "first_classes": "; ".join(names[:3]) or None,
         **{key: value for key, value in config.get("pretrained_cfg", {}).items() if key != "label_names"},

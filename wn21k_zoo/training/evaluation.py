@@ -77,7 +77,9 @@ class Evaluation(nn.Module):
         if torch.device(device).type == "mps":
             device = "cpu"
         num_classes = len(tree) if tree is not None else num_classes
-        self._widths = (max(classes) + 1, sys.maxsize) if num_classes is None else (num_classes, num_classes)
+        self._widths = (
+            (max(classes, default=-1) + 1, sys.maxsize) if num_classes is None else (num_classes, num_classes)
+        )
         self._levels = Levels(tree, order) if tree is not None and order == "level" else None
         self.distances: HierarchicalDistances | None = None
         self.hierarchy: str | None = None
@@ -106,19 +108,23 @@ class Evaluation(nn.Module):
     def update(self, logits_bn: Tensor, targets_b: Tensor) -> tuple[Tensor, Tensor]:
         """Count a batch: logits [B, N] and indices in the label space [B] int64; an empty batch is ignored.
 
+        Targets that are not classes are errors if the classes have levels, and else not counted.
+
         Returns:
             The predicted leaf of each image, [B] int64, and its confidence, [B].
 
         Raises:
             InvalidArgumentError: They are not tensors of these shapes.
         """
-        self._check(logits_bn, targets_b)
-        if not len(targets_b):
+        if not isinstance(logits_bn, Tensor) or not isinstance(targets_b, Tensor):
+            raise InvalidArgumentError("Logits and targets must be tensors.")
+        if not targets_b.numel():
             return targets_b, logits_bn.new_zeros(0)
+        self._check(logits_bn, targets_b)
         if logits_bn.device.type == "mps":
             logits_bn, targets_b = logits_bn.cpu(), targets_b.cpu()
         logits_bn = logits_bn.float()
-        self.broken.update(logits_bn, targets_b)
+        self.broken.update(logits_bn)
         if self._levels is not None:
             logits_bn = logits_bn.index_select(1, self._levels.positions)
         self.raw.update(logits_bn, targets_b)
@@ -145,9 +151,7 @@ class Evaluation(nn.Module):
         self.calibration.update(sure, predictions == targets_b, counted)
         return predictions, sure
 
-    def _check(self, logits_bn: Any, targets_b: Any) -> None:
-        if not isinstance(logits_bn, Tensor) or not isinstance(targets_b, Tensor):
-            raise InvalidArgumentError("Logits and targets must be tensors.")
+    def _check(self, logits_bn: Tensor, targets_b: Tensor) -> None:
         few, many = self._widths
         if logits_bn.ndim != 2 or targets_b.shape != logits_bn.shape[:1] or not few <= logits_bn.shape[1] <= many:
             raise InvalidArgumentError(
@@ -173,7 +177,6 @@ class Evaluation(nn.Module):
 
         Raises:
             NonFiniteError: Logits were not finite.
-            InvalidArgumentError: Targets were not classes.
         """
         self.broken.check()
         figures: dict[str, Any] = {"hierarchy": self.hierarchy}

@@ -88,33 +88,26 @@ class Counts(nn.Module):
 
 
 class BrokenRows(Counts):
-    """The number of rows of logits that are not finite, and of targets that are not classes."""
+    """The number of rows of logits that are not finite."""
 
     def __init__(self) -> None:
-        super().__init__(3)
-        self._num_classes = 0
+        super().__init__(2)
 
     @torch.no_grad()
-    def update(self, logits_bn: Tensor, targets_b: Tensor) -> None:
-        """Count a batch of logits [B, N] and targets [B]."""
-        self._num_classes = logits_bn.shape[1]
+    def update(self, logits_bn: Tensor) -> None:
+        """Count a batch of logits [B, N]."""
         broken = ~logits_bn.isfinite().all(1)
-        impossible = (targets_b < 0) | (targets_b >= self._num_classes)
-        images = torch.ones_like(broken, dtype=torch.int64)
-        self._count(torch.stack([broken.sum(), impossible.sum(), images.sum()]))
+        self._count(torch.stack([broken.sum(), torch.ones_like(broken, dtype=torch.int64).sum()]))
 
     def check(self) -> None:
         """Check that there were none, over all ranks.
 
         Raises:
-            NonFiniteError: Some logits were not finite.
-            InvalidArgumentError: Some targets were no classes.
+            NonFiniteError: There were.
         """
-        broken, impossible, images = self._total()
+        broken, images = self._total()
         if broken:
             raise _not_finite(f"{broken:,} of {images:,}")
-        if impossible:
-            raise _out_of_range(impossible, self._num_classes)
 
 
 def _is_broken(largest: Tensor) -> Tensor:

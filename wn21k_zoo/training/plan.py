@@ -95,7 +95,10 @@ def plan(
     """
     gpus = whole_number("gpus", gpus, 1)
     recipe.check()
-    recipe = resolved(recipe, otherwise={})  # the recipe of a run has them
+    try:
+        recipe = resolved(recipe)
+    except (ModelError, UnknownModelError):  # not here
+        recipe = resolved(recipe, otherwise={})
     if images_per_second is not None and not 0 < images_per_second < math.inf:
         raise RecipeError(f"{images_per_second} images per second is not a speed; give a number above 0.")
     space = recipe.data.space

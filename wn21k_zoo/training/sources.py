@@ -47,6 +47,7 @@ _SPLIT_FOLDERS = {
 _RESIZED = ("imagenet21k_train", "imagenet21k_val")
 _TEST_FOLDER = "test"  # neither for training nor for validation
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+_NO_FILE = "refused: a link, a device, or packed with holes"
 LINKED_FOLDER = "a link to a folder, which is not followed"
 TO_READ = "fetch it to this machine, or mount it, and name its path."
 _NOTED = 1000
@@ -230,10 +231,13 @@ def _tar_member(source: ClassSource, member: tarfile.TarInfo) -> Iterator[Member
     offset = source.offset + member.offset_data
     if member.name.startswith("/") or ".." in member.name.split("/"):
         yield Member(member.name, source.path, offset, member.size, "refused: its path leaves its folder")
-    elif not member.isreg() or (member.issparse() and _is_image(name)):
-        yield Member(member.name, source.path, offset, member.size, "refused: a link, a device, or packed with holes")
+    elif not member.isreg():
+        yield Member(member.name, source.path, offset, member.size, _NO_FILE)
     elif _is_image(name) and not any(map(is_hidden, inner.split("/"))):
-        yield Member(name, source.path, offset, member.size, inner=inner)
+        if member.issparse():
+            yield Member(member.name, source.path, offset, member.size, _NO_FILE)
+        else:
+            yield Member(name, source.path, offset, member.size, inner=inner)
 
 
 def _inner(name: str) -> str:
