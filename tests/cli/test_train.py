@@ -143,6 +143,7 @@ def test_compare_leaves_out_what_was_not_evaluated(run, tmp_path):
     assert "holds no run that was evaluated yet" in done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert wn21k("train", "compare", tmp_path).exit_code == 1
+    assert wn21k("train", "compare", run, tmp_path / "nowhere").exit_code == 3
 
 
 def test_a_broken_run_or_line_does_not_hide_the_others(run, tmp_path):
@@ -154,7 +155,7 @@ def test_a_broken_run_or_line_does_not_hide_the_others(run, tmp_path):
     evaluation = '{"kind": "evaluation", "step": 3, "top1": 5, "top5": null}'
     (tmp_path / "odd" / "metrics.jsonl").write_text(f'{{}}\n[]\n{evaluation}\n{{"kind')
     done = wn21k("train", "compare", tmp_path / "broken", tmp_path / "list", run, tmp_path / "odd")
-    assert done.stderr.count("is damaged") == 2
+    assert (done.exit_code, done.stderr.count("is damaged")) == (3, 2)
     good, odd = [json.loads(line) for line in done.stdout.splitlines()]
     assert (good["run"], odd["run"], odd["top1"], odd["epoch"]) == (run.name, "odd", 5, None)
     assert good["classes"] == json.loads((run / "data.json").read_text())["label_space"]

@@ -62,7 +62,7 @@ def test_info_counts(prepared):
         "fewest": 4, "median": 10.0, "most": 10, "imbalance": 2.5,
     }  # fmt: skip
     assert described["splits"]["validation"]["images"] == 6
-    levels = described["levels"]
+    levels = described["depths"]
     assert [level["classes"] for level in levels] == [302, 1378, 2100, 2605, 2204, 1371, 716, 290, 146, 82, 26, 1]
     assert sum(level["with_images"] for level in levels) == 3
     assert sum(level["images"] for level in levels) == 24

@@ -28,7 +28,7 @@ The result is a model in its own right, whether its classes are synsets or have 
     wn21k train export RUN ./mine
     wn21k predict photo.jpg --model ./mine
 
-To change more than --set can, write a file of your own:
+To keep changes, write a file of your own:
 
     from wn21k_zoo.training import presets
 
@@ -37,10 +37,10 @@ To change more than --set can, write a file of your own:
         recipe.data.augmentation = "modern"
         return recipe
 
-Images seen: 20 epochs; with fewer than 1,600 training images, as many epochs as 1,000 steps take (an explicit --set
-schedule.epochs=5 overrides both). Hours: images seen / images per second / 3600. The log of a run shows the images per
-second of all its GPUs together; `wn21k train plan FILE --gpus 1 --images N --images-per-second X` computes the hours in
-advance.
+Images seen: 20 epochs or, if these are fewer (below 1,600 training images, in batches of 32), as many epochs as 1,000
+steps take (an explicit --set schedule.epochs=5 overrides both). Hours: images seen / images per second / 3600. The log
+of a run shows the images per second of all its GPUs together; `wn21k train plan FILE --gpus 1 --images N
+--images-per-second X` computes the hours in advance.
 
 Learning rates, augmentation and epochs are our choice. benchmarks/finetune.py compares them with a linear probe on few
 images: if your classes are close to those the weights were trained on, --set model.freeze_backbone=true may be better.

@@ -55,7 +55,7 @@ def in21k_without_distillation() -> Recipe:
 
 
 def in21k_winter21() -> Recipe:
-    """On the winter 2021 release."""
+    """On the winter 2021 release, without distillation."""
     return presets.winter21(in21k())
 
 
@@ -65,7 +65,7 @@ def in21k_from_scratch() -> Recipe:
 
 
 def in21k_modern() -> Recipe:
-    """With techniques that have become common since; not tried."""
+    """With techniques that have become common since, without distillation; not tried."""
     return presets.modern("mixer_b16_224")
 
 

@@ -58,12 +58,12 @@ def in21k_without_distillation(start: str | None = None) -> Recipe:
 
 
 def in21k_winter21(start: str | None = None) -> Recipe:
-    """On the winter 2021 release."""
+    """On the winter 2021 release, without distillation."""
     return presets.winter21(in21k(start))
 
 
 def in21k_modern(start: str | None = None) -> Recipe:
-    """With techniques that have become common since; not tried."""
+    """With techniques that have become common since, without distillation; not tried."""
     return presets.modern("ofa_flops_595m_s", start)
 
 

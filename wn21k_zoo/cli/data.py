@@ -135,7 +135,7 @@ def info(
     folder: FolderArgument,
     format: FormatOption = None,  # noqa: A002
 ) -> None:
-    """Show classes, images, sizes, imbalance, and counts per level of the hierarchy."""
+    """Show classes, images, sizes, imbalance, and counts per depth of the hierarchy."""
     from wn21k_zoo.training.inspect import describe
 
     described = describe(folder)
@@ -145,7 +145,7 @@ def info(
     print_table(rows, tuple(rows[0]), format)
     if choose_format(format) == "csv":  # one table per file
         return
-    print_table(described["levels"], ("level", "classes", "with_images", "images"), format)
+    print_table(described["depths"], ("depth", "classes", "with_images", "images"), format)
     say(f"label space {described['label_space']}; {described['preparation']}")
 
 

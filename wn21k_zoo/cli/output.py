@@ -73,12 +73,12 @@ LabelSpaceOption = Annotated[
     str | None,
     typer.Option(
         "--label-space",
-        help="Classes of a folder's model that does not state them: a name, a file of wnids, or own (names alone).",
+        help="Classes of a folder's model, in place of those it states: a name, a file of wnids, or own (names alone).",
     ),
 ]
 TREES = "fall11, winter21, another label space, a text file of wnids, or the authors' tree.pth."
 HeadOption = Annotated[
-    Head | None, typer.Option("--head", help="How to read the outputs of a folder's model that does not state it.")
+    Head | None, typer.Option("--head", help="How to read the outputs of a folder's model, in place of what it states.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 

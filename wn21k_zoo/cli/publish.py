@@ -31,7 +31,7 @@ def export(
 
 
 def publish(
-    folder: Annotated[Path, typer.Argument(help="A folder written by wn21k export.")],
+    folder: Annotated[Path, typer.Argument(help="A folder written by wn21k export, wn21k train export or save_model.")],
     repo: Annotated[str, typer.Option("--repo", help="ORG/NAME on the Hugging Face Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch. Default: main.")] = None,

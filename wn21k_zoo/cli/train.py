@@ -163,14 +163,26 @@ def compare(
     from wn21k_zoo.errors import RunError
     from wn21k_zoo.training.state import names_of
 
-    rows, runs = [], [*dict.fromkeys(each for run in _expanded(runs) for each in _runs_in(run))]
+    rows, failed = [], False
+    runs = [*dict.fromkeys(each for run in _expanded(runs) for each in _runs_in(run))]
     for run, name in zip(runs, names_of(runs), strict=True):
         try:
-            rows.append({"run": name, **_last_evaluation(run)})
+            if (row := _last_evaluation(run)) is not None:
+                rows.append({"run": name, **row})
+            else:
+                say(f"{run} holds no run that was evaluated yet.")
         except RunError as error:
+            failed = True
             say(str(error))
     if not rows:
         raise RunError("There is nothing to compare.")
+    _print_beside(rows, format)
+    if failed:
+        raise typer.Exit(3)
+
+
+def _print_beside(rows: list[dict[str, Any]], format: Format | None) -> None:  # noqa: A002
+    """Print rows; on a terminal each as a column."""
     if choose_format(format) != "table":
         print_table(rows, tuple(rows[0]), format)
         return
@@ -182,16 +194,17 @@ def compare(
         print_table(others, columns, format, heads=tuple(first.values()))
 
 
-def _last_evaluation(run: Path) -> dict[str, Any]:
+def _last_evaluation(run: Path) -> dict[str, Any] | None:
     from wn21k_zoo.errors import RunError
     from wn21k_zoo.training.state import RunFolder, read_lines, score
 
     folder = RunFolder(run)
     lines = read_lines(folder.metrics) if folder.metrics.is_file() else []
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    if not folder.path.is_dir():
+        raise RunError(f"{folder.path} is not a folder.")
     if not evaluations:
-        what = "holds no run that was evaluated yet" if folder.path.is_dir() else "is not a folder"
-        raise RunError(f"{folder.path} {what}.")
+        return None
     last, recipe = evaluations[-1], folder.recipe()
     # A run that is resumed with another number of images forgets its best.
     comparable = [each for each in evaluations if each.get("images") == last.get("images")]
@@ -254,7 +267,7 @@ def export(
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier export.")] = False,
 ) -> None:
-    """Export a run as a folder that timm and wn21k_zoo load, with a draft of its record."""
+    """Export a run as a folder that timm, transformers and wn21k_zoo load, with a draft of its record."""
     from wn21k_zoo.training.export import export_run
 
     typer.echo(str(export_run(run, folder, which=which, name=name, dtype=dtype, force=force)))

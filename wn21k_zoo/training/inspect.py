@@ -41,11 +41,11 @@ __all__ = ["Damage", "contact_sheet", "describe", "verify_shards"]
 
 
 def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return counts, sizes, imbalance and classes per level of a prepared folder.
+    """Return counts, sizes, imbalance and classes per depth of a prepared folder.
 
     Returns:
         ``label_space`` and ``preparation``; ``splits``: per split the images, classes, bytes, shards, the fewest,
-        median and most images of a class, and ``imbalance``, the most over the fewest; ``levels``: per depth of the
+        median and most images of a class, and ``imbalance``, the most over the fewest; ``depths``: per depth of the
         label space's semantic tree the classes, those with training images, and the number of these images.
 
     Raises:
@@ -70,15 +70,15 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
         }
     train = counts.get("train", np.zeros(len(space), np.int64))
     tree = SemanticTree.from_label_space(space)
-    described["levels"] = [
+    described["depths"] = [
         {
-            "level": level,
+            "depth": depth,
             "classes": len(nodes),
             "with_images": int((train[nodes] > 0).sum()),
             "images": int(train[nodes].sum()),
         }
-        for level in range(int(tree.depths.max()) + 1)
-        for nodes in [np.flatnonzero(tree.depths == level)]
+        for depth in range(int(tree.depths.max()) + 1)
+        for nodes in [np.flatnonzero(tree.depths == depth)]
     ]
     return described
 

@@ -3,7 +3,7 @@
 #
 #     training/results/stand_in/run.sh tiny_imagenet_whole.tar.gz FOLDER
 #
-# FOLDER gets shards/, runs/, logs/, and in results/ what this folder has, but for README.md.
+# FOLDER gets shards/, runs/, logs/, and in results/ what this folder has, but for README.md and this script.
 set -euo pipefail
 archive=$(realpath "$1")
 here=$(realpath "$(dirname "$0")")
