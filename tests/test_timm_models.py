@@ -48,7 +48,11 @@ def test_a_records_own_configuration_leads_to_verified_weights(monkeypatch):
     config = timm.get_pretrained_cfg(name).to_dict()
     for pretrained, changed in ((True, {"crop_pct": 0.5}), (False, {"crop_pct": 0.5, "num_classes": 7})):
         module = timm.create_model(name.partition(".")[0], pretrained=pretrained, pretrained_cfg=config | changed)
+        assert module.pretrained_cfg["architecture"] == "tf_efficientnet_lite0"
         assert changed.items() <= {**module.pretrained_cfg, "num_classes": module.num_classes}.items()
+    weights = {"state_dict": {key: torch.full_like(value, 7) for key, value in expected.items()}, "source": "hf-hub"}
+    module = wn21k_zoo.create_model(EMBEDDED, pretrained_cfg_overlay=weights | {"hf_hub_id": "me/x"})
+    assert (module.conv_stem.weight == 7).all()
     module = wn21k_zoo.create_model(EMBEDDED, pretrained=False, pretrained_cfg_overlay={"url": "https://x/y"})
     assert module.num_classes == 1000
     for place in ({"url": "https://x/y"}, {"hf_hub_id": "me/mine"}):

@@ -124,8 +124,7 @@ def build_checkpoint(
     Raises:
         ModelError, MissingExtraError, InvalidArgumentError: As :func:`create_model`.
     """
-    _check_overlay(overlay, pretrained)
-    config = {**pretrained_config(checkpoint), **(overlay or {})}
+    config = {**pretrained_config(checkpoint), **_without_places(overlay, pretrained)}
     if pretrained and not _names_weights(config):
         path = download.fetch(checkpoint, cache_dir=cache_dir).path
         config.update(_weights(path, checkpoint if checkpoint in CHECKPOINTS else None))
@@ -236,13 +235,13 @@ def build_from_folder(
     """
     from timm.models._hub import _parse_model_cfg
 
-    _check_overlay(overlay, pretrained)
+    overlay = _without_places(overlay, pretrained)
     stated = {key: value for key, value in read_config(folder).items() if value is not None}  # as transformers does
     settings, architecture, arguments = _parse_model_cfg(stated, {})
     settings = {key: value for key, value in settings.items() if key not in _SOURCES}
     arguments = {key: value for key, value in arguments.items() if not convert.names_weights(key)}
     settings.update(_weights(weights) if weights is not None else {}, architecture=architecture)
-    settings.update(overlay or {})
+    settings.update(overlay)
     try:
         return _build(str(folder), architecture, pretrained, settings, **{**arguments, **kwargs})
     except InvalidArgumentError as error:
@@ -300,13 +299,16 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("pretrained_cfg") or config
 
 
-def _check_overlay(overlay: Mapping[str, Any] | None, pretrained: bool) -> None:
-    place = next((key for key in _PLACES if (overlay or {}).get(key)), None)
-    if place and pretrained and not _names_weights(overlay or {}):
+def _without_places(overlay: Mapping[str, Any] | None, pretrained: bool) -> dict[str, Any]:
+    """Overrides of a pretrained configuration, without places that timm would fetch weights from itself."""
+    overlay = overlay or {}
+    place = next((key for key in _PLACES if overlay.get(key)), None)
+    if place and pretrained and not _names_weights(overlay):
         raise InvalidArgumentError(
             f"pretrained_cfg_overlay has {place!r}, but weights come from the model's own sources; for others give "
             "file or state_dict, or hf-hub:ORG/NAME as the model."
         )
+    return {key: value for key, value in overlay.items() if key not in _PLACES}
 
 
 def _names_weights(config: Mapping[str, Any]) -> bool:

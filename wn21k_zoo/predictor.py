@@ -313,7 +313,7 @@ class Predictor:
         if logits.shape[1] > 2 and len(logits) and bool(((logits >= 0) & ((sums - 1).abs() < 0.01)).all()):
             raise error(
                 f"The outputs of {self.name} are probabilities already: none is below 0, and each image's add up to 1. "
-                "Give what comes before the softmax, or log(p + 1e-30)."
+                "Give what comes before the softmax, or in float32 log(p + 1e-30)."
             )
 
     def _prediction(self, found: dict[str, Any] | None, source: str | None) -> Result:

@@ -37,7 +37,7 @@ def _own_config(name: str, config: Any) -> dict[str, Any] | None:
     places = ("url", "hf_hub_id", "file", "state_dict")
     if known is None or any((stated.get(key) or None) != (getattr(known, key) or None) for key in places):
         return None
-    left_out = (*places, "source", "hf_hub_filename")
+    left_out = (*places, "source", "hf_hub_filename", "architecture")
     return {key: value for key, value in stated.items() if value is not None and key not in left_out}
 
 

@@ -256,11 +256,16 @@ def test_logits_and_targets_that_do_not_fit_are_refused(tree):
         with pytest.raises(InvalidArgumentError):
             evaluation.update(*wrong)
     evaluation.update(logits, targets)
+    if tree is NESTED:
+        with pytest.raises(InvalidArgumentError, match="A target is 99"):
+            evaluation.update(logits, torch.tensor([0, 1, 2, 99]))
     assert evaluation.compute()["images"] == 4
     evaluation.reset()
     evaluation.update(logits[:3], targets[:3])
     evaluation.update(torch.zeros(0), targets[:0])
     assert evaluation.compute()["images"] == 3
+    with pytest.raises(InvalidArgumentError):
+        evaluation.update(logits, targets[:0])
     with pytest.raises(InvalidArgumentError, match="semantic_softmax, softmax, sigmoid"):
         Evaluation(tree, "semantic-softmax", range(3))
 

@@ -477,7 +477,7 @@ def test_classes_of_a_list_of_ones_own(tmp_path):
     assert np.bincount(targets).tolist() == [9, 9]
     assert len(open_dataset(out, label_space="fall11")) == 9
     assert not verify_shards(out)
-    assert [level["images"] for level in describe(out)["levels"]] == [18]
+    assert [level["images"] for level in describe(out)["depths"]] == [18]
 
     with pytest.raises(DataOutputError, match=r"label_space 'custom \(.*then and 'custom \(.*now"):
         prepare(tmp_path / "source.tar", out, dataclasses.replace(options, label_space=LabelSpace("custom", WNIDS[1:])))

@@ -108,17 +108,18 @@ class Evaluation(nn.Module):
     def update(self, logits_bn: Tensor, targets_b: Tensor) -> tuple[Tensor, Tensor]:
         """Count a batch: logits [B, N] and indices in the label space [B] int64; an empty batch is ignored.
 
-        Targets that are not classes are errors if the classes have levels, and else not counted.
+        Targets that are not classes are errors if the classes have levels (on a GPU when figures are computed), and
+        else not counted.
 
         Returns:
             The predicted leaf of each image, [B] int64, and its confidence, [B].
 
         Raises:
-            InvalidArgumentError: They are not tensors of these shapes.
+            InvalidArgumentError: They are not tensors of these shapes, or targets are not classes.
         """
         if not isinstance(logits_bn, Tensor) or not isinstance(targets_b, Tensor):
             raise InvalidArgumentError("Logits and targets must be tensors.")
-        if not targets_b.numel():
+        if not targets_b.numel() and not logits_bn.numel():
             return targets_b, logits_bn.new_zeros(0)
         self._check(logits_bn, targets_b)
         if logits_bn.device.type == "mps":
@@ -152,6 +153,9 @@ class Evaluation(nn.Module):
         return predictions, sure
 
     def _check(self, logits_bn: Tensor, targets_b: Tensor) -> None:
+        """Check a batch before any of it is counted."""
+        if self.semantic is not None:
+            self.semantic.levels.check(logits_bn, targets_b)
         few, many = self._widths
         if logits_bn.ndim != 2 or targets_b.shape != logits_bn.shape[:1] or not few <= logits_bn.shape[1] <= many:
             raise InvalidArgumentError(
@@ -177,6 +181,7 @@ class Evaluation(nn.Module):
 
         Raises:
             NonFiniteError: Logits were not finite.
+            InvalidArgumentError: Targets on a GPU were not classes.
         """
         self.broken.check()
         figures: dict[str, Any] = {"hierarchy": self.hierarchy}

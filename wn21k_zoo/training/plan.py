@@ -185,7 +185,8 @@ def _published_speed(recipe: Recipe, images: int) -> tuple[float | None, str]:
         return None, "unknown; give images per second"
     if recipe.data.size != 224 or recipe.run.precision == "fp32" or recipe.model.gradient_checkpointing:
         return None, "published for 224 pixels in half precision only; give images per second"
-    if changed := [name for name in recipe.model.arguments if not name.endswith("_rate")]:
+    costless = ("img_size", "global_pool")  # the size is that of the images
+    if changed := [name for name in recipe.model.arguments if not name.endswith("_rate") and name not in costless]:
         return None, f"published for a network without model.arguments.{changed[0]}; give images per second"
     if recipe.model.freeze_backbone:
         return None, "published for the training of the whole network only; give images per second"
