@@ -517,6 +517,7 @@ def test_labels_of_no_probability_are_not_listed():
     assert [[label.wnid for label in level.labels] for level in found["levels"]] == [["n02121808"]]
 
 
+@pytest.mark.slow
 def test_changed_weights_are_never_loaded(tmp_path):
     """In a subprocess, with a copy of the package in whose file one byte is flipped."""
     code = f"""
