@@ -97,10 +97,12 @@ def test_what_is_whole_is_read(place):
         assert done.exit_code == 0, (command, done.stderr)
 
 
+@pytest.mark.parametrize("kinds", [("empty", "null"), pytest.param(tuple(DAMAGES), marks=pytest.mark.slow)], ids=len)
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_file_is_one_line(place, file):
+def test_a_damaged_file_is_one_line(place, file, kinds):
     before = (place / file).read_bytes()
-    for damage in (*DAMAGES.values(), before[: len(before) // 2], before[:-1], bytes(len(before))):
+    more = (before[:-1], bytes(len(before))) if len(kinds) > 2 else ()
+    for damage in (*(DAMAGES[kind] for kind in kinds), before[: len(before) // 2], *more):
         (place / file).write_bytes(damage)
         for command in FILES[file]:
             check(command)

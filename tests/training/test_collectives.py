@@ -123,7 +123,7 @@ def test_what_it_says_to_others_comes_back(world):
     assert world.broadcast(2**40 + 1) == 2**40 + 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 @pytest.mark.parametrize("world", ["cpu", GPU], indirect=True)
 def test_told_to_stop_it_goes_on_to_the_same_bits(world, data, tmp_path, stop_at, precision):
     recipe = recipe_for_two()

@@ -234,6 +234,7 @@ def test_classes_of_ones_own(tmp_path):
             evaluate(tmp_path / "run", place, workers=0)
 
 
+@pytest.mark.slow
 def test_some_of_the_classes_of_ones_own_can_be_evaluated(tmp_path):
     data = make_folder(tmp_path / "images", names=("ants", "cats", "dogs"), images=20)
     recipe = small_recipe(loss={"kind": "single_label"}, optimizer={"lr": 3e-3}, schedule={"epochs": 6})
@@ -421,6 +422,7 @@ def test_runs_of_the_same_name_are_told_apart():
     assert names_of([Path("a/run"), Path("a/run")]) == ["run", "run"]
 
 
+@pytest.mark.slow
 def test_plots_are_pictures(run, data, tmp_path):
     shutil.copytree(run, tmp_path / "other" / "run")
     assert plot_runs([run, tmp_path / "other" / "run"], tmp_path / "runs.png") == tmp_path / "runs.png"

@@ -71,6 +71,7 @@ def test_wrong_names_are_found_before_weights_are_fetched(data, tmp_path, monkey
         run(recipe, data, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_trial_finds_weights_of_another_architecture(caplog):
     recipe = presets.in21k("resnet50")
     recipe.model.start = "efficientnet_lite0.embedded_in1k"

@@ -61,7 +61,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(data, in_one_go, tmp_path, 
         ]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_resumed_with_a_teacher_in_half_precision_it_is_bit_for_bit_the_same(data, tmp_path, stop_at, precision):
     recipe = small_recipe(run={"precision": precision})
     recipe.loss.teacher, recipe.loss.distillation_weight = "random:resnet10t", 1.0
