@@ -31,6 +31,7 @@ __all__ = [
     "FOLDER_PREFIX",
     "HUB_PREFIX",
     "OF_ARCHITECTURE",
+    "SOURCES",
     "about_run",
     "as_folder",
     "build_checkpoint",
@@ -54,7 +55,7 @@ CONFIG_FILE = "config.json"
 # Keys of a pretrained configuration: weights given by hand, all sources of weights, what belongs to the architecture.
 _OWN_WEIGHTS = ("state_dict", "file")
 _PLACES = ("source", "url", "hf_hub_id", "hf_hub_filename")
-_SOURCES = (*_OWN_WEIGHTS, *_PLACES, "custom_load")
+SOURCES = (*_OWN_WEIGHTS, *_PLACES, "custom_load")
 OF_ARCHITECTURE = ("first_conv", "classifier", "pool_size", "fixed_input_size", "min_input_size")
 
 
@@ -238,7 +239,7 @@ def build_from_folder(
     overlay = _without_places(overlay, pretrained)
     stated = {key: value for key, value in read_config(folder).items() if value is not None}  # as transformers does
     settings, architecture, arguments = _parse_model_cfg(stated, {})
-    settings = {key: value for key, value in settings.items() if key not in _SOURCES}
+    settings = {key: value for key, value in settings.items() if key not in SOURCES}
     arguments = {key: value for key, value in arguments.items() if not convert.names_weights(key)}
     settings.update(_weights(weights) if weights is not None else {}, architecture=architecture)
     settings.update(overlay)

@@ -13,7 +13,7 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 
 from wn21k_zoo import registry
-from wn21k_zoo.building import build_checkpoint, pretrained_config
+from wn21k_zoo.building import SOURCES, build_checkpoint, pretrained_config
 from wn21k_zoo.checkpoints import CHECKPOINTS, Checkpoint, HubSource
 from wn21k_zoo.convert import build
 from wn21k_zoo.registry import TIMM_PREFIX
@@ -34,11 +34,9 @@ def _own_config(name: str, config: Any) -> dict[str, Any] | None:
         return None
     stated = dict(config if isinstance(config, Mapping) else vars(config))
     known = default_cfgs[f"{TIMM_PREFIX}{name}"].cfgs.get(str(stated.get("tag")))
-    places = ("url", "hf_hub_id", "file", "state_dict")
-    if known is None or any((stated.get(key) or None) != (getattr(known, key) or None) for key in places):
+    if known is None or any((stated.get(key) or None) != (getattr(known, key) or None) for key in SOURCES):
         return None
-    left_out = (*places, "source", "hf_hub_filename", "architecture")
-    return {key: value for key, value in stated.items() if value is not None and key not in left_out}
+    return {key: value for key, value in stated.items() if value is not None and key not in (*SOURCES, "architecture")}
 
 
 def _entry_point(name: str) -> Callable[..., Any]:
