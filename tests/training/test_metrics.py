@@ -255,6 +255,8 @@ def test_logits_and_targets_that_do_not_fit_are_refused(tree):
     for wrong in ((torch.zeros(4, 9), targets), (logits, targets[:3]), (logits[0], targets), (logits.numpy(), targets)):
         with pytest.raises(InvalidArgumentError):
             evaluation.update(*wrong)
+    with pytest.raises(InvalidArgumentError, match="int64"):
+        evaluation.update(logits * math.nan, targets.int())
     evaluation.update(logits, targets)
     if tree is NESTED:
         with pytest.raises(InvalidArgumentError, match="A target is 99"):
@@ -268,6 +270,24 @@ def test_logits_and_targets_that_do_not_fit_are_refused(tree):
         evaluation.update(logits, targets[:0])
     with pytest.raises(InvalidArgumentError, match="semantic_softmax, softmax, sigmoid"):
         Evaluation(tree, "semantic-softmax", range(3))
+
+
+class OnMps(torch.Tensor):
+    """A tensor that says it is on MPS."""
+
+    @property
+    def device(self):
+        return torch.device("mps")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_batch_that_is_refused_is_counted_nowhere_on_mps_either():
+    evaluation = Evaluation(NESTED, "softmax", range(3), device="mps")
+    with pytest.raises(InvalidArgumentError, match="A target is 99"):
+        evaluation.update(torch.zeros(2, 5).as_subclass(OnMps), torch.tensor([0, 99]).as_subclass(OnMps))
+    assert not any(each.counts.any() for each in evaluation.modules() if hasattr(each, "counts"))
 
 
 def test_a_sigmoid_without_a_hierarchy_is_as_sure_as_it_says():

@@ -121,14 +121,14 @@ class Evaluation(nn.Module):
             raise InvalidArgumentError("Logits and targets must be tensors.")
         if not targets_b.numel() and not logits_bn.numel():
             return targets_b, logits_bn.new_zeros(0)
-        self._check(logits_bn, targets_b)
         if logits_bn.device.type == "mps":
             logits_bn, targets_b = logits_bn.cpu(), targets_b.cpu()
+        self._check(logits_bn, targets_b)
         logits_bn = logits_bn.float()
-        self.broken.update(logits_bn)
         if self._levels is not None:
             logits_bn = logits_bn.index_select(1, self._levels.positions)
-        self.raw.update(logits_bn, targets_b)
+        self.raw.update(logits_bn, targets_b)  # first, as it checks the targets
+        self.broken.update(logits_bn)
         if self.among_all is not None:
             self.among_all.update(logits_bn, targets_b)
         if self._decoder is None or self.semantic is None:
