@@ -478,6 +478,16 @@ def test_outputs_that_were_computed_elsewhere(head):
         assert predictor.read(logits.softmax(1).log())[0].top_k[0].wnid == expected.top_k[0].wnid
 
 
+def test_a_few_logits_may_add_up_to_about_1():
+    logits = torch.tensor([[0.39, 0.14, 0.472]])
+    predictor = fixed(ClassNames(["cat", "dog", "indoor"]), "softmax", logits[0])
+    assert predictor(CAT).top_k
+    assert predictor.read(logits)[0].top_k[0].probability == pytest.approx(logits.softmax(1).max().item())
+    for probabilities in (logits.softmax(1), logits.softmax(1).expand(20, 3).bfloat16()):
+        with pytest.raises(InvalidArgumentError, match="are probabilities already"):
+            predictor.read(probabilities)
+
+
 def test_a_prediction_is_whole_however_it_is_written(embedded):
     prediction = embedded(CAT)
     assert dataclasses.asdict(prediction).keys() == prediction.to_dict().keys()
