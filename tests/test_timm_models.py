@@ -248,6 +248,10 @@ def test_a_folder_without_weights(configuration, tmp_path):
     ):
         module = wn21k_zoo.create_model(configuration, **arguments)
         assert torch.equal(module.classifier.weight, first.classifier.weight)
+    for name in (configuration, EMBEDDED):
+        for file in (str(tmp_path / "none.pth"), tmp_path, 5):
+            with pytest.raises(WeightsNotFoundError, match=f"pretrained_cfg_overlay: there is no file {file}"):
+                wn21k_zoo.create_model(name, pretrained_cfg_overlay={"file": file})
 
 
 @pytest.mark.slow

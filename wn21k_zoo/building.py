@@ -309,6 +309,9 @@ def _without_places(overlay: Mapping[str, Any] | None, pretrained: bool) -> dict
             f"pretrained_cfg_overlay has {place!r}, but weights come from the model's own sources; for others give "
             "file or state_dict, or hf-hub:ORG/NAME as the model."
         )
+    file = overlay.get("file")
+    if file and pretrained and not overlay.get("state_dict") and not Path(str(file)).is_file():
+        raise WeightsNotFoundError(f"pretrained_cfg_overlay: there is no file {file}.")
     return {key: value for key, value in overlay.items() if key not in _PLACES}
 
 
