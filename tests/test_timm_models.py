@@ -42,7 +42,12 @@ def test_every_record_builds(checkpoint):
 def test_a_records_own_configuration_leads_to_verified_weights(monkeypatch):
     name = f"wn21k_{EMBEDDED}"
     expected = wn21k_zoo.create_model(EMBEDDED).state_dict()
-    for config in (timm.get_pretrained_cfg(name), timm.get_pretrained_cfg(name).to_dict()):
+    configs = [
+        timm.get_pretrained_cfg(name),
+        timm.get_pretrained_cfg(name).to_dict(),
+        timm.create_model(name).pretrained_cfg,
+    ]
+    for config in configs:
         found = timm.create_model(name.partition(".")[0], pretrained=True, pretrained_cfg=config).state_dict()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     config = timm.get_pretrained_cfg(name).to_dict()

@@ -29,12 +29,12 @@ def _default_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _own_config(name: str, config: Any) -> dict[str, Any] | None:
-    """A configuration that names a record's weights, as timm gives it, without their places; None for any other."""
+    """A configuration that names a record's weights, as timm or a network has it, without places; None for others."""
     if not config or isinstance(config, str):
         return None
     stated = dict(config if isinstance(config, Mapping) else vars(config))
     known = default_cfgs[f"{TIMM_PREFIX}{name}"].cfgs.get(str(stated.get("tag")))
-    if known is None or any((stated.get(key) or None) != (getattr(known, key) or None) for key in SOURCES):
+    if known is None or any(stated.get(key) and stated[key] != getattr(known, key) for key in SOURCES):
         return None
     return {key: value for key, value in stated.items() if value is not None and key not in (*SOURCES, "architecture")}
 
