@@ -115,7 +115,10 @@ def test_a_plan_of_a_classifier_alone_needs_less():
 
 def test_a_published_speed_is_of_the_published_network():
     recipe = presets.without_distillation(presets.in21k("resnet50"))
-    assert plan(override(recipe, ["model.arguments.drop_path_rate=0.1"])).hours == plan(recipe).hours
+    for argument in ("drop_path_rate=0.1", "global_pool=avg"):
+        assert plan(override(recipe, [f"model.arguments.{argument}"])).hours == plan(recipe).hours
+    of_start = presets.without_distillation(presets.in21k("vit_base_patch16_224_miil"))
+    assert plan(override(of_start, ["model.arguments.img_size=224"])).hours == plan(of_start).hours == 96.4
     other = plan(override(recipe, ['model.arguments={"layers": [1, 1, 1, 1]}']))
     assert other.hours is None
     assert "without model.arguments.layers; give images per second" in other.assumed
