@@ -35,7 +35,7 @@ def test_a_plan_counts_the_teacher_wherever_it_is(tmp_path):
         plan(recipe, images_per_second=100)
 
 
-def test_a_plan_is_of_the_network_that_the_start_says(tmp_path):
+def test_a_plan_is_of_the_network_that_the_start_says(tmp_path, caplog):
     arguments = {"img_size": 32, "depth": 1}
     save_for_hf(
         timm.create_model("test_vit", num_classes=3, **arguments),
@@ -48,6 +48,10 @@ def test_a_plan_is_of_the_network_that_the_start_says(tmp_path):
     recipe.model.start = None
     recipe.model.arguments = {"img_size": 32}
     assert small.memory_gb < plan(recipe, images_per_second=100, images=100).memory_gb
+    recipe.model.start = str(tmp_path / "start")
+    (tmp_path / "start" / "config.json").write_text("{")
+    plan(recipe, images_per_second=100, images=100)
+    assert "will not start yet, because of model.start" in caplog.text
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("inf"), float("nan")])

@@ -83,7 +83,7 @@ def checkpoint_file(file: str | os.PathLike[str]) -> Path:
 
 
 def warn_if_missing(field: str, name: str) -> None:
-    """Warn in a trial, which needs no weights, that the run itself will not find them; the Hub is not asked."""
+    """Warn in a trial or plan, which needs no weights, that the run will not find them; the Hub is not asked."""
     if name.startswith(building.HUB_PREFIX) or os.environ.get("RANK", "0") != "0":
         return
     try:
