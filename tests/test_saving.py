@@ -71,6 +71,7 @@ def test_what_timm_saves_again_is_still_of_the_same_classes(tmp_path, network):
         wn21k_zoo.Predictor(tmp_path / "pets again", device="cpu")
     predictor = wn21k_zoo.Predictor(tmp_path / "pets again", device="cpu", head="semantic_softmax")
     assert predictor.label_space.wnids == WNIDS
+    assert "label_descriptions" not in CliRunner().invoke(app, ["info", str(tmp_path / "pets again")]).stdout
     described = json.loads((tmp_path / "pets again" / "config.json").read_text())
     described["pretrained_cfg"]["label_descriptions"]["dog, domestic dog, Canis familiaris"] = (
         "what somebody else calls a dog"

@@ -102,6 +102,9 @@ def info(
     _print_details(details, format)
 
 
+_LISTS = ("label_names", "label_descriptions")  # of thousands of classes
+
+
 def _of_folder(folder: Path) -> dict[str, Any]:
     """Details of the model in a folder."""
     from wn21k_zoo import building, models
@@ -120,7 +123,7 @@ def _of_folder(folder: Path) -> dict[str, Any]:
         "head": head,
         "num_classes": config.get("num_classes"),
         "first_classes": "; ".join(names[:3]) or None,
-        **{key: value for key, value in config.get("pretrained_cfg", {}).items() if key != "label_names"},
+        **{key: value for key, value in config.get("pretrained_cfg", {}).items() if key not in _LISTS},
         "model_args": config.get("model_args"),
         "local_file": str(local) if local else None,
     }
