@@ -204,3 +204,18 @@ def test_a_semantic_softmax_needs_its_own_tree():
 def test_low_precision_is_reduced_in_float32():
     scores = Decoder(FALL11, FALL11.label_space, "semantic_softmax")(torch.zeros(1, len(FALL11), dtype=torch.bfloat16))
     assert scores.probability.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_a_decoder_exports_with_any_batch(head):
+    tree = SemanticTree.from_wnids(["n02121808", "n02123045", "n02084071", "n02087122"])
+    decoder = Decoder(tree, tree.label_space, head)
+
+    class Confidence(torch.nn.Module):
+        def forward(self, logits):
+            return decoder(logits).confidence
+
+    exported = torch.export.export(Confidence(), (torch.zeros(2, 4),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    logits = logits_for(tree.label_space, 0, batch=5)
+    assert torch.equal(exported.module()(logits), decoder(logits).confidence)
