@@ -20,7 +20,7 @@ from wn21k_zoo.training.heads import freeze_backbone
 from wn21k_zoo.training.manifest import PUBLISHED_TOTALS
 from wn21k_zoo.training.network import checkpoint_gradients, few_for_statistics, wrong_size
 from wn21k_zoo.training.presets import ARCHITECTURES
-from wn21k_zoo.training.recipe import RANDOM, Recipe
+from wn21k_zoo.training.recipe import RANDOM, Recipe, is_drop_rate
 from wn21k_zoo.training.state import RunFolder
 from wn21k_zoo.training.weights import is_place, resolved, teacher_record, warn_if_missing
 
@@ -187,7 +187,7 @@ def _published_speed(recipe: Recipe, images: int) -> tuple[float | None, str]:
     if recipe.data.size != 224 or recipe.run.precision == "fp32" or recipe.model.gradient_checkpointing:
         return None, "published for 224 pixels in half precision only; give images per second"
     costless = ("img_size", "global_pool")  # the size is that of the images
-    if changed := [name for name in recipe.model.arguments if not name.endswith("_rate") and name not in costless]:
+    if changed := [name for name in recipe.model.arguments if not is_drop_rate(name) and name not in costless]:
         return None, f"published for a network without model.arguments.{changed[0]}; give images per second"
     if recipe.model.freeze_backbone:
         return None, "published for the training of the whole network only; give images per second"
