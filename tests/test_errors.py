@@ -55,4 +55,6 @@ def test_messages_are_one_line():
     assert first_line(ValueError()) == "ValueError"
     assert first_line(ValueError("Does not fit:\n  a is missing\n  b")) == "ValueError: Does not fit: a is missing"
     assert len(first_line(ValueError(f"Does not fit:\n{'a' * 9999}"))) < 200
+    assert first_line(ValueError("Fails:\n\n  a")) == "ValueError: Fails: a"
+    assert len(first_line(ValueError("a" * 9999))) < 2100
     assert str(MissingExtraError("X", "demo")) == 'X needs an extra: pip install "wn21k-zoo[demo]"'

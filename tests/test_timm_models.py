@@ -39,7 +39,7 @@ def test_every_record_builds(checkpoint):
     assert timm.is_model(module.pretrained_cfg["architecture"])  # what it is called when timm saves it
 
 
-def test_a_records_own_configuration_leads_to_verified_weights(monkeypatch):
+def test_a_records_own_configuration_leads_to_verified_weights():
     name = f"wn21k_{EMBEDDED}"
     expected = wn21k_zoo.create_model(EMBEDDED).state_dict()
     configs = [

@@ -355,10 +355,10 @@ def message_of(error: Exception) -> str | None:
 
 def first_line(error: BaseException) -> str:
     """Summarise another library's error in one line, for use in our messages."""
-    lines = _COLOUR.sub("", str(error)).strip().splitlines()
+    lines = [line for line in _COLOUR.sub("", str(error)).strip().splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):  # as in torch's, of weights that do not fit
         lines[0] += f" {lines[1].strip():.160}"
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0]:.2000}" if lines else type(error).__name__
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:

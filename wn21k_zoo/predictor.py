@@ -303,9 +303,10 @@ class Predictor:
 
     def _read(self, logits: torch.Tensor, error: type[Wn21kError]) -> list[dict[str, Any] | None]:
         finite = logits.isfinite().all(dim=-1)
-        self._refuse_probabilities(logits[finite], error)
-        found = iter(self._reader(logits[finite], self.top_k))
-        return [next(found) if usable else None for usable in finite.tolist()]
+        usable = logits[finite]
+        self._refuse_probabilities(usable, error)
+        found = iter(self._reader(usable, self.top_k))
+        return [next(found) if whole else None for whole in finite.tolist()]
 
     def _refuse_probabilities(self, logits: torch.Tensor, error: type[Wn21kError]) -> None:
         """Refuse outputs that are a softmax's already, which would be read without an error, and wrongly."""

@@ -252,7 +252,13 @@ FLAT = SemanticTree.from_wnids(["n02123045", "n02084071", "n00017222"])
 def test_logits_and_targets_that_do_not_fit_are_refused(tree):
     evaluation = Evaluation(tree, "softmax", range(3))
     logits, targets = torch.zeros(4, len(tree)), torch.tensor([0, 1, 2, 1])
-    for wrong in ((torch.zeros(4, 9), targets), (logits, targets[:3]), (logits[0], targets), (logits.numpy(), targets)):
+    for wrong in (
+        (torch.zeros(4, 9), targets),
+        (logits, targets[:3]),
+        (logits[0], targets),
+        (logits.numpy(), targets),
+        (logits.long(), targets),
+    ):
         with pytest.raises(InvalidArgumentError):
             evaluation.update(*wrong)
     with pytest.raises(InvalidArgumentError, match="int64"):

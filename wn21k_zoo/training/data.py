@@ -120,7 +120,8 @@ class Loader:
         window: Number of shards whose samples are mixed.
         max_bad: Share of an epoch's samples that may be damaged; 1,000 times this number always may (ten for 0.01).
         names: Whether batches include the names of their images.
-        limit: In evaluation, read only so many samples over all ranks, spread evenly over all shards.
+        limit: In evaluation, read only so many samples over all ranks, spread evenly over all shards,
+            which are all fetched if they are remote.
         accumulation: In training, number of batches of each rank per step; a remainder of less than a step is dropped.
 
     Raises:

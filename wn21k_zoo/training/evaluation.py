@@ -156,6 +156,8 @@ class Evaluation(nn.Module):
         """Check a batch before any of it is counted."""
         if self.semantic is not None:
             self.semantic.levels.check(logits_bn, targets_b)
+        if not logits_bn.is_floating_point():
+            raise InvalidArgumentError(f"Logits must have a floating-point dtype, not {logits_bn.dtype}.")
         few, many = self._widths
         if logits_bn.ndim != 2 or targets_b.shape != logits_bn.shape[:1] or not few <= logits_bn.shape[1] <= many:
             raise InvalidArgumentError(

@@ -298,7 +298,8 @@ class Run(Section):
             loses if told to stop on a disk where its checkpoint cannot be written within 26 seconds.
         keep: Number of latest checkpoints to keep, besides the best.
         evaluate_every: Epochs between evaluations; the last epoch always ends with one. None: about 20 in all.
-        evaluate_batches: Maximum number of batches to evaluate per rank, spread evenly over all shards; None: all.
+        evaluate_batches: Maximum number of batches to evaluate per rank, spread evenly over all shards, which are all
+            fetched if they are remote; None: all.
         log_every: Steps between lines of metrics.jsonl; at least one line per epoch.
         deterministic: Use only deterministic algorithms; on the CPU they are anyway.
     """
