@@ -1,6 +1,8 @@
 """The folder of a run and its checkpoints: damaged, foreign, on a full disk."""
 
+import errno
 import gc
+import io
 import json
 import os
 import shutil
@@ -118,7 +120,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_there(data, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match="No space left on device; earlier ones are unchanged"):
+    with pytest.raises(RunError, match=r"no space is left on .*; earlier ones are unchanged"):
         writer.save({"format": FORMAT, "step": 99}, wait=True)
     with pytest.raises(RunError):
         writer.close()
@@ -234,6 +236,22 @@ def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: usage._replace(free=3999))
     with pytest.raises(RunError, match="cannot be written: no space is left on the disk of"):
+        writer.save({"format": FORMAT, "step": 1, "weights": torch.zeros(1000)}, wait=True)
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.EDQUOT, "or in your quota there; make room"), (errno.EIO, "EIO")])
+def test_the_reason_behind_an_error_of_torch_is_said(tmp_path, monkeypatch, number, said):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    writer = CheckpointWriter(folder, 2)
+
+    class Refusing(io.BytesIO):
+        def write(self, _):
+            raise OSError(number, errno.errorcode[number])
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: save(state, Refusing()))
+    with pytest.raises(RunError, match=said):
         writer.save({"format": FORMAT, "step": 1, "weights": torch.zeros(1000)}, wait=True)
 
 
@@ -390,7 +408,7 @@ def test_what_could_not_be_written_is_said_by_the_next(tmp_path, monkeypatch):
     writer = CheckpointWriter(folder, keep=2)
     monkeypatch.setattr(torch, "save", full)
     writer.write({"format": FORMAT, "step": 1})
-    with pytest.raises(RunError, match="No space left"):
+    with pytest.raises(RunError, match="no space is left"):
         writer.save({"format": FORMAT, "step": 2})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import shutil
@@ -82,7 +83,8 @@ class CheckpointWriter:
         if self._problem is not None:
             why = first_line(self._problem)
             if self._is_full:
-                why = f"no space is left on the disk of {self._folder.path}; make room and run the same command again"
+                where = f"on the disk of {self._folder.path}, or in your quota there"
+                why = f"no space is left {where}; make room and run the same command again"
             raise RunError(f"The checkpoint cannot be written: {why}; earlier ones are unchanged.") from self._problem
 
     def _work(self) -> None:
@@ -91,8 +93,11 @@ class CheckpointWriter:
                 self._write(*task)
             except BaseException as error:
                 self._problem = error
-                with contextlib.suppress(OSError):  # torch.save does not report a full disk
-                    self._is_full = shutil.disk_usage(self._folder.path).free < _bytes_of(task[0])
+                if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+                    self._problem = error.__context__  # torch.save does not report why it could not write
+                self._is_full = getattr(self._problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+                with contextlib.suppress(OSError):
+                    self._is_full |= shutil.disk_usage(self._folder.path).free < _bytes_of(task[0])
             finally:
                 del task  # the next state is copied as soon as this one is done
                 self._queue.task_done()
