@@ -212,6 +212,17 @@ def test_metrics_that_a_full_disk_does_not_take_end_no_run(data, tmp_path, capsy
     assert capsys.readouterr().err.count("metrics.jsonl cannot be written (No space left on device); make room") == 1
 
 
+def test_curves_that_a_full_disk_does_not_take_end_no_run(data, tmp_path, monkeypatch, capsys):
+    class Board:
+        def add_scalar(self, *_):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("wn21k_zoo.training.progress._tensorboard", lambda *_: Board())
+    run(small_recipe(schedule={"max_steps": 3}), data, tmp_path)
+    assert final(tmp_path)["step"] == 3
+    assert capsys.readouterr().err.count("TensorBoard's file cannot be written (Disk quota exceeded)") == 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems share memory by names")
 def test_a_folder_for_temporary_files_that_sockets_cannot_be_in_is_told(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "photos")

@@ -96,7 +96,8 @@ class Reporter:
             with contextlib.suppress(OSError):  # what a full disk did not take
                 self._file.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
 
     def _record(self, values: dict[str, Any]) -> None:
         if self._file is None:
@@ -108,11 +109,16 @@ class Reporter:
             if not self._told:
                 self.say(f"{self._file.name} cannot be written ({error.strerror}); make room, or metrics are lost")
             self._told = True
-        if self._board is not None:
-            levels = {f"level_{depth:02}": value for depth, value in values.get("levels", {}).items()}
+        if self._board is None:
+            return
+        levels = {f"level_{depth:02}": value for depth, value in values.get("levels", {}).items()}
+        try:
             for name, value in (values | levels).items():
                 if isinstance(value, (int, float)) and name not in ("step", "epoch"):
                     self._board.add_scalar(f"{values['kind']}/{name}", value, values["step"])
+        except OSError as error:  # in its thread, which has ended
+            self._board = None
+            self.say(f"TensorBoard's file cannot be written ({error.strerror}); its curves end here")
 
 
 class Window:
