@@ -255,6 +255,17 @@ def test_the_reason_behind_an_error_of_torch_is_said(tmp_path, monkeypatch, numb
         writer.save({"format": FORMAT, "step": 1, "weights": torch.zeros(1000)}, wait=True)
 
 
+def test_metrics_that_another_user_of_a_group_wrote_go_on(tmp_path, monkeypatch):
+    folder, line = RunFolder(tmp_path), '{"kind": "train", "step": 1}\n'
+    folder.metrics.write_text(line)
+    held = tmp_path / "held"
+    os.link(folder.metrics, held)
+    monkeypatch.setattr(state.os, "access", lambda *_: False)
+    folder.cut(1, 1)
+    assert folder.metrics.read_text() == line
+    assert not folder.metrics.samefile(held)
+
+
 OTHERS = {
     "architecture": "test_vit", "start": "x", "augmentation": "none", "kind": "single_label",
     "precision": "bf16", "deterministic": True, "channels_last": False, "sync_batchnorm": True,

@@ -35,6 +35,7 @@ from wn21k_zoo.files import (
     parse_json,
     refuse_compressed,
     replace,
+    write_whole,
 )
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.training.recipe import Recipe
@@ -282,7 +283,11 @@ class RunFolder:
             return
         last = {"evaluation": evaluated}
         kept = [line for line in read_lines(self.metrics) if line["step"] <= last.get(line["kind"], step)]
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if os.access(self.metrics, os.W_OK):
+            write_text(self.metrics, text)
+        else:  # another user's, in a folder of a group; lines will be appended
+            write_whole(self.metrics, text, RunError)
 
     def _same(self, begun: Recipe, recipe: Recipe, data: Mapping[str, Any]) -> None:
         theirs, ours = (each.model_dump(mode="json", exclude={"name"}) for each in (begun, recipe))
