@@ -611,6 +611,21 @@ def test_a_cache_that_cannot_be_written(root, serve, monkeypatch, tmp_path):
             folder.chmod(0o755 if folder.is_dir() else 0o644)
 
 
+def test_a_cache_that_another_user_does_not_share_is_an_error_of_ours(root, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    monkeypatch.setattr(Path, "rglob", lambda path, _: refused(path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CacheError, match="ask its owner"):
+        download.fetch(plain_checkpoint("https://host.invalid/model.pth"))
+    checkpoint = checkpoint_of("plain", "https://host.invalid")
+    for look in (download.fetch, find_local, lambda _: [*cache.leftovers(root)]):
+        with pytest.raises(CacheError, match=r"cannot be read \(Permission denied\); ask its owner .*WN21K_CACHE"):
+            look(checkpoint)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_offline_opens_no_socket(kind, root, monkeypatch):
     import socket

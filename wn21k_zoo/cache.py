@@ -29,6 +29,7 @@ __all__ = [
     "leftovers",
     "lock_path",
     "read_receipt",
+    "readable",
     "receipts",
     "relative_path",
     "remove",
@@ -81,6 +82,22 @@ def cache_dir(folder: str | os.PathLike[str] | None = None) -> Path:
         return expanded(chosen, CacheError).absolute()
     except CacheError as error:
         raise CacheError(f"The cache folder (WN21K_CACHE or --cache-dir): {error}") from None
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Within, a folder that this user may not look into is an error of ours.
+
+    Raises:
+        CacheError: There is one.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise CacheError(
+            f"{error.filename} cannot be read ({error.strerror}); ask its owner to share the cache, or set WN21K_CACHE "
+            "to another folder."
+        ) from error
 
 
 def relative_path(source: HubSource | URLSource, filename: str) -> PurePosixPath:
@@ -198,7 +215,6 @@ def remove(path: Path, root: Path) -> int | None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for name in FOLDERS:
-        for path in sorted((folder / name).rglob("*")):
-            if path.is_file():
-                yield path
+    with readable():
+        found = [path for name in FOLDERS for path in sorted((folder / name).rglob("*")) if path.is_file()]
+    yield from found

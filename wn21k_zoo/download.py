@@ -284,6 +284,7 @@ def _mirror() -> str | None:
     return mirror
 
 
+@cache.readable()
 def _offline(source: Remote, filename: str, root: Path, command: str, damages: Sequence[Damage]) -> OfflineError:
     place = root / cache.relative_path(source, filename)
     damaged = f" ({'; '.join(map(str, damages))})" if damages else ""

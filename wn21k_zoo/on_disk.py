@@ -94,6 +94,7 @@ class Cached:
         return ("damaged", compared.problem) if isinstance(compared, Damage) else ("ok", "")
 
 
+@cache.readable()
 def find_verified(
     checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None
 ) -> tuple[Fetched | None, list[Damage]]:
@@ -105,6 +106,7 @@ def find_verified(
     Raises:
         ChecksumError: A file in a Python package is not the published one.
         MissingExtraError: That package is not installed.
+        CacheError: The cache may not be read.
     """
     damages: list[Damage] = []
     for source in checkpoint.sources:
@@ -117,6 +119,7 @@ def find_verified(
     return None, damages
 
 
+@cache.readable()
 def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
     """Find the weights of a checkpoint on this machine, without verifying them; opens no connection."""
     for source in checkpoint.sources:
@@ -134,6 +137,7 @@ def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None 
     return None
 
 
+@cache.readable()
 def cached_files(sources: Iterable[Source], cache_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     """List the files of some sources that are in our cache, or at least have a receipt there."""
     root = cache.cache_dir(cache_dir)
@@ -182,6 +186,7 @@ def _expected(of_record: Expected, receipt: cache.Receipt | None) -> Expected:
     return Expected(sha256=receipt.sha256, stated_by=receipt.checked_against)
 
 
+@cache.readable()
 def find_file(source: Remote, filename: str, root: Path, damages: list[Damage]) -> Fetched | None:
     """Find a local file that has the right hash; local files that do not are reported in ``damages``."""
     place = root / cache.relative_path(source, filename)
