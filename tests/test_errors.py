@@ -3,7 +3,7 @@ import inspect
 import pytest
 
 from wn21k_zoo import errors
-from wn21k_zoo.errors import DataError, MissingExtraError, Wn21kError, did_you_mean, first_line
+from wn21k_zoo.errors import DataError, MissingExtraError, Wn21kError, did_you_mean, first_line, message_of
 
 
 def test_every_error_is_drawn_exported_and_derived():
@@ -29,6 +29,13 @@ def test_every_error_is_drawn_exported_and_derived():
 )
 def test_did_you_mean(name, candidates, expected):
     assert did_you_mean(name, candidates) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [(b"a/b", "a/b: gone"), ("a/b", "a/b: gone"), (3, "3: gone"), (None, "gone")]
+)
+def test_a_message_of_the_system_names_the_file(name, expected):
+    assert message_of(OSError(2, "gone", name)) == expected
 
 
 def test_messages_hold_no_passwords():

@@ -49,6 +49,7 @@ from __future__ import annotations
 import difflib
 import numbers
 import operator
+import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -349,7 +350,8 @@ def message_of(error: Exception) -> str | None:
     if isinstance(error, Wn21kError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:  # such as a name too long, a full disk
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror)
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        return f"{name}: {error.strerror}" if name is not None else str(error.strerror)
     return None
 
 

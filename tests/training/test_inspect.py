@@ -276,6 +276,9 @@ def test_what_is_no_prepared_folder_is_one_line(tmp_path, command):
         assert done.stderr.count("\n") == 1
     (tmp_path / "_info.json").write_text('{"splits": {}}')
     assert "is not as" in run(command, tmp_path).stderr
+    (tmp_path / "_info.json").unlink()
+    (tmp_path / "_info.json").mkdir()
+    assert "_info.json cannot be read (" in run(command, tmp_path).stderr
 
 
 def test_prepare_on_the_command_line(tmp_path, prepared):

@@ -736,6 +736,17 @@ def test_a_full_disk_and_a_full_quota_are_typed_errors(tmp_path, number):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
+def test_a_folder_of_a_disk_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    prepared(tmp_path, make_classes())
+
+    def refused(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(DataOutputError, match=r"cannot be written .*; name a writable folder"):
+        prepare(tmp_path / "source.tar", tmp_path / "new", OPTIONS, workers=1)
+
+
 @pytest.mark.parametrize("text", ["", "[", "null", '"x"', "[" * 100_000])
 def test_options_that_are_damaged_are_one_error(tmp_path, text):
     (tmp_path / "out" / ".work").mkdir(parents=True)

@@ -135,6 +135,15 @@ def test_a_damaged_recipe_of_a_run_is_named(data, tmp_path):
             run(small_recipe(schedule={"max_steps": 1}), data, tmp_path)
 
 
+def test_a_recipe_that_may_not_be_read_is_not_said_to_be_missing(tmp_path, monkeypatch):
+    def refused(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(RunError, match=r"recipe\.json cannot be read \(Permission denied\); ask its owner"):
+        RunFolder(tmp_path).recipe()
+
+
 def test_files_beside_those_of_a_run_are_in_nobodys_way(data, tmp_path):
     run(small_recipe(), data, tmp_path)
     (tmp_path / "figures.json").write_text("{}")

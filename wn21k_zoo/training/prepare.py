@@ -18,6 +18,7 @@ error at the end or, with ``allow_truncated``, is left out.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import json
 import logging
@@ -238,8 +239,9 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
             ):
                 left.unlink(missing_ok=True)
             yield
-    except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
-        if error.filename is None or not Path(os.fsdecode(error.filename)).is_relative_to(output):
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or error.filename is None or not Path(os.fsdecode(error.filename)).is_relative_to(output):
             raise
         raise DataOutputError(f"{output} cannot be written ({error.strerror}); name a writable folder.") from None
 

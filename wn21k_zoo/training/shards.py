@@ -207,7 +207,9 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
         ) from None
     except NotADirectoryError:
         raise DataError(f"{folder} is a file; name an output folder of `wn21k data prepare`.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); ask its owner, or name another folder.") from None
+    except ValueError as error:
         raise DataError(
             f"{path} is not as `wn21k data prepare` writes it ({error}); get a new copy, or prepare into a new folder."
         ) from None

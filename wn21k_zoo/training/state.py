@@ -137,6 +137,8 @@ class RunFolder:
         file = self.path / RECIPE_FILE
         try:
             return Recipe.from_json(file.read_text(encoding="utf-8"))
+        except PermissionError as error:
+            raise RunError(f"{file} cannot be read ({error.strerror}); ask its owner, or name another run.") from None
         except OSError:
             raise RunError(f"{self.path} holds no run (no recipe.json).") from None
         except (RecipeError, UnicodeDecodeError) as error:
