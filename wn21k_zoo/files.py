@@ -158,13 +158,13 @@ def write_whole(path: Path, content: bytes | str, kind: type[Wn21kError] | None 
 
 
 def make_folder(folder: Path, kind: type[Wn21kError], advice: str) -> None:
-    """Create a folder if it does not exist.
+    """Create a folder if it does not exist; for a link that leads nowhere, where it leads.
 
     Raises:
         Wn21kError: Of class ``kind``, with ``advice``: it cannot be created.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise kind(f"{folder} cannot be created: {first_line(error)}; {advice}") from None
 

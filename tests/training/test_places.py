@@ -31,6 +31,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = {"epochs": 1}
 
 
+def test_an_output_may_be_a_link_that_leads_nowhere_yet(data, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "scratch" / "new")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    run(small_recipe(schedule={"max_steps": 1}), data, tmp_path / "link")
+    assert final(tmp_path / "scratch" / "new")["step"] == 1
+    with pytest.raises(RunError, match=r"circle cannot be created: .*; name another output folder"):
+        run(small_recipe(), data, tmp_path / "circle")
+
+
 @pytest.mark.parametrize("place", [".", "out", "out/deep", f"{WNIDS[0]}/out", "linked/out"])
 def test_an_output_is_not_among_the_images(tmp_path, place):
     data = make_folder(tmp_path / "images")

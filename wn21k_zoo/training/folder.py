@@ -412,7 +412,8 @@ def is_among(path: Path, place: str | os.PathLike[str]) -> bool:
     if not is_class_folder(place):
         return False
     root = expanded(place, DataError)
-    for mine in (path.absolute(), path.resolve()):  # also through links, and in other case if that is the same
+    real = Path(os.path.realpath(path))  # resolve() fails for circular links
+    for mine in (path.absolute(), real):  # also through links, and in other case if that is the same
         for above in (mine, *mine.parents):
             if not (above.exists() and above.samefile(root)):
                 continue
