@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from wn21k_zoo.errors import Wn21kError, first_line
 __all__ = ["exclusive"]
 
 POLL_SECONDS = 0.1
+_LOG = logging.getLogger(__name__)
 
 
 def _holder(file: Path) -> str:
@@ -55,6 +57,8 @@ def exclusive(
         except Timeout:
             if busy is not None:
                 raise error(f"{busy}{_holder(file)}") from None
+            if holder := _holder(file):
+                _LOG.warning("waiting for the lock %s%s", file, holder)
             waiting()
             lock.acquire(poll_interval=POLL_SECONDS)
     except (OSError, NotImplementedError) as problem:  # the latter on file systems without locks

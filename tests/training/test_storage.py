@@ -187,6 +187,14 @@ def test_who_holds_a_lock_is_told_where_it_is_written_down(tmp_path, text, told)
             busy.__enter__()
 
 
+def test_who_holds_a_lock_that_is_waited_for_is_told(tmp_path, caplog):
+    held = FileLock(tmp_path / "lock")
+    held.acquire()
+    (tmp_path / "lock").write_text("7\nnode1\n")
+    with exclusive(tmp_path / "lock", DataError, "", waiting=held.release):
+        assert "(That is process 7 on node1; if it is gone, remove " in caplog.text
+
+
 def test_what_was_not_used_for_longest_goes_first(tmp_path):
     stage = Stage(tmp_path, limit=250)
 
