@@ -1,7 +1,9 @@
 """How large a preparation will be, and whether there is room for it."""
 
+import errno
 import io
 import types
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +82,20 @@ def test_what_was_copied_out_goes_when_it_is_counted(tmp_path):
             assert not one.path.exists()
             seen += 1
         assert seen == 4
+
+
+def test_a_full_folder_for_temporary_files_is_named(tmp_path, monkeypatch):
+    opened = Path.open
+
+    def full(path, mode="r", **how):
+        if "w" in mode:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, mode, **how)
+
+    source = write_layout("nested.tar.gz", tmp_path / "in.tar.gz", make_classes())
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(DiskSpaceError, match=r"No space is left in .*set TMPDIR"):
+        count(source, OPTIONS, workers=1)
 
 
 def test_on_ray_too_what_is_copied_out_is_counted_here(tmp_path):

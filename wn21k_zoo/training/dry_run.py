@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
@@ -62,6 +63,7 @@ def count(
 
     Raises:
         DataSourceError: As :func:`prepare`.
+        DiskSpaceError: The folder for temporary files is full.
     """
     source, options = local_path(source, DataSourceError, TO_READ), options or PrepareOptions()
     opened = open_source(source.absolute() if engine == "ray" else source)  # Ray's workers run in another folder
@@ -85,12 +87,20 @@ def count(
                     f"{str(error).rstrip('.')}: get the whole file, or count without the rest with --allow-truncated."
                 ) from None
 
-    with tempfile.TemporaryDirectory(prefix="wn21k-", ignore_cleanup_errors=True) as spool:
-        for one in tasks.run(count_class, waiting(Path(spool))):
-            counts.append(one)
-            images += one.train + one.validation
-            done = positions[len(counts) - 1]
-            progress(Progress(stage="classes", done=done, total=opened.num_bytes, images=images))
+    try:
+        with tempfile.TemporaryDirectory(prefix="wn21k-", ignore_cleanup_errors=True) as spool:
+            for one in tasks.run(count_class, waiting(Path(spool))):
+                counts.append(one)
+                images += one.train + one.validation
+                done = positions[len(counts) - 1]
+                progress(Progress(stage="classes", done=done, total=opened.num_bytes, images=images))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskSpaceError(
+            f"No space is left in {tempfile.gettempdir()}, to which classes are copied to be counted; set TMPDIR to a "
+            "folder on another disk."
+        ) from None
     warn_of_unused(opened)
     return sorted(counts, key=lambda one: one.wnid)
 
