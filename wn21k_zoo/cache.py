@@ -95,8 +95,8 @@ def readable() -> Iterator[None]:
         yield
     except PermissionError as error:
         raise CacheError(
-            f"{error.filename} cannot be read ({error.strerror}); ask its owner to share the cache, or set WN21K_CACHE "
-            "to another folder."
+            f"{error.filename} cannot be read ({error.strerror}); ask its owner to share the cache, or set "
+            "WN21K_CACHE, or HF_HOME for that of the Hub, to another folder."
         ) from error
 
 
