@@ -736,6 +736,15 @@ def test_a_full_disk_and_a_full_quota_are_typed_errors(tmp_path, number):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
+def test_what_another_process_has_just_completed_is_not_made_anew(tmp_path):
+    output = prepared(tmp_path, make_classes())
+    (output / ".work").mkdir()  # by a process that had seen the other's
+    with pytest.raises(DataOutputError, match=r"has just completed .*; run the same command again"):
+        prepared(tmp_path, make_classes())
+    assert prepared(tmp_path, make_classes()) == output
+    assert not (output / ".work").exists()
+
+
 def test_a_folder_of_a_disk_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     prepared(tmp_path, make_classes())
 

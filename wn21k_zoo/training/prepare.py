@@ -223,6 +223,9 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
         work.mkdir(parents=True, exist_ok=True)
         busy = f"Another process is preparing {output}; wait for it, or name another folder."
         with exclusive(work / "lock", DataOutputError, "name another folder.", busy=busy):
+            if (output / INFO_FILE).is_file() and not state.is_file():
+                shutil.rmtree(work, ignore_errors=True)  # which this process made
+                raise DataOutputError(f"Another process has just completed {output}; run the same command again.")
             if not resume:
                 for folder in folders:
                     shutil.rmtree(folder, ignore_errors=True)
