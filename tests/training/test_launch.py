@@ -85,7 +85,7 @@ def test_what_cannot_be_written_is_not_left_in_the_folder_of_a_run(tmp_path):
     mark_preempted(tmp_path / "run")
     done = subprocess.run(["bash", LAUNCH / "run.sh", tmp_path / "run", "x"], env=environment, check=False)
     assert done.returncode == 0
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["status.json"]
+    assert [path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".job")] == ["status.json"]
 
 
 @needs_bash
@@ -171,6 +171,33 @@ def test_a_second_job_on_slurm_leaves_the_folder_of_the_first_alone(tmp_path):
     assert "another job is writing to" in done.stderr
     assert {path.name: path.read_bytes() for path in output.iterdir() if path.name != ".lock"} == before
     assert subprocess.run(command, env=environment | {"SLURM_JOB_ID": "8"}, check=False).returncode == 0
+
+
+@needs_bash
+@pytest.mark.skipif(shutil.which("flock") is None, reason="no flock")
+@pytest.mark.parametrize("slurm", [{}, {"SLURM_JOB_ID": "8", "SLURM_NODEID": "0"}])
+def test_a_second_start_does_not_mark_the_run_of_the_first(tmp_path, slurm):
+    output = tmp_path / "run"
+    environment = with_programs(tmp_path, torchrun=f"touch {tmp_path}/begun; read -r line", flock=":") | slurm
+    real = shutil.which("flock")
+    (tmp_path / "bin" / "flock").write_text(f'#!/bin/bash\nshift 2\nexec {real} -n "$@"\n')  # without the wait
+    command = ["bash", LAUNCH / "run.sh", output, "x"]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as first:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        mark(output, "running")
+        again = {"SLURM_JOB_ID": "9"} if slurm else {}
+        done = subprocess.run(command, env=environment | again, capture_output=True, text=True, check=False)
+        assert (done.returncode, "another job is writing to" in done.stderr) == (1, True)
+        assert json.loads((output / "status.json").read_text())["state"] == "running"
+        assert not list(output.glob(".failed*"))
+        other = {"SLURM_JOB_ID": "8", "SLURM_NODEID": "1"} if slurm else {"HOSTNAME": "another"}  # of the same job
+        joined = subprocess.run(command, env=environment | other, stdin=subprocess.DEVNULL, check=False)
+        assert joined.returncode == 1  # as its torchrun here, at the end of its input
+        first.communicate(b"go\n")
+    assert first.returncode == 0
 
 
 @needs_bash

@@ -13,12 +13,22 @@ job="${SLURM_JOB_ID:-}"
 asked="$1/.asked-to-stop$job" # visible to all machines, like the folder
 failed="$1/.failed$job"
 mkdir -p "$1"
-# On Slurm, where all machines of a job begin together, none of them can have the lock of a run that is under way.
-if [ -n "$job" ] && [ -e "$1/.lock" ] && command -v flock >/dev/null; then
-    flock -w 30 -E 75 "$1/.lock" true
-    if [ $? -eq 75 ]; then
-        echo "run.sh: another job is writing to $1; wait for it, or name another folder" >&2
-        exit 1
+free() { # $1: the run's folder; the rest: what flock is to lock
+    flock -w 30 -E 75 "${@:2}"
+    [ $? -ne 75 ] && return
+    echo "run.sh: another job is writing to $1; wait for it, or name another folder" >&2
+    exit 1
+}
+
+if command -v flock >/dev/null; then
+    # On Slurm, where all machines of a job begin together, none of them can have the lock of a run that is under way.
+    [ -n "$job" ] && [ -e "$1/.lock" ] && free "$1" "$1/.lock" true
+    # One job at a time, from before it begins to train: Slurm's first machine tells, elsewhere each for itself.
+    own="$1/.job${job:+.slurm}"
+    [ -z "$job" ] && own="$own.$HOSTNAME"
+    if [ "${SLURM_NODEID:-0}" = 0 ] && : >>"$own"; then
+        exec 9>>"$own"
+        free "$1" 9
     fi
 fi
 shift
