@@ -58,6 +58,7 @@ _LOG = logging.getLogger(__name__)
 _WORK_DONE = ".work.done"
 _TRUNCATED = "truncated"
 _SUSPECT = "suspect"  # a file in the work folder: what is finished may be wrong
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 _BY_SOURCE = "none: split and resized by the source"
 _HIDDEN = (".DS_Store", "._*", ".fseventsd", ".Spotlight-V100", ".TemporaryItems", ".Trash*", ".nfs*")  # not a user's
 
@@ -243,8 +244,8 @@ def _begun(output: Path, recorded: dict[str, Any], resume: bool) -> Iterator[Non
                 left.unlink(missing_ok=True)
             yield
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if is_full or error.filename is None or not Path(os.fsdecode(error.filename)).is_relative_to(output):
+        named = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(output)
+        if error.errno not in _UNWRITABLE or not named:
             raise
         raise DataOutputError(f"{output} cannot be written ({error.strerror}); name a writable folder.") from None
 
