@@ -653,6 +653,9 @@ def test_what_somebody_put_into_the_cache_is_used_if_its_name_states_its_hash(ro
     fetched = download.fetch(checkpoint)
     assert (fetched.path, fetched.checked_against) == (place, "the file's name")
     assert find_local(checkpoint) == place
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, how: (path, how) != (place, os.R_OK))
+        assert find_local(checkpoint) is None  # another user's
     place.write_bytes(BODY[:-1])
     with pytest.raises(OfflineError, match=r"is not at .* is damaged: sha256 expected"):
         download.fetch(checkpoint)

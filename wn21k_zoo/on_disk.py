@@ -121,18 +121,20 @@ def find_verified(
 
 @cache.readable()
 def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """Find the weights of a checkpoint on this machine, without verifying them; opens no connection."""
+    """Find readable weights of a checkpoint on this machine, without verifying them; opens no connection."""
     for source in checkpoint.sources:
         if isinstance(source, PackageSource):
             return in_package(source.package, source.path)
         root = cache.cache_dir(cache_dir)
         for filename in filenames_of(source):
             place = root / cache.relative_path(source, filename)
-            if place.is_file() and (stated(source, filename).hash or cache.read_receipt(place)):
-                return place  # else it cannot be verified
+            known = stated(source, filename).hash or cache.read_receipt(place)  # else it cannot be verified
+            if place.is_file() and known and os.access(place, os.R_OK):
+                return place
             if not isinstance(source, HubSource) or (path := hub.find_in_cache(source, filename)) is None:
                 continue
-            if source.sha256 or hub.expected_of_etag(path.resolve().name).stated_by:
+            known = source.sha256 or hub.expected_of_etag(path.resolve().name).stated_by
+            if known and os.access(path, os.R_OK):
                 return path
     return None
 
