@@ -146,6 +146,22 @@ def test_compare_leaves_out_what_was_not_evaluated(run, tmp_path):
     assert wn21k("train", "compare", run, tmp_path / "nowhere").exit_code == 3
 
 
+def test_a_run_of_somebody_else_does_not_hide_the_others(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "theirs")
+    access, is_file = os.access, Path.is_file
+
+    def asked(path):
+        if path.parent == tmp_path / "theirs":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path) != tmp_path / "theirs" and access(path, how))
+    monkeypatch.setattr(Path, "is_file", asked)
+    done = wn21k("train", "compare", tmp_path / "theirs", run)
+    assert (done.exit_code, len(done.stdout.splitlines())) == (3, 1)
+    assert f"{tmp_path / 'theirs' / 'metrics.jsonl'}: Permission denied" in done.stderr
+
+
 def test_a_broken_run_or_line_does_not_hide_the_others(run, tmp_path):
     shutil.copytree(run, tmp_path / "broken")
     (tmp_path / "broken" / "recipe.json").write_text("{")

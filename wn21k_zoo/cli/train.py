@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -156,11 +157,13 @@ def plot(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of runs, or folders of them.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", readable=False, help="Output folders of runs, or folders of them.")
+    ],
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Compare the last evaluation of each run, and show the epoch of its best one, which export takes."""
-    from wn21k_zoo.errors import RunError
+    from wn21k_zoo.errors import RunError, message_of
     from wn21k_zoo.training.state import names_of
 
     rows, failed = [], False
@@ -171,9 +174,9 @@ def compare(
                 rows.append({"run": name, **row})
             else:
                 say(f"{run} holds no run that was evaluated yet.")
-        except RunError as error:
+        except (RunError, PermissionError) as error:  # others' runs may be their owners' alone
             failed = True
-            say(str(error))
+            say(str(message_of(error)))
     if not rows:
         raise RunError("There is nothing to compare.")
     _print_beside(rows, format)
@@ -232,7 +235,7 @@ def _runs_in(folder: Path) -> list[Path]:
     """The folder itself, or, if it is not a run but contains some, those."""
     from wn21k_zoo.files import RECIPE_FILE, is_run
 
-    if is_run(folder) or not folder.is_dir():
+    if not os.access(folder, os.R_OK | os.X_OK) or is_run(folder) or not folder.is_dir():
         return [folder]
     return sorted(path.parent for path in folder.glob(f"*/{RECIPE_FILE}")) or [folder]
 
