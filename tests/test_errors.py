@@ -1,3 +1,4 @@
+import errno
 import inspect
 
 import pytest
@@ -31,11 +32,10 @@ def test_did_you_mean(name, candidates, expected):
     assert did_you_mean(name, candidates) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"), [(b"a/b", "a/b: gone"), ("a/b", "a/b: gone"), (3, "3: gone"), (None, "gone")]
-)
-def test_a_message_of_the_system_names_the_file(name, expected):
-    assert message_of(OSError(2, "gone", name)) == expected
+@pytest.mark.parametrize(("name", "named"), [(b"a/b", "a/b: "), ("a/b", "a/b: "), (3, "3: "), (None, "")])
+def test_a_message_of_the_system_names_the_file(name, named):
+    assert message_of(OSError(errno.ENOENT, "gone", name)) == f"{named}gone"
+    assert message_of(OSError(errno.ENOSPC, "full", name)) == f"{named}full; make room on the disk"
 
 
 def test_messages_hold_no_passwords():

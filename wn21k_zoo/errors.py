@@ -47,6 +47,7 @@ The message is one line that says what is wrong and what to do next; the class s
 from __future__ import annotations
 
 import difflib
+import errno
 import numbers
 import operator
 import os
@@ -345,13 +346,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+_ADVICE = {
+    errno.EACCES: "ask its owner, or name another place",
+    errno.EROFS: "name another place",
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room in your quota",
+    errno.ESTALE: "try again; it changed on the server",
+}
+
+
 def message_of(error: Exception) -> str | None:
     """Return the line that a command prints for an error; None for an unexpected one."""
     if isinstance(error, Wn21kError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:  # such as a name too long, a full disk
         name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
-        return f"{name}: {error.strerror}" if name is not None else str(error.strerror)
+        advice = f"; {_ADVICE[error.errno]}" if error.errno in _ADVICE else ""
+        return f"{name}: {error.strerror}{advice}" if name is not None else f"{error.strerror}{advice}"
     return None
 
 
