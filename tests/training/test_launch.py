@@ -169,7 +169,9 @@ def test_a_second_job_on_slurm_leaves_the_folder_of_the_first_alone(tmp_path):
         done = subprocess.run(command, env=environment | {"SLURM_JOB_ID": "8"}, capture_output=True, text=True)
     assert (done.returncode, (tmp_path / "begun").exists()) == (1, False)
     assert "another job is writing to" in done.stderr
-    assert {path.name: path.read_bytes() for path in output.iterdir() if path.name != ".lock"} == before
+    assert {
+        path.name: path.read_bytes() for path in output.iterdir() if path.name not in (".lock", ".failed8")
+    } == before
     assert subprocess.run(command, env=environment | {"SLURM_JOB_ID": "8"}, check=False).returncode == 0
 
 
@@ -192,12 +194,36 @@ def test_a_second_start_does_not_mark_the_run_of_the_first(tmp_path, slurm):
         done = subprocess.run(command, env=environment | again, capture_output=True, text=True, check=False)
         assert (done.returncode, "another job is writing to" in done.stderr) == (1, True)
         assert json.loads((output / "status.json").read_text())["state"] == "running"
-        assert not list(output.glob(".failed*"))
+        assert not list(output.glob(".failed" if not slurm else ".failed8"))
         other = {"SLURM_JOB_ID": "8", "SLURM_NODEID": "1"} if slurm else {"HOSTNAME": "another"}  # of the same job
         joined = subprocess.run(command, env=environment | other, stdin=subprocess.DEVNULL, check=False)
         assert joined.returncode == 1  # as its torchrun here, at the end of its input
         first.communicate(b"go\n")
     assert first.returncode == 0
+
+
+@needs_bash
+@pytest.mark.skipif(shutil.which("flock") is None, reason="no flock")
+@pytest.mark.parametrize("held", [".job.slurm", ".lock"])
+def test_the_other_machines_of_a_job_that_is_refused_do_not_look_preempted(tmp_path, held):
+    output = tmp_path / "run"
+    output.mkdir()
+    environment = with_programs(tmp_path, torchrun=f"touch {tmp_path}/begun; exec sleep 60", flock=":")
+    environment["SLURM_JOB_ID"] = "8"
+    real = shutil.which("flock")
+    (tmp_path / "bin" / "flock").write_text(
+        f'#!/bin/bash\nshift 2\ntouch {tmp_path}/begun\nexec {real} -w ${{SECONDS_TO_WAIT:-0}} "$@"\n'
+    )
+    command = ["bash", LAUNCH / "run.sh", output, "x"]
+    other = {"SLURM_NODEID": "1", "SECONDS_TO_WAIT": "60"}
+    with FileLock(output / held), subprocess.Popen(command, env=environment | other, start_new_session=True) as second:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert subprocess.run(command, env=environment | {"SLURM_NODEID": "0"}, check=False).returncode == 1
+        os.killpg(second.pid, signal.SIGTERM)  # as srun --kill-on-bad-exit does
+        assert second.wait(30) == 1
 
 
 @needs_bash

@@ -17,9 +17,11 @@ free() { # $1: the run's folder; the rest: what flock is to lock
     flock -w 30 -E 75 "${@:2}"
     [ $? -ne 75 ] && return
     echo "run.sh: another job is writing to $1; wait for it, or name another folder" >&2
+    [ -n "$job" ] && : >"$failed" # srun now stops the other machines, which are not preempted
     exit 1
 }
 
+trap '[ -n "$job" ] && [ -e "$failed" ] && exit 1; exit 143' TERM # while it waits
 if command -v flock >/dev/null; then
     # On Slurm, where all machines of a job begin together, none of them can have the lock of a run that is under way.
     [ -n "$job" ] && [ -e "$1/.lock" ] && free "$1" "$1/.lock" true
