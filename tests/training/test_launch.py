@@ -196,8 +196,12 @@ def test_a_second_start_does_not_mark_the_run_of_the_first(tmp_path, slurm):
         assert json.loads((output / "status.json").read_text())["state"] == "running"
         assert not list(output.glob(".failed" if not slurm else ".failed8"))
         other = {"SLURM_JOB_ID": "8", "SLURM_NODEID": "1"} if slurm else {"HOSTNAME": "another"}  # of the same job
-        joined = subprocess.run(command, env=environment | other, stdin=subprocess.DEVNULL, check=False)
-        assert joined.returncode == 1  # as its torchrun here, at the end of its input
+        joined = [(command, environment | other)]
+        for rank in (["--node-rank=1"], ["--node-rank", "1", "-m", "y"]) if not slurm else ():
+            joined.append(([*command, *rank], environment))  # another pod that has the name of the same machine
+        for started, by in joined:
+            done = subprocess.run(started, env=by, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (1, "")  # as its torchrun here, at the end of its input
         first.communicate(b"go\n")
     assert first.returncode == 0
 
