@@ -157,6 +157,7 @@ def test_a_run_of_somebody_else_does_not_hide_the_others(run, tmp_path, monkeypa
 
     monkeypatch.setattr(os, "access", lambda path, how: Path(path) != tmp_path / "theirs" and access(path, how))
     monkeypatch.setattr(Path, "is_file", asked)
+    monkeypatch.setattr(Path, "exists", lambda path: asked(path / "metrics.jsonl"))  # in a folder that is theirs
     done = wn21k("train", "compare", tmp_path / "theirs", run)
     assert (done.exit_code, len(done.stdout.splitlines())) == (3, 1)
     assert f"{tmp_path / 'theirs' / 'metrics.jsonl'}: Permission denied" in done.stderr

@@ -227,7 +227,7 @@ def _last_evaluation(run: Path) -> dict[str, Any] | None:
 
 def _expanded(runs: list[Path]) -> list[Path]:
     """Expand patterns, which Windows shells leave to the program; what matches nothing stays as it is."""
-    found = {run: [] if run.exists() else sorted(map(Path, glob.glob(str(run)))) for run in runs}  # noqa: PTH207
+    found = {run: [] if os.access(run, os.F_OK) else sorted(map(Path, glob.glob(str(run)))) for run in runs}  # noqa: PTH207
     return [each for run in runs for each in found[run] or [run]]
 
 
