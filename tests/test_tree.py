@@ -1,4 +1,5 @@
 import copy
+import doctest
 import json
 import pickle
 import subprocess
@@ -12,6 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wn21k_zoo import labels, tree
 from wn21k_zoo.errors import (
     DuplicateSynsetError,
     EmptyLabelSpaceError,
@@ -30,6 +32,12 @@ DATA = Path(__file__).parent / "data"
 FACTS = json.loads((DATA / "tree_facts.json").read_text())["label_lists"]
 ALL_WNIDS = [f"n{offset:08d}" for offset in load_nouns().offsets]
 wnid_lists = st.lists(st.sampled_from(ALL_WNIDS), min_size=1, max_size=60, unique=True)
+
+
+@pytest.mark.parametrize("module", [labels, tree])
+def test_examples_in_docstrings_are_true(module):
+    failed, tried = doctest.testmod(module)
+    assert (failed, tried > 0) == (0, True)
 
 
 @pytest.mark.parametrize("name", LABEL_SPACES)

@@ -102,7 +102,7 @@ class SemanticTree:
     Example:
         >>> tree = SemanticTree.load("fall11")
         >>> [node.name for node in tree.ancestors("n02123045")][:2]
-        ['domestic cat, house cat, Felis domesticus, Felis catus', 'cat, true cat']
+        ['domestic cat, house cat, Felis domesticus, Felis catus', 'domestic animal, domesticated animal']
     """
 
     def __init__(self, label_space: LabelSpace, parents: NDArray[np.int32], *, name: str | None = None) -> None:
