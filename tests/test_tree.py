@@ -91,6 +91,8 @@ def test_search(fall11):
     assert fall11.search("99999") == ()
     assert fall11.search("9" * 5000) == ()
     assert fall11.search("no such thing at all") == ()
+    for query in ("Shih Tzu", "shih-tzu", "shih_tzu"):
+        assert fall11.search(query)[0].wnid == "n02086240"
     found = fall11.search("Tabby Cat")
     assert found[0].wnid == "n02123045"
     ranks = [node.name.split(", ")[0] for node in fall11.search("dog", limit=None)]

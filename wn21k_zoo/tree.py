@@ -35,7 +35,7 @@ from wn21k_zoo.files import expanded, refuse_compressed
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace, ordered
 from wn21k_zoo.synsets import WNID_PATTERN, load_nouns
 
-__all__ = ["Node", "SemanticTree", "TreeDifference"]
+__all__ = ["Node", "SemanticTree", "TreeDifference", "folded"]
 
 
 _DEEPEST = 64  # levels, more than any tree of WordNet's nouns has
@@ -460,14 +460,14 @@ class SemanticTree:
     def search(self, query: str | int, limit: int | None = 20) -> tuple[Node, ...]:
         """Find nodes by an index, a wnid or (part of) a name, the best first.
 
-        A whole lemma ranks before the beginning of one, then a word inside one, then any other part; case is ignored,
-        and of equal matches the shallower node comes first.
+        A whole lemma ranks before the beginning of one, then a word inside one, then any other part; case, hyphens and
+        underscores are ignored, and of equal matches the shallower node comes first.
 
         Raises:
             InvalidArgumentError: The query is empty, or the limit not a whole number of at least 0.
         """
         limit = None if limit is None else whole_number("limit", limit, 0)
-        text = str(query).strip().casefold()
+        text = folded(str(query)).strip()
         if not text:
             raise InvalidArgumentError("Nothing to search for; give a name, a wnid or an index.")
         if text in self.label_space.index:
@@ -477,9 +477,8 @@ class SemanticTree:
             return (self[index],) if index < len(self) else ()
         ranked = []
         for index, name in enumerate(self.label_space.names):
-            folded = name.casefold()
-            if text in folded:
-                ranked.append((_match_rank(text, folded), int(self.depths[index]), index))
+            if text in (lemmas := folded(name)):
+                ranked.append((_match_rank(text, lemmas), int(self.depths[index]), index))
         return self._nodes([index for _, _, index in sorted(ranked)[:limit]])
 
     def difference(self, other: SemanticTree) -> TreeDifference:
@@ -577,6 +576,11 @@ def _parents_from_chains(chains: Sequence[Sequence[int]], num_classes: int, path
         if expected != list(chain):
             raise TreeError(f"{path}: entry {index} of class_tree_list contradicts the entries of its ancestors.")
     return parents
+
+
+def folded(text: str) -> str:
+    """A name as names are compared: 'shih tzu' for 'Shih-Tzu'."""
+    return text.casefold().replace("-", " ").replace("_", " ")
 
 
 def _match_rank(text: str, folded_name: str) -> int:
