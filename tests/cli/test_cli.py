@@ -25,6 +25,7 @@ from wn21k_zoo.cli import main
 from wn21k_zoo.cli.app import _is_closed_pipe, app
 from wn21k_zoo.cli.output import CSV_COLUMNS
 from wn21k_zoo.cli.predict import _expand
+from wn21k_zoo.errors import CacheError
 from wn21k_zoo.labels import LabelSpace
 from wn21k_zoo.prediction import json_schema
 
@@ -324,6 +325,14 @@ def test_info(checkpoint):
     unknown = [key for key, value in details.items() if value in (None, []) and key != "local_file"]
     unknown += [key for source in details["sources"] for key, value in source.items() if value is None]
     assert table.count("unknown") == len(unknown)
+
+
+def test_info_needs_no_cache_that_may_be_read(monkeypatch):
+    def refused(_):
+        raise CacheError("It cannot be read.")
+
+    monkeypatch.setattr("wn21k_zoo.on_disk.find_local", refused)
+    assert json.loads(run("info", "resnet50.miil_in21k").stdout)["local_file"] is None
 
 
 def test_list_names_every_record():

@@ -19,7 +19,7 @@ import typer
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, WEIGHT_FILES, Checkpoint
 from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, print_json, print_table, printed_as_json
-from wn21k_zoo.errors import InvalidArgumentError, UnresolvedLabelSpaceError, Wn21kError, without_login
+from wn21k_zoo.errors import CacheError, InvalidArgumentError, UnresolvedLabelSpaceError, Wn21kError, without_login
 from wn21k_zoo.labels import LabelSpace
 
 __all__ = ["doctor", "info", "list_checkpoints", "schema"]
@@ -74,7 +74,9 @@ def info(
         return
     checkpoint = registry.resolve_checkpoint(name)
     space = LabelSpace.load(checkpoint.label_space)
-    local = find_local(checkpoint)
+    local = None
+    with contextlib.suppress(CacheError):  # another user's, which doctor tells
+        local = find_local(checkpoint)
     details: dict[str, Any] = {
         **{key: value for key, value in asdict(checkpoint).items() if key not in ("sources", "metrics")},
         "sources": [
