@@ -179,7 +179,8 @@ class Predictor:
 
         try:
             given = outputs if isinstance(outputs, torch.Tensor) else torch.from_numpy(np.array(outputs, np.float32))
-            logits = given.detach().to(self.device, torch.float32)
+            is_half = given.dtype in (torch.float16, torch.bfloat16)
+            logits = given.detach().to(self.device, given.dtype if is_half else torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(
                 f"outputs must be a tensor or an array of numbers: {first_line(error)}"
@@ -310,8 +311,11 @@ class Predictor:
 
     def _refuse_probabilities(self, logits: torch.Tensor, error: type[Wn21kError]) -> None:
         """Refuse outputs that are a softmax's already, which would be read without an error, and wrongly."""
+        import torch
+
         sums = logits.float().sum(dim=-1, keepdim=True)
-        near = 0.01 if logits.numel() > 30 else 1e-5  # half precision rounds them; a few logits are near 1 by chance
+        is_rounded = logits.dtype in (torch.float16, torch.bfloat16)
+        near = 0.01 if is_rounded or logits.numel() > 30 else 1e-5  # a few logits are near 1 by chance
         if logits.shape[1] > 2 and len(logits) and bool(((logits >= 0) & ((sums - 1).abs() < near)).all()):
             raise error(
                 f"The outputs of {self.name} are probabilities already: none is below 0, and each image's add up to 1. "
