@@ -65,6 +65,18 @@ def test_plan_of_data_that_is_there(data, run):
     assert wn21k("train", "plan", run, "--data", data / "nothing").exit_code == 1
 
 
+def test_a_plan_of_a_run_that_has_begun_needs_no_start(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["model"]["start"] = str(tmp_path / "gone")
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe))
+    planned = wn21k("train", "plan", tmp_path / "run", "--gpus", 1)
+    assert (planned.exit_code, planned.stderr) == (0, "")
+    assert planned.stdout == wn21k("train", "plan", run, "--gpus", 1).stdout
+    other = wn21k("train", "plan", tmp_path / "run", "--gpus", 1, "--set", f"model.start={tmp_path}/other")
+    assert "will not start yet, because of model.start" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

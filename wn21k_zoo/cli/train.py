@@ -106,16 +106,19 @@ def plan(
 ) -> None:
     """Show steps, images, hours, and an estimate of the memory and of the room on disk."""
     from wn21k_zoo.training.plan import plan as make_plan
+    from wn21k_zoo.training.recipe import RANDOM
     from wn21k_zoo.training.recipe_files import load_recipe, override
     from wn21k_zoo.training.splits import open_splits
 
     resolved = override(load_recipe(recipe), set or [])
-    classes = None
+    classes, run = None, _run_of(recipe)
+    if run and (begun := run.begun()) and begun.model.start and begun.model.start == resolved.model.start:
+        resolved.model.start = f"{RANDOM}{begun.model.start}"  # it is needed no longer
     if data is not None:
         resolved.check()
         splits = open_splits(resolved, data)
         images, classes = images or len(splits.train), len(splits.class_names)
-    elif (run := _run_of(recipe)) and run.recipe().data.label_space == resolved.data.label_space:
+    elif run and run.recipe().data.label_space == resolved.data.label_space:
         images, classes = images or run.training_images(), len(run.classes()[1])
     figures = make_plan(resolved, gpus=gpus, images_per_second=images_per_second, images=images, classes=classes)
     row = {"recipe": resolved.name, "gpus": gpus, **dataclasses.asdict(figures)}
