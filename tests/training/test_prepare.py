@@ -755,6 +755,13 @@ def test_a_folder_of_a_disk_that_cannot_be_written_is_named(tmp_path, monkeypatc
     with pytest.raises(DataOutputError, match=r"cannot be written .*; name a writable folder"):
         prepare(tmp_path / "source.tar", tmp_path / "new", OPTIONS, workers=1)
 
+    def damaged(path, *_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", damaged)
+    with pytest.raises(OSError, match="Input/output error"):
+        prepare(tmp_path / "source.tar", tmp_path / "new", OPTIONS, workers=1)
+
 
 @pytest.mark.parametrize("text", ["", "[", "null", '"x"', "[" * 100_000])
 def test_options_that_are_damaged_are_one_error(tmp_path, text):
