@@ -91,8 +91,24 @@ def test_search(fall11):
     assert fall11.search("99999") == ()
     assert fall11.search("9" * 5000) == ()
     assert fall11.search("no such thing at all") == ()
-    for query in ("Shih Tzu", "shih-tzu", "shih_tzu"):
-        assert fall11.search(query)[0].wnid == "n02086240"
+    for query, wnid in (
+        ("Shih Tzu", "n02086240"),
+        ("shih-tzu", "n02086240"),
+        ("shih_tzu", "n02086240"),
+        ("St.  Bernard", "n02109525"),
+        ("café", "n02935658"),
+        ("cat", "n02121620"),
+        ("Cats", "n02121620"),
+        ("boxes", "n02883344"),
+        ("berries", "n07742704"),
+        ("women", "n10787470"),
+        ("glasses", "n04272054"),
+    ):
+        assert fall11.search(query)[0].wnid == wnid, query
+    assert fall11.search("1.0") == fall11.search("-10") == ()
+    for query in (" ", "-", "."):
+        with pytest.raises(InvalidArgumentError, match="Nothing to search for"):
+            fall11.search(query)
     found = fall11.search("Tabby Cat")
     assert found[0].wnid == "n02123045"
     ranks = [node.name.split(", ")[0] for node in fall11.search("dog", limit=None)]

@@ -33,9 +33,10 @@ from wn21k_zoo.errors import (
 )
 from wn21k_zoo.files import expanded, refuse_compressed
 from wn21k_zoo.labels import LABEL_SPACE_ALIASES, LABEL_SPACES, LabelSpace, ordered
+from wn21k_zoo.matching import forms_of, match_rank
 from wn21k_zoo.synsets import WNID_PATTERN, load_nouns
 
-__all__ = ["Node", "SemanticTree", "TreeDifference", "folded"]
+__all__ = ["Node", "SemanticTree", "TreeDifference"]
 
 
 _DEEPEST = 64  # levels, more than any tree of WordNet's nouns has
@@ -460,15 +461,16 @@ class SemanticTree:
     def search(self, query: str | int, limit: int | None = 20) -> tuple[Node, ...]:
         """Find nodes by an index, a wnid or (part of) a name, the best first.
 
-        A whole lemma ranks before the beginning of one, then a word inside one, then any other part; case, hyphens and
-        underscores are ignored, and of equal matches the shallower node comes first.
+        A whole lemma ranks before one in the singular, the beginning of one, a word inside one, and any other part, and
+        a class's first lemma before its others; case, accents, hyphens, underscores and full stops are ignored, and of
+        equal matches the shallower node comes first.
 
         Raises:
             InvalidArgumentError: The query is empty, or the limit not a whole number of at least 0.
         """
         limit = None if limit is None else whole_number("limit", limit, 0)
-        text = folded(str(query)).strip()
-        if not text:
+        text, forms = str(query).strip().casefold(), forms_of(str(query))
+        if not forms[0]:
             raise InvalidArgumentError("Nothing to search for; give a name, a wnid or an index.")
         if text in self.label_space.index:
             return (self[text],)
@@ -477,8 +479,8 @@ class SemanticTree:
             return (self[index],) if index < len(self) else ()
         ranked = []
         for index, name in enumerate(self.label_space.names):
-            if text in (lemmas := folded(name)):
-                ranked.append((_match_rank(text, lemmas), int(self.depths[index]), index))
+            if (rank := match_rank(forms, name)) is not None:
+                ranked.append((rank, int(self.depths[index]), index))
         return self._nodes([index for _, _, index in sorted(ranked)[:limit]])
 
     def difference(self, other: SemanticTree) -> TreeDifference:
@@ -576,20 +578,6 @@ def _parents_from_chains(chains: Sequence[Sequence[int]], num_classes: int, path
         if expected != list(chain):
             raise TreeError(f"{path}: entry {index} of class_tree_list contradicts the entries of its ancestors.")
     return parents
-
-
-def folded(text: str) -> str:
-    """A name as names are compared: 'shih tzu' for 'Shih-Tzu'."""
-    return text.casefold().replace("-", " ").replace("_", " ")
-
-
-def _match_rank(text: str, folded_name: str) -> int:
-    lemmas = folded_name.split(", ")
-    if text in lemmas:
-        return 0
-    if any(lemma.startswith(text) for lemma in lemmas):
-        return 1
-    return 2 if f" {text}" in folded_name else 3
 
 
 def _rebuilt(kind: type[SemanticTree], label_space: LabelSpace, parents: NDArray[np.int32], name: str) -> SemanticTree:

@@ -52,6 +52,9 @@ def test_a_plan_is_of_the_network_that_the_start_says(tmp_path, caplog):
     (tmp_path / "start" / "config.json").write_text("{")
     plan(recipe, images_per_second=100, images=100)
     assert "will not start yet, because of model.start" in caplog.text
+    recipe.model.start = "resnet50.miil_in21kk"
+    with pytest.raises(UnknownModelError, match=r"Did you mean .*miil_in21k"):
+        plan(recipe, images_per_second=100, images=100)
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("inf"), float("nan")])

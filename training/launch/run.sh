@@ -31,7 +31,7 @@ if command -v flock >/dev/null; then
     [ -z "$job" ] && own="$own.$HOSTNAME"
     node="${SLURM_NODEID:-0}"
     [[ -z "$job" && " $* " =~ \ --node[-_]rank[\ =]+([0-9]+)\  ]] && node="${BASH_REMATCH[1]}"
-    if [ "$node" = 0 ] && : >>"$own"; then
+    if [ "$node" = 0 ] && { : >>"$own"; } 2>/dev/null; then
         exec 9>>"$own"
         free "$1" 9
     fi

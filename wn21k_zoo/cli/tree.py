@@ -12,8 +12,10 @@ import typer
 
 from wn21k_zoo.cli.output import TREES, FormatOption, at_home, console, print_json, print_table, to_write
 from wn21k_zoo.errors import InvalidArgumentError, TreeError, UnknownSynsetError, Wn21kError
+from wn21k_zoo.matching import folded
 from wn21k_zoo.messages import say
-from wn21k_zoo.tree import Node, SemanticTree, folded
+from wn21k_zoo.synsets import WNID_PATTERN
+from wn21k_zoo.tree import Node, SemanticTree
 
 __all__ = ["app"]
 
@@ -67,11 +69,15 @@ def search(
 ) -> None:
     """Find classes by name, wnid or index."""
     semantic_tree = SemanticTree.find(tree)
-    found = semantic_tree.search(query, limit=limit)
+    found = semantic_tree.search(query, limit=None)
+    if not found and WNID_PATTERN.fullmatch(query):
+        semantic_tree.index(query)  # whose error says more
     if not found:
         say(f"Nothing in {semantic_tree.name} matches {query!r}.")
         raise typer.Exit(1)
-    print_table([asdict(node) for node in found], COLUMNS, format)
+    print_table([asdict(node) for node in found[:limit]], COLUMNS, format)
+    if len(found) > limit:
+        say(f"{limit} of {len(found):,} classes; more with --limit")
 
 
 @app.command()
@@ -173,7 +179,7 @@ def _node(tree: SemanticTree, text: str) -> Node:
     except Wn21kError:
         exact = [node for node in tree.search(text, limit=None) if folded(text) in folded(node.name).split(", ")]
         if len(exact) > 1:
-            known = "; ".join(f"{node.wnid} is {node.definition}" for node in exact[:4])
+            known = "; ".join(f"{node.wnid} is {node.definition}" for node in exact)
             raise UnknownSynsetError(f"{text!r} names {len(exact)} classes; give the wnid of one: {known}.") from None
         if not exact:
             raise

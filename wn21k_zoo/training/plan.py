@@ -22,7 +22,7 @@ from wn21k_zoo.training.network import checkpoint_gradients, few_for_statistics,
 from wn21k_zoo.training.presets import ARCHITECTURES
 from wn21k_zoo.training.recipe import RANDOM, Recipe, is_drop_rate
 from wn21k_zoo.training.state import RunFolder
-from wn21k_zoo.training.weights import is_place, resolved, teacher_record, warn_if_missing
+from wn21k_zoo.training.weights import classes_of, is_place, resolved, teacher_record, warn_if_missing
 
 __all__ = ["IMAGES", "Plan", "plan"]
 
@@ -91,7 +91,7 @@ def plan(
     Raises:
         RecipeError: The number of images is not known, or the batch cannot be divided among the GPUs.
         InvalidArgumentError: The number of GPUs is not a positive number.
-        UnknownNameError: There is no such teacher or label space; a start that is not here is warned of.
+        UnknownNameError: There is no such start, teacher or label space; a folder that is not here is warned of.
     """
     gpus = whole_number("gpus", gpus, 1)
     recipe.check()
@@ -100,6 +100,9 @@ def plan(
     except (ModelError, UnknownModelError):  # not here
         warn_if_missing("model.start", str(recipe.model.start))
         recipe = resolved(recipe, otherwise={})
+    start = recipe.model.start
+    if start is not None and not start.startswith(RANDOM) and not is_place(start):
+        classes_of(start)  # is there a model of that name?
     if images_per_second is not None and not 0 < images_per_second < math.inf:
         raise RecipeError(f"{images_per_second} images per second is not a speed; give a number above 0.")
     space = recipe.data.space
