@@ -177,13 +177,15 @@ def test_a_second_job_on_slurm_leaves_the_folder_of_the_first_alone(tmp_path):
 
 @needs_bash
 @pytest.mark.skipif(shutil.which("flock") is None, reason="no flock")
-@pytest.mark.parametrize("slurm", [{}, {"SLURM_JOB_ID": "8", "SLURM_NODEID": "0"}])
-def test_a_second_start_does_not_mark_the_run_of_the_first(tmp_path, slurm):
+@pytest.mark.parametrize(
+    ("slurm", "number"), [({}, []), ({}, ["--node-rank=1"]), ({"SLURM_JOB_ID": "8", "SLURM_NODEID": "0"}, [])]
+)
+def test_a_second_start_does_not_mark_the_run_of_the_first(tmp_path, slurm, number):
     output = tmp_path / "run"
     environment = with_programs(tmp_path, torchrun=f"touch {tmp_path}/begun; read -r line", flock=":") | slurm
     real = shutil.which("flock")
     (tmp_path / "bin" / "flock").write_text(f'#!/bin/bash\nshift 2\nexec {real} -n "$@"\n')  # without the wait
-    command = ["bash", LAUNCH / "run.sh", output, "x"]
+    command = ["bash", LAUNCH / "run.sh", output, *number, "x"]
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as first:
         deadline = time.monotonic() + 20
         while not (tmp_path / "begun").exists():
@@ -197,8 +199,8 @@ def test_a_second_start_does_not_mark_the_run_of_the_first(tmp_path, slurm):
         assert not list(output.glob(".failed" if not slurm else ".failed8"))
         other = {"SLURM_JOB_ID": "8", "SLURM_NODEID": "1"} if slurm else {"HOSTNAME": "another"}  # of the same job
         joined = [(command, environment | other)]
-        for rank in (["--node-rank=1"], ["--node-rank", "1", "-m", "y"]) if not slurm else ():
-            joined.append(([*command, *rank], environment))  # another pod that has the name of the same machine
+        for rank in (["--node-rank=2"], ["--node-rank", "3", "-m", "y"]) if not slurm else ():
+            joined.append(([*command[:3], *rank], environment))  # another pod that has the name of the same machine
         for started, by in joined:
             done = subprocess.run(started, env=by, stdin=subprocess.DEVNULL, capture_output=True, text=True)
             assert (done.returncode, done.stderr) == (1, "")  # as its torchrun here, at the end of its input

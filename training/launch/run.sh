@@ -25,13 +25,14 @@ trap '[ -n "$job" ] && [ -e "$failed" ] && exit 1; exit 143' TERM # while it wai
 if command -v flock >/dev/null; then
     # On Slurm, where all machines of a job begin together, none of them can have the lock of a run that is under way.
     [ -n "$job" ] && [ -e "$1/.lock" ] && free "$1" "$1/.lock" true
-    # One job at a time, from before it begins to train: Slurm's first machine tells, elsewhere each for itself; where
-    # machines have numbers, only the first, as others may be pods with the same HOSTNAME.
+    # One job at a time, from before it begins to train: Slurm's first machine tells, elsewhere each for itself, with
+    # its number, as other machines may be pods with the same HOSTNAME.
     own="$1/.job${job:+.slurm}"
-    [ -z "$job" ] && own="$own.$HOSTNAME"
-    node="${SLURM_NODEID:-0}"
-    [[ -z "$job" && " $* " =~ \ --node[-_]rank[\ =]+([0-9]+)\  ]] && node="${BASH_REMATCH[1]}"
-    if [ "$node" = 0 ] && { : >>"$own"; } 2>/dev/null; then
+    if [ -z "$job" ]; then
+        own="$own.$HOSTNAME"
+        [[ " $* " =~ \ --node[-_]rank[\ =]+([1-9][0-9]*)\  ]] && own="$own.${BASH_REMATCH[1]}"
+    fi
+    if [ "${SLURM_NODEID:-0}" = 0 ] && { : >>"$own"; } 2>/dev/null; then
         exec 9>>"$own"
         free "$1" 9
     fi
