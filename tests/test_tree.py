@@ -124,7 +124,7 @@ def test_unknown_nodes(fall11):
         fall11["n04399382"]
     with pytest.raises(UnknownSynsetError, match=r"Did you mean n0212"):
         fall11["tabby"]
-    for key in (-1, 11_221, True, 1.5):
+    for key in (-1, 11_221, True, 1.5, " ", "-", "."):
         with pytest.raises(UnknownSynsetError):
             fall11[key]
     with pytest.raises(UnknownTreeError, match="Did you mean fall11"):

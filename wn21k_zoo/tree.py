@@ -337,7 +337,7 @@ class SemanticTree:
                 f"{key!r} is not a node of the tree {self.name}: use a wnid or 0 to {len(self) - 1}."
             )
         if not WNID_PATTERN.fullmatch(key):
-            nodes = self.search(key, limit=3) if key.strip() else ()
+            nodes = self.search(key, limit=3) if forms_of(key)[0] else ()
             found = ", ".join(f"{node.wnid} ({node.name.split(', ')[0]})" for node in nodes)
             hint = f" Did you mean {found}?" if found else " Search for a name with tree.search or wn21k tree search."
             raise UnknownSynsetError(f"{key!r} is not a wnid.{hint}")
