@@ -314,8 +314,8 @@ class Predictor:
         import torch
 
         sums = logits.float().sum(dim=-1, keepdim=True)
-        is_rounded = logits.dtype in (torch.float16, torch.bfloat16)
-        near = 0.01 if is_rounded or logits.numel() > 30 else 1e-5  # a few logits are near 1 by chance
+        rounding = torch.finfo(logits.dtype).eps / 2 if logits.is_floating_point() else 0.0
+        near = 0.01 if logits.numel() > 30 else 1e-5 + rounding  # a few logits are near 1 by chance
         if logits.shape[1] > 2 and len(logits) and bool(((logits >= 0) & ((sums - 1).abs() < near)).all()):
             raise error(
                 f"The outputs of {self.name} are probabilities already: none is below 0, and each image's add up to 1. "
