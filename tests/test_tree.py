@@ -102,6 +102,7 @@ def test_search(fall11):
         ("boxes", "n02883344"),
         ("berries", "n07742704"),
         ("women", "n10787470"),
+        ("tomatoes", "n07734017"),
         ("glasses", "n04272054"),
     ):
         assert fall11.search(query)[0].wnid == wnid, query

@@ -8,8 +8,18 @@ from collections.abc import Sequence
 __all__ = ["folded", "forms_of", "match_rank"]
 
 _PUNCTUATION = str.maketrans({"-": " ", "_": " ", ".": None})
-# WordNet's rules of detachment for nouns: https://wordnet.princeton.edu/documentation/morphy7wn
-_PLURALS = {"s": "", "ses": "s", "xes": "x", "zes": "z", "ches": "ch", "shes": "sh", "men": "man", "ies": "y"}
+# WordNet's rules of detachment for nouns, and -oes: https://wordnet.princeton.edu/documentation/morphy7wn
+_PLURALS = {
+    "s": "",
+    "ses": "s",
+    "xes": "x",
+    "zes": "z",
+    "ches": "ch",
+    "shes": "sh",
+    "men": "man",
+    "ies": "y",
+    "oes": "o",
+}
 
 
 def folded(text: str) -> str:
