@@ -54,5 +54,6 @@ def test_what_it_says_of_labels():
     for wnid, other in (("n02084071", "n01861778"), ("n02121808", "n01861778"), ("n02958343", "n04524313")):
         assert other in fall11
         assert other not in [node.wnid for node in fall11.ancestors(wnid)]
-    assert "n01317541" in [node.wnid for node in fall11.ancestors("n02121808")]
+    for wnid in ("n02084071", "n02121808"):
+        assert "n01317541" in [node.wnid for node in fall11.ancestors(wnid)]
     assert "n03094503" in [node.wnid for node in fall11.ancestors("n02958343")]
