@@ -335,6 +335,7 @@ def test_info_needs_no_cache_that_may_be_read(monkeypatch):
 
     monkeypatch.setattr("wn21k_zoo.on_disk.find_local", refused)
     assert json.loads(run("info", "resnet50.miil_in21k").stdout)["local_file"] is None
+    assert "It cannot be read." in run("info", "resnet50.miil_in21k", "--format", "table").stdout
 
 
 def test_list_names_every_record():

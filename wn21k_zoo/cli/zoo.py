@@ -74,9 +74,11 @@ def info(
         return
     checkpoint = registry.resolve_checkpoint(name)
     space = LabelSpace.load(checkpoint.label_space)
-    local = None
-    with contextlib.suppress(CacheError):  # another user's, which doctor tells
+    local, otherwise = None, "not on this machine"
+    try:
         local = find_local(checkpoint)
+    except CacheError as error:  # another user's
+        otherwise = str(error)
     details: dict[str, Any] = {
         **{key: value for key, value in asdict(checkpoint).items() if key not in ("sources", "metrics")},
         "sources": [
@@ -90,7 +92,7 @@ def info(
     }
     if printed_as_json(details, format):
         return
-    details["local_file"] = details["local_file"] or "not on this machine"
+    details["local_file"] = details["local_file"] or otherwise
     details["sources"] = "\n".join(
         f"{source} ({_known(source.num_bytes)} bytes, sha256 {_known(source.sha256)})" for source in checkpoint.sources
     )
