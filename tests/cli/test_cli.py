@@ -277,6 +277,7 @@ def test_file_names_that_are_no_text(tmp_path, photographs):
         (["tree", "path", "tabby"], 1, "names 2 classes"),
         (["tree", "search", "no such thing"], 1, "matches"),
         (["tree", "search", "n04399382"], 1, "nearest ancestor"),
+        (["tree", "search", "N04399382 "], 1, "nearest ancestor"),
         (["tree", "search", "tree", "--limit", "2"], 0, "2 of 199 classes"),
         (["tree", "show", "--tree", "none.txt"], 1, "name a text file of wnids"),
         (["predict", "sample:cat", "--model", ""], 1, "The model name is empty"),

@@ -70,8 +70,8 @@ def search(
     """Find classes by name, wnid or index."""
     semantic_tree = SemanticTree.find(tree)
     found = semantic_tree.search(query, limit=None)
-    if not found and WNID_PATTERN.fullmatch(query):
-        semantic_tree.index(query)  # whose error says more
+    if not found and WNID_PATTERN.fullmatch(wnid := query.strip().casefold()):
+        semantic_tree.index(wnid)  # whose error says more
     if not found:
         say(f"Nothing in {semantic_tree.name} matches {query!r}.")
         raise typer.Exit(1)
