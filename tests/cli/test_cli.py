@@ -365,6 +365,8 @@ def test_doctor_goes_on_where_something_is_wrong(monkeypatch):
 def test_tree_commands(tmp_path, monkeypatch):
     assert json.loads(run("tree", "search", "tabby cat").stdout.splitlines()[0])["wnid"] == "n02123045"
     assert [json.loads(line)["depth"] for line in run("tree", "path", "n02123045").stdout.splitlines()] == [0, 1, 2, 3]
+    for name in ("Shih-Tzu", " shih  tzu", "SHIH_TZU"):
+        assert run("tree", "path", name).stdout == run("tree", "path", "n02086240").stdout
     between = run("tree", "path", "n02123045", "n02084071")
     assert "distance 3" in between.stderr
     assert len(between.stdout.splitlines()) == 4

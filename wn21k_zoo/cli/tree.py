@@ -12,7 +12,7 @@ import typer
 
 from wn21k_zoo.cli.output import TREES, FormatOption, at_home, console, print_json, print_table, to_write
 from wn21k_zoo.errors import InvalidArgumentError, TreeError, UnknownSynsetError, Wn21kError
-from wn21k_zoo.matching import folded
+from wn21k_zoo.matching import folded, forms_of
 from wn21k_zoo.messages import say
 from wn21k_zoo.synsets import WNID_PATTERN
 from wn21k_zoo.tree import Node, SemanticTree
@@ -177,7 +177,7 @@ def _node(tree: SemanticTree, text: str) -> Node:
     try:
         return tree[text]
     except Wn21kError:
-        exact = [node for node in tree.search(text, limit=None) if folded(text) in folded(node.name).split(", ")]
+        exact = [node for node in tree.search(text, limit=None) if forms_of(text)[0] in folded(node.name).split(", ")]
         if len(exact) > 1:
             known = "; ".join(f"{node.wnid} is {node.definition}" for node in exact)
             raise UnknownSynsetError(f"{text!r} names {len(exact)} classes; give the wnid of one: {known}.") from None
