@@ -255,7 +255,10 @@ def test_an_error_that_passes_is_waited_for(kind, status, method, root, serve):
     assert download.fetch(checkpoint_of(kind, endpoint)).sha256 == SHA256
 
 
-@pytest.mark.parametrize(("method", "kind"), [("GET", "plain"), ("GET", "hub"), ("HEAD", "hub")])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("GET", "plain"), *(pytest.param(each, "hub", marks=pytest.mark.slow) for each in ("GET", "HEAD"))],
+)
 def test_retry_after_is_honoured(kind, method, root, serve):
     fault = {"status": 429, "on": method, "headers": {"retry-after": "1"}}
     endpoint, _ = serve(files_of(kind), faults=[fault])
@@ -273,7 +276,10 @@ def test_retry_after_has_a_bound():
     assert transfer.asked_wait("7") == 7
 
 
-@pytest.mark.parametrize(("method", "kind"), [("GET", "plain"), ("GET", "hub"), ("HEAD", "hub")])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("GET", "plain"), *(pytest.param(each, "hub", marks=pytest.mark.slow) for each in ("GET", "HEAD"))],
+)
 def test_a_retry_after_that_is_no_number_of_seconds_is_passed_over(method, kind, root, serve):
     fault = {"status": 429, "on": method, "headers": {"retry-after": "1.5"}}
     endpoint, _ = serve(files_of(kind), faults=[fault] * 4)

@@ -196,7 +196,7 @@ def test_from_python_a_process_alone_is_its_world(data, tmp_path):
     assert engine.train(small_recipe(), data, tmp_path, workers=0) == figures  # finished before
 
 
-@pytest.mark.parametrize("architecture", ["test_efficientnet", "test_vit"])
+@pytest.mark.parametrize("architecture", ["test_efficientnet", pytest.param("test_vit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("images", [BATCH, 4], ids=["whole", "accumulated"])
 def test_gradient_checkpointing_changes_no_bit(data, tmp_path, architecture, images):
     recipe = small_recipe(architecture, data={"batch_per_device": images})

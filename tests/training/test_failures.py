@@ -298,7 +298,10 @@ def test_processes_that_cannot_be_started_are_told(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "problem",
-    [RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), OSError("loading"), ValueError()],
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (OSError("loading"), ValueError())),
+    ],
 )
 def test_what_was_run_before_something_failed_is_kept(data, tmp_path, monkeypatch, problem):
     recipe = small_recipe(run={"ema_decay": 0.9})
