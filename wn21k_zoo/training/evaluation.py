@@ -115,7 +115,7 @@ class Evaluation(nn.Module):
             The predicted leaf of each image, [B] int64, and its confidence, [B].
 
         Raises:
-            InvalidArgumentError: They are not tensors of these shapes, or targets are not classes.
+            InvalidArgumentError: They are not tensors of these shapes and dtypes, or targets are not classes.
         """
         if not isinstance(logits_bn, Tensor) or not isinstance(targets_b, Tensor):
             raise InvalidArgumentError("Logits and targets must be tensors.")
