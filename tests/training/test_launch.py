@@ -67,6 +67,8 @@ def shell_accepts(text):
 
 
 needs_bash = pytest.mark.skipif(os.name == "nt" or shutil.which("bash") is None, reason="no bash of this system's own")
+needs_flock = pytest.mark.skipif(shutil.which("flock") is None, reason="no flock")
+FLOCK = f'shift 2; exec {shutil.which("flock")} -w "${{SECONDS_TO_WAIT:-0}}" "$@"'  # in place of run.sh's 30
 
 
 def with_programs(tmp_path, **scripts):
@@ -77,6 +79,13 @@ def with_programs(tmp_path, **scripts):
         (programs / name).write_text(f"#!/bin/bash\n{script}\n")
         (programs / name).chmod(0o755)
     return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+
+
+def wait_for(file):
+    deadline = time.monotonic() + 20
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @needs_bash
@@ -155,42 +164,38 @@ def test_the_exit_code_says_whether_this_run_was_told_to_stop(
 
 
 @needs_bash
-@pytest.mark.skipif(shutil.which("flock") is None, reason="no flock")
-def test_a_second_job_on_slurm_leaves_the_folder_of_the_first_alone(tmp_path):
+@needs_flock
+@pytest.mark.parametrize(("slurm", "number"), [({"SLURM_JOB_ID": "8"}, []), ({}, ["--node-rank", "0"])])
+def test_a_second_job_leaves_the_folder_of_the_first_alone(tmp_path, slurm, number):
     output = tmp_path / "run"
     mark(output, "running")
     (output / ".asked-to-stop7").touch()
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    environment = with_programs(tmp_path, torchrun=f"touch {tmp_path}/begun", flock='exec /usr/bin/env -S flock "$@"')
-    real = shutil.which("flock")
-    (tmp_path / "bin" / "flock").write_text(f'#!/bin/bash\nshift 2\nexec {real} -n "$@"\n')  # without the wait
-    command = ["bash", LAUNCH / "run.sh", output, "x"]
+    environment = with_programs(tmp_path, torchrun=f"touch {tmp_path}/begun", flock=FLOCK) | slurm
+    command = ["bash", LAUNCH / "run.sh", output, *number, "x"]
     with FileLock(output / ".lock"):
-        done = subprocess.run(command, env=environment | {"SLURM_JOB_ID": "8"}, capture_output=True, text=True)
-    assert (done.returncode, (tmp_path / "begun").exists()) == (1, False)
-    assert "another job is writing to" in done.stderr
-    assert {
-        path.name: path.read_bytes() for path in output.iterdir() if path.name not in (".lock", ".failed8")
-    } == before
-    assert subprocess.run(command, env=environment | {"SLURM_JOB_ID": "8"}, check=False).returncode == 0
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (done.returncode, (tmp_path / "begun").exists()) == (1, False)
+        assert "another job is writing to" in done.stderr
+        assert {
+            path.name: path.read_bytes() for path in output.iterdir() if path.name not in (".lock", ".failed8")
+        } == before
+        if not slurm:  # another machine, which may have come back
+            assert subprocess.run([*command[:3], "--node-rank=1"], env=environment, check=False).returncode == 0
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
 
 
 @needs_bash
-@pytest.mark.skipif(shutil.which("flock") is None, reason="no flock")
+@needs_flock
 @pytest.mark.parametrize(
     ("slurm", "number"), [({}, []), ({}, ["--node-rank=1"]), ({"SLURM_JOB_ID": "8", "SLURM_NODEID": "0"}, [])]
 )
 def test_a_second_start_does_not_mark_the_run_of_the_first(tmp_path, slurm, number):
     output = tmp_path / "run"
-    environment = with_programs(tmp_path, torchrun=f"touch {tmp_path}/begun; read -r line", flock=":") | slurm
-    real = shutil.which("flock")
-    (tmp_path / "bin" / "flock").write_text(f'#!/bin/bash\nshift 2\nexec {real} -n "$@"\n')  # without the wait
+    environment = with_programs(tmp_path, torchrun=f"touch {tmp_path}/begun; read -r line", flock=FLOCK) | slurm
     command = ["bash", LAUNCH / "run.sh", output, *number, "x"]
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as first:
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "begun").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(tmp_path / "begun")
         mark(output, "running")
         again = {"SLURM_JOB_ID": "9"} if slurm else {}
         done = subprocess.run(command, env=environment | again, capture_output=True, text=True, check=False)
@@ -209,27 +214,35 @@ def test_a_second_start_does_not_mark_the_run_of_the_first(tmp_path, slurm, numb
 
 
 @needs_bash
-@pytest.mark.skipif(shutil.which("flock") is None, reason="no flock")
+@needs_flock
 @pytest.mark.parametrize("held", [".job.slurm", ".lock"])
 def test_the_other_machines_of_a_job_that_is_refused_do_not_look_preempted(tmp_path, held):
     output = tmp_path / "run"
     output.mkdir()
-    environment = with_programs(tmp_path, torchrun=f"touch {tmp_path}/begun; exec sleep 60", flock=":")
+    begun = f"touch {tmp_path}/begun"
+    environment = with_programs(tmp_path, torchrun=f"{begun}; exec sleep 60", flock=f"{begun}; {FLOCK}")
     environment["SLURM_JOB_ID"] = "8"
-    real = shutil.which("flock")
-    (tmp_path / "bin" / "flock").write_text(
-        f'#!/bin/bash\nshift 2\ntouch {tmp_path}/begun\nexec {real} -w ${{SECONDS_TO_WAIT:-0}} "$@"\n'
-    )
     command = ["bash", LAUNCH / "run.sh", output, "x"]
     other = {"SLURM_NODEID": "1", "SECONDS_TO_WAIT": "60"}
     with FileLock(output / held), subprocess.Popen(command, env=environment | other, start_new_session=True) as second:
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "begun").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(tmp_path / "begun")
         assert subprocess.run(command, env=environment | {"SLURM_NODEID": "0"}, check=False).returncode == 1
         os.killpg(second.pid, signal.SIGTERM)  # as srun --kill-on-bad-exit does
         assert second.wait(30) == 1
+
+
+@needs_bash
+@needs_flock
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_told_to_stop_while_it_waits_for_another_job(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    environment = with_programs(tmp_path, torchrun="", flock=f"touch {tmp_path}/begun; {FLOCK}")
+    environment |= {"SLURM_JOB_ID": "8", "SECONDS_TO_WAIT": "60"}
+    command = ["bash", LAUNCH / "run.sh", tmp_path / "run", "x"]
+    with FileLock(tmp_path / "run" / ".lock"), subprocess.Popen(command, env=environment, start_new_session=True) as it:
+        wait_for(tmp_path / "begun")
+        os.killpg(it.pid, getattr(signal, name))  # as Slurm does
+        assert it.wait(30) == 143
 
 
 @needs_bash
@@ -241,8 +254,7 @@ def test_other_signals_of_schedulers_ask_to_stop_as_well(tmp_path, name):
         env=with_programs(tmp_path, torchrun=script),
         preexec_fn=lambda: signal.signal(getattr(signal, name), signal.SIG_DFL),  # bash cannot trap what nohup ignores
     )
-    while not (tmp_path / "begun").exists():
-        time.sleep(0.02)
+    wait_for(tmp_path / "begun")
     with contextlib.suppress(psutil.NoSuchProcess):
         for each in psutil.Process(process.pid).children() if name != "SIGHUP" else ():  # as Slurm does
             each.send_signal(getattr(signal, name))
@@ -274,8 +286,7 @@ def test_told_to_stop_before_the_run_can_say_anything(tmp_path, state, failed, e
         tmp_path, torchrun=f"trap '{write}; {end}' TERM; touch {tmp_path}/begun; while true; do sleep 0.1; done"
     )
     process = subprocess.Popen(["bash", LAUNCH / "run.sh", output, "-m", "x"], env=environment)
-    while not (tmp_path / "begun").exists():
-        time.sleep(0.02)
+    wait_for(tmp_path / "begun")
     process.terminate()
     assert process.wait(30) == (1 if expected == 7 and end != "exit 7" else expected)
     assert (output / ".asked-to-stop").exists()
