@@ -58,7 +58,7 @@ def fetch(checkpoint: Checkpoint, *, cache_dir: str | os.PathLike[str] | None = 
         ChecksumError: The bytes are not the published ones, even after a second download; none of them were kept.
         OfflineError: It is not on this machine, and the network is switched off.
         DownloadError: No source provides it; the message is about the first.
-        CacheError: The cache cannot be written, or its disk has too little space.
+        CacheError: The cache cannot be read or written, or its disk has too little space.
         MissingExtraError: It is in an extra that is not installed.
     """
     found, damages = find_verified(checkpoint, cache_dir)

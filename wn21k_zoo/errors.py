@@ -26,7 +26,7 @@ The message is one line that says what is wrong and what to do next; the class s
     │   │   └── OfflineError                    a download is needed, but the network is off
     │   ├── ChecksumError                       the bytes are not the published ones
     │   ├── ConversionError                     a file whose entries are not those of a known layout
-    │   ├── CacheError                          the cache cannot be written, or its disk is full
+    │   ├── CacheError                          the cache cannot be read or written, or is full
     │   ├── DownloadError                       a server that fails, stalls or cannot be reached
     │   │   ├── AuthenticationError             401: log in
     │   │   ├── AccessDeniedError               403: accept the terms, or ask for access
@@ -222,7 +222,7 @@ class ConversionError(ModelError):
 
 
 class CacheError(ModelError):
-    """The cache cannot be written, or its disk has too little space."""
+    """The cache cannot be read or written, or its disk has too little space."""
 
 
 class DownloadError(ModelError):
