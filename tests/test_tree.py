@@ -97,6 +97,7 @@ def test_search(fall11):
         ("shih_tzu", "n02086240"),
         ("St.  Bernard", "n02109525"),
         ("café", "n02935658"),
+        ("lady\u2019s slipper", "n12056217"),
         ("cat", "n02121620"),
         ("Cats", "n02121620"),
         ("boxes", "n02883344"),

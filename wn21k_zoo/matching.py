@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 __all__ = ["folded", "forms_of", "match_rank"]
 
-_PUNCTUATION = str.maketrans({"-": " ", "_": " ", ".": None})
+_PUNCTUATION = str.maketrans({"-": " ", "_": " ", ".": None, "\u2019": "'"})
 # WordNet's rules of detachment for nouns, and -oes: https://wordnet.princeton.edu/documentation/morphy7wn
 _PLURALS = {
     "s": "",
