@@ -178,7 +178,11 @@ class Predictor:
         import torch
 
         try:
-            given = outputs if isinstance(outputs, torch.Tensor) else torch.from_numpy(np.array(outputs, np.float32))
+            if isinstance(outputs, torch.Tensor):
+                given = outputs
+            else:
+                is_half = getattr(outputs, "dtype", None) == np.float16
+                given = torch.from_numpy(np.array(outputs, np.float16 if is_half else np.float32))
             is_half = given.dtype in (torch.float16, torch.bfloat16)
             logits = given.detach().to(self.device, given.dtype if is_half else torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:
