@@ -13,7 +13,7 @@ from wn21k_zoo.training.state import RunFolder
 from .runs import make_folder, small_recipe
 
 
-def test_a_plan_counts_the_teacher_wherever_it_is(tmp_path):
+def test_a_plan_counts_the_teacher_wherever_it_is(tmp_path, caplog):
     recipe = presets.in21k("resnet50")
     with_record = plan(recipe, images_per_second=100)
     save_for_hf(timm.create_model("tresnet_v2_l", num_classes=3), tmp_path / "teacher")
@@ -21,8 +21,10 @@ def test_a_plan_counts_the_teacher_wherever_it_is(tmp_path):
     assert plan(recipe, images_per_second=100).memory_gb == with_record.memory_gb
     of_run = RunFolder(tmp_path / "run")
     of_run.begin(small_recipe("tresnet_v2_l"), {})
+    assert not caplog.text
     recipe.loss.teacher = str(of_run.checkpoints / "step-00000006.pt")
     assert plan(recipe, images_per_second=100).memory_gb == with_record.memory_gb
+    assert "will not start yet, because of loss.teacher: There is no checkpoint" in caplog.text
     recipe.loss.teacher = "nowhere/teacher"
     without = plan(recipe, images_per_second=100)
     assert without.memory_gb < with_record.memory_gb

@@ -98,11 +98,14 @@ def plan(
     try:
         recipe = resolved(recipe)
     except (ModelError, UnknownModelError):  # not here
-        warn_if_missing("model.start", str(recipe.model.start))
         recipe = resolved(recipe, otherwise={})
-    start = recipe.model.start
-    if start is not None and not start.startswith(RANDOM) and not is_place(start):
-        classes_of(start)  # is there a model of that name?
+    for field, name in (("model.start", recipe.model.start), ("loss.teacher", recipe.loss.teacher)):
+        if name is None or name.startswith(RANDOM):
+            continue
+        if is_place(name):
+            warn_if_missing(field, name)
+        else:
+            classes_of(name)  # is there a model of that name?
     if images_per_second is not None and not 0 < images_per_second < math.inf:
         raise RecipeError(f"{images_per_second} images per second is not a speed; give a number above 0.")
     space = recipe.data.space
