@@ -55,10 +55,11 @@ class Fetched:
 
 
 class Damage(NamedTuple):
-    """A file that does not have the right hash, and what is wrong with it."""
+    """A file that does not have the right hash, or that cannot be read, and what is wrong with it."""
 
     path: Path
     problem: str
+    status: Literal["damaged", "unreadable"] = "damaged"
 
     def __str__(self) -> str:
         return f"{self.path} {self.problem}"
@@ -80,7 +81,7 @@ class Cached:
     receipt: cache.Receipt | None
     expected: Expected
 
-    def status(self) -> tuple[Literal["ok", "damaged", "missing", "unknown"], str]:
+    def status(self) -> tuple[Literal["ok", "damaged", "unreadable", "missing", "unknown"], str]:
         """Hash the file.
 
         Returns:
@@ -91,7 +92,7 @@ class Cached:
         if not self.expected.hash:
             return "unknown", UNKNOWN
         compared = _compare(self.path, self.expected)
-        return ("damaged", compared.problem) if isinstance(compared, Damage) else ("ok", "")
+        return (compared.status, compared.problem) if isinstance(compared, Damage) else ("ok", "")
 
 
 @cache.readable()
@@ -222,7 +223,7 @@ def _compare(path: Path, expected: Expected) -> Fetched | Damage:
             downloaded=False,
         )
     except OSError as error:
-        return Damage(path, f"cannot be read ({error.strerror})")
+        return Damage(path, f"cannot be read ({error.strerror})", "unreadable")
 
 
 def _from_package(source: PackageSource) -> Fetched:

@@ -275,7 +275,7 @@ def test_verify_tells_of_the_others_beside_a_wrong_name(tmp_path):
     assert (call("verify", "nosuch").exit_code, call("verify", "nosuch").stdout) == (1, "")
 
 
-def test_verify_and_list_see_what_was_put_there_by_hand_and_what_is_gone(tmp_path):
+def test_verify_and_list_see_what_was_put_there_by_hand_and_what_is_gone(tmp_path, monkeypatch):
     record = registry.get_checkpoint(NAME)
     sources = [source for source in record.sources if isinstance(source, URLSource)]
     assert [bool(source.sha256_prefix) for source in sources] == [True, False]
@@ -303,6 +303,14 @@ def test_verify_and_list_see_what_was_put_there_by_hand_and_what_is_gone(tmp_pat
     named = rows(call("verify", NAME, *place))
     assert [(row["file"], row["status"]) for row in named] == [(str(by_name), "damaged")]
     assert "sha256 expected" in named[0]["problem"]
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wn21k_zoo.on_disk.sha256_of", refused)
+        for names in ((), (NAME,)):
+            assert "unreadable" in [row["status"] for row in rows(call("verify", *names, *place))]
     by_name.unlink()
     named = rows(call("verify", NAME, *place))
     assert [(row["file"], row["status"]) for row in named] == [(str(by_nobody), "unknown")]

@@ -80,7 +80,7 @@ def verify(
 ) -> None:
     """Hash the files on this machine and compare; nothing is fetched.
 
-    Exit code 1 if a file is damaged, missing, or unknown: nothing states its hash.
+    Exit code 1 if a file is damaged, unreadable, missing, or unknown: nothing states its hash.
     """
     from wn21k_zoo.on_disk import UNKNOWN, cached_files, contents, find_verified
 
@@ -102,7 +102,7 @@ def verify(
         if found is not None:
             tell(found.path, "ok", found.checked_against)
         for damage in damages:
-            tell(damage.path, "damaged", problem=damage.problem)
+            tell(damage.path, damage.status, problem=damage.problem)
         if found is None and not damages:
             there = [path for path in cached_files(record.sources, root) if path.is_file()]
             for path in there:
