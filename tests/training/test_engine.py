@@ -238,6 +238,17 @@ def test_randomness_in_the_network_is_of_seed_step_part_and_rank(data, tmp_path,
     assert len({engine._seed(*numbers) for numbers in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))}) == 4
 
 
+def test_the_generators_of_the_cpu_and_of_the_device_are_seeded(monkeypatch):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    for kind in ("cpu", "cuda"):
+        engine._set_seed(torch.device(kind), 3)
+        assert torch.equal(torch.rand(4), expected)
+    assert seeded == [3]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_evaluations_compute_in_the_precision_of_the_recipe(data, tmp_path, monkeypatch, precision):
     kinds, update = set(), engine.Evaluation.update

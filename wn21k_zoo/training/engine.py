@@ -305,7 +305,7 @@ class _Run:
             batch = next(batches)
             self.window.waited += time.perf_counter() - begin
             # For dropout and the like; after the loader, which draws from this generator when it starts.
-            torch.manual_seed(_seed(self.recipe.run.seed, self.step, number, self.world.rank))
+            _set_seed(self.device, _seed(self.recipe.run.seed, self.step, number, self.world.rank))
             last = number == self.group - 1
             with self.learner.gathering(last):
                 # A damaged image counts as a loss of 0, however the step's images are divided.
@@ -492,3 +492,10 @@ def _not_finite(step: int) -> NonFiniteError:
 
 def _seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
+
+
+def _set_seed(device: torch.device, seed: int) -> None:
+    """Seed the generators of the CPU and of a device; ``torch.manual_seed`` is slow over other kinds of devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
