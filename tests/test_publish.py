@@ -147,7 +147,7 @@ def test_what_transformers_saves_is_read_as_what_it_was(which, request, tmp_path
 
 
 @pytest.mark.filterwarnings("default")  # of transformers' own
-@pytest.mark.parametrize("which", ["folder", "mobilenet"])
+@pytest.mark.parametrize("which", ["folder", pytest.param("mobilenet", marks=pytest.mark.slow)])
 def test_what_got_other_classes_since_is_not_what_it_was(which, request, tmp_path):
     transformers = pytest.importorskip("transformers")
     module = transformers.AutoModelForImageClassification.from_pretrained(
@@ -284,7 +284,14 @@ def test_what_an_export_states_may_be_damaged(folder, tmp_path, wrong):
     assert len(models.load_model(place, label_space="own").label_space) == 1000
 
 
-@pytest.mark.parametrize("left", [{}, {"wnids": None}, {"head": None}, {"wnids": ["mine"], "head": None}])
+@pytest.mark.parametrize(
+    "left",
+    [
+        {},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"wnids": None}, {"head": None})),
+        {"wnids": ["mine"], "head": None},
+    ],
+)
 def test_where_nothing_is_stated_the_names_are_recognised(mobilenet, tmp_path, left):
     config = json.loads((mobilenet / "config.json").read_text())
     config = {key: value for key, value in config.items() if key not in ("label_space", "wnids", "head")} | left

@@ -469,7 +469,7 @@ def test_the_head_of_a_run_is_in_the_order_of_its_classes(run):
     assert not trained.module.training
 
 
-@pytest.mark.parametrize("crop_pct", [None, 0.875])
+@pytest.mark.parametrize("crop_pct", [pytest.param(None, marks=pytest.mark.slow), 0.875])
 def test_confidences_are_those_of_the_training_for_a_run_and_its_export(data, tmp_path, crop_pct):
     recipe = small_recipe(
         model={"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.25, 0.3)},

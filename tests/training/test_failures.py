@@ -411,7 +411,7 @@ def test_a_last_batch_without_an_image_that_can_be_read(tmp_path, loader):
     assert figures["images"] == 11
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("architecture", ["test_efficientnet", "test_vit"])
 def test_a_batch_without_an_image(tmp_path, architecture, checkpointing):
     data = make_folder(tmp_path / "images")
@@ -425,7 +425,7 @@ def test_a_batch_without_an_image(tmp_path, architecture, checkpointing):
     assert lines(tmp_path / "run")[-1]["bad_samples"] == 1
 
 
-@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("images", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_damaged_image_counts_the_same_however_a_step_is_divided(tmp_path, images):
     data = make_folder(tmp_path / "images")
     (data / open_folder(data, "train").name(7)).write_bytes(b"nothing")

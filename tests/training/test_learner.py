@@ -93,7 +93,7 @@ def test_one_image_that_is_left_of_more_is_left_out_where_it_must(data):
     assert float(learner.loss(ONE).detach()) > 0
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("name", [pytest.param("adam", marks=pytest.mark.slow), "adamw", "sgd"])
 def test_a_gpu_goes_on_where_a_cpu_was(data, name, monkeypatch):
     """Optimizers are fused there, which takes another path through the fp16 scaler."""
     sections = {"architecture": "test_convnext", "optimizer": {"name": name, "clip_norm": 1.0}}

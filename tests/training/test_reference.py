@@ -141,7 +141,7 @@ def semantic_top1(tree, logits, targets):
         ("test_convnext", "semantic_softmax", None, ADAMW | {"clip_norm": 5.0}),
         # Adam may divide by values near 0, which amplifies rounding with batch statistics.
         ("test_efficientnet", "semantic_softmax", "random:resnet10t", SGD | {"clip_norm": 200.0}),
-        ("test_convnext", "single_label", None, ADAMW | {"clip_norm": 2.2}),
+        pytest.param("test_convnext", "single_label", None, ADAMW | {"clip_norm": 2.2}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_computes_what_is_written_down_here(data, tmp_path, monkeypatch, architecture, kind, teacher, optimizer):

@@ -41,7 +41,7 @@ def in_one_go(request, one_thread, data, tmp_path_factory):
     return request.param(), folder
 
 
-@pytest.mark.parametrize("stop", [3, 6, 7, 12])
+@pytest.mark.parametrize("stop", [3, 6, pytest.param(7, marks=pytest.mark.slow), 12])
 def test_stopped_and_resumed_is_bit_for_bit_the_same(data, in_one_go, tmp_path, stop_at, stop):
     recipe, whole_run = in_one_go
     stop_at(stop)
@@ -63,10 +63,10 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(data, in_one_go, tmp_path, 
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_resumed_with_a_teacher_in_half_precision_it_is_bit_for_bit_the_same(data, tmp_path, stop_at, precision):
-    recipe = small_recipe(run={"precision": precision})
+    recipe = small_recipe(run={"precision": precision}, schedule={"epochs": 1})
     recipe.loss.teacher, recipe.loss.distillation_weight = "random:resnet10t", 1.0
     run(recipe, data, tmp_path / "whole")
-    stop_at(7)
+    stop_at(4)
     with pytest.raises(Preempted):
         run_told(recipe, data, tmp_path / "parts")
     stop_at(-1)
@@ -94,7 +94,7 @@ def test_told_to_stop_before_its_first_step_it_stops(data, tmp_path, monkeypatch
     assert final(tmp_path)["step"] == 12
 
 
-@pytest.mark.parametrize("damage", [None, b"", b"x" * 1000])
+@pytest.mark.parametrize("damage", [None, pytest.param(b"", marks=pytest.mark.slow), b"x" * 1000])
 def test_a_best_checkpoint_that_is_lost_or_damaged_is_replaced_by_the_next(
     data, tmp_path, stop_at, monkeypatch, caplog, damage
 ):
@@ -232,7 +232,10 @@ def test_a_better_one_before_a_resume_stays_the_best(data, tmp_path, stop_at):
     assert final(tmp_path)["best"] == [200.0, 6]
 
 
-@pytest.mark.parametrize(("minutes", "saved"), [(30.0, {6, 12}), (1.0, {2, 4, 6, 8, 10, 12}), (0.1, {*range(1, 13)})])
+@pytest.mark.parametrize(
+    ("minutes", "saved"),
+    [(30.0, {6, 12}), (1.0, {2, 4, 6, 8, 10, 12}), pytest.param(0.1, {*range(1, 13)}, marks=pytest.mark.slow)],
+)
 def test_a_checkpoint_is_written_as_often_as_asked_for(data, tmp_path, monkeypatch, minutes, saved):
     seconds, steps = [0.0], set()
     begin, save = Learner.begin, engine.CheckpointWriter.save
