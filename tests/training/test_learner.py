@@ -93,6 +93,15 @@ def test_one_image_that_is_left_of_more_is_left_out_where_it_must(data):
     assert float(learner.loss(ONE).detach()) > 0
 
 
+def test_after_an_evaluation_all_parts_are_trained_again(data):
+    learner = learner_of(data)
+    learner.network = torch.nn.Sequential(learner.module)  # a wrapper, as for several ranks
+    for _ in range(2):
+        learner.begin()
+        assert all(part.training for part in learner.module.modules())
+        assert not any(part.training for part in learner.subject().modules())
+
+
 @pytest.mark.parametrize("name", [pytest.param("adam", marks=pytest.mark.slow), "adamw", "sgd"])
 def test_a_gpu_goes_on_where_a_cpu_was(data, name, monkeypatch):
     """Optimizers are fused there, which takes another path through the fp16 scaler."""

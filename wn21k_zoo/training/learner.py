@@ -129,7 +129,7 @@ class Learner:
             # Nothing reads batch statistics in training; those saved and evaluated are the first rank's.
             wrapped.broadcast_buffers = False
             _settle(wrapped, recipe.data.size, self._device)
-        self.network = wrapped
+        self.network = wrapped.eval()  # until _train
         self._try_alone()
         if recipe.model.compile:
             self.network = cast(nn.Module, torch.compile(wrapped))
@@ -172,7 +172,9 @@ class Learner:
         self._mark()
 
     def _train(self) -> None:
-        """Put the network, or the part of it that is trained, in training mode."""
+        """Put the network, or the part of it that is trained, in training mode, after what put it into the other."""
+        if self.module.training:  # going through all its parts takes milliseconds
+            return
         self.network.train()
         if self._recipe.model.freeze_backbone:
             train_head(self.module.module)
@@ -221,8 +223,7 @@ class Learner:
         """
         if not len(batch):
             return self._nothing()
-        if not self.network.training:  # after a batch without images
-            self._train()
+        self._train()  # after a batch without images
         data = self._recipe.data
         images, share = mix(batch.images, data.mixup, data.cutmix)
         images = self.laid_out(images)
