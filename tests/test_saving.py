@@ -167,6 +167,26 @@ def test_layers_that_were_replaced(tmp_path):
         save_model(network, tmp_path / "x", label_space=classes)
 
 
+class Quantized(torch.Tensor):
+    """Like torchao's: of the shape and dtype of the weights that it replaces, but cannot be copied to plain ones."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        if function is torch.Tensor.copy_:
+            raise AttributeError("'Parameter' object has no attribute 'tensor_data_names'")
+        return super().__torch_function__(function, types, arguments, options or {})
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_quantized_weights(tmp_path):
+    network, classes = timm.create_model("test_resnet", num_classes=3), ClassNames(["a", "b", "c"])
+    network.fc.weight = nn.Parameter(network.fc.weight.detach().as_subclass(Quantized))
+    with pytest.raises(ModelError, match=r"are no plain tensors \(Quantized\); save it before it is quantized"):
+        save_model(network, tmp_path / "x", label_space=classes)
+
+
 def test_what_cannot_be_saved(tmp_path, network):
     classes = ClassNames(["a", "b", "c"])
     features = timm.create_model("test_resnet", features_only=True)

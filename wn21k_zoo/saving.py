@@ -143,13 +143,23 @@ def _check_built_anew(
     except Exception as error:  # timm has many ways to refuse an argument
         raise ModelError(f"{architecture} cannot be built with these model_args: {first_line(error)}") from error
     ours = copy.deepcopy(module).to("cpu", torch.float32).eval()
-    advice = "give the arguments that it was created with as model_args; layers that were replaced cannot be saved."
+    advice = (
+        "give the arguments that it was created with as model_args; layers that were replaced cannot be saved (merge "
+        "adapters, such as LoRA's, into the weights first)."
+    )
     found, expected = ours.state_dict(), built.state_dict()
     for name in (*found, *expected):
         shapes = [list(state[name].shape) if name in state else "missing" for state in (found, expected)]
         if shapes[0] != shapes[1]:
             raise ModelError(f"timm builds another {architecture}: {name} is {shapes[1]}, not {shapes[0]}; {advice}")
-    built.load_state_dict(found)
+    try:
+        built.load_state_dict(found)
+    except RuntimeError as error:
+        kinds = sorted({type(value).__name__ for value in found.values()} - {"Tensor"})
+        raise ModelError(
+            f"The weights of this {architecture} are no plain tensors ({', '.join(kinds) or first_line(error)}); save "
+            "it before it is quantized or sharded."
+        ) from error
     try:
         with torch.inference_mode():
             image = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0))
