@@ -414,6 +414,24 @@ def test_light_commands_import_no_torch(arguments):
     assert done.stderr.endswith("False False\n"), done.stderr
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "predict --model eff",
+        "info eff",
+        "download eff",
+        "verify eff",
+        "cache prune eff",
+        "export eff",
+        "cards show eff",
+    ],
+)
+def test_names_of_records_are_completed(line):
+    words = f"wn21k {line}"
+    environment = {"_WN21K_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert EMBEDDED in CliRunner().invoke(app, prog_name="wn21k", env=environment).output
+
+
 def test_completion_imports_no_torch():
     code = IMPORTS_AFTER.format("prog_name='wn21k'")
     environment = {

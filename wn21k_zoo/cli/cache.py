@@ -10,7 +10,7 @@ import typer
 
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, LOCK_FILE
-from wn21k_zoo.cli.output import FormatOption, print_table, to_write, warnings_as_messages
+from wn21k_zoo.cli.output import FormatOption, complete_record, print_table, to_write, warnings_as_messages
 from wn21k_zoo.errors import CacheError, InvalidArgumentError, Wn21kError
 from wn21k_zoo.messages import say
 
@@ -25,7 +25,10 @@ app = typer.Typer(no_args_is_help=True, help="List and prune the cache.")
 
 def download(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Records, timm models or hf-hub:ORG/NAME.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            help="Records, timm models or hf-hub:ORG/NAME.", show_default=False, autocompletion=complete_record
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All records.")] = False,
     cache_dir: CacheDirOption = None,
@@ -73,7 +76,10 @@ def download(
 
 def verify(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Records or timm models. Default: every file in the cache.")
+        list[str] | None,
+        typer.Argument(
+            help="Records or timm models. Default: every file in the cache.", autocompletion=complete_record
+        ),
     ] = None,
     cache_dir: CacheDirOption = None,
     format: FormatOption = None,  # noqa: A002
@@ -145,7 +151,10 @@ def list_cache(cache_dir: CacheDirOption = None, format: FormatOption = None) ->
 def prune(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Records, timm models or hf-hub:ORG/NAME. Default: unfinished downloads only."),
+        typer.Argument(
+            help="Records, timm models or hf-hub:ORG/NAME. Default: unfinished downloads only.",
+            autocompletion=complete_record,
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All files.")] = False,
     older_than: Annotated[

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from wn21k_zoo import registry
-from wn21k_zoo.cli.output import to_write
+from wn21k_zoo.cli.output import complete_record, to_write
 from wn21k_zoo.errors import InvalidArgumentError, RecordError
 from wn21k_zoo.files import make_folder, write_whole
 from wn21k_zoo.messages import say
@@ -21,7 +21,9 @@ app = typer.Typer(no_args_is_help=True, help="Print a model card, write all of t
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A record; wn21k list shows all.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="A record; wn21k list shows all.", autocompletion=complete_record)],
+) -> None:
     """Print the model card of a checkpoint; its hand-written part is available only in a checkout."""
     checkpoint = registry.get_checkpoint(name)
     from wn21k_zoo import cards

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from wn21k_zoo.checkpoints import Head
+from wn21k_zoo.checkpoints import CHECKPOINTS, Head
 from wn21k_zoo.errors import InvalidArgumentError, Wn21kError
 from wn21k_zoo.files import expanded, local_path
 from wn21k_zoo.messages import bar_column, bars, printable, say
@@ -36,6 +36,7 @@ __all__ = [
     "ResultWriter",
     "at_home",
     "choose_format",
+    "complete_record",
     "console",
     "log_as_messages",
     "print_json",
@@ -81,6 +82,11 @@ HeadOption = Annotated[
     Head | None, typer.Option("--head", help="How to read the outputs of a folder's model, in place of what it states.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+def complete_record(incomplete: str) -> list[str]:
+    """The names of records that begin so, for the shell's completion."""
+    return [checkpoint.name for checkpoint in CHECKPOINTS if checkpoint.name.startswith(incomplete)]
 
 
 class _Messages(logging.Handler):

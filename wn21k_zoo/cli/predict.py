@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wn21k_zoo.checkpoints import CHECKPOINTS
 from wn21k_zoo.cli.output import (
     TREES,
     DeviceOption,
@@ -23,6 +22,7 @@ from wn21k_zoo.cli.output import (
     LabelSpaceOption,
     ResultWriter,
     choose_format,
+    complete_record,
     warnings_as_messages,
 )
 from wn21k_zoo.errors import ImageNotFoundError, InvalidArgumentError, Wn21kError
@@ -35,10 +35,6 @@ __all__ = ["predict"]
 
 _PNG = "\udc89PNG"  # how one begins, as text
 _LOOK = 8  # lines of stdin in which binary data is told from paths
-
-
-def _complete_model(incomplete: str) -> list[str]:
-    return [checkpoint.name for checkpoint in CHECKPOINTS if checkpoint.name.startswith(incomplete)]
 
 
 def predict(
@@ -57,7 +53,7 @@ def predict(
             "-m",
             help="A record (wn21k list), a timm name, a folder with config.json, or hf-hub:ORG/NAME. "
             "Default: $WN21K_MODEL, else the 21K default, else the embedded model.",
-            autocompletion=_complete_model,
+            autocompletion=complete_record,
         ),
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Labels per level, and outputs.")] = 5,

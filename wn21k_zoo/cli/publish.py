@@ -7,14 +7,17 @@ from typing import Annotated
 
 import typer
 
-from wn21k_zoo.cli.output import FormatOption, print_table
+from wn21k_zoo.cli.output import FormatOption, complete_record, print_table
 from wn21k_zoo.messages import say
 
 __all__ = ["export", "publish"]
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A record, a timm model or a published weight file.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A record, a timm model or a published weight file.", autocompletion=complete_record),
+    ],
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
     record: Annotated[str | None, typer.Option("--record", help="The record of a weight file, if several fit.")] = None,
     dtype: Annotated[

@@ -18,7 +18,15 @@ import typer
 
 from wn21k_zoo import registry
 from wn21k_zoo.checkpoints import CHECKPOINTS, DEFAULT_CHECKPOINT, WEIGHT_FILES, Checkpoint
-from wn21k_zoo.cli.output import CSV_COLUMNS, Format, FormatOption, print_json, print_table, printed_as_json
+from wn21k_zoo.cli.output import (
+    CSV_COLUMNS,
+    Format,
+    FormatOption,
+    complete_record,
+    print_json,
+    print_table,
+    printed_as_json,
+)
 from wn21k_zoo.errors import CacheError, InvalidArgumentError, UnresolvedLabelSpaceError, Wn21kError, without_login
 from wn21k_zoo.labels import LabelSpace
 
@@ -62,7 +70,12 @@ def list_checkpoints(
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="A record, a timm model, a folder with a model, hf-hub:ORG/NAME.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A record, a timm model, a folder with a model, hf-hub:ORG/NAME.", autocompletion=complete_record
+        ),
+    ],
     format: FormatOption = None,  # noqa: A002
 ) -> None:
     """Show everything known about a checkpoint; the rest is shown as unknown."""
