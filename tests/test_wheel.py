@@ -39,6 +39,14 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert not any(name.endswith((".pkl", ".pth", ".pt")) for name in names)
 
 
+def test_editable_installation_is_a_path_alone(tmp_path):
+    # What else lies there is a namespace package, which a running notebook would import in place of the checkout.
+    build = "import sys; from hatchling.build import build_editable; print(build_editable(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert [name for name in names if ".dist-info/" not in name] == ["_wn21k_zoo.pth"]
+
+
 @pytest.fixture(scope="module")
 def site(wheel, tmp_path_factory):
     """A folder with only the wheel installed."""
