@@ -10,7 +10,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-# Set before anything imports huggingface_hub, which reads these once.
+# Set before anything imports huggingface_hub or torch, which read these once.
 _HOME = tempfile.mkdtemp(prefix="wn21k-test-")
 os.environ.update(
     HF_HOME=_HOME,
@@ -19,6 +19,8 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     COLUMNS="120",
     CUBLAS_WORKSPACE_CONFIG=":4096:8",  # read once in a process, so before any test of a GPU
+    # Also for the processes that tests start: threads that wait for each other on cores that are in use take long.
+    OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
 )
 for _name in ("WN21K_MODEL", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "WN21K_MIRROR"):
     os.environ.pop(_name, None)
@@ -26,8 +28,6 @@ for _name in ("WN21K_MODEL", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "WN21
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
-
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 from wn21k_zoo import Predictor, SemanticTree  # noqa: E402
 

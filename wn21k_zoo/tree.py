@@ -269,7 +269,8 @@ class SemanticTree:
         return hash((self.name, self.label_space))
 
     def __repr__(self) -> str:
-        return f"SemanticTree({self.name!r}, {len(self):,} classes, {len(self.levels)} levels)"
+        levels = f"{len(self.levels)} level{'s' * (len(self.levels) != 1)}"
+        return f"SemanticTree({self.name!r}, {len(self):,} classes, {levels})"
 
     @property
     def wnids(self) -> tuple[str, ...]:
