@@ -187,6 +187,17 @@ def test_quantized_weights(tmp_path):
         save_model(network, tmp_path / "x", label_space=classes)
 
 
+def test_a_network_that_cannot_be_copied(tmp_path):
+    class Sharded(type(timm.create_model("test_resnet"))):  # as fully_shard's are
+        def __deepcopy__(self, memo):
+            raise AssertionError("FSDP does not support deepcopy. Please use state dict for serialization.")
+
+    network = timm.create_model("test_resnet", num_classes=3)
+    network.__class__ = Sharded
+    with pytest.raises(ModelError, match=r"cannot be copied \(AssertionError: FSDP .* that is not sharded"):
+        save_model(network, tmp_path / "x", label_space=ClassNames(["a", "b", "c"]))
+
+
 def test_what_cannot_be_saved(tmp_path, network):
     classes = ClassNames(["a", "b", "c"])
     features = timm.create_model("test_resnet", features_only=True)

@@ -142,7 +142,10 @@ def _check_built_anew(
         built = convert.build(architecture, num_classes=num_classes, **arguments).eval()
     except Exception as error:  # timm has many ways to refuse an argument
         raise ModelError(f"{architecture} cannot be built with these model_args: {first_line(error)}") from error
-    ours = copy.deepcopy(module).to("cpu", torch.float32).eval()
+    try:
+        ours = copy.deepcopy(module).to("cpu", torch.float32).eval()
+    except Exception as error:  # FSDP refuses it; so do weights without data
+        raise _not_plain(architecture, module.state_dict(), error) from error
     advice = (
         "give the arguments that it was created with as model_args; layers that were replaced cannot be saved (merge "
         "adapters, such as LoRA's, into the weights first)."
@@ -155,11 +158,7 @@ def _check_built_anew(
     try:
         built.load_state_dict(found)
     except RuntimeError as error:
-        kinds = sorted({type(value).__name__ for value in found.values()} - {"Tensor"})
-        raise ModelError(
-            f"The weights of this {architecture} are no plain tensors ({', '.join(kinds) or first_line(error)}); save "
-            "it before it is quantized or sharded."
-        ) from error
+        raise _not_plain(architecture, found, error) from error
     try:
         with torch.inference_mode():
             image = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0))
@@ -169,6 +168,15 @@ def _check_built_anew(
         raise ModelError(f"{architecture} takes no images of {size} ({first_line(error)}); set image_size.") from error
     if not torch.allclose(one, other, rtol=1e-4, atol=1e-4, equal_nan=True):
         raise ModelError(f"timm builds another {architecture}, which gives other outputs; {advice}")
+
+
+def _not_plain(architecture: str, weights: Mapping[str, Any], error: Exception) -> ModelError:
+    kinds = sorted({type(value).__name__ for value in weights.values()} - {"Tensor"})
+    what = f"are no plain tensors ({', '.join(kinds)})" if kinds else f"cannot be copied ({first_line(error)})"
+    return ModelError(
+        f"The weights of this {architecture} {what}; save it before it is quantized, or load its gathered weights into "
+        "a network that is not sharded, and save that."
+    )
 
 
 def _unwrapped(model: Any) -> Any:
