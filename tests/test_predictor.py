@@ -485,7 +485,7 @@ def test_a_few_logits_may_add_up_to_about_1():
     assert predictor.read(logits)[0].top_k[0].probability == pytest.approx(logits.softmax(1).max().item())
     assert predictor.read(torch.tensor([[0.39, 0.14, 0.475]]).half())
     half = [torch.tensor([[2.0, 1.0, -1.0]]).to(kind).softmax(1) for kind in (torch.float16, torch.bfloat16)]
-    few = (logits.softmax(1), *half, half[0].numpy(), logits.softmax(1).expand(20, 3).bfloat16())
+    few = (logits.softmax(1), *half, half[0].numpy(), [*half[0].numpy()], logits.softmax(1).expand(20, 3).bfloat16())
     for probabilities in few:
         with pytest.raises(InvalidArgumentError, match="are probabilities already"):
             predictor.read(probabilities)

@@ -181,8 +181,8 @@ class Predictor:
             if isinstance(outputs, torch.Tensor):
                 given = outputs
             else:
-                is_half = getattr(outputs, "dtype", None) == np.float16
-                given = torch.from_numpy(np.array(outputs, np.float16 if is_half else np.float32))
+                array = np.asarray(outputs)
+                given = torch.from_numpy(np.array(array, np.float16 if array.dtype == np.float16 else np.float32))
             is_half = given.dtype in (torch.float16, torch.bfloat16)
             logits = given.detach().to(self.device, given.dtype if is_half else torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:
