@@ -10,6 +10,7 @@ processes. Prints medians.
 """
 
 import argparse
+import collections
 import io
 import random
 import statistics
@@ -65,11 +66,6 @@ class PillowTransform:
         return self.tensor(pillow_augmentation(image, SIZE, random))
 
 
-def consume(batches) -> None:
-    for _ in batches:
-        pass
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2000)
@@ -117,11 +113,11 @@ def main() -> None:
             "decode, OpenCV": (lambda: [cv2.imdecode(np.frombuffer(d, np.uint8), 1) for d in images], len(images)),
             "decode, Pillow": (lambda: [np.asarray(Image.open(io.BytesIO(d))) for d in images], len(images)),
             "augment": (lambda: [augmentation(one, generator) for one in pixels], len(images)),
-            "loader, batches of bytes": (lambda: consume(ours._batches), count),
-            "loader, to [0, 1] as well": (lambda: consume(ours), count),
-            "ImageFolder, Pillow": (lambda: consume(folder), count),
+            "loader, batches of bytes": (lambda: collections.deque(ours._batches, 0), count),
+            "loader, to [0, 1] as well": (lambda: collections.deque(ours, 0), count),
+            "ImageFolder, Pillow": (lambda: collections.deque(folder, 0), count),
             **{
-                f"{name}, {arguments.workers} workers": (lambda loader=loader: consume(loader), count)
+                f"{name}, {arguments.workers} workers": (lambda loader=loader: collections.deque(loader, 0), count)
                 for name, loader in with_workers.items()
             },
         }

@@ -137,6 +137,14 @@ def run_rank_that_breaks(store, rank, world_size, recipe_json, data, output, res
     dist.destroy_process_group()
 
 
+def run_alone_in_a_group(store, rank, world_size, recipe_json, data, output, results):
+    """A run of the first rank alone, in a program's process group; puts the number of images of its evaluation."""
+    joined(store, rank, world_size)
+    alone = World(0, 1, torch.device("cpu"))
+    results.put(train(Recipe.from_json(recipe_json), data, Path(output), alone, workers=0)["images"] if not rank else 0)
+    dist.destroy_process_group()
+
+
 def run_rank_that_fails_alone(store, rank, world_size, recipe_json, data, output, results):
     """A rank of a run whose last rank fails in its ninth step, while the others wait for it."""
 

@@ -123,6 +123,12 @@ def test_what_it_says_to_others_comes_back(world):
     assert world.broadcast(2**40 + 1) == 2**40 + 1
 
 
+@pytest.mark.parametrize("world", ["cpu"], indirect=True)
+def test_ranks_do_not_send_each_other_batch_statistics_in_a_step(world, data):
+    recipe = recipe_for_two()
+    assert not Learner(recipe, open_splits(recipe, data), world, 10).network.will_sync_module_buffers()
+
+
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 @pytest.mark.parametrize("world", ["cpu", GPU], indirect=True)
 def test_told_to_stop_it_goes_on_to_the_same_bits(world, data, tmp_path, stop_at, precision):

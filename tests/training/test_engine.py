@@ -1,3 +1,4 @@
+import contextlib
 import io
 import math
 import os
@@ -247,6 +248,27 @@ def test_the_generators_of_the_cpu_and_of_the_device_are_seeded(monkeypatch):
         engine._set_seed(torch.device(kind), 3)
         assert torch.equal(torch.rand(4), expected)
     assert seeded == [3]
+
+
+def test_a_runs_gpu_is_the_current_one_within(data, tmp_path, monkeypatch):
+    # In a program's own process group it may be another one; seeds and pinned memory are those of the current one.
+    entered = []
+
+    @contextlib.contextmanager
+    def watched(device):
+        entered.append(device)
+        yield
+        entered.clear()
+
+    def settings(_):
+        raise RunError(f"current: {entered}")
+
+    monkeypatch.setattr(torch.cuda, "device", watched)
+    monkeypatch.setattr(engine, "torch_as_it_was", settings)
+    for device, expected in (("cuda:1", "device(type='cuda', index=1)"), ("cpu", "")):
+        entered.clear()
+        with pytest.raises(RunError, match=re.escape(f"current: [{expected}]")):
+            run(small_recipe(), data, tmp_path, World(0, 1, torch.device(device)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -28,6 +28,7 @@ from .runs import (
     BATCH,
     make_folder,
     measure_on_rank,
+    run_alone_in_a_group,
     run_rank,
     run_rank_that_breaks,
     run_rank_that_fails_alone,
@@ -260,6 +261,13 @@ def in_processes(target, tmp_path, count, *arguments):
 def test_figures_are_added_up_exactly_over_ranks(tmp_path):
     (alone,) = in_processes(measure_on_rank, tmp_path, 1)
     assert in_processes(measure_on_rank, tmp_path, 2) == [alone, alone]
+
+
+@pytest.mark.slow
+def test_one_rank_of_a_programs_group_may_run_alone(data, tmp_path):
+    recipe = small_recipe(schedule={"epochs": 1}).to_json()
+    found = in_processes(run_alone_in_a_group, tmp_path, 2, recipe, str(data), str(tmp_path / "run"))
+    assert sorted(found) == [0, 6]
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ class RandomCrop:
     def __call__(self, image: Image, random: Random) -> Image:
         """Augment: [height, width, 3] to [size, size, 3], a new array."""
         top, left, height, width = _part(image.shape[:2], self.scale, random)
-        part = np.ascontiguousarray(image[top : top + height, left : left + width])
+        part = image[top : top + height, left : left + width]
         shrinks = height > self.size or width > self.size
         part = cv2.resize(
             part, (self.size, self.size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
@@ -68,7 +68,6 @@ class RandomCrop:
             drawn = _rectangle(part.shape[:2], _ERASED, _ERASED_ASPECTS, random)
             noise = np.random.Philox(key=int(random.random() * 2**53))
             if drawn is not None:
-                part = part.copy()
                 top, left, height, width = drawn
                 values = noise.random_raw(-(-height * width * 3 // 8)).astype("<u8").view(np.uint8)
                 part[top : top + height, left : left + width] = values[: height * width * 3].reshape(height, width, 3)

@@ -62,10 +62,9 @@ class World:
         """Return the mean of each value over ranks; waits for all."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
-        total = total.to(self.device)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return [float(value) / self.size for value in total.tolist()]
+        return [value / self.size for value in total.tolist()]
 
     def broadcast(self, value: int) -> int:
         """Return the leading rank's value; waits for all."""

@@ -123,6 +123,8 @@ def train(
             and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         ):
             stack.enter_context(told.patient(rescue))
+        if world.device.type == "cuda":  # whose generator is seeded, and for which memory is pinned
+            stack.enter_context(torch.cuda.device(world.device))
         stack.enter_context(torch_as_it_was(world.device))
         try:
             begun = _Run(recipe, splits, folder, world, told, rescue, workers)
@@ -438,6 +440,7 @@ class _Run:
             "level" if self.splits.tree is not None else "published",
             device=self.device,
             num_classes=len(self.splits.class_names),
+            over_ranks=self.world.size > 1,  # a program's process group may have more ranks than this run
         )
         begin = time.perf_counter()
         for batch in self._while_wanted(self.loaders[1]):
@@ -495,7 +498,10 @@ def _seed(*numbers: int) -> int:
 
 
 def _set_seed(device: torch.device, seed: int) -> None:
-    """Seed the generators of the CPU and of a device; ``torch.manual_seed`` is slow over other kinds of devices."""
+    """Seed the generators of the CPU and of a device, if a GPU of torch's current one.
+
+    ``torch.manual_seed`` is slow over other kinds of devices.
+    """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
