@@ -933,6 +933,10 @@ def test_of_the_hubs_own_cache_only_what_has_a_hash_is_used(root, monkeypatch, t
     with pytest.raises(OfflineError):
         download.fetch_file(source, (NAME,))
     assert find_local(checkpoint_of("hub", "")) is None
+    (repository / "snapshots/abc" / NAME).rename(repository / "snapshots/abc/pytorch_model.bin")
+    locked = HubSource(repo_id=REPO, sha256=SHA256, num_bytes=len(BODY))  # which says nothing of the other file
+    checkpoint = checkpoint_of("hub", "")
+    assert find_local(type(checkpoint)(**{**vars(checkpoint), "sources": (locked,)})) is None
     blob.write_bytes(b"[]")
     with pytest.raises(OfflineError):
         download.fetch_file(source, ("config.json",))

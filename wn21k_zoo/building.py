@@ -240,7 +240,7 @@ def build_from_folder(
     stated = {key: value for key, value in read_config(folder).items() if value is not None}  # as transformers does
     settings, architecture, arguments = _parse_model_cfg(stated, {})
     settings = {key: value for key, value in settings.items() if key not in SOURCES}
-    arguments = {key: value for key, value in arguments.items() if not convert.names_weights(key)}
+    arguments = {key: value for key, value in arguments.items() if key not in convert.OF_WEIGHTS}
     settings.update(_weights(weights) if weights is not None else {}, architecture=architecture)
     settings.update(overlay)
     try:

@@ -273,9 +273,10 @@ def _semantic_top1(value: float) -> Metric:
     )
 
 
-def _record(name: str, architecture: str, *sources: Source, metrics: tuple[Metric, ...], **changes: Any) -> Checkpoint:
+def _record(name: str, *sources: Source, metrics: tuple[Metric, ...], **changes: Any) -> Checkpoint:
     """A 21K-P head with the preprocessing of its training (published training code: squash, pixels in [0, 1])."""
     fields: dict[str, Any] = {
+        "architecture": name.partition(".")[0],
         "label_space": "imagenet21k_p_fall11",
         "head": "semantic_softmax",
         "input_size": (3, 224, 224),
@@ -289,10 +290,10 @@ def _record(name: str, architecture: str, *sources: Source, metrics: tuple[Metri
         "origin": _AUTHORS,
         **changes,
     }
-    return Checkpoint(name=name, architecture=architecture, sources=sources, metrics=metrics, **fields)
+    return Checkpoint(name=name, sources=sources, metrics=metrics, **fields)
 
 
-def _fine_tuned(name: str, architecture: str, *sources: Source, top1: float) -> Checkpoint:
+def _fine_tuned(name: str, *sources: Source, top1: float) -> Checkpoint:
     """An ImageNet-1K fine-tune with timm's preprocessing, crop included."""
     metric = Metric(
         name="top-1",
@@ -303,7 +304,6 @@ def _fine_tuned(name: str, architecture: str, *sources: Source, top1: float) -> 
     )
     return _record(
         name,
-        architecture,
         *sources,
         metrics=(metric,),
         label_space="imagenet1k",
@@ -351,7 +351,6 @@ _WITHOUT_LOCK: tuple[Checkpoint, ...] = (
     ),
     _record(
         "mobilenetv3_large_100.miil_in21k",
-        "mobilenetv3_large_100",
         _hub("mobilenetv3_large_100.miil_in21k"),
         _release("mobilenetv3_large_100_in21k_miil-d71cc17b.pth"),
         _bucket("mobilenetv3_large_100_miil_21k.pth"),
@@ -359,21 +358,18 @@ _WITHOUT_LOCK: tuple[Checkpoint, ...] = (
     ),
     _record(
         "ofa_flops_595m_s.miil_in21k",
-        "ofa_flops_595m_s",
         _bucket("ofa_flops_595m_s_miil_21k.pth"),
         license=_AUTHORS_LICENCE,
         metrics=(_semantic_top1(75.0),),
     ),
     _record(
         "resnet50.miil_in21k",
-        "resnet50",
         _bucket("resnet50_miil_21k.pth"),
         license=_AUTHORS_LICENCE,
         metrics=(_semantic_top1(75.6),),
     ),
     _record(
         "mixer_b16_224.miil_in21k",
-        "mixer_b16_224",
         _hub("mixer_b16_224.miil_in21k"),
         _release("mixer_b16_224_miil_in21k-2a558a71.pth"),
         _bucket("timm/mixer_b16_224_miil_in21k.pth"),
@@ -381,7 +377,6 @@ _WITHOUT_LOCK: tuple[Checkpoint, ...] = (
     ),
     _record(
         "tresnet_m.miil_in21k",
-        "tresnet_m",
         _hub("tresnet_m.miil_in21k"),
         _release("tresnet_m_miil_in21k-901b6ed4.pth"),
         _bucket("tresnet_m_miil_21k.pth"),
@@ -389,14 +384,12 @@ _WITHOUT_LOCK: tuple[Checkpoint, ...] = (
     ),
     _record(
         "tresnet_v2_l.miil_in21k",
-        "tresnet_v2_l",
         _hub("tresnet_v2_l.miil_in21k"),
         _bucket("tresnet_l_v2_miil_21k.pth"),
         metrics=(_semantic_top1(76.7),),
     ),
     _record(
         "vit_base_patch16_224_miil.in21k",
-        "vit_base_patch16_224_miil",
         _hub("vit_base_patch16_224_miil.in21k"),
         _release("vit_base_patch16_224_in21k_miil-887286df.pth"),
         _bucket("vit_base_patch16_224_miil_21k.pth"),
@@ -404,35 +397,30 @@ _WITHOUT_LOCK: tuple[Checkpoint, ...] = (
     ),
     _fine_tuned(
         "mobilenetv3_large_100.miil_in21k_ft_in1k",
-        "mobilenetv3_large_100",
         _hub("mobilenetv3_large_100.miil_in21k_ft_in1k"),
         _release("mobilenetv3_large_100_1k_miil_78_0-66471c13.pth"),
         top1=78.0,
     ),
     _fine_tuned(
         "mixer_b16_224.miil_in21k_ft_in1k",
-        "mixer_b16_224",
         _hub("mixer_b16_224.miil_in21k_ft_in1k"),
         _release("mixer_b16_224_miil-9229a591.pth"),
         top1=82.3,
     ),
     _fine_tuned(
         "tresnet_m.miil_in21k_ft_in1k",
-        "tresnet_m",
         _hub("tresnet_m.miil_in21k_ft_in1k"),
         _release("tresnet_m_1k_miil_83_1-d236afcb.pth"),
         top1=83.1,
     ),
     _fine_tuned(
         "tresnet_v2_l.miil_in21k_ft_in1k",
-        "tresnet_v2_l",
         _hub("tresnet_v2_l.miil_in21k_ft_in1k"),
         _release("tresnet_l_v2_83_9-f36e4445.pth"),
         top1=83.9,
     ),
     _fine_tuned(
         "vit_base_patch16_224_miil.in21k_ft_in1k",
-        "vit_base_patch16_224_miil",
         _hub("vit_base_patch16_224_miil.in21k_ft_in1k"),
         _release("vit_base_patch16_224_1k_miil_84_4-2deb18e3.pth"),
         top1=84.4,

@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     StateDict = dict[str, torch.Tensor]
 
 __all__ = [
+    "OF_WEIGHTS",
     "Converted",
     "build",
     "check_architecture",
     "convert_file",
     "convert_state_dict",
-    "names_weights",
     "read_state_dict",
     "save_safetensors",
     "write_safetensors",
@@ -46,7 +46,9 @@ _PREFIX = "module."
 # The original activated batch normalisation scales by |weight| + eps (Rota Bulo et al. 2018, section 4.1).
 _ABN_EPS = 1e-5
 _SHOWN = 5
-_OF_WEIGHTS = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+# Arguments of timm.create_model that say where weights come from or go to, not what is built. Files written by others
+# may describe a network, but must not cause anything else to be fetched, read or written.
+OF_WEIGHTS = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
     "pretrained_filter_fn", "pretrained_model_args", "pretrained_strict")  # fmt: skip
 
 
@@ -101,14 +103,6 @@ def check_architecture(name: str, error: type[Wn21kError] = UnknownModelError) -
     if name.removeprefix(TIMM_PREFIX) not in ARCHITECTURES and not timm.is_model(name):
         near = did_you_mean(name, [*ARCHITECTURES, *timm.list_models()])
         raise error(f"There is no architecture {name!r}.{near}")
-
-
-def names_weights(argument: str) -> bool:
-    """Whether an argument of ``timm.create_model`` says where weights come from or go to, not what is built.
-
-    Files written by others may describe a network, but must not cause anything else to be fetched, read or written.
-    """
-    return argument in _OF_WEIGHTS
 
 
 def convert_file(path: str | os.PathLike[str], architecture: str | None = None) -> Converted:
@@ -280,90 +274,76 @@ def _classifier(architecture: str) -> str:
     return str(cast(Any, _skeleton(architecture)).pretrained_cfg["classifier"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Names:
-    """Name prefixes to replace: outside the blocks, in the first block (which has no expansion), in later blocks."""
-
-    block: str
-    depths: tuple[int, ...]
-    outside: Mapping[str, str]
-    first: Mapping[str, str]
-    later: Mapping[str, str]
-
-    def rename(self, key: str) -> str:
-        """Return the name in timm's layout, which numbers blocks within stages; an unknown name stays as it is."""
-        block = re.fullmatch(self.block, key)
-        if block is None:
-            return _replace_beginning(key, self.outside, "", key)
-        number = int(block[1])
-        if number >= len(self._places):
-            return key
-        return _replace_beginning(
-            block[2], self.later if number else self.first, f"blocks.{self._places[number]}.", key
-        )
-
-    @functools.cached_property
-    def _places(self) -> list[str]:
-        return [f"{stage}.{index}" for stage, depth in enumerate(self.depths) for index in range(depth)]
+def _modules(
+    block: str, depths: Sequence[int], outside: Mapping[str, str], first: Mapping[str, str], later: Mapping[str, str]
+) -> dict[str, str]:
+    """Each module's name in timm's layout, which numbers blocks within stages; the first block has no expansion."""
+    found = dict(outside)
+    places = [f"blocks.{stage}.{index}" for stage, depth in enumerate(depths) for index in range(depth)]
+    for number, place in enumerate(places):
+        names = later if number else first
+        found |= {f"{block.format(number)}.{old}": f"{place}.{new}" for old, new in names.items()}
+    return found
 
 
-def _replace_beginning(name: str, names: Mapping[str, str], prefix: str, otherwise: str) -> str:
-    old = next((old for old in names if name.startswith(old)), None)
-    return otherwise if old is None else f"{prefix}{names[old]}{name.removeprefix(old)}"
+def _renamed(key: str, modules: Mapping[str, str]) -> str:
+    """The name in timm's layout; an unknown one stays as it is."""
+    module, _, entry = key.rpartition(".")
+    return f"{modules[module]}.{entry}" if module in modules else key
 
 
-_OFA_NAMES = _Names(
-    block=r"blocks\.(\d+)\.mobile_inverted_conv\.(.+)",
+_OFA_MODULES = _modules(
+    block="blocks.{}.mobile_inverted_conv",
     depths=STAGE_DEPTHS[:-1],
     outside={
-        "first_conv.conv.": "conv_stem.",
-        "first_conv.bn.": "bn1.",
-        "final_expand_layer.conv.": "blocks.6.0.conv.",
-        "final_expand_layer.bn.": "blocks.6.0.bn1.",
-        "feature_mix_layer.conv.": "conv_head.",
-        "classifier.linear.": "classifier.",
+        "first_conv.conv": "conv_stem",
+        "first_conv.bn": "bn1",
+        "final_expand_layer.conv": "blocks.6.0.conv",
+        "final_expand_layer.bn": "blocks.6.0.bn1",
+        "feature_mix_layer.conv": "conv_head",
+        "classifier.linear": "classifier",
     },
     first={
-        "depth_conv.conv.": "conv_dw.",
-        "depth_conv.bn.": "bn1.",
-        "point_linear.conv.": "conv_pw.",
-        "point_linear.bn.": "bn2.",
+        "depth_conv.conv": "conv_dw",
+        "depth_conv.bn": "bn1",
+        "point_linear.conv": "conv_pw",
+        "point_linear.bn": "bn2",
     },
     later={
-        "inverted_bottleneck.conv.": "conv_pw.",
-        "inverted_bottleneck.bn.": "bn1.",
-        "depth_conv.conv.": "conv_dw.",
-        "depth_conv.bn.": "bn2.",
-        "depth_conv.se.fc.reduce.": "se.conv_reduce.",
-        "depth_conv.se.fc.expand.": "se.conv_expand.",
-        "point_linear.conv.": "conv_pwl.",
-        "point_linear.bn.": "bn3.",
+        "inverted_bottleneck.conv": "conv_pw",
+        "inverted_bottleneck.bn": "bn1",
+        "depth_conv.conv": "conv_dw",
+        "depth_conv.bn": "bn2",
+        "depth_conv.se.fc.reduce": "se.conv_reduce",
+        "depth_conv.se.fc.expand": "se.conv_expand",
+        "point_linear.conv": "conv_pwl",
+        "point_linear.bn": "bn3",
     },
 )
-_EFFICIENTNET_NAMES = _Names(
-    block=r"_blocks\.(\d+)\.(.+)",
+_EFFICIENTNET_MODULES = _modules(
+    block="_blocks.{}",
     depths=(1, 2, 2, 3, 3, 4, 1),
     outside={
-        "_conv_stem.": "conv_stem.",
-        "_bn0.": "bn1.",
-        "_conv_head.": "conv_head.",
-        "_bn1.": "bn2.",
-        "_fc.": "classifier.",
+        "_conv_stem": "conv_stem",
+        "_bn0": "bn1",
+        "_conv_head": "conv_head",
+        "_bn1": "bn2",
+        "_fc": "classifier",
     },
-    first={"_depthwise_conv.": "conv_dw.", "_bn1.": "bn1.", "_project_conv.": "conv_pw.", "_bn2.": "bn2."},
+    first={"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"},
     later={
-        "_expand_conv.": "conv_pw.",
-        "_bn0.": "bn1.",
-        "_depthwise_conv.": "conv_dw.",
-        "_bn1.": "bn2.",
-        "_project_conv.": "conv_pwl.",
-        "_bn2.": "bn3.",
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
     },
 )
 
 
 def _from_authors_ofa(found: StateDict) -> StateDict:
-    renamed = {_OFA_NAMES.rename(key): value for key, value in found.items()}
+    renamed = {_renamed(key, _OFA_MODULES): value for key, value in found.items()}
     head = renamed.get("classifier.weight")
     if head is not None and head.ndim == 4:  # a 1 x 1 convolution after pooling
         renamed["classifier.weight"] = head.flatten(1)
@@ -371,7 +351,7 @@ def _from_authors_ofa(found: StateDict) -> StateDict:
 
 
 def _from_efficientnet(found: StateDict) -> StateDict:
-    return {_EFFICIENTNET_NAMES.rename(key): value for key, value in found.items()}
+    return {_renamed(key, _EFFICIENTNET_MODULES): value for key, value in found.items()}
 
 
 def _from_authors_tresnet(found: StateDict) -> StateDict:

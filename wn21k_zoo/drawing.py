@@ -43,34 +43,25 @@ def to_rich(tree: SemanticTree, node: Node | int | str | None = None, max_depth:
             grow(branch.add(title(child), highlight=False), child, left - 1)
 
     tops, left = _tops(tree, node, max_depth)
-    if node is not None:
-        top = Tree(title(tops[0]), highlight=False)
-        grow(top, tops[0], left)
-        return top
-    top = Tree(
-        f"[bold]{escape(printable(tree.name))}[/] [dim]· {len(tree):,} classes, {len(tree.roots):,} roots[/]",
-        highlight=False,
-    )
-    for root in tops:
-        grow(top.add(title(root), highlight=False), root, left)
+    whole = f"[bold]{escape(printable(tree.name))}[/] [dim]· {len(tree):,} classes, {len(tree.roots):,} roots[/]"
+    top = Tree(whole if node is None else title(tops[0]), highlight=False)
+    for each in tops:
+        grow(top.add(title(each), highlight=False) if node is None else top, each, left)
     return top
 
 
 def to_dot(tree: SemanticTree, node: Node | int | str | None = None, max_depth: int | None = None) -> str:
     """A graph in Graphviz's DOT language; arguments and errors as :func:`to_rich`."""
     lines = [f"digraph {json.dumps(tree.name)} {{", "  rankdir=LR; node [shape=box, fontname=sans];"]
-    drawn = set()
     tops, left = _tops(tree, node, max_depth)
-    waiting = [(top, left) for top in reversed(tops)]
+    waiting = [(top, "", left) for top in reversed(tops)]
     while waiting:
-        item, left = waiting.pop()
-        waiting.extend((child, left - 1) for child in reversed(tree.children(item) if left else ()))
+        item, above, left = waiting.pop()
+        waiting.extend((child, item.wnid, left - 1) for child in reversed(tree.children(item) if left else ()))
         text = item.name.split(", ")[0].replace("\\", "\\\\").replace('"', '\\"')
         lines.append(f'  {item.wnid} [label="{text}\\n{item.wnid}"];')
-        drawn.add(item.wnid)
-        parent = tree.parent(item)
-        if parent is not None and parent.wnid in drawn:
-            lines.append(f"  {parent.wnid} -> {item.wnid};")
+        if above:
+            lines.append(f"  {above} -> {item.wnid};")
     return "\n".join([*lines, "}", ""])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wn21k_zoo.checkpoints import HubSource
-from wn21k_zoo.errors import DownloadError, first_line
+from wn21k_zoo.errors import DownloadError
 from wn21k_zoo.transfer import (
     BACKOFF_SECONDS,
     RETRIED,
@@ -116,7 +116,7 @@ def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
             return get_hf_file_metadata(url, timeout=patience.timeout(STALL_SECONDS), library_name="wn21k_zoo")
         except HfHubHTTPError as error:
             if error.response.status_code not in RETRIED or attempt == METADATA_ATTEMPTS:
-                raise _typed_hub_error(error, source, filename) from error
+                _raise_typed(error, source, filename)
             asked = asked_wait(error.response.headers.get("Retry-After"))
             time.sleep(BACKOFF_SECONDS * 2**attempt if asked is None else asked)
         except DownloadError:
@@ -137,7 +137,7 @@ def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
     raise AssertionError
 
 
-def _typed_hub_error(error: Any, source: HubSource, filename: str) -> DownloadError:
+def _raise_typed(error: Any, source: HubSource, filename: str) -> None:
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
     status = error.response.status_code
@@ -150,8 +150,4 @@ def _typed_hub_error(error: Any, source: HubSource, filename: str) -> DownloadEr
         hint = f": it has no revision {source.revision!r}; name one that exists."
     else:
         hint = f": no such repository, or it has no {filename}; check the name, or name a revision that has it."
-    try:
-        require_success(status, str(source), hint)
-    except DownloadError as typed:
-        return typed
-    return DownloadError(f"{source}: {first_line(error)}")
+    require_success(status, str(source), hint)

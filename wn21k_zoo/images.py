@@ -62,7 +62,6 @@ SAMPLES = MappingProxyType({"cat": "chelsea.png", "coffee": "coffee.png", "rocke
 
 _SHOWN = 500  # characters; a longer name is cut in messages
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 258, 262, 322, 323
 _TURNED = MappingProxyType(
     {  # by EXIF orientation; what makes the image upright
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -305,7 +304,7 @@ def orientation_of(image: Image.Image) -> int:
 def _pixels_of_tile(image: Image.Image) -> int:
     """Pixels of a tile in a tiled TIFF, whose decoder allocates a whole one however small the image is; else 0."""
     tags = getattr(image, "tag_v2", {})
-    return int(tags.get(_TIFF_TILE_WIDTH, 0)) * int(tags.get(_TIFF_TILE_LENGTH, 0))
+    return int(tags.get(ExifTags.Base.TileWidth, 0)) * int(tags.get(ExifTags.Base.TileLength, 0))
 
 
 def _opaque_rgb(image: Image.Image, shown: str) -> Image.Image:
@@ -327,9 +326,9 @@ def _opaque_rgb(image: Image.Image, shown: str) -> Image.Image:
 def _eight_bit_grey(image: Image.Image) -> NDArray[np.uint8]:
     """Grey of 16 bits or, in a TIFF, 12; there 0 may be white, and in a PNG one value may be transparent."""
     tags = getattr(image, "tag_v2", {})
-    bits = tags.get(_TIFF_BITS, 16)
+    bits = tags.get(ExifTags.Base.BitsPerSample, 16)
     grey = _eight_bit(np.asarray(image), 2 ** int(bits[0] if isinstance(bits, tuple) else bits) - 1)
-    if tags.get(_TIFF_PHOTOMETRIC) == 0:
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
         grey = np.subtract(255, grey, dtype=np.uint8)
     if isinstance(transparent := image.info.get("transparency"), int):
         grey[np.asarray(image) == transparent] = 255

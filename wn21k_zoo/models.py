@@ -246,7 +246,7 @@ def build_transform(data_config: Mapping[str, Any], training: bool = False, **op
 
 def short_side(data_config: Mapping[str, Any]) -> float | None:
     """Pixels to which the shorter side is resized before the crop; None if the aspect ratio does not matter."""
-    if not data_config or data_config.get("crop_mode", "center") != "center":
+    if data_config.get("crop_mode", "center") != "center":
         return None
     return float(max(data_config["input_size"][1:]) / data_config["crop_pct"])
 
@@ -345,8 +345,6 @@ def stated_outputs(config: Mapping[str, Any], folder: Path) -> tuple[LabelSpace,
         if head not in HEADS:
             raise ValueError(f"there is no head {head!r}")
         space = LabelSpace(name, wnids)
-        if name in LABEL_SPACES and (shipped := LabelSpace.load(name)).wnids == wnids:
-            space = shipped
     except (ValueError, TypeError, Wn21kError) as error:
         raise ModelError(f"{folder / CONFIG_FILE} is damaged, export the model again: {first_line(error)}") from error
     names, num_classes = config.get("label_names"), config.get("num_classes", len(space))

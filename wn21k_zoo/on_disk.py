@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -128,15 +128,9 @@ def find_local(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None 
             return in_package(source.package, source.path)
         root = cache.cache_dir(cache_dir)
         for filename in filenames_of(source):
-            place = root / cache.relative_path(source, filename)
-            known = stated(source, filename).hash or cache.read_receipt(place)  # else it cannot be verified
-            if place.is_file() and known and os.access(place, os.R_OK):
-                return place
-            if not isinstance(source, HubSource) or (path := hub.find_in_cache(source, filename)) is None:
-                continue
-            known = source.sha256 or hub.expected_of_etag(path.resolve().name).stated_by
-            if known and os.access(path, os.R_OK):
-                return path
+            for path, _ in _candidates(source, filename, root):
+                if os.access(path, os.R_OK):
+                    return path
     return None
 
 
@@ -192,21 +186,26 @@ def _expected(of_record: Expected, receipt: cache.Receipt | None) -> Expected:
 @cache.readable()
 def find_file(source: Remote, filename: str, root: Path, damages: list[Damage]) -> Fetched | None:
     """Find a local file that has the right hash; local files that do not are reported in ``damages``."""
-    place = root / cache.relative_path(source, filename)
-    of_record = stated(source, filename)
-    candidates = [(place, _expected(of_record, cache.read_receipt(place)))]
-    if isinstance(source, HubSource) and (path := hub.find_in_cache(source, filename)):
-        blob = path.resolve().name  # the Hub's cache names a file by its ETag
-        candidates.append((path, of_record if of_record.hash else hub.expected_of_etag(blob)))
-    for path, expected in candidates:
-        if not expected.hash or not path.is_file():
-            continue  # nothing to compare it with: a cache without links does not show the ETag
+    for path, expected in _candidates(source, filename, root):
         compared = _compare(path, expected)
         if isinstance(compared, Fetched):
             return compared
         damages.append(compared)
         _LOG.warning("%s; it is not used.", compared)
     return None
+
+
+def _candidates(source: Remote, filename: str, root: Path) -> Iterator[tuple[Path, Expected]]:
+    """Yield where a file is on this machine and what to compare it with, if anything states its hash."""
+    place, of_record = root / cache.relative_path(source, filename), stated(source, filename)
+    expected = _expected(of_record, cache.read_receipt(place))
+    if expected.hash and place.is_file():
+        yield place, expected
+    if isinstance(source, HubSource) and (path := hub.find_in_cache(source, filename)):
+        # The Hub's cache names a file by its ETag; without links it does not show that.
+        expected = of_record if of_record.hash else hub.expected_of_etag(path.resolve().name)
+        if expected.hash:
+            yield path, expected
 
 
 def _compare(path: Path, expected: Expected) -> Fetched | Damage:

@@ -103,7 +103,8 @@ class Predictor:
         chosen_batch_size = None if batch_size is None else whole_number("batch_size", batch_size, 1)
         self.threshold = check_share("threshold", threshold)
         self.allow_url = allow_url
-        chosen_tree = _as_tree(tree)  # before the model: a wrong name should not cost a download
+        # Before the model: a wrong name should not cost a download.
+        chosen_tree = None if tree is None else SemanticTree.find(tree)
         chosen_device = select_device(device) if device != "auto" else None
         if not isinstance(model, LoadedModel):
             model = models.load_model(model, label_space=label_space, head=head, cache_dir=cache_dir)
@@ -431,14 +432,6 @@ def _is_several(images: Any) -> bool:
         return dimensions == 4 or (dimensions == 1 and (kind in ("O", "U", "S", "T") or not len(images)))
     single = isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(images, "read")
     return not single and isinstance(images, Iterable) and not hasattr(images, "getbands")
-
-
-def _as_tree(tree: str | os.PathLike[str] | SemanticTree | None) -> SemanticTree | None:
-    if tree is None or isinstance(tree, SemanticTree):
-        return tree
-    if not isinstance(tree, (str, os.PathLike)):
-        raise InvalidArgumentError(f"tree is a {type(tree).__name__}; give a name, a file of wnids or a SemanticTree.")
-    return SemanticTree.find(tree)
 
 
 def _loaded(image: ImageLike, *, allow_url: bool = False) -> Any:

@@ -193,7 +193,7 @@ def _checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise InvalidArgumentError(f"model_args is a {type(arguments).__name__}; give a dict.")
     for name in arguments:
-        if convert.names_weights(name) or name in ("features_only", "model_name", "num_classes"):
+        if name in (*convert.OF_WEIGHTS, "features_only", "model_name", "num_classes"):
             raise InvalidArgumentError(f"model_args cannot have {name}; leave it out.")
     try:
         return cast("dict[str, Any]", json.loads(json.dumps(dict(arguments), allow_nan=False)))

@@ -525,7 +525,7 @@ class SemanticTree:
 
     @functools.cached_property
     def _parent_list(self) -> list[int]:
-        return [int(parent) for parent in self.parents]
+        return cast(list[int], self.parents.tolist())
 
     def _nodes(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Node, ...]:
         return tuple(self[int(index)] for index in indices)

@@ -23,8 +23,7 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
-            if sys.stdout is not None:
-                sys.stdout.flush()  # else nobody would hear of a full disk
+            sys.stdout.flush()  # else nobody would hear of a full disk
             return result
         except KeyboardInterrupt:
             say("interrupted")

@@ -516,7 +516,7 @@ RANDOM = "random:"  # prefix of a name: that network, but without its weights
 
 def is_reserved(argument: str) -> bool:
     """Whether an argument of ``timm.create_model`` is left to the data, other fields or verified fetching."""
-    return convert.names_weights(argument) or argument in ("features_only", "in_chans", "num_classes")
+    return argument in (*convert.OF_WEIGHTS, "features_only", "in_chans", "num_classes")
 
 
 def is_drop_rate(argument: str) -> bool:
