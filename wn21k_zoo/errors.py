@@ -338,7 +338,8 @@ def check_share(name: str, value: float) -> float:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device ran out of memory; for MPS, the CPU, cuBLAS and cuDNN, only torch's message tells."""
-    said = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
+    libraries = ("_STATUS_ALLOC_FAILED", "_ALLOCATION_FAILED")  # the latter are cuDNN's since version 9
+    said = ("out of memory", "can't allocate memory", "not enough memory", *libraries)
     return (
         isinstance(error, RuntimeError)
         and not isinstance(error, Wn21kError)

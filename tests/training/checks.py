@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ ALONE = World(0, 1, torch.device("cpu"))
 FAST = {"name": "sgd", "lr": 0.05}
 
 needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
+    shutil.which(os.environ.get("CXX", "g++")) is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    reason="torch.compile needs a C++ compiler and Python's headers",
 )
 
 

@@ -101,6 +101,10 @@ CUBLAS = (
         (torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"), "no kernel"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), "NOT_INITIALIZED"),
         (
+            RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+            "memory of cpu is",
+        ),
+        (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
             "memory of cpu is",
         ),

@@ -44,8 +44,9 @@ def explained(problem: Exception, recipe: Recipe, world: World, images: int) -> 
         )
     if recipe.model.compile and isinstance(problem, torch._dynamo.exc.TorchDynamoException):
         return RunError(
-            f"torch.compile failed: {first_line(problem)} It needs a C++ compiler, on GPUs also Triton; --set "
-            "model.compile=false needs neither, and the same command then resumes the run."
+            f"torch.compile failed: {first_line(problem)} It needs a C++ compiler and Python's headers, on GPUs also a "
+            "C compiler and Triton; --set model.compile=false needs none of them, and the same command then resumes "
+            "the run."
         )
     return not_deterministic(problem) or problem
 
