@@ -59,7 +59,9 @@ def prepare(
     size: Annotated[int, typer.Option("--size", help="In pixels.")] = 224,
     resize: Annotated[
         Literal["squash", "short-edge", "none"],
-        typer.Option("--resize", help="To a square, the shorter edge to the size, or not at all."),
+        typer.Option(
+            "--resize", help="To a square, the shorter edge to the size, or not at all. Smaller images keep their size."
+        ),
     ] = "squash",
     quality: Annotated[int, typer.Option("--quality", help="Of JPEG, 1 to 100.")] = 95,
     shard_size: Annotated[int, typer.Option("--shard-size", help="Images per shard.")] = 10_000,
