@@ -539,7 +539,7 @@ def test_why_there_is_nothing_to_use_is_told(tmp_path, classes):
         path.write_bytes(b"damaged" * 100)
     with pytest.raises(DataSourceError, match="These class archives or folders are damaged"):
         make(source, tmp_path / "other")
-    with pytest.raises(DataSourceError, match=r"is to be used: \d classes damaged archive\."):
+    with pytest.raises(DataSourceError, match=r"is to be used: \d classes: damaged archive\."):
         make(source, tmp_path / "other", allow_truncated=True)
 
 

@@ -666,7 +666,7 @@ def test_tar_headers_are_those_that_tarfile_writes(size):
 
 def test_where_nothing_is_to_be_used_other_options_may_follow(tmp_path):
     classes = {WNIDS[0]: {f"{WNIDS[0]}_{index}.JPEG": jpeg(index, 20, 10) for index in range(4)}}
-    with pytest.raises(DataSourceError, match="No image of the source is to be used"):
+    with pytest.raises(DataSourceError, match=r"used: 1 classes: too few images\. .* --min-images, which is 500\."):
         prepared(tmp_path, classes, PrepareOptions(min_images=500, size=32))
     assert prepared(tmp_path, classes, PrepareOptions(min_images=0, val_per_class=1, size=32)).is_dir()
 

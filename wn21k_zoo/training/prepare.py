@@ -306,11 +306,11 @@ def _prepare_classes(
     if not allow_truncated:
         _refuse_damaged(results.values(), options)
     _refuse_bad(list(results.values()), max_bad, work)
-    _refuse_nothing(list(results.values()), source, work)
+    _refuse_nothing(list(results.values()), source, options, work)
     return [results[name] for name in sorted(results)], cut_off[0] if cut_off else None
 
 
-def _refuse_nothing(results: Sequence[ClassResult], source: Source, work: Path) -> None:
+def _refuse_nothing(results: Sequence[ClassResult], source: Source, options: PrepareOptions, work: Path) -> None:
     """Refuse a source of which no image would be used."""
     if any(result.used for result in results):
         return
@@ -319,11 +319,12 @@ def _refuse_nothing(results: Sequence[ClassResult], source: Source, work: Path) 
     for file in (OPTIONS_FILE, _SUSPECT):
         (work / file).unlink(missing_ok=True)
     fewer = Counter(result.decision for result in results if result.decision != "kept")
-    why = [f"{count:,} classes {decision}" for decision, count in sorted(fewer.items())]
+    why = [f"{count:,} classes: {decision}" for decision, count in sorted(fewer.items())]
     if unusable := sum(result.bad for result in results if result.decision == "kept"):
         why.append(f"{unusable:,} images that cannot be used")
     beside = f"; beside them {', '.join(list(source.unused)[:3])}" if source.unused else ""
-    advice = " Check --label-space and --min-images." if {*fewer} - {"damaged archive"} else ""
+    check = f" Check --label-space and --min-images, which is {options.min_images}."
+    advice = check if {*fewer} - {"damaged archive"} else ""
     raise DataSourceError(
         f"No image of the source is to be used: {'; '.join(why) or 'no images in it'}{beside}.{advice}"
     )
