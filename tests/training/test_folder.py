@@ -119,8 +119,12 @@ def test_a_test_set_beside_the_two_is_a_split_of_its_own(tmp_path):
     assert names(open_folder(tmp_path / "y", "test")) == names(open_folder(tmp_path / "y", "validation"))
     make_folder(tmp_path / "z", names=("a", "test"))  # a class
     for place in (tmp_path / "z", tmp_path / "x" / "val"):
-        with pytest.raises(DataError, match="no folder test beside train"):
+        with pytest.raises(DataError, match="has no folders train and test;"):
             open_folder(place, "test")
+    make_folder(tmp_path / "w" / "train", names=("a", "b"))
+    make_folder(tmp_path / "w" / "val", names=("a", "b"))
+    with pytest.raises(DataError, match="no folder test beside train;"):
+        open_folder(tmp_path / "w", "test")
 
 
 def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):

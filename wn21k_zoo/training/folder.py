@@ -318,7 +318,8 @@ def open_folders(place: str | os.PathLike[str], splits: Sequence[str] = _SPLITS[
         raise DataError(f"{root} {'is a file' if root.exists() else 'does not exist'}; name a folder of class folders.")
     below = _folders(root)
     if "test" in splits and not ("test" in below and _divides(root, below)):
-        raise DataError(f"{root} has no folder test beside train; name a folder with the class folders to test on.")
+        lacks = "has no folder test beside train" if _divides(root, below) else "has no folders train and test"
+        raise DataError(f"{root} {lacks}; name a folder with the class folders to test on.")
     if not _divides(root, below):
         lower = {name.casefold() for name in below}
         if lower & {*_VALIDATION} and lower & {"train", "training"}:
