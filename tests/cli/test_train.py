@@ -252,7 +252,7 @@ def test_evaluation_of_what_is_not_there(run, data, tmp_path):
         ((run, data, "--plot", tmp_path, "-j", 0), "name a file that ends in .png"),
         ((run, data, "--plot", tmp_path / "x.jpg", "-j", 0), "name a file that ends in .png"),
         ((run, data, "--split", "tests"), "has the splits"),
-        ((run, data, "--split", "test"), "has no folder test"),
+        ((run, data, "--split", "test"), "has no folders train and test"),
     ):
         done = wn21k("evaluate", *arguments)
         assert done.exit_code != 0
