@@ -121,7 +121,7 @@ def evaluate(
     subject = open_subject(model, which, label_space, head, cache_dir, image_size)
     if with_ancestors and subject.space is None:
         raise InvalidArgumentError(
-            f"{subject.name} has classes of its own, which have no ancestors: leave out with_ancestors."
+            f"{subject.name} has classes of its own, which have no ancestors; evaluate it without them."
         )
     if split is None:
         has_parts = not is_class_folder(data) or is_divided(data) or _has_seen_but_a_tenth(subject, data)
