@@ -8,10 +8,10 @@ import re
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from wn21k_zoo.checkpoints import HubSource
-from wn21k_zoo.errors import DownloadError
+from wn21k_zoo.errors import DownloadError, first_line
 from wn21k_zoo.transfer import (
     BACKOFF_SECONDS,
     RETRIED,
@@ -137,7 +137,7 @@ def _hub_metadata(source: HubSource, filename: str, patience: Patience) -> Any:
     raise AssertionError
 
 
-def _raise_typed(error: Any, source: HubSource, filename: str) -> None:
+def _raise_typed(error: Any, source: HubSource, filename: str) -> NoReturn:
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
     status = error.response.status_code
@@ -151,3 +151,4 @@ def _raise_typed(error: Any, source: HubSource, filename: str) -> None:
     else:
         hint = f": no such repository, or it has no {filename}; check the name, or name a revision that has it."
     require_success(status, str(source), hint)
+    raise DownloadError(f"{source}: {first_line(error)}")
